@@ -1,0 +1,39 @@
+"""Contact sheets: pictures side by side in rows, with headings and captions."""
+
+from collections.abc import Sequence
+
+from PIL import Image, ImageDraw, ImageFont
+
+MARGIN_PX = 8
+TEXT_PX = 14
+CELL_PX = 256
+
+
+def contact_sheet(
+    rows: Sequence[tuple[Sequence[Image.Image], str]], headings: Sequence[str]
+) -> Image.Image:
+    """Return one image with all pictures, a line of text under each row.
+
+    Args:
+        rows: (pictures, caption); as many pictures a row as there are headings.
+        headings: over the columns.
+    """
+    font = ImageFont.load_default(TEXT_PX)
+    column = CELL_PX + MARGIN_PX
+    line = TEXT_PX + MARGIN_PX
+    row_height = CELL_PX + line + MARGIN_PX
+    size = (MARGIN_PX + column * len(headings), line + MARGIN_PX + row_height * len(rows))
+    sheet = Image.new("RGB", size, "white")
+    pen = ImageDraw.Draw(sheet)
+    for number, heading in enumerate(headings):
+        pen.text((MARGIN_PX + number * column, MARGIN_PX), heading, "black", font)
+    for index, (pictures, caption) in enumerate(rows):
+        top = line + MARGIN_PX + index * row_height
+        for number, picture in enumerate(pictures):
+            cell = picture.convert("RGB").resize((CELL_PX, CELL_PX), Image.Resampling.LANCZOS)
+            sheet.paste(cell, (MARGIN_PX + number * column, top))
+        shown = caption
+        while shown and pen.textlength(shown, font) > size[0] - 2 * MARGIN_PX:
+            shown = shown.removesuffix("…")[:-1] + "…"
+        pen.text((MARGIN_PX, top + CELL_PX + MARGIN_PX // 2), shown, "black", font)
+    return sheet

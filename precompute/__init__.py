@@ -1,0 +1,1 @@
+"""Stage 1: encodes the rows of a data set into a cache, once."""

@@ -1,0 +1,17 @@
+"""`python -m precompute`."""
+
+from precompute.config import PrecomputeConfig
+from shards.options import stage_command
+
+
+def run(config: PrecomputeConfig) -> None:
+    """Import the encoders' libraries only once the command line is known to be good."""
+    from precompute.run import precompute
+
+    precompute(config)
+
+
+main = stage_command("precompute", PrecomputeConfig, run, section="precompute")
+
+if __name__ == "__main__":
+    main(prog_name="python -m precompute")

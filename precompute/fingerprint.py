@@ -1,0 +1,56 @@
+"""Fingerprints: digests of exactly what changes the bytes of a record.
+
+Weights count by their content, not by where they lie or what they are called; so moving or renaming
+a model, a source or a cache keeps everything.
+"""
+
+import json
+from pathlib import Path
+
+import xxhash
+
+CHUNK_BYTES = 1 << 22
+# Entries of a config.json that say who wrote it, not what it computes.
+PROVENANCE_KEYS = {"transformers_version", "torch_dtype", "dtype"}
+
+
+def hash_bytes(data: bytes) -> str:
+    """Return a 128-bit digest of an image's bytes or a prompt, in hex."""
+    return xxhash.xxh3_128_hexdigest(data)
+
+
+def hash_component(folder: Path, variant: str | None) -> str:
+    """Return a digest of a model component: its weights and tokenizer files and its configuration.
+
+    Args:
+        folder: e.g. `<base>/vae`.
+        variant: only weight files of this variant count; without one, only those of none.
+    """
+    digest = xxhash.xxh3_128()
+    for path in sorted(folder.iterdir()):
+        if path.suffix == ".safetensors":
+            if f".{variant}" in path.name if variant else path.name.count(".") == 1:
+                digest.update(b"weights")
+                _hash_file(path, digest)
+        elif path.name == "config.json":
+            digest.update(_behaviour(path))
+        elif path.suffix in {".json", ".txt", ".model"} and "index" not in path.name:
+            digest.update(path.name.encode())
+            _hash_file(path, digest)
+    return digest.hexdigest()
+
+
+def _behaviour(config: Path) -> bytes:
+    values = json.loads(config.read_text(encoding="utf-8"))
+    kept = {
+        key: value
+        for key, value in values.items()
+        if not key.startswith("_") and key not in PROVENANCE_KEYS
+    }
+    return json.dumps(kept, sort_keys=True).encode()
+
+
+def _hash_file(path: Path, digest: "xxhash.xxh3_128") -> None:
+    with path.open("rb") as file:
+        while chunk := file.read(CHUNK_BYTES):
+            digest.update(chunk)

@@ -1,0 +1,200 @@
+"""The two passes over the data: prompts through the text encoders, images through the VAE."""
+
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from precompute import images
+from precompute.images import BadImage
+from precompute.job import Job, ValidationPair, validation_key
+from precompute.latents import LatentEncoder, ahead, batches, finite
+from precompute.plan import PlannedRow, ShardPlan, image_key
+from precompute.text import TextEncoders, require_finite, text_records
+from shards.errors import ShardError
+from shards.records import Record
+from shards.sidecar import Skipped
+from shards.writer import write_shard
+
+DECODING_THREADS = 4
+
+
+def text_pass(job: Job) -> dict[str, dict[str, Tensor]]:
+    """Write the unfinished text shards; return the embeddings of the validation prompts.
+
+    The encoders live in this function alone, so that they are gone when it returns.
+    """
+    todo = job.text.unfinished()
+    pairs = [pair for shard in job.validation.unfinished() for pair in shard.items]
+    if not todo and not pairs:
+        return {}
+    config = job.config
+    encoders = TextEncoders(job.base, job.text_settings, job.device, config.variant)
+    total = sum(len(shard.items) for shard in todo)
+    with tqdm(total=total, unit="prompt", desc="text", disable=None) as bar:
+        for shard in todo:
+            write_shard(
+                job.text.folder,
+                shard.shard,
+                text_records(encoders, shard.shard, shard.items, config.text_batch_size, bar),
+                fingerprint=shard.fingerprint,
+            )
+    embeds: dict[str, dict[str, Tensor]] = {}
+    for pair in pairs:
+        one = {name: tensor[0] for name, tensor in encoders.encode([pair.prompt]).items()}
+        require_finite(one, pair.prompt)
+        embeds[pair.prompt] = one
+    return embeds
+
+
+def latent_pass(job: Job, validation_embeds: dict[str, dict[str, Tensor]]) -> None:
+    """Write the unfinished latent, conditioning and validation shards."""
+    latents, conditioning = job.latents.unfinished(), job.conditioning.unfinished()
+    validation = job.validation.unfinished()
+    if not (latents or conditioning or validation):
+        return
+    config = job.config
+    encoder = LatentEncoder(job.base, job.latent_settings, job.device, config.variant)
+    total = sum(len(shard.items) for shard in (*latents, *conditioning))
+    with tqdm(total=total, unit="image", desc="latents", disable=None) as bar:
+        for shard in latents:
+            skipped: list[Skipped] = []
+            prompts: list[list[str]] = []
+            write_shard(
+                job.latents.folder,
+                shard.shard,
+                _latent_records(job, encoder, shard, skipped, prompts, bar),
+                fingerprint=shard.fingerprint,
+                skipped=skipped,
+                prompts=prompts,
+            )
+            job.bad.add(skipped)
+        for shard in conditioning:
+            skipped = []
+            write_shard(
+                job.conditioning.folder,
+                shard.shard,
+                _conditioning_records(job, encoder, shard, skipped, bar),
+                fingerprint=shard.fingerprint,
+                skipped=skipped,
+            )
+            job.bad.add(skipped)
+    for shard in validation:
+        write_shard(
+            job.validation.folder,
+            shard.shard,
+            _validation_records(job, encoder, shard.items, validation_embeds),
+            fingerprint=shard.fingerprint,
+        )
+
+
+def _latent_records(
+    job: Job,
+    encoder: LatentEncoder,
+    shard: ShardPlan,
+    skipped: list[Skipped],
+    prompts: list[list[str]],
+    bar: "tqdm[Any]",
+) -> Iterator[Record]:
+    """Yield the latents of a shard's images; note left-out rows and captions as it goes."""
+    rows: list[tuple[int, PlannedRow]] = []
+    for index, row in enumerate(shard.items):
+        if row.fault:
+            skipped.append(Skipped(row.row.image, row.fault))
+        else:
+            rows.append((index, row))
+    bar.update(len(shard.items) - len(rows))
+    names = [row.row.image for _, row in rows]
+    for at, tensors in _encode(job, encoder, names, "latent", bar):
+        if isinstance(tensors, str):
+            skipped.append(Skipped(names[at], tensors))
+            continue
+        index, row = rows[at]
+        prompts.append([job.prompts[row.row.prompt]])
+        yield Record(image_key(shard.shard, index, row), tensors, {"image_hash": row.image_hash})
+
+
+def _conditioning_records(
+    job: Job,
+    encoder: LatentEncoder,
+    shard: ShardPlan,
+    skipped: list[Skipped],
+    bar: "tqdm[Any]",
+) -> Iterator[Record]:
+    """Yield the conditioning latents of those rows of a shard that have a latent."""
+    card = job.latents.finished(job.latents.shards[shard.shard])
+    if card is None:
+        raise ShardError(f"{job.latents.folder}: shard {shard.shard:06d} vanished while working")
+    present = set(card.keys)
+    rows: list[tuple[str, PlannedRow]] = []
+    for index, row in enumerate(shard.items):
+        key = image_key(shard.shard, index, row)
+        if key not in present:
+            continue
+        if row.conditioning_fault:
+            skipped.append(Skipped(row.row.image, row.conditioning_fault))
+        else:
+            rows.append((key, row))
+    bar.update(len(shard.items) - len(rows))
+    names = [row.row.conditioning_image for _, row in rows]
+    for at, tensors in _encode(job, encoder, names, "conditioning_latent", bar):
+        key, row = rows[at]
+        if isinstance(tensors, str):
+            skipped.append(Skipped(row.row.image, tensors))
+            continue
+        about = {"image_hash": row.image_hash, "conditioning_hash": row.conditioning_hash}
+        yield Record(key, tensors, about)
+
+
+def _encode(
+    job: Job,
+    encoder: LatentEncoder,
+    names: Sequence[str],
+    kind: str,
+    bar: "tqdm[Any]",
+) -> Iterator[tuple[int, dict[str, Tensor] | str]]:
+    """Yield (position in `names`, tensors, or the reason why there are none) for each image.
+
+    Batches hold a fixed slice of `names`, whatever fails to decode, so that the rows of a shard
+    alone determine its bytes.
+    """
+    size = job.config.vae_batch_size
+    pixel_range = job.conditioning_spec.pixel_range if kind != "latent" else "-1_1"
+
+    def load(index: int) -> Tensor | str:
+        try:
+            image = images.decode(job.source.read(names[index]))
+        except (BadImage, OSError, KeyError) as error:
+            return f"{names[index]}: {error}"
+        return images.to_uint8(images.fit(image, job.config.resolution))
+
+    with ThreadPoolExecutor(DECODING_THREADS) as pool:
+        loaded = ahead(pool, load, len(names), lead=2 * size)
+        for batch in batches(range(len(names)), size):
+            found = [(at, next(loaded)) for at in batch]
+            good = {at: pixels for at, pixels in found if isinstance(pixels, Tensor)}
+            yield from ((at, reason) for at, reason in found if isinstance(reason, str))
+            if good:
+                encoded = encoder.encode(torch.stack(list(good.values())), pixel_range, kind)
+                for position, at in enumerate(good):
+                    tensors = {name: tensor[position] for name, tensor in encoded.items()}
+                    yield at, tensors if finite(tensors) else f"{names[at]}: {kind} is not finite"
+            bar.update(len(batch))
+
+
+def _validation_records(
+    job: Job,
+    encoder: LatentEncoder,
+    pairs: Sequence[ValidationPair],
+    embeds: dict[str, dict[str, Tensor]],
+) -> Iterator[Record]:
+    pixel_range = job.conditioning_spec.pixel_range
+    for row, pair in enumerate(pairs):
+        pixels = pair.conditioning_image[None]
+        latent = encoder.encode(pixels, pixel_range, "conditioning_latent")
+        tensors = {name: tensor[0] for name, tensor in latent.items()}
+        tensors |= {"conditioning_image": pair.conditioning_image} | embeds[pair.prompt]
+        yield Record(validation_key(row, pair), tensors, {"prompt": pair.prompt})

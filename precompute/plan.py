@@ -1,0 +1,218 @@
+"""The plan: which rows and prompts go into which shard, and which finished shards may stay.
+
+A shard is a pure function of its rows, so the plan decides by fingerprints alone.
+"""
+
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from precompute.fingerprint import hash_bytes
+from precompute.sources import Row, Source
+from precompute.text import prompt_key
+from shards import sidecar
+from shards.errors import ShardError
+from shards.manifest import LatentSpec, TextSpec, digest
+from shards.records import record_key
+from shards.sidecar import Sidecar
+
+HASHING_THREADS = 8
+
+
+@dataclass(frozen=True)
+class PlannedRow:
+    """A row with the digests of what it names.
+
+    Attributes:
+        row: as found in the source.
+        image_hash: of the image's bytes; empty if there are none.
+        conditioning_hash: of the conditioning image's bytes; empty if there are none.
+        fault: why the row cannot be used, as far as reading it shows; empty if it can.
+        conditioning_fault: why its conditioning image cannot be used, likewise.
+    """
+
+    row: Row
+    image_hash: str
+    conditioning_hash: str
+    fault: str
+    conditioning_fault: str
+
+    @property
+    def first_fault(self) -> str:
+        """Why the row cannot be used, for either reason; empty if it can."""
+        return self.fault or self.conditioning_fault
+
+
+@dataclass(frozen=True)
+class ShardPlan:
+    """A shard to be: its number, its rows or prompts, and the fingerprint it must have."""
+
+    shard: int
+    items: Sequence[Any]
+    fingerprint: str
+
+    def captions(self, prompts: dict[str, str]) -> dict[str, list[str]]:
+        """Return, for a shard of rows, image key -> keys of the prompts that caption it."""
+        return {
+            image_key(self.shard, index, row): [prompts[row.row.prompt]]
+            for index, row in enumerate(self.items)
+            if not row.fault
+        }
+
+
+def plan_rows(source: Source) -> list[PlannedRow]:
+    """Read and hash all that the source's rows name."""
+    with ThreadPoolExecutor(HASHING_THREADS) as pool:
+        return list(pool.map(lambda row: _plan_row(source, row), source.rows))
+
+
+def distinct_prompts(rows: Sequence[PlannedRow]) -> list[str]:
+    """Return the empty prompt, then each prompt once, in order of first appearance."""
+    return list(dict.fromkeys(["", *(row.row.prompt for row in rows if not row.fault)]))
+
+
+def plan_text(prompts: Sequence[str], identity: dict[str, Any], size: int) -> list[ShardPlan]:
+    """Return the text shards for prompts, `size` to a shard."""
+    return [
+        ShardPlan(shard, items, digest([identity, list(items)]))
+        for shard, items in _split(prompts, size)
+    ]
+
+
+def plan_latents(
+    rows: Sequence[PlannedRow], identity: dict[str, Any], size: int
+) -> list[ShardPlan]:
+    """Return the latent shards for rows, `size` to a shard."""
+    return [
+        ShardPlan(shard, items, digest([identity, [[r.image_hash, r.fault] for r in items]]))
+        for shard, items in _split(rows, size)
+    ]
+
+
+def plan_conditioning(
+    rows: Sequence[PlannedRow], identity: dict[str, Any], pixel_range: str, size: int
+) -> list[ShardPlan]:
+    """Return the conditioning shards for rows, numbered as the latents are."""
+    return [
+        ShardPlan(
+            shard,
+            items,
+            digest(
+                [
+                    identity,
+                    pixel_range,
+                    [[r.image_hash, r.fault, r.conditioning_hash] for r in items],
+                ]
+            ),
+        )
+        for shard, items in _split(rows, size)
+    ]
+
+
+def prompt_keys(plans: Sequence[ShardPlan]) -> dict[str, str]:
+    """Return prompt -> key of its text record."""
+    return {
+        prompt: prompt_key(plan.shard, row, prompt)
+        for plan in plans
+        for row, prompt in enumerate(plan.items)
+    }
+
+
+def image_key(shard: int, row: int, planned: PlannedRow) -> str:
+    """Return the key of an image's latent and conditioning records."""
+    return record_key(shard, row, planned.image_hash)
+
+
+@dataclass(frozen=True)
+class ProductPlan:
+    """The shards of one product and the folder they go into."""
+
+    folder: Path
+    shards: list[ShardPlan]
+
+    def finished(self, plan: ShardPlan) -> Sidecar | None:
+        """Return the sidecar of a planned shard if the shard on disk is the planned one."""
+        try:
+            found = sidecar.load(self.folder, plan.shard)
+        except ShardError:
+            return None  # damaged or of an older format: to be made again
+        if found is None or found.fingerprint != plan.fingerprint:
+            return None
+        path = sidecar.tar_path(self.folder, plan.shard)
+        return found if path.is_file() and path.stat().st_size == found.tar_bytes else None
+
+    def unfinished(self) -> list[ShardPlan]:
+        """Return the planned shards that are not on disk as planned."""
+        return [plan for plan in self.shards if self.finished(plan) is None]
+
+    def surplus(self) -> list[Path]:
+        """Return what lies in the folder beside the planned shards, temporary files included."""
+        wanted = {
+            path
+            for plan in self.shards
+            for path in (
+                sidecar.tar_path(self.folder, plan.shard),
+                sidecar.sidecar_path(self.folder, plan.shard),
+            )
+        }
+        present = [path for pattern in ("*.tar*", "*.json*") for path in self.folder.glob(pattern)]
+        return sorted(set(present) - wanted)
+
+    def sidecars(self) -> list[Sidecar]:
+        """Return the sidecars of all shards.
+
+        Raises:
+            ShardError: one is not there as planned.
+        """
+        found = [(plan, self.finished(plan)) for plan in self.shards]
+        missing = [f"{plan.shard:06d}" for plan, one in found if one is None]
+        if missing:
+            raise ShardError(f"{self.folder}: shards {', '.join(missing)} vanished while working")
+        return [one for _, one in found if one is not None]
+
+
+def text_record_bytes(spec: TextSpec) -> int:
+    """Return the size of a text record's tensors."""
+    clip, t5 = spec.clip_tokens * spec.clip_width, spec.max_sequence_length * spec.t5_width
+    return (clip + t5 + spec.pooled_width) * _itemsize(spec.dtype)
+
+
+def latent_record_bytes(spec: LatentSpec) -> int:
+    """Return the size of a latent record's tensors."""
+    numbers = spec.latent_channels * spec.height * spec.width
+    return numbers * _itemsize(spec.dtype) * (2 if spec.posterior == "mean_std" else 1)
+
+
+def records_per_shard(shard_mb: int, record_bytes: int) -> int:
+    """Return how many records of a size fit a shard; at least one."""
+    return max(1, shard_mb * 10**6 // record_bytes)
+
+
+def _plan_row(source: Source, row: Row) -> PlannedRow:
+    image_hash, fault = _hash(source, row.image)
+    conditioning_hash, conditioning_fault = _hash(source, row.conditioning_image)
+    if not isinstance(row.prompt, str):
+        fault = f"the prompt is not text but {type(row.prompt).__name__}"
+    return PlannedRow(row, image_hash, conditioning_hash, fault, conditioning_fault)
+
+
+def _hash(source: Source, name: str) -> tuple[str, str]:
+    try:
+        return hash_bytes(source.read(name)), ""
+    except (OSError, KeyError) as error:
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else "no such file"
+        return "", f"{name}: {reason}"
+
+
+def _split(items: Sequence[Any], size: int) -> list[tuple[int, Sequence[Any]]]:
+    starts = range(0, len(items), size)
+    return [(shard, items[start : start + size]) for shard, start in enumerate(starts)]
+
+
+def _itemsize(dtype: str) -> int:
+    size: int = getattr(torch, dtype).itemsize
+    return size

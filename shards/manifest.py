@@ -1,0 +1,232 @@
+"""The manifest: written last, so that its presence means the cache is complete."""
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from shards.errors import ShardError
+from shards.sidecar import FORMAT_VERSION, Sidecar
+from shards.writer import write_text
+
+MANIFEST = "manifest.json"
+DEFAULT_CONDITIONING = "conditioning"
+
+
+@dataclass(frozen=True)
+class TextSpec:
+    """Shapes of a text record: `clip_embeds` [clip_tokens, clip_width], `t5_embeds`
+    [max_sequence_length, t5_width], `pooled_embeds` [pooled_width].
+    """
+
+    clip_tokens: int
+    clip_width: int
+    max_sequence_length: int
+    t5_width: int
+    pooled_width: int
+    dtype: str
+
+
+@dataclass(frozen=True)
+class LatentSpec:
+    """Shape and meaning of a latent or conditioning latent [latent_channels, height, width].
+
+    Attributes:
+        height: rows of the latent grid.
+        width: columns of the latent grid.
+        vae_scale_factor: pixels a grid cell.
+        scaling_factor: to be applied in training as (latent - shift_factor) * scaling_factor.
+        shift_factor: see `scaling_factor`.
+        posterior: `mean`, or `mean_std` where the standard deviation is kept as well.
+        pixel_range: `-1_1`, what the VAE was trained on; `0_1` for conditioning latents encoded
+            as the diffusers training script does.
+        dtype: of the stored tensors.
+    """
+
+    latent_channels: int
+    height: int
+    width: int
+    vae_scale_factor: int
+    scaling_factor: float
+    shift_factor: float
+    posterior: str
+    pixel_range: str
+    dtype: str
+
+
+@dataclass(frozen=True)
+class Product:
+    """One kind of record in the cache; the lists have one entry a shard.
+
+    Attributes:
+        fingerprint: digest of the shards' fingerprints, hence of everything that made them.
+        num_records: in all shards.
+        shard_records: records in each shard.
+        shard_bytes: size of each tar.
+        shard_sha256: of each tar.
+    """
+
+    fingerprint: str
+    num_records: int
+    shard_records: list[int]
+    shard_bytes: list[int]
+    shard_sha256: list[str]
+
+    @property
+    def num_shards(self) -> int:
+        """How many shards the product has."""
+        return len(self.shard_records)
+
+    @property
+    def num_bytes(self) -> int:
+        """Size of all tars."""
+        return sum(self.shard_bytes)
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a complete cache holds, and what it was made with.
+
+    Attributes:
+        text: records of distinct prompts.
+        text_spec: their shapes.
+        latents: records of images.
+        latent_spec: their shapes.
+        conditioning: records of conditioning images, by name of the control.
+        conditioning_specs: their shapes, by the same names.
+        validation: records of validation pairs, shaped as text and conditioning records are, by
+            the same names.
+        captions: digest of which prompts caption which image.
+        num_skipped: source rows that were left out.
+        made_by: versions and base model, for people; nothing depends on it.
+    """
+
+    text: Product
+    text_spec: TextSpec
+    latents: Product
+    latent_spec: LatentSpec
+    conditioning: dict[str, Product]
+    conditioning_specs: dict[str, LatentSpec]
+    validation: dict[str, Product]
+    captions: str
+    num_skipped: int
+    made_by: dict[str, Any] = field(default_factory=dict)
+    format_version: int = FORMAT_VERSION
+
+    def products(self) -> Iterator[tuple[str, Product]]:
+        """Yield (folder relative to the cache, product) for every product."""
+        yield "text", self.text
+        yield "latents", self.latents
+        for name, product in self.conditioning.items():
+            yield conditioning_folder(name), product
+        for name, product in self.validation.items():
+            yield validation_folder(name), product
+
+
+def conditioning_folder(name: str) -> str:
+    """Return where a cache keeps the conditioning latents of one kind of control."""
+    return f"conditioning/{name}"
+
+
+def validation_folder(name: str) -> str:
+    """Return where a cache keeps the validation pairs of one kind of control."""
+    return f"validation/{name}"
+
+
+def digest(value: Any) -> str:
+    """Return a short, stable digest of plain JSON values."""
+    text = json.dumps(value, ensure_ascii=False, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:32]
+
+
+def product_of(sidecars: Sequence[Sidecar]) -> Product:
+    """Return the manifest's entry for a product whose shards are all finished."""
+    return Product(
+        fingerprint=digest([one.fingerprint for one in sidecars]),
+        num_records=sum(one.num_records for one in sidecars),
+        shard_records=[one.num_records for one in sidecars],
+        shard_bytes=[one.tar_bytes for one in sidecars],
+        shard_sha256=[one.sha256 for one in sidecars],
+    )
+
+
+def write(cache: Path, manifest: Manifest) -> None:
+    """Write, or replace, the cache's manifest."""
+    text = json.dumps(dataclasses.asdict(manifest), ensure_ascii=False, indent=1)
+    write_text(cache / MANIFEST, text + "\n")
+
+
+def load(cache: Path) -> Manifest:
+    """Return the manifest of a complete cache.
+
+    Raises:
+        ShardError: there is no cache here, it is incomplete (naming what is there), or its
+            manifest is damaged or of another format version.
+    """
+    path = cache / MANIFEST
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+        version = values.get("format_version")
+        if version != FORMAT_VERSION:
+            raise ShardError(
+                f"{path}: cache format {version}, this version reads {FORMAT_VERSION}; "
+                "run precompute again, or install the version that wrote it"
+            )
+        return _from_json(values)
+    except (FileNotFoundError, NotADirectoryError):
+        raise ShardError(_why_no_manifest(cache)) from None
+    except ShardError:
+        raise
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        raise ShardError(
+            f"{path}: damaged manifest ({error}); run precompute again, finished shards are kept"
+        ) from error
+
+
+def _from_json(values: dict[str, Any]) -> Manifest:
+    return Manifest(
+        **values
+        | {
+            "text": Product(**values["text"]),
+            "text_spec": TextSpec(**values["text_spec"]),
+            "latents": Product(**values["latents"]),
+            "latent_spec": LatentSpec(**values["latent_spec"]),
+            "conditioning": {k: Product(**v) for k, v in values["conditioning"].items()},
+            "conditioning_specs": {
+                k: LatentSpec(**v) for k, v in values["conditioning_specs"].items()
+            },
+            "validation": {k: Product(**v) for k, v in values["validation"].items()},
+        }
+    )
+
+
+def _why_no_manifest(cache: Path) -> str:
+    """Say what stands where a complete cache was expected."""
+    if not cache.is_dir():
+        return f"{cache}: no such folder; make the cache first: python -m precompute"
+    finished = {
+        folder.relative_to(cache).as_posix(): _shard_numbers(folder)
+        for folder in (cache / "text", cache / "latents", *sorted(cache.glob("conditioning/*")))
+        if folder.is_dir()
+    }
+    if not finished:
+        return f"{cache}: not a cache (no manifest.json, no shards); make one: python -m precompute"
+    listing = "; ".join(
+        f"{name}: {len(numbers)} finished{_gaps(numbers)}" for name, numbers in finished.items()
+    )
+    return (
+        f"{cache}: the cache is incomplete, manifest.json is missing ({listing}). "
+        "Run the same python -m precompute command again; finished shards are kept."
+    )
+
+
+def _shard_numbers(folder: Path) -> list[int]:
+    return sorted(int(path.stem) for path in folder.glob("[0-9]*.json"))
+
+
+def _gaps(numbers: list[int]) -> str:
+    missing = sorted(set(range(max(numbers, default=-1) + 1)) - set(numbers))
+    return f", missing {', '.join(f'{k:06d}' for k in missing[:8])}" if missing else ""

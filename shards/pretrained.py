@@ -1,0 +1,117 @@
+"""Finding a base model's folders: a folder on disk, or only the needed part of a hub repository."""
+
+import json
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from shards.errors import ConfigError
+
+# What a component folder may hold that loading it needs; everything else stays on the hub.
+FILE_PATTERNS = ("*.json", "*.txt", "*.model")
+
+
+def find_base(
+    name_or_path: str,
+    subfolders: Sequence[str],
+    *,
+    revision: str | None = None,
+    variant: str | None = None,
+    cache_dir: Path | None = None,
+) -> Path:
+    """Return the local folder of a base model, with at least `subfolders` in it.
+
+    Args:
+        name_or_path: a diffusers model folder, or a hub id such as
+            `stabilityai/stable-diffusion-3.5-medium`.
+        subfolders: components that the caller needs, e.g. `("vae",)`; of a hub repository only
+            these are downloaded.
+        revision: branch, tag or commit on the hub.
+        variant: weight files to take, e.g. `fp16`.
+        cache_dir: where downloads are kept; the hub's default otherwise.
+
+    Raises:
+        ConfigError: neither a folder nor a hub id, no access, or components missing.
+    """
+    folder = Path(name_or_path)
+    if not folder.is_dir():
+        if not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name_or_path):
+            raise ConfigError(
+                f"base model {name_or_path!r}: no such folder, and not a hub id (owner/name). "
+                "Give --pretrained-model-name-or-path a diffusers model folder or a hub id."
+            )
+        folder = _download(name_or_path, subfolders, revision, variant, cache_dir)
+    missing = [name for name in subfolders if not has_component(folder, name)]
+    if missing:
+        present = sorted(entry.name for entry in folder.iterdir() if entry.is_dir())
+        raise ConfigError(
+            f"base model {name_or_path!r}: no {', '.join(f'{name}/' for name in missing)} in it; "
+            f"found {', '.join(f'{name}/' for name in present) or 'no folders'}. "
+            "A diffusers model folder has one folder for each component."
+        )
+    return folder
+
+
+def has_component(folder: Path, name: str) -> bool:
+    """Tell whether a model folder holds a component with a configuration."""
+    return any((folder / name).glob("*.json"))
+
+
+def read_config(folder: Path, name: str) -> dict[str, Any]:
+    """Return a component's configuration, from its `config.json` or `scheduler_config.json`.
+
+    Raises:
+        ConfigError: missing, or not a JSON object.
+    """
+    path = folder / name / ("scheduler_config.json" if name == "scheduler" else "config.json")
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{path}: cannot be read as a configuration: {error}") from error
+    if not isinstance(config, dict):
+        raise ConfigError(f"{path}: expected a JSON object, found {type(config).__name__}")
+    return config
+
+
+def _download(
+    repo: str,
+    subfolders: Sequence[str],
+    revision: str | None,
+    variant: str | None,
+    cache_dir: Path | None,
+) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HfHubHTTPError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+    )
+
+    weights = f"*.{variant}*safetensors" if variant else "*.safetensors"
+    try:
+        return Path(
+            snapshot_download(
+                repo,
+                revision=revision,
+                cache_dir=cache_dir,
+                allow_patterns=["model_index.json"]
+                + [f"{name}/{kind}" for name in subfolders for kind in (*FILE_PATTERNS, weights)],
+                ignore_patterns=None if variant else ["*.fp16*", "*.bf16*"],
+            )
+        )
+    except GatedRepoError as error:
+        raise ConfigError(
+            f"base model {repo!r} is gated: accept its terms on its hub page, then `hf auth login`."
+        ) from error
+    except RepositoryNotFoundError as error:
+        raise ConfigError(
+            f"base model {repo!r}: no such folder here and no such repository on the hub "
+            "(or it is private: `hf auth login`)."
+        ) from error
+    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
+        raise ConfigError(
+            f"base model {repo!r}: no such folder here, and the hub could not be reached "
+            f"({type(error).__name__}). Check the name and the network."
+        ) from error

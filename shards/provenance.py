@@ -1,0 +1,58 @@
+"""`run.json`: with which settings, versions and inputs a stage made its output."""
+
+import importlib.metadata
+import json
+import platform
+import subprocess
+from pathlib import Path
+from typing import Any
+
+from shards.options import as_dict
+from shards.writer import write_text
+
+LIBRARIES = ("torch", "diffusers", "transformers", "accelerate", "safetensors", "numpy", "pillow")
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of Python and of the libraries that determine results."""
+    found = {"python": platform.python_version()}
+    for name in LIBRARIES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            found[name] = "absent"
+    return found
+
+
+def commit() -> str | None:
+    """Return the commit of this project's checkout, `+` appended if it was changed, or None."""
+    here = Path(__file__).resolve().parent
+    try:
+        head, changes = (
+            subprocess.run(
+                ["git", "-C", str(here), *arguments], capture_output=True, text=True, check=True
+            ).stdout.strip()
+            for arguments in (["rev-parse", "HEAD"], ["status", "--porcelain", "-uno"])
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return head + ("+" if changes else "")
+
+
+def write_run(folder: Path, stage: str, config: Any, **more: Any) -> None:
+    """Write `run.json` into a stage's output folder.
+
+    Args:
+        folder: the output folder, which exists.
+        stage: `precompute`, `train` or `infer`.
+        config: the stage's config dataclass.
+        more: further plain JSON values, e.g. fingerprints.
+    """
+    run = {
+        "stage": stage,
+        "config": as_dict(config),
+        "versions": versions(),
+        "commit": commit(),
+        **more,
+    }
+    write_text(folder / "run.json", json.dumps(run, ensure_ascii=False, indent=1) + "\n")

@@ -1,0 +1,17 @@
+"""`python -m train`, or `accelerate launch -m train`."""
+
+from shards.options import stage_command
+from train.config import MOVED, TrainConfig
+
+
+def run(config: TrainConfig) -> None:
+    """Import the networks' libraries only once the command line is known to be good."""
+    from train.run import train
+
+    train(config)
+
+
+main = stage_command("train", TrainConfig, run, section="train", moved=MOVED)
+
+if __name__ == "__main__":
+    main(prog_name="python -m train")

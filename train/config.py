@@ -1,0 +1,150 @@
+"""The settings of stage 2; names and defaults are those of diffusers' train_controlnet_sd3.py."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from shards.errors import ConfigError
+from shards.manifest import DEFAULT_CONDITIONING
+from shards.options import option
+
+AT_PRECOMPUTE = "this is settled when the cache is made; give it to python -m precompute."
+MOVED = {
+    "--dataset-name": AT_PRECOMPUTE,
+    "--dataset-config-name": AT_PRECOMPUTE,
+    "--train-data-dir": "give the data to python -m precompute --source.",
+    "--image-column": AT_PRECOMPUTE,
+    "--conditioning-image-column": AT_PRECOMPUTE,
+    "--caption-column": AT_PRECOMPUTE,
+    "--max-train-samples": AT_PRECOMPUTE,
+    "--resolution": AT_PRECOMPUTE,
+    "--max-sequence-length": AT_PRECOMPUTE,
+    "--dataset-preprocess-batch-size": "see python -m precompute --text-batch-size.",
+    "--validation-prompt": AT_PRECOMPUTE,
+    "--validation-image": AT_PRECOMPUTE,
+    "--upcast-vae": "see python -m precompute --vae-dtype, float32 by default.",
+    "--set-grads-to-none": "gradients are always set to None; leave it out.",
+}
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Train a ControlNet from a cache that precompute made."""
+
+    pretrained_model_name_or_path: str = option(
+        help="Base model: a diffusers folder or a hub id; only transformer and scheduler are read, "
+        "and the VAE's decoder for validation images."
+    )
+    shards: Path = option(help="The cache's folder.")
+    output_dir: Path = option(help="Where checkpoints, logs and the ControlNet go.")
+    conditioning_name: str = option(DEFAULT_CONDITIONING, help="Which control of the cache.")
+    controlnet_model_name_or_path: str | None = option(
+        None, help="ControlNet to go on from; a copy of the transformer's first blocks otherwise."
+    )
+    num_controlnet_layers: int | None = option(
+        None, help="Blocks of a new ControlNet; 12, or one fewer than the base has if that is less."
+    )
+    revision: str | None = option(None, help="Revision of the base model on the hub.")
+    variant: str | None = option(None, help="Variant of the base model's weight files, e.g. fp16.")
+    cache_dir: Path | None = option(None, help="Where downloaded models are kept.")
+    seed: int = option(0, help="Of order, noise, timesteps and dropped prompts.")
+    shuffle_window: int | None = option(
+        None, help="Shards mixed at a time; all of them by default."
+    )
+    train_batch_size: int = option(4, help="Samples a step and process.")
+    num_train_epochs: int = option(1, help="Times through the data, unless --max-train-steps.")
+    max_train_steps: int | None = option(None, help="Optimiser steps in all.")
+    gradient_accumulation_steps: int = option(1, help="Batches an optimiser step.")
+    gradient_checkpointing: bool = option(
+        False, help="Compute activations of both networks twice rather than keep them."
+    )
+    mixed_precision: Literal["no", "fp16", "bf16"] | None = option(
+        None, help="Number format of the frozen base and of the arithmetic; accelerate's if absent."
+    )
+    allow_tf32: bool = option(False, help="TensorFloat-32 matrix products, on Ampere and later.")
+    learning_rate: float = option(5e-6, help="Peak learning rate.")
+    scale_lr: bool = option(
+        False, help="Multiply it by batch size, accumulation steps and processes."
+    )
+    lr_scheduler: Literal[
+        "linear",
+        "cosine",
+        "cosine_with_restarts",
+        "polynomial",
+        "constant",
+        "constant_with_warmup",
+    ] = option("constant", help="diffusers' learning rate schedules.")
+    lr_warmup_steps: int = option(500, help="For the schedules that warm up.")
+    lr_num_cycles: int = option(1, help="For cosine_with_restarts.")
+    lr_power: float = option(1.0, help="For polynomial.")
+    use_8bit_adam: bool = option(False, help="bitsandbytes' AdamW; needs the extra [adam8bit].")
+    adam_beta1: float = option(0.9, help="AdamW's first moment.")
+    adam_beta2: float = option(0.999, help="AdamW's second moment.")
+    adam_weight_decay: float = option(1e-2, help="AdamW's weight decay.")
+    adam_epsilon: float = option(1e-8, help="AdamW's epsilon.")
+    max_grad_norm: float = option(1.0, help="Gradients are clipped to this norm.")
+    weighting_scheme: Literal["sigma_sqrt", "logit_normal", "mode", "cosmap", "none"] = option(
+        "logit_normal", help="How timesteps are drawn and losses weighted."
+    )
+    logit_mean: float = option(0.0, help="For logit_normal.")
+    logit_std: float = option(1.0, help="For logit_normal.")
+    mode_scale: float = option(1.29, help="For mode.")
+    precondition_outputs: int = option(
+        1, help="1: the loss compares clean latents; 0: velocities, noise - latent."
+    )
+    proportion_empty_prompts: float = option(
+        0.0, help="Fraction of prompts replaced by the empty one, drawn anew at each step."
+    )
+    dataloader_num_workers: int = option(
+        0, help="Processes that read ahead; 0 reads in the main process."
+    )
+    checkpointing_steps: int = option(500, help="A checkpoint each so many steps.")
+    checkpoints_total_limit: int | None = option(None, help="Older checkpoints are removed.")
+    resume_from_checkpoint: str | None = option(
+        None, help="A checkpoint's folder, or `latest`, which starts anew where there is none."
+    )
+    validation_steps: int = option(
+        100, help="Draw the cache's validation pairs each so many steps; 0 never."
+    )
+    num_validation_images: int = option(4, help="Pictures a validation pair.")
+    validation_inference_steps: int = option(20, help="Sampling steps a picture.")
+    validation_guidance_scale: float = option(7.0, help="Classifier-free guidance; 1 turns it off.")
+    logging_steps: int = option(10, help="Log loss and learning rate each so many steps.")
+    logging_dir: str = option("logs", help="Of the tracker, in the output folder.")
+    report_to: Literal["tensorboard", "wandb", "none"] = option("tensorboard", help="Tracker.")
+    tracker_project_name: str = option("train_controlnet", help="Name of the run's project.")
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot work, before anything is loaded.
+
+        Raises:
+            ConfigError: naming the option.
+        """
+        at_least_one = (
+            "train_batch_size",
+            "num_train_epochs",
+            "max_train_steps",
+            "gradient_accumulation_steps",
+            "num_controlnet_layers",
+            "shuffle_window",
+            "checkpointing_steps",
+            "checkpoints_total_limit",
+            "num_validation_images",
+            "validation_inference_steps",
+            "logging_steps",
+        )
+        not_negative = ("seed", "validation_steps", "dataloader_num_workers", "lr_warmup_steps")
+        for names, least in ((at_least_one, 1), (not_negative, 0)):
+            for name in names:
+                value = getattr(self, name)
+                if value is not None and value < least:
+                    flag = "--" + name.replace("_", "-")
+                    raise ConfigError(f"{flag} {value}: must be at least {least}.")
+        if self.precondition_outputs not in (0, 1):
+            raise ConfigError(
+                f"--precondition-outputs {self.precondition_outputs}: must be 0 or 1."
+            )
+        if not 0 <= self.proportion_empty_prompts <= 1:
+            raise ConfigError(
+                f"--proportion-empty-prompts {self.proportion_empty_prompts}: must be in 0 to 1."
+            )

@@ -1,0 +1,118 @@
+"""Flow matching for SD3; pure functions, no configuration.
+
+Axes: B samples, C latent channels (16), h x w latent grid (pixels / 8).
+Source: Esser et al. 2024, arXiv:2403.03206, section 3; preconditioning after Karras et al. 2022,
+arXiv:2206.00364, section 5. Sigma is the share of noise: 0 is data, 1 is noise.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+
+def timestep_density(
+    uniform: Tensor,
+    normal: Tensor,
+    scheme: str,
+    *,
+    logit_mean: float = 0.0,
+    logit_std: float = 1.0,
+    mode_scale: float = 1.29,
+) -> Tensor:
+    """Return where in the schedule each sample is trained, 0 (all noise) to 1 (all data).
+
+    Args:
+        uniform: uniform in [0, 1), [B].
+        normal: standard normal, [B].
+        scheme: `logit_normal` (section 3.1, equation 19) uses `normal`; `mode` (equation 20) and
+            all others, which are uniform, use `uniform`.
+        logit_mean: mean of the logit.
+        logit_std: standard deviation of the logit.
+        mode_scale: how far from uniform `mode` is.
+
+    Returns:
+        [B].
+    """
+    if scheme == "logit_normal":
+        return torch.sigmoid(logit_mean + logit_std * normal)
+    if scheme == "mode":
+        cosine = torch.cos(math.pi * uniform / 2) ** 2
+        return 1 - uniform - mode_scale * (cosine - 1 + uniform)
+    return uniform
+
+
+def schedule_index(density: Tensor, num_train_timesteps: int) -> Tensor:
+    """Return the index into the scheduler's tables for each density, [B], int64."""
+    return (density * num_train_timesteps).long().clamp(0, num_train_timesteps - 1)
+
+
+def scaled(latent: Tensor, scaling_factor: float, shift_factor: float) -> Tensor:
+    """Return raw VAE output as the transformer takes it: near mean 0 and variance 1."""
+    return (latent - shift_factor) * scaling_factor
+
+
+def noised(latent: Tensor, noise: Tensor, sigma: Tensor) -> Tensor:
+    """Return the point at `sigma` on the straight line from data to noise.
+
+    Args:
+        latent: scaled latents, [B, C, h, w].
+        noise: standard normal, shaped like `latent`.
+        sigma: one level a sample, [B].
+
+    Returns:
+        [B, C, h, w].
+    """
+    sigma = _spread(sigma)
+    return (1 - sigma) * latent + sigma * noise
+
+
+def loss_weight(sigma: Tensor, scheme: str) -> Tensor:
+    """Return the weight of each sample's loss, [B].
+
+    `sigma_sqrt` and `cosmap` (section 3.1, equation 21 as a weight) draw uniformly and weight
+    instead; all others weigh alike.
+    """
+    if scheme == "sigma_sqrt":
+        return sigma**-2.0
+    if scheme == "cosmap":
+        return 2 / (math.pi * (1 - 2 * sigma + 2 * sigma**2))
+    return torch.ones_like(sigma)
+
+
+def flow_loss(
+    prediction: Tensor,
+    latent: Tensor,
+    noise: Tensor,
+    noisy: Tensor,
+    sigma: Tensor,
+    weight: Tensor,
+    *,
+    precondition_outputs: bool,
+) -> Tensor:
+    """Return the weighted mean squared error of a batch.
+
+    Args:
+        prediction: the transformer's velocity, noise - latent if it were right; [B, C, h, w].
+        latent: scaled latents, [B, C, h, w].
+        noise: what was mixed in, [B, C, h, w].
+        noisy: `noised` of these, [B, C, h, w].
+        sigma: [B].
+        weight: `loss_weight` of these, [B].
+        precondition_outputs: compare clean latents, noisy - sigma * velocity, which weighs the
+            velocity's error by sigma squared; or else the velocities.
+
+    Returns:
+        A scalar, float32.
+    """
+    prediction = prediction.float()
+    if precondition_outputs:
+        error = prediction * -_spread(sigma) + noisy - latent
+    else:
+        error = prediction - (noise - latent)
+    return (_spread(weight) * error**2).mean()
+
+
+def _spread(values: Tensor) -> Tensor:
+    """Return [B] as [B, 1, 1, 1]."""
+    return values.view(-1, 1, 1, 1)

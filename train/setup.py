@@ -1,0 +1,193 @@
+"""What a run is made of; mistakes are found before anything heavy is loaded."""
+
+import importlib.util
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import ProjectConfiguration
+from diffusers.optimization import get_scheduler
+
+from shards.errors import ConfigError, ShardError
+from shards.order import Order
+from shards.pretrained import find_base
+from shards.reader import Cache
+from train import checkpoints, models
+from train.checkpoints import TrainState
+from train.config import TrainConfig
+from train.step import Objective
+
+WEIGHT_DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What a run reads, found and checked.
+
+    Attributes:
+        cache: opened.
+        base: folder of the base model.
+        order: of the samples.
+        validates: whether validation pictures are to be drawn.
+        checkpoint: to resume from, or None.
+        state: where the run starts.
+    """
+
+    cache: Cache
+    base: Path
+    order: Order
+    validates: bool
+    checkpoint: Path | None
+    state: TrainState
+
+
+def find_inputs(config: TrainConfig) -> Inputs:
+    """Open and check everything the run reads, before any weights are loaded.
+
+    Raises:
+        ShardError: the cache is missing, incomplete or damaged.
+        ConfigError: the base model, the cache and the checkpoint do not go together.
+    """
+    _require_packages(config)
+    cache = Cache(config.shards, config.conditioning_name)
+    num_samples = cache.conditioning.product.num_records
+    if num_samples == 0:
+        raise ShardError(f"{config.shards}: the cache holds no samples")
+    validates = config.validation_steps > 0 and cache.validation.product.num_records > 0
+    needed = ("transformer", "scheduler", *(["vae"] if validates else []))
+    try:
+        base = find_base(
+            config.pretrained_model_name_or_path,
+            needed,
+            revision=config.revision,
+            variant=config.variant,
+            cache_dir=config.cache_dir,
+        )
+    except ConfigError as error:
+        hint = (
+            " Validation pictures need vae/; --validation-steps 0 does without."
+            if validates
+            else ""
+        )
+        raise ConfigError(f"{error}{hint}") from error
+    models.check_base(base, cache.manifest)
+
+    checkpoint = checkpoints.choose(config.output_dir, config.resume_from_checkpoint)
+    start = TrainState(
+        step=0,
+        place=0,
+        seed=config.seed,
+        shuffle_window=config.shuffle_window,
+        latents_fingerprint=cache.manifest.latents.fingerprint,
+    )
+    state = start
+    if checkpoint is not None:
+        state = checkpoints.read_state(checkpoint)
+        _check_same_order(checkpoint, state, start)
+    shard_records = cache.conditioning.product.shard_records
+    order = Order(shard_records, seed=config.seed, window=config.shuffle_window)
+    return Inputs(cache, base, order, validates, checkpoint, state)
+
+
+def make_accelerator(config: TrainConfig) -> Accelerator:
+    """Return the accelerator: devices, processes, precision, accumulation and tracker."""
+    return Accelerator(
+        gradient_accumulation_steps=config.gradient_accumulation_steps,
+        mixed_precision=config.mixed_precision,
+        log_with=None if config.report_to == "none" else config.report_to,
+        project_config=ProjectConfiguration(
+            project_dir=str(config.output_dir),
+            logging_dir=str(config.output_dir / config.logging_dir),
+        ),
+        # The schedule steps once an optimiser step, on every number of processes.
+        step_scheduler_with_optimizer=False,
+    )
+
+
+def num_train_steps(config: TrainConfig, num_samples: int, step_samples: int) -> int:
+    """Return how many optimiser steps the run has.
+
+    Args:
+        config: says so outright, or in epochs.
+        num_samples: in the cache.
+        step_samples: consumed by an optimiser step, on all processes.
+    """
+    if config.max_train_steps is not None:
+        return config.max_train_steps
+    return math.ceil(config.num_train_epochs * num_samples / step_samples)
+
+
+def make_optimizer(config: TrainConfig, parameters: list[Any], step_samples: int) -> Any:
+    """Return AdamW over the ControlNet's trainable parameters."""
+    optimizer_class: Any = torch.optim.AdamW
+    if config.use_8bit_adam:
+        import bitsandbytes
+
+        optimizer_class = bitsandbytes.optim.AdamW8bit
+    return optimizer_class(
+        parameters,
+        lr=config.learning_rate * (step_samples if config.scale_lr else 1),
+        betas=(config.adam_beta1, config.adam_beta2),
+        weight_decay=config.adam_weight_decay,
+        eps=config.adam_epsilon,
+    )
+
+
+def make_schedule(config: TrainConfig, optimizer: Any, num_steps: int) -> Any:
+    """Return diffusers' learning rate schedule."""
+    return get_scheduler(
+        config.lr_scheduler,
+        optimizer=optimizer,
+        num_warmup_steps=config.lr_warmup_steps,
+        num_training_steps=num_steps,
+        num_cycles=config.lr_num_cycles,
+        power=config.lr_power,
+    )
+
+
+def make_objective(config: TrainConfig, inputs: Inputs, device: torch.device) -> Objective:
+    """Return the objective with the base scheduler's tables on the device."""
+    scheduler = models.load_scheduler(inputs.base)
+    return Objective(
+        sigmas=scheduler.sigmas.to(device, torch.float32),
+        timesteps=scheduler.timesteps.to(device, torch.float32),
+        latent_spec=inputs.cache.manifest.latent_spec,
+        conditioning_spec=inputs.cache.conditioning_spec,
+        weighting_scheme=config.weighting_scheme,
+        logit_mean=config.logit_mean,
+        logit_std=config.logit_std,
+        mode_scale=config.mode_scale,
+        precondition_outputs=bool(config.precondition_outputs),
+    )
+
+
+def _check_same_order(checkpoint: Path, found: TrainState, wanted: TrainState) -> None:
+    """Refuse to resume where the sequence of samples would be another one."""
+    names = {
+        "seed": "--seed",
+        "shuffle_window": "--shuffle-window",
+        "latents_fingerprint": "latents of the cache",
+    }
+    wrong = [
+        f"  {label}: checkpoint {getattr(found, name)}, now {getattr(wanted, name)}"
+        for name, label in names.items()
+        if getattr(found, name) != getattr(wanted, name)
+    ]
+    if wrong:
+        raise ConfigError(
+            f"{checkpoint}: made with other data or another order, so going on would repeat and "
+            "skip samples:\n" + "\n".join(wrong) + "\nUse the same, or start in another "
+            "--output-dir with this checkpoint's controlnet/ as --controlnet-model-name-or-path."
+        )
+
+
+def _require_packages(config: TrainConfig) -> None:
+    for wanted, package, extra in (
+        (config.report_to == "wandb", "wandb", "wandb"),
+        (config.use_8bit_adam, "bitsandbytes", "adam8bit"),
+    ):
+        if wanted and importlib.util.find_spec(package) is None:
+            raise ConfigError(f"{package} is not installed: pip install '.[{extra}]'")

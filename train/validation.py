@@ -1,0 +1,174 @@
+"""Validation pictures: sampling from cached embeddings; the VAE's decoder comes for that moment.
+
+Axes: B pictures, C latent channels, h x w latent grid, T tokens, W embedding width.
+"""
+
+import gc
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import FlowMatchEulerDiscreteScheduler
+from numpy.typing import NDArray
+from torch import Tensor
+
+from shards.manifest import LatentSpec
+from shards.reader import Cache
+from train.data import prompt_embeds
+from train.objective import scaled
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A validation pair, as cached.
+
+    Attributes:
+        prompt: its text.
+        conditioning_image: [3, H, W], 0 to 255.
+        conditioning_latent: scaled, [C, h, w].
+        embeds: [T, W], CLIP and T5.
+        pooled: [W].
+    """
+
+    prompt: str
+    conditioning_image: Tensor
+    conditioning_latent: Tensor
+    embeds: Tensor
+    pooled: Tensor
+
+
+@dataclass(frozen=True)
+class Picture:
+    """What came of a pair: images [B, H, W, 3], 0 to 255."""
+
+    pair: Pair
+    images: NDArray[np.uint8]
+
+
+def read_pairs(cache: Cache) -> list[Pair]:
+    """Return the cache's validation pairs."""
+    reader, spec = cache.validation, cache.conditioning_spec
+    pairs = []
+    for shard, count in enumerate(reader.product.shard_records):
+        for index in range(count):
+            record = reader.tensors(shard, index)
+            latent = record["conditioning_latent"].float()
+            pairs.append(
+                Pair(
+                    prompt=str(reader.about(shard, index).get("prompt", "")),
+                    conditioning_image=record["conditioning_image"],
+                    conditioning_latent=scaled(latent, spec.scaling_factor, spec.shift_factor),
+                    embeds=_embeds(record),
+                    pooled=record["pooled_embeds"],
+                )
+            )
+    return pairs
+
+
+def negative_embeds(cache: Cache) -> tuple[Tensor, Tensor]:
+    """Return the empty prompt's embeddings [T, W] and pooled embedding [W]."""
+    record = cache.empty_prompt()
+    return _embeds(record), record["pooled_embeds"]
+
+
+def _embeds(record: dict[str, Tensor]) -> Tensor:
+    return prompt_embeds(record["clip_embeds"][None], record["t5_embeds"][None])[0]
+
+
+@torch.no_grad()
+def sample(
+    transformer: Any,
+    controlnet: Any,
+    scheduler: FlowMatchEulerDiscreteScheduler,
+    pair: Pair,
+    negative: tuple[Tensor, Tensor],
+    noise: Tensor,
+    *,
+    num_inference_steps: int,
+    guidance_scale: float,
+) -> Tensor:
+    """Return the latents that the stock pipeline's denoising loop comes to.
+
+    Args:
+        transformer: SD3 transformer; its dtype is the loop's.
+        controlnet: called as the stock pipeline calls it.
+        scheduler: of the base model; its state is overwritten.
+        pair: what to draw.
+        negative: see `negative_embeds`.
+        noise: standard normal, [B, C, h, w], on the transformer's device.
+        num_inference_steps: steps.
+        guidance_scale: of classifier-free guidance; at 1 or less the negative prompt is left out.
+
+    Returns:
+        Scaled latents, [B, C, h, w], float32.
+    """
+    device, dtype = noise.device, transformer.dtype
+    guided = guidance_scale > 1
+    count = len(noise)
+
+    def rows(positive: Tensor, other: Tensor) -> Tensor:
+        both = torch.stack([other, positive] if guided else [positive])
+        return both.to(device, dtype).repeat_interleave(count, dim=0)
+
+    embeds = rows(pair.embeds, negative[0])
+    pooled = rows(pair.pooled, negative[1])
+    conditioning = rows(pair.conditioning_latent, pair.conditioning_latent)
+    scheduler.set_timesteps(num_inference_steps, device=device)
+    latents = noise.to(dtype)
+    for timestep in scheduler.timesteps:
+        hidden = torch.cat([latents] * 2) if guided else latents
+        common = {
+            "hidden_states": hidden,
+            "timestep": timestep.expand(len(hidden)),
+            "encoder_hidden_states": embeds,
+            "pooled_projections": pooled,
+            "return_dict": False,
+        }
+        residuals = controlnet(controlnet_cond=conditioning, **common)[0]
+        residuals = [residual.to(dtype) for residual in residuals]
+        velocity = transformer(block_controlnet_hidden_states=residuals, **common)[0]
+        if guided:
+            unconditional, conditional = velocity.chunk(2)
+            velocity = unconditional + guidance_scale * (conditional - unconditional)
+        latents = scheduler.step(velocity, timestep, latents, return_dict=False)[0]
+    return latents.float()
+
+
+@torch.no_grad()
+def decode(
+    base: Path, variant: str | None, spec: LatentSpec, latents: list[Tensor], device: torch.device
+) -> list[NDArray[np.uint8]]:
+    """Decode batches of scaled latents with the base model's VAE, which is gone on return.
+
+    Args:
+        base: model folder with a VAE.
+        variant: variant of its weight files.
+        spec: scaling of the latents.
+        latents: [B, C, h, w] each.
+        device: where to decode.
+
+    Returns:
+        Images [B, H, W, 3], 0 to 255, one array a batch.
+    """
+    # Imported here so that training without validation never sees a VAE.
+    from diffusers import AutoencoderKL
+
+    vae = AutoencoderKL.from_pretrained(
+        base, subfolder="vae", variant=variant, torch_dtype=torch.float32, use_safetensors=True
+    )
+    vae.encoder = None
+    vae.to(device).eval()
+    images = []
+    for batch in latents:
+        raw = batch.to(device) / spec.scaling_factor + spec.shift_factor
+        # One at a time: the decoder's activations are what fills a small card.
+        pixels = torch.cat([vae.decode(one, return_dict=False)[0] for one in raw.unsqueeze(1)])
+        unit = (pixels / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1)
+        images.append((unit * 255).round().to(torch.uint8).cpu().numpy())
+    del vae
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    return images
