@@ -5,10 +5,10 @@ T5, joint attention), about 1.5 million random weights, and loads in the stock p
 tokenizers are made from the colour names, so that a caption keeps its words.
 """
 
-import json
 import shutil
 import string
-from collections.abc import Iterator
+from collections import Counter
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from diffusers import (
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
 )
-from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from tokenizers import pre_tokenizers
 from transformers import (
     CLIPTextConfig,
     CLIPTextModelWithProjection,
@@ -35,7 +35,7 @@ from demo.colors import COLORS
 from shards.options import CONTEXT
 
 CLIP_TOKENS = 24  # the longest caption has 17 CLIP tokens
-START, END = "<|startoftext|>", "<|endoftext|>"
+START, END, WORD_END = "<|startoftext|>", "<|endoftext|>", "</w>"
 CLIP_L_WIDTH, CLIP_G_WIDTH, T5_WIDTH = 32, 48, 96
 # SD3's own shift: more time at high noise.
 SCHEDULER_SHIFT = 3.0
@@ -43,10 +43,10 @@ SCHEDULER_SHIFT = 3.0
 SCALING_FACTOR, SHIFT_FACTOR = 1.5305, 0.0609
 
 
-def captions() -> Iterator[str]:
-    """Yield texts with all words of the demo's captions, for training tokenizers."""
-    for name in COLORS:
-        yield f"{name} circle with {name} background"
+def caption_words() -> list[str]:
+    """Return the words of which the demo's captions are made, in alphabetical order."""
+    names = " ".join(COLORS).split()
+    return sorted({*names, "circle", "with", "background"})
 
 
 def build_pipeline(
@@ -126,33 +126,45 @@ def build_pipeline(
 
 
 def clip_tokenizer(tokens: int) -> CLIPTokenizer:
-    """Return a CLIP tokenizer whose byte-pair encoding was trained on the captions."""
-    blank = CLIPTokenizer()
-    trained = Tokenizer(models.BPE(end_of_word_suffix="</w>", unk_token=END))
-    trained.normalizer = blank.backend_tokenizer.normalizer
-    trained.pre_tokenizer = blank.backend_tokenizer.pre_tokenizer
-    trainer = trainers.BpeTrainer(
-        vocab_size=1024,
-        special_tokens=[START, END],
-        end_of_word_suffix="</w>",
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    trained.train_from_iterator(captions(), trainer)
-    model = json.loads(trained.to_str())["model"]
-    # CLIP takes its pooled output at the end token, which therefore is the padding as well.
+    """Return a CLIP tokenizer whose byte-pair encoding has a token for every word of the captions.
+
+    The encoding is worked out here because the trainer of `tokenizers` breaks ties by chance, and
+    a seed must give one base model.
+    """
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    merges = byte_pair_merges(caption_words())
+    pieces = [START, END, *letters, *(letter + WORD_END for letter in letters)]
+    pieces += [left + right for left, right in merges]
     return CLIPTokenizer(
-        vocab=model["vocab"],
-        merges=[tuple(pair) for pair in model["merges"]],
+        vocab={piece: number for number, piece in enumerate(pieces)},
+        merges=merges,
         model_max_length=tokens,
     )
 
 
+def byte_pair_merges(words: list[str]) -> list[tuple[str, str]]:
+    """Return the merges, in order, that make each of some ASCII words one piece.
+
+    The most frequent pair goes first, the alphabetically first of equals.
+    """
+    spelled = [[*word[:-1], word[-1] + WORD_END] for word in words]
+    merges: list[tuple[str, str]] = []
+    while counts := Counter(pair for pieces in spelled for pair in pairwise(pieces)):
+        best = min(counts, key=lambda pair: (-counts[pair], pair))
+        merges.append(best)
+        for pieces in spelled:
+            at = 0
+            while at < len(pieces) - 1:
+                if (pieces[at], pieces[at + 1]) == best:
+                    pieces[at : at + 2] = ["".join(best)]
+                at += 1
+    return merges
+
+
 def t5_tokenizer() -> T5TokenizerFast:
     """Return a T5 tokenizer with a token for every word of the captions, and for every letter."""
-    words = sorted({word for caption in captions() for word in caption.split()})
     # Log probabilities: a word is always likelier than its spelling.
-    pieces = [(f"▁{word}", -5.0) for word in words]
+    pieces = [(f"▁{word}", -5.0) for word in caption_words()]
     letters = [(letter, -10.0) for letter in ("▁", *string.ascii_letters, *string.digits)]
     vocab = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), *pieces, *letters]
     return T5TokenizerFast(vocab=vocab, extra_ids=0, model_max_length=512)

@@ -19,7 +19,7 @@ from precompute import images
 from precompute.images import BadImage
 from shards.device import pick_device
 from shards.errors import ConfigError
-from shards.pretrained import find_base, read_config
+from shards.pretrained import find_base, find_controlnet, read_config
 from shards.provenance import write_run
 from shards.writer import atomic_file
 
@@ -92,15 +92,8 @@ def load_pipeline(config: GenerateConfig) -> StableDiffusion3ControlNetPipeline:
         cache_dir=config.cache_dir,
     )
     dtype = getattr(torch, config.dtype)
-    try:
-        controlnet = SD3ControlNetModel.from_pretrained(
-            config.controlnet, torch_dtype=dtype, cache_dir=config.cache_dir
-        )
-    except OSError as error:
-        raise ConfigError(
-            f"--controlnet {config.controlnet}: no ControlNet could be loaded from there "
-            f"({str(error).splitlines()[0]}). Train one first: python -m train."
-        ) from error
+    folder = find_controlnet(config.controlnet, "--controlnet", cache_dir=config.cache_dir)
+    controlnet = SD3ControlNetModel.from_pretrained(folder, torch_dtype=dtype)
     _check_fit(controlnet.config, read_config(base, "transformer"), config)
     device = pick_device(config.device)
     pipeline = StableDiffusion3ControlNetPipeline.from_pretrained(

@@ -65,7 +65,9 @@ class PrecomputeConfig:
     )
     vae_batch_size: int = option(8, help="Images encoded at a time.")
     text_batch_size: int = option(32, help="Prompts encoded at a time.")
-    shard_mb: int = option(128, help="Shards hold as many records as fit this size, in 10^6 bytes.")
+    shard_mb: float = option(
+        128.0, help="Shards hold as many records as fit this size, in 10^6 bytes."
+    )
     max_bad_fraction: float = option(
         0.01, help="Stop when more than this fraction of the rows cannot be used."
     )
@@ -83,10 +85,12 @@ class PrecomputeConfig:
                 f"--resolution {self.resolution}: must be divisible by {RESOLUTION_STEP_PX} (VAE "
                 f"f8, patches of 2); try {below} or {below + RESOLUTION_STEP_PX}."
             )
-        for name in ("max_sequence_length", "vae_batch_size", "text_batch_size", "shard_mb"):
+        for name in ("max_sequence_length", "vae_batch_size", "text_batch_size"):
             if getattr(self, name) < 1:
                 flag = "--" + name.replace("_", "-")
                 raise ConfigError(f"{flag} {getattr(self, name)}: must be at least 1.")
+        if self.shard_mb <= 0:
+            raise ConfigError(f"--shard-mb {self.shard_mb:g}: must be above 0.")
         if not 0 <= self.max_bad_fraction <= 1:
             raise ConfigError(f"--max-bad-fraction {self.max_bad_fraction}: must be in 0 to 1.")
         if not self.conditioning_name.replace("_", "").replace("-", "").isalnum():

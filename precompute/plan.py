@@ -187,9 +187,9 @@ def latent_record_bytes(spec: LatentSpec) -> int:
     return numbers * _itemsize(spec.dtype) * (2 if spec.posterior == "mean_std" else 1)
 
 
-def records_per_shard(shard_mb: int, record_bytes: int) -> int:
+def records_per_shard(shard_mb: float, record_bytes: int) -> int:
     """Return how many records of a size fit a shard; at least one."""
-    return max(1, shard_mb * 10**6 // record_bytes)
+    return max(1, int(shard_mb * 1e6 / record_bytes))
 
 
 def _plan_row(source: Source, row: Row) -> PlannedRow:

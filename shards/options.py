@@ -11,7 +11,7 @@ import tomllib
 import types
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import click
 
@@ -182,7 +182,7 @@ def _unwrap(hint: Any) -> tuple[bool, Any]:
     """Return (repeatable, element type) of a field's annotation."""
     if get_origin(hint) is tuple:
         return True, get_args(hint)[0]
-    if isinstance(hint, types.UnionType):
+    if get_origin(hint) in (types.UnionType, Union):
         (hint,) = (arg for arg in get_args(hint) if arg is not type(None))
     return False, hint
 

@@ -36,12 +36,18 @@ def find_base(
     """
     folder = Path(name_or_path)
     if not folder.is_dir():
-        if not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name_or_path):
+        if not is_hub_id(name_or_path):
             raise ConfigError(
                 f"base model {name_or_path!r}: no such folder, and not a hub id (owner/name). "
                 "Give --pretrained-model-name-or-path a diffusers model folder or a hub id."
             )
-        folder = _download(name_or_path, subfolders, revision, variant, cache_dir)
+        weights = f"*.{variant}*safetensors" if variant else "*.safetensors"
+        kinds = (*FILE_PATTERNS, weights)
+        patterns = [f"{name}/{kind}" for name in subfolders for kind in kinds]
+        ignored = [] if variant else ["*.fp16*", "*.bf16*"]
+        folder = _download(
+            name_or_path, ["model_index.json", *patterns], ignored, revision, cache_dir
+        )
     missing = [name for name in subfolders if not has_component(folder, name)]
     if missing:
         present = sorted(entry.name for entry in folder.iterdir() if entry.is_dir())
@@ -74,13 +80,50 @@ def read_config(folder: Path, name: str) -> dict[str, Any]:
     return config
 
 
+def find_controlnet(name_or_path: str, flag: str, *, cache_dir: Path | None = None) -> Path:
+    """Return the local folder of a ControlNet.
+
+    Args:
+        name_or_path: a folder with a ControlNet's config.json and weights, or a hub id.
+        flag: the option it was given with, for the error.
+        cache_dir: where downloads are kept; the hub's default otherwise.
+
+    Raises:
+        ConfigError: neither a folder nor a hub id, no access, or no ControlNet in it.
+    """
+    folder = Path(name_or_path)
+    if not folder.is_dir():
+        if not is_hub_id(name_or_path):
+            raise ConfigError(
+                f"{flag} {name_or_path}: no such folder, and not a hub id (owner/name). "
+                "Train one first: python -m train."
+            )
+        patterns = ["config.json", "*.safetensors", "*.index.json"]
+        folder = _download(name_or_path, patterns, ["*/*"], None, cache_dir)
+    if not ((folder / "config.json").is_file() and any(folder.glob("*.safetensors"))):
+        inner = sorted(folder.glob("checkpoint-*/controlnet"))
+        hint = f" Did you mean {inner[-1]}?" if inner else " Train one first: python -m train."
+        raise ConfigError(f"{flag} {name_or_path}: no ControlNet in it.{hint}")
+    return folder
+
+
+def is_hub_id(name: str) -> bool:
+    """Tell whether a name has the form owner/name."""
+    return re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name) is not None
+
+
 def _download(
     repo: str,
-    subfolders: Sequence[str],
+    allow_patterns: list[str],
+    ignore_patterns: list[str],
     revision: str | None,
-    variant: str | None,
     cache_dir: Path | None,
 ) -> Path:
+    """Return the local copy of the matching files of a hub repository.
+
+    Raises:
+        ConfigError: gated, unknown or out of reach.
+    """
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import (
         GatedRepoError,
@@ -89,29 +132,27 @@ def _download(
         RepositoryNotFoundError,
     )
 
-    weights = f"*.{variant}*safetensors" if variant else "*.safetensors"
     try:
         return Path(
             snapshot_download(
                 repo,
                 revision=revision,
                 cache_dir=cache_dir,
-                allow_patterns=["model_index.json"]
-                + [f"{name}/{kind}" for name in subfolders for kind in (*FILE_PATTERNS, weights)],
-                ignore_patterns=None if variant else ["*.fp16*", "*.bf16*"],
+                allow_patterns=allow_patterns,
+                ignore_patterns=ignore_patterns,
             )
         )
     except GatedRepoError as error:
         raise ConfigError(
-            f"base model {repo!r} is gated: accept its terms on its hub page, then `hf auth login`."
+            f"{repo!r} is gated: accept its terms on its hub page, then `hf auth login`."
         ) from error
     except RepositoryNotFoundError as error:
         raise ConfigError(
-            f"base model {repo!r}: no such folder here and no such repository on the hub "
+            f"{repo!r}: no such folder here and no such repository on the hub "
             "(or it is private: `hf auth login`)."
         ) from error
     except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
         raise ConfigError(
-            f"base model {repo!r}: no such folder here, and the hub could not be reached "
+            f"{repo!r}: no such folder here, and the hub could not be reached "
             f"({type(error).__name__}). Check the name and the network."
         ) from error

@@ -122,7 +122,8 @@ def atomic_file(path: Path) -> Iterator[IO[bytes]]:
         temporary.replace(path)
         _sync_folder(path.parent)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink()
         raise OSError(error.errno, f"cannot write: {error.strerror or error}", str(path)) from error
     except BaseException:
         temporary.unlink(missing_ok=True)

@@ -114,21 +114,11 @@ def new_controlnet(
     return controlnet.float()
 
 
-def load_controlnet(name_or_path: str, cache_dir: Path | None) -> SD3ControlNetModel:
-    """Return a ControlNet to go on from, in float32.
-
-    Raises:
-        ConfigError: there is none.
-    """
-    try:
-        return SD3ControlNetModel.from_pretrained(
-            name_or_path, torch_dtype=torch.float32, use_safetensors=True, cache_dir=cache_dir
-        )
-    except OSError as error:
-        raise ConfigError(
-            f"--controlnet-model-name-or-path {name_or_path}: no ControlNet could be loaded from "
-            f"there ({str(error).splitlines()[0]})."
-        ) from error
+def load_controlnet(folder: Path) -> SD3ControlNetModel:
+    """Return a ControlNet to go on from, in float32."""
+    return SD3ControlNetModel.from_pretrained(
+        folder, torch_dtype=torch.float32, use_safetensors=True
+    )
 
 
 def check_controlnet(controlnet: SD3ControlNetModel, transformer: SD3Transformer2DModel) -> None:

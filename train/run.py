@@ -39,10 +39,10 @@ def train(config: TrainConfig) -> None:
 
     weight_dtype = setup.WEIGHT_DTYPES[accelerator.mixed_precision]
     transformer = models.load_transformer(inputs.base, config.variant, weight_dtype)
-    if config.controlnet_model_name_or_path is None:
+    if inputs.controlnet is None:
         controlnet = models.new_controlnet(transformer, config.num_controlnet_layers)
     else:
-        controlnet = models.load_controlnet(config.controlnet_model_name_or_path, config.cache_dir)
+        controlnet = models.load_controlnet(inputs.controlnet)
         models.check_controlnet(controlnet, transformer)
     data = models.data_entry(inputs.cache.manifest, inputs.cache.conditioning_spec)
     controlnet.register_to_config(

@@ -13,7 +13,7 @@ from diffusers.optimization import get_scheduler
 
 from shards.errors import ConfigError, ShardError
 from shards.order import Order
-from shards.pretrained import find_base
+from shards.pretrained import find_base, find_controlnet
 from shards.reader import Cache
 from train import checkpoints, models
 from train.checkpoints import TrainState
@@ -30,6 +30,7 @@ class Inputs:
     Attributes:
         cache: opened.
         base: folder of the base model.
+        controlnet: folder of the ControlNet to go on from, or None.
         order: of the samples.
         validates: whether validation pictures are to be drawn.
         checkpoint: to resume from, or None.
@@ -38,6 +39,7 @@ class Inputs:
 
     cache: Cache
     base: Path
+    controlnet: Path | None
     order: Order
     validates: bool
     checkpoint: Path | None
@@ -75,6 +77,13 @@ def find_inputs(config: TrainConfig) -> Inputs:
         raise ConfigError(f"{error}{hint}") from error
     models.check_base(base, cache.manifest)
 
+    named = config.controlnet_model_name_or_path
+    controlnet = (
+        None
+        if named is None
+        else find_controlnet(named, "--controlnet-model-name-or-path", cache_dir=config.cache_dir)
+    )
+
     checkpoint = checkpoints.choose(config.output_dir, config.resume_from_checkpoint)
     start = TrainState(
         step=0,
@@ -89,7 +98,7 @@ def find_inputs(config: TrainConfig) -> Inputs:
         _check_same_order(checkpoint, state, start)
     shard_records = cache.conditioning.product.shard_records
     order = Order(shard_records, seed=config.seed, window=config.shuffle_window)
-    return Inputs(cache, base, order, validates, checkpoint, state)
+    return Inputs(cache, base, controlnet, order, validates, checkpoint, state)
 
 
 def make_accelerator(config: TrainConfig) -> Accelerator:

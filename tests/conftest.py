@@ -1,0 +1,199 @@
+"""Miniature models with random weights, a few circles, and a small cache of them."""
+
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+from click.testing import CliRunner, Result
+from diffusers import SD3ControlNetModel
+from PIL import Image
+
+import demo.base
+from demo.circles import write_circles
+from precompute.config import PrecomputeConfig
+from precompute.run import precompute
+from train.config import TrainConfig
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+REPOSITORY = Path(__file__).parent.parent
+RESOLUTION_PX = 64
+NUM_ROWS = 10
+TOKENS = 20
+# Two prompts of (24 * 80 + 20 * 96 + 80) floats, eight latents of 16 * 8 * 8 floats.
+SHARD_MB = 0.0333
+PROMPTS = (
+    "tomato circle with pale turquoise background",
+    "royal blue circle with lemon chiffon background",
+)
+
+
+@pytest.fixture(autouse=True)
+def one_accelerator_a_test() -> None:
+    """Forget the precision that an earlier test's Accelerator settled for the process."""
+    AcceleratorState._reset_state(True)
+
+
+@pytest.fixture(scope="session")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A miniature SD3 base; its VAE's posterior is narrow, as a trained one's is."""
+    folder = tmp_path_factory.mktemp("models") / "base"
+    pipeline = demo.base.build_pipeline(0, num_layers=4)
+    narrow_posterior(pipeline.vae)
+    demo.base.save_base(folder, pipeline)
+    return folder
+
+
+def awaken(controlnet: SD3ControlNetModel, seed: int = 0) -> None:
+    """Give the layers that start at zero random weights, so that the control has a say."""
+    generator = torch.Generator().manual_seed(seed)
+    layers = [*controlnet.controlnet_blocks, controlnet.pos_embed_input.proj]
+    with torch.no_grad():
+        for layer in layers:
+            layer.weight.normal_(std=0.3, generator=generator)
+
+
+def narrow_posterior(vae: torch.nn.Module) -> None:
+    """Make a VAE's standard deviation vanish, so that sampling gives the mean."""
+    out = vae.encoder.conv_out
+    with torch.no_grad():
+        out.weight[16:] = 0
+        out.bias[16:] = -60
+
+
+@pytest.fixture(scope="session")
+def circles(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Ten rows in fill50k's layout, with some grain.
+
+    On quite flat pictures a random VAE's GroupNorm divides by next to nothing and magnifies
+    rounding a thousandfold.
+    """
+    folder = tmp_path_factory.mktemp("source") / "fill50k"
+    write_circles(folder, NUM_ROWS, seed=3)
+    rng = np.random.default_rng(0)
+    for path in sorted(folder.glob("*/*.png")):
+        pixels = np.array(Image.open(path))
+        grain = rng.normal(0, 40, pixels.shape)
+        Image.fromarray((pixels + grain).clip(0, 255).astype(np.uint8)).save(path)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def precompute_config(
+    base: Path, circles: Path, tmp_path_factory: pytest.TempPathFactory
+) -> PrecomputeConfig:
+    """Everything in float32, in small shards, so that there are several."""
+    return PrecomputeConfig(
+        source=circles,
+        pretrained_model_name_or_path=str(base),
+        output_dir=tmp_path_factory.mktemp("cache") / "cache",
+        resolution=RESOLUTION_PX,
+        max_sequence_length=TOKENS,
+        validation_prompt=PROMPTS,
+        validation_image=(circles / "source" / "0.png", circles / "source" / "1.png"),
+        cache_dtype="float32",
+        text_dtype="float32",
+        vae_batch_size=2,
+        text_batch_size=2,
+        shard_mb=SHARD_MB,
+        device="cpu",
+    )
+
+
+@pytest.fixture(scope="session")
+def cache(precompute_config: PrecomputeConfig) -> Path:
+    """A complete cache of the circles."""
+    precompute(precompute_config)
+    return precompute_config.output_dir
+
+
+@pytest.fixture
+def fresh(precompute_config: PrecomputeConfig, tmp_path: Path) -> PrecomputeConfig:
+    """The cache's settings, for a cache of the test's own."""
+    return replace(precompute_config, output_dir=tmp_path / "cache")
+
+
+@pytest.fixture
+def train_config(base: Path, cache: Path, tmp_path: Path) -> TrainConfig:
+    """Four steps of two samples, without pictures."""
+    return TrainConfig(
+        pretrained_model_name_or_path=str(base),
+        shards=cache,
+        output_dir=tmp_path / "out",
+        num_controlnet_layers=2,
+        train_batch_size=2,
+        max_train_steps=4,
+        learning_rate=1e-3,
+        lr_scheduler="cosine",
+        lr_warmup_steps=1,
+        checkpointing_steps=2,
+        validation_steps=0,
+        report_to="none",
+        mixed_precision="no",
+    )
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a command ended."""
+
+    exit_code: int
+    output: str
+
+
+@pytest.fixture
+def command() -> Callable[..., Outcome]:
+    """Run `python -m <package> <arguments>` in this process."""
+
+    def call(package: str, *arguments: object) -> Outcome:
+        module = __import__(f"{package}.__main__", fromlist=["main"])
+        result: Result = CliRunner().invoke(
+            module.main, [str(argument) for argument in arguments], prog_name=f"python -m {package}"
+        )
+        if result.exception is not None and not isinstance(result.exception, SystemExit):
+            raise result.exception
+        return Outcome(result.exit_code, result.output)
+
+    return call
+
+
+def free_port() -> int:
+    """Return a port that nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def run_python(
+    *arguments: object, cwd: Path = REPOSITORY, **environment: str
+) -> subprocess.CompletedProcess[str]:
+    """Run Python on this repository in a process of its own."""
+    return subprocess.run(
+        [sys.executable, *(str(argument) for argument in arguments)],
+        cwd=cwd,
+        env=os.environ | {"PYTHONPATH": str(REPOSITORY)} | environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def flags(config: object) -> list[str]:
+    """Return a config dataclass as command line flags."""
+    found: list[str] = []
+    for name, value in vars(config).items():
+        flag = "--" + name.replace("_", "-")
+        if isinstance(value, bool):
+            found += [flag] if value else []
+        elif isinstance(value, tuple):
+            found += [part for item in value for part in (flag, str(item))]
+        elif value is not None:
+            found += [flag, str(value)]
+    return found

@@ -1,0 +1,383 @@
+"""Stage 1: what is cached is what the stock models compute, and nothing is computed twice."""
+
+import gc
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import AutoencoderKL, StableDiffusion3Pipeline
+from diffusers.image_processor import VaeImageProcessor
+from PIL import Image
+from transformers import CLIPTextModelWithProjection, T5EncoderModel
+
+from precompute.config import PrecomputeConfig
+from precompute.run import precompute
+from shards import manifest, verify
+from shards.errors import ConfigError, ShardError
+from shards.reader import Cache
+from shards.sidecar import Skipped
+from tests.conftest import NUM_ROWS, PROMPTS, RESOLUTION_PX, TOKENS, Outcome
+
+
+def rows(source: Path) -> list[dict[str, str]]:
+    return [json.loads(line) for line in (source / "prompt.json").read_text().splitlines()]
+
+
+def copy_of(source: Path, folder: Path, edit: Callable[[list[dict[str, object]]], None]) -> Path:
+    shutil.copytree(source, folder)
+    lines = [dict(row) for row in rows(source)]
+    edit(lines)
+    (folder / "prompt.json").write_text("\n".join(map(json.dumps, lines)))
+    return folder
+
+
+def times(cache: Path, product: str) -> dict[str, int]:
+    return {path.name: path.stat().st_mtime_ns for path in (cache / product).rglob("*.tar")}
+
+
+def test_prompts_are_what_the_stock_pipeline_encodes(cache: Path, base: Path) -> None:
+    pipeline = StableDiffusion3Pipeline.from_pretrained(base)
+    found = Cache(cache)
+    seen = []
+    for shard, count in enumerate(found.manifest.text.shard_records):
+        for index in range(count):
+            prompt = found.text.about(shard, index)["prompt"]
+            seen.append(prompt)
+            tensors = found.text.tensors(shard, index)
+            with torch.no_grad():
+                embeds, _, pooled, _ = pipeline.encode_prompt(
+                    prompt, None, None, max_sequence_length=TOKENS
+                )
+            clip, t5 = embeds[0].split([24, TOKENS])
+            # A batch of two and of one differ in the last digit.
+            torch.testing.assert_close(tensors["clip_embeds"], clip[:, :80], rtol=1e-5, atol=1e-5)
+            torch.testing.assert_close(tensors["t5_embeds"], t5, rtol=1e-5, atol=1e-5)
+            torch.testing.assert_close(tensors["pooled_embeds"], pooled[0], rtol=1e-5, atol=1e-5)
+            assert not clip[:, 80:].any()
+    assert seen[0] == ""
+    assert len(seen) == len(set(seen))
+
+
+def stock_posteriors(base: Path, files: list[Path]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return mean and std [B, 16, h, w] of images from the stock VAE, all at once.
+
+    The cached ones went through it two at a time, which rounds otherwise.
+    """
+    vae = AutoencoderKL.from_pretrained(base, subfolder="vae")
+    processor = VaeImageProcessor(vae_scale_factor=8)
+    size = (RESOLUTION_PX, RESOLUTION_PX)
+    images = [Image.open(f).convert("RGB").resize(size, Image.Resampling.BILINEAR) for f in files]
+    with torch.no_grad():
+        posterior = vae.encode(processor.preprocess(images)).latent_dist
+    return posterior.mean, posterior.std
+
+
+def test_latents_are_what_the_stock_vae_encodes(cache: Path, base: Path, circles: Path) -> None:
+    found = Cache(cache)
+    samples = [
+        found.sample(shard, index)
+        for shard, count in enumerate(found.conditioning.product.shard_records)
+        for index in range(count)
+    ]
+    assert len(samples) == NUM_ROWS
+    for name, file in (("latent", "target"), ("conditioning_latent", "source")):
+        expected, _ = stock_posteriors(base, [circles / row[file] for row in rows(circles)])
+        cached = torch.stack([tensors[name] for _, tensors, _ in samples])
+        torch.testing.assert_close(cached, expected, rtol=1e-4, atol=1e-4)
+    prompts = [found.text.about(*found.text.locate(p[0]))["prompt"] for _, _, p in samples]
+    assert prompts == [row["prompt"] for row in rows(circles)]
+
+
+def test_a_finished_cache_is_left_alone(cache: Path, precompute_config: PrecomputeConfig) -> None:
+    before = {path: path.stat().st_mtime_ns for path in cache.rglob("*") if path.is_file()}
+    precompute(precompute_config)
+    assert before == {path: path.stat().st_mtime_ns for path in cache.rglob("*") if path.is_file()}
+
+
+def test_the_same_inputs_elsewhere_give_the_same_bytes(
+    cache: Path, fresh: PrecomputeConfig, circles: Path, base: Path, tmp_path: Path
+) -> None:
+    source, model = tmp_path / "other source", tmp_path / "other model"
+    shutil.copytree(circles, source)
+    shutil.copytree(base, model)
+    precompute(replace(fresh, source=source, pretrained_model_name_or_path=str(model)))
+    ours = {path.relative_to(cache): path.read_bytes() for path in cache.rglob("0*.*")}
+    theirs = {
+        path.relative_to(fresh.output_dir): path.read_bytes()
+        for path in fresh.output_dir.rglob("0*.*")
+    }
+    assert len(ours) > 10
+    assert ours == theirs
+
+
+def test_a_new_resolution_keeps_the_text(cache: Path, fresh: PrecomputeConfig) -> None:
+    shutil.copytree(cache, fresh.output_dir)
+    text = times(fresh.output_dir, "text")
+    precompute(replace(fresh, resolution=48))
+    assert times(fresh.output_dir, "text") == text
+    assert Cache(fresh.output_dir).sample(0, 0)[1]["latent"].shape == (16, 6, 6)
+
+
+def test_a_new_caption_keeps_the_latents(
+    cache: Path, fresh: PrecomputeConfig, circles: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(cache, fresh.output_dir)
+    latents = times(fresh.output_dir, "latents") | times(fresh.output_dir, "conditioning")
+
+    def edit(lines: list[dict[str, object]]) -> None:
+        lines[0]["prompt"] = "something else"
+
+    precompute(replace(fresh, source=copy_of(circles, tmp_path / "edited", edit)))
+    kept = times(fresh.output_dir, "latents") | times(fresh.output_dir, "conditioning")
+    assert kept == latents
+    found = Cache(fresh.output_dir)
+    prompts = [
+        found.text.about(*found.text.locate(found.sample(shard, index)[2][0]))["prompt"]
+        for shard, count in enumerate(found.conditioning.product.shard_records)
+        for index in range(count)
+    ]
+    assert prompts == ["something else", *(row["prompt"] for row in rows(circles)[1:])]
+
+
+def test_swapped_captions_are_noticed(
+    cache: Path, fresh: PrecomputeConfig, circles: Path, tmp_path: Path
+) -> None:
+    # The set of prompts and its order of appearance stay the same; only who bears them changes.
+    first, second = (row["prompt"] for row in rows(circles)[:2])
+
+    def edit(lines: list[dict[str, object]]) -> None:
+        lines[2]["prompt"] = first
+
+    source = copy_of(circles, tmp_path / "one", edit)
+    precompute(replace(fresh, source=source))
+    before = manifest.load(fresh.output_dir)
+
+    def swap(lines: list[dict[str, object]]) -> None:
+        lines[2]["prompt"] = second
+
+    precompute(replace(fresh, source=copy_of(circles, tmp_path / "two", swap)))
+    after = manifest.load(fresh.output_dir)
+    assert after.text == before.text
+    assert after.latents == before.latents
+    assert after.captions != before.captions
+    found = Cache(fresh.output_dir)
+    assert found.text.about(*found.text.locate(found.sample(0, 2)[2][0]))["prompt"] == second
+
+
+def test_repeated_prompts_are_encoded_once(
+    fresh: PrecomputeConfig, circles: Path, tmp_path: Path
+) -> None:
+    def edit(lines: list[dict[str, object]]) -> None:
+        for line in lines:
+            line["prompt"] = "the same"
+
+    precompute(replace(fresh, source=copy_of(circles, tmp_path / "edited", edit)))
+    found = manifest.load(fresh.output_dir)
+    assert found.text.num_records == 2  # and the empty prompt
+    assert found.latents.num_records == NUM_ROWS
+
+
+def test_a_second_control_is_added_beside_the_first(cache: Path, fresh: PrecomputeConfig) -> None:
+    shutil.copytree(cache, fresh.output_dir)
+    kept = {path: path.stat().st_mtime_ns for path in fresh.output_dir.rglob("*.tar")}
+    precompute(replace(fresh, conditioning_name="raw", conditioning_range="0_1"))
+    now = {path: path.stat().st_mtime_ns for path in fresh.output_dir.rglob("*.tar")}
+    assert kept.items() <= now.items()
+    first, second = Cache(fresh.output_dir), Cache(fresh.output_dir, "raw")
+    assert first.conditioning_spec.pixel_range == "-1_1"
+    assert second.conditioning_spec.pixel_range == "0_1"
+    assert torch.equal(first.sample(0, 0)[1]["latent"], second.sample(0, 0)[1]["latent"])
+    one, other = (c.sample(0, 0)[1]["conditioning_latent"] for c in (first, second))
+    assert not torch.allclose(one, other)
+    assert all(not faults for _, faults in verify.faults(fresh.output_dir))
+
+
+def test_mean_and_standard_deviation_are_kept_on_request(
+    fresh: PrecomputeConfig, base: Path, circles: Path
+) -> None:
+    precompute(replace(fresh, posterior="mean_std"))
+    _, tensors, _ = Cache(fresh.output_dir).sample(0, 0)
+    files = [circles / row["target"] for row in rows(circles)[:2]]
+    mean, std = stock_posteriors(base, files)
+    torch.testing.assert_close(tensors["latent"], mean[0], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(tensors["latent_std"], std[0], rtol=1e-4, atol=1e-9)
+    assert tensors["conditioning_latent_std"].shape == (16, 8, 8)
+
+
+def test_half_precision_cache_is_the_rounded_one(cache: Path, fresh: PrecomputeConfig) -> None:
+    precompute(replace(fresh, cache_dtype="float16"))
+    half, full = Cache(fresh.output_dir).sample(0, 0)[1], Cache(cache).sample(0, 0)[1]
+    for name, tensor in full.items():
+        assert torch.equal(half[name], tensor.to(torch.float16))
+
+
+def test_validation_pairs_are_cached(cache: Path, base: Path, circles: Path) -> None:
+    found = Cache(cache)
+    pipeline = StableDiffusion3Pipeline.from_pretrained(base)
+    for index, prompt in enumerate(PROMPTS):
+        tensors = found.validation.tensors(0, index)
+        assert found.validation.about(0, index) == {"prompt": prompt}
+        with torch.no_grad():
+            _, _, pooled, _ = pipeline.encode_prompt(prompt, None, None)
+        torch.testing.assert_close(tensors["pooled_embeds"], pooled[0], rtol=1e-5, atol=1e-5)
+        image = Image.open(circles / "source" / f"{index}.png")
+        small = image.resize((RESOLUTION_PX,) * 2, Image.Resampling.BILINEAR)
+        pixels = VaeImageProcessor().preprocess(small)
+        unit = tensors["conditioning_image"][None] / 255
+        assert torch.equal(2 * unit - 1, pixels)
+        # The circle is among the data, so its conditioning latent is there as well.
+        latent = found.sample(0, index)[1]["conditioning_latent"]
+        torch.testing.assert_close(tensors["conditioning_latent"], latent, rtol=1e-4, atol=1e-4)
+
+
+def test_bad_rows_are_left_out_and_named(
+    fresh: PrecomputeConfig, circles: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def edit(lines: list[dict[str, object]]) -> None:
+        lines[1]["prompt"] = None
+        lines[3]["target"] = "target/none.png"
+        lines[9]["prompt"] = 5
+
+    source = copy_of(circles, tmp_path / "bad", edit)
+    (source / "target" / "5.png").write_bytes(b"")
+    (source / "source" / "7.png").write_bytes(b"<html>")
+    config = replace(fresh, source=source, max_bad_fraction=0.5)
+    precompute(config)
+    found = manifest.load(fresh.output_dir)
+    assert found.num_skipped == 5
+    assert found.latents.num_records == 6  # row 7 has an image, though no conditioning image
+    assert found.conditioning["conditioning"].num_records == 5
+    first = Cache(fresh.output_dir).latents.sidecar(0)
+    assert Skipped("target/none.png", "target/none.png: No such file or directory") in first.skipped
+    output = capsys.readouterr().out
+    assert "5 rows were left out" in output
+    for name in ("target/1.png", "target/none.png", "target/5.png", "target/7.png", "target/9.png"):
+        assert f"  {name}: " in output
+    assert all(not faults for _, faults in verify.faults(fresh.output_dir))
+    with pytest.raises(ShardError, match=r"5 of 10 rows cannot be used, more than --max-bad-fract"):
+        precompute(replace(config, max_bad_fraction=0.4))
+
+
+def test_encoders_are_gone_after_their_pass(
+    fresh: PrecomputeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import precompute.run
+
+    def alive(*kinds: type) -> int:
+        gc.collect()
+        return sum(isinstance(thing, kinds) for thing in gc.get_objects())
+
+    before = alive(CLIPTextModelWithProjection, T5EncoderModel, AutoencoderKL)
+    latent_pass = precompute.run.latent_pass
+
+    def watching(*arguments: object) -> None:
+        assert alive(CLIPTextModelWithProjection, T5EncoderModel, AutoencoderKL) == before
+        latent_pass(*arguments)
+
+    monkeypatch.setattr(precompute.run, "latent_pass", watching)
+    precompute.run.precompute(fresh)
+    assert alive(CLIPTextModelWithProjection, T5EncoderModel, AutoencoderKL) == before
+
+
+def test_an_interrupted_run_goes_on_where_it_stopped(
+    cache: Path, fresh: PrecomputeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from precompute.latents import LatentEncoder
+
+    original = LatentEncoder.encode
+    calls = 0
+
+    def failing(self: LatentEncoder, *arguments: object) -> object:
+        nonlocal calls
+        calls += 1
+        if calls == 7:
+            raise KeyboardInterrupt
+        return original(self, *arguments)
+
+    monkeypatch.setattr(LatentEncoder, "encode", failing)
+    with pytest.raises(KeyboardInterrupt):
+        precompute(fresh)
+    with pytest.raises(ShardError, match=r"incomplete.*latents: 2 finished.*Run the same"):
+        manifest.load(fresh.output_dir)
+    kept = times(fresh.output_dir, "latents")
+    precompute(fresh)
+    assert kept.items() <= times(fresh.output_dir, "latents").items()
+    for path in cache.rglob("0*.*"):
+        assert (fresh.output_dir / path.relative_to(cache)).read_bytes() == path.read_bytes()
+    assert not list(fresh.output_dir.rglob("*.tmp-*"))
+
+
+def test_a_shrunken_source_leaves_no_surplus_shards(
+    fresh: PrecomputeConfig, circles: Path, tmp_path: Path
+) -> None:
+    precompute(fresh)
+
+    def edit(lines: list[dict[str, object]]) -> None:
+        del lines[4:]
+
+    precompute(replace(fresh, source=copy_of(circles, tmp_path / "short", edit)))
+    assert sorted(path.name for path in (fresh.output_dir / "latents").iterdir()) == [
+        "000000.json",
+        "000000.tar",
+    ]
+    assert manifest.load(fresh.output_dir).latents.num_records == 4
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"resolution": 100}, "--resolution 100: must be divisible by 16"),
+        ({"resolution": 0}, "--resolution 0: must be divisible by 16"),
+        ({"shard_mb": 0}, "--shard-mb 0: must be above 0"),
+        ({"vae_batch_size": 0}, "--vae-batch-size 0: must be at least 1"),
+        ({"max_bad_fraction": 2.0}, "--max-bad-fraction"),
+        ({"conditioning_name": "../x"}, "--conditioning-name"),
+        ({"validation_image": ()}, "2 --validation-prompt and 0 --validation-image"),
+    ],
+)
+def test_wrong_settings_are_refused(
+    fresh: PrecomputeConfig, change: dict[str, object], message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        replace(fresh, **change)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--source", "nowhere"], "--source nowhere: no such file or folder"),
+        (["--resolution", "100"], "--resolution 100: must be divisible by 16"),
+        (["--pretrained-model-name-or-path", "./nowhere"], "no such folder, and not a hub id"),
+        (["--pretrained-model-name-or-path", "no/where"], "the hub could not be reached"),
+        (["--device", "cuda:99"], "--device cuda:99: not available here"),
+        (["--validation-image", "none.png"], "--validation-image none.png: No such file"),
+    ],
+)
+def test_bad_input_ends_in_one_line_and_leaves_nothing(
+    fresh: PrecomputeConfig,
+    command: Callable[..., Outcome],
+    arguments: list[str],
+    message: str,
+) -> None:
+    from tests.conftest import flags
+
+    plain = replace(fresh, validation_prompt=("p",), validation_image=())
+    outcome = command("precompute", *flags(plain)[:-2], *arguments)
+    assert outcome.exit_code == 2
+    assert message in outcome.output
+    assert outcome.output.rstrip().splitlines()[-1].startswith("Error: ")
+    assert not fresh.output_dir.exists()
+
+
+def test_a_base_without_a_vae_is_refused_before_anything_is_written(
+    fresh: PrecomputeConfig, base: Path, tmp_path: Path
+) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(base, model, ignore=shutil.ignore_patterns("vae"))
+    with pytest.raises(ConfigError, match=r"no vae/ in it; found scheduler/, text_encoder/"):
+        precompute(replace(fresh, pretrained_model_name_or_path=str(model)))
+    assert not fresh.output_dir.exists()

@@ -1,0 +1,61 @@
+"""The order of samples: once an epoch each, pure, and local where a window says so."""
+
+import pickle
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from shards.order import Order
+
+SIZES = st.lists(st.integers(0, 7), min_size=1, max_size=9).filter(lambda sizes: sum(sizes) > 0)
+
+
+@given(sizes=SIZES, seed=st.integers(0, 2**40), window=st.none() | st.integers(1, 12))
+def test_each_record_comes_once_an_epoch(sizes: list[int], seed: int, window: int | None) -> None:
+    order = Order(sizes, seed=seed, window=window)
+    everything = [(shard, index) for shard, size in enumerate(sizes) for index in range(size)]
+    for epoch in range(2):
+        first = epoch * len(everything)
+        places = range(first, first + len(everything))
+        assert sorted(order.record(place) for place in places) == everything
+
+
+@given(sizes=SIZES, seed=st.integers(0, 2**40), data=st.data())
+def test_a_place_needs_no_history(sizes: list[int], seed: int, data: st.DataObject) -> None:
+    order = Order(sizes, seed=seed, window=2)
+    place = data.draw(st.integers(0, 3 * sum(sizes)))
+    expected = [order.record(one) for one in range(place + 1)][-1]
+    assert Order(sizes, seed=seed, window=2).record(place) == expected
+
+
+def test_a_window_mixes_only_its_own_shards() -> None:
+    order = Order([5] * 8, seed=1, window=2)
+    for start in range(0, 40, 10):
+        shards = {order.record(place)[0] for place in range(start, start + 10)}
+        assert len(shards) == 2
+
+
+def test_seed_and_epoch_change_the_order() -> None:
+    def sequence(seed: int, first: int) -> list[tuple[int, int]]:
+        order = Order([20] * 5, seed=seed)
+        return [order.record(place) for place in range(first, first + 100)]
+
+    assert sequence(0, 0) == sequence(0, 0)
+    assert sequence(0, 0) != sequence(1, 0)
+    assert sequence(0, 0) != sequence(0, 100)
+
+
+def test_shuffling_is_uniform_enough() -> None:
+    # The mean of 1,000 places of record 0 in 100 is 49.5, within five standard errors.
+    places = [
+        next(p for p in range(100) if Order([100], seed=s).record(p) == (0, 0)) for s in range(1000)
+    ]
+    assert sum(places) / 1000 == pytest.approx(49.5, abs=5 * 28.9 / 1000**0.5)
+
+
+def test_an_order_travels_to_a_worker() -> None:
+    order = Order([4, 3], seed=5, window=1)
+    order.record(3)
+    again = pickle.loads(pickle.dumps(order))
+    assert [again.record(p) for p in range(14)] == [order.record(p) for p in range(14)]

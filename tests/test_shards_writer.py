@@ -1,0 +1,144 @@
+"""Shards: equal bytes for equal records, and nothing half-written."""
+
+import hashlib
+import json
+import tarfile
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import torch
+import webdataset
+
+from shards import sidecar
+from shards.errors import ShardError
+from shards.records import Record, record_key, shard_of
+from shards.writer import atomic_file, write_shard
+
+
+def records(count: int = 3) -> list[Record]:
+    return [
+        Record(
+            record_key(7, row, f"{row:032x}"),
+            {"latent": torch.full((2, 3), float(row)), "other": torch.arange(row + 1)},
+            {"prompt": f"número {row}"},
+        )
+        for row in range(count)
+    ]
+
+
+def test_equal_records_give_equal_bytes(tmp_path: Path) -> None:
+    for folder in ("a", "b"):
+        write_shard(tmp_path / folder, 7, records(), fingerprint="f")
+    for name in ("000007.tar", "000007.json"):
+        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+
+
+def test_the_sidecar_describes_the_tar(tmp_path: Path) -> None:
+    card = write_shard(tmp_path, 7, records(), fingerprint="f")
+    data = (tmp_path / "000007.tar").read_bytes()
+    assert card.tar_bytes == len(data)
+    assert card.sha256 == hashlib.sha256(data).hexdigest()
+    assert sidecar.load(tmp_path, 7) == card
+    with tarfile.open(tmp_path / "000007.tar") as tar:
+        for key, (start, size, about_start, about_size) in zip(card.keys, card.spans, strict=True):
+            tensors, about = tar.extractfile(f"{key}.safetensors"), tar.extractfile(f"{key}.json")
+            assert tensors is not None
+            assert about is not None
+            assert data[start : start + size] == tensors.read()
+            assert data[about_start : about_start + about_size] == about.read()
+
+
+def test_members_bear_no_trace_of_time_or_owner(tmp_path: Path) -> None:
+    write_shard(tmp_path, 7, records(), fingerprint="f")
+    with tarfile.open(tmp_path / "000007.tar") as tar:
+        for member in tar:
+            assert (member.mtime, member.uid, member.gid) == (0, 0, 0)
+            assert (member.uname, member.gname, member.mode) == ("", "", 0o644)
+
+
+def test_webdataset_streams_a_shard(tmp_path: Path) -> None:
+    write_shard(tmp_path, 7, records(), fingerprint="f")
+    samples = list(webdataset.WebDataset(str(tmp_path / "000007.tar"), shardshuffle=False))
+    assert [sample["__key__"] for sample in samples] == [one.key for one in records()]
+    for sample, record in zip(samples, records(), strict=True):
+        assert json.loads(sample["json"]) == record.about
+        loaded = safetensors.torch.load(sample["safetensors"])
+        assert {name: tensor.tolist() for name, tensor in loaded.items()} == {
+            name: tensor.tolist() for name, tensor in record.tensors.items()
+        }
+
+
+def test_a_record_that_fails_leaves_no_shard(tmp_path: Path) -> None:
+    def failing() -> object:
+        yield records()[0]
+        raise RuntimeError("no more")
+
+    with pytest.raises(RuntimeError, match="no more"):
+        write_shard(tmp_path, 7, failing(), fingerprint="f")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_rewritten_shard_is_unfinished_until_its_new_sidecar(tmp_path: Path) -> None:
+    write_shard(tmp_path, 7, records(), fingerprint="old")
+
+    def watching() -> object:
+        yield records()[0]
+        assert sidecar.load(tmp_path, 7) is None
+
+    write_shard(tmp_path, 7, watching(), fingerprint="new")
+    found = sidecar.load(tmp_path, 7)
+    assert found is not None
+    assert found.fingerprint == "new"
+
+
+def test_two_records_with_one_key_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ShardError, match="same key"):
+        write_shard(tmp_path, 7, [records()[0]] * 2, fingerprint="f")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_file_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with (
+        pytest.raises(OSError, match="cannot write") as caught,
+        atomic_file(tmp_path / "file" / "x"),
+    ):
+        pass
+    assert caught.value.filename == str(tmp_path / "file" / "x")
+
+
+def test_a_key_is_an_address() -> None:
+    key = record_key(12, 345, "0123456789abcdef0123")
+    assert key == "000012-00345-0123456789abcdef"
+    assert shard_of(key) == 12
+    for wrong in ("", "12", "x-1-2", "../../etc"):
+        with pytest.raises(ShardError, match="not a record key"):
+            shard_of(wrong)
+
+
+@pytest.mark.parametrize(
+    "edit",
+    [
+        {"spans": [[0, 1, 2, 3]]},
+        {"spans": [[-1, 1, 512, 3]] * 3},
+        {"spans": [[0, 1 << 60, 1 << 61, 3]] * 3},
+        {"keys": None},
+        {"skipped": [{"row": 1}]},
+        {"unknown": 1},
+    ],
+)
+def test_a_damaged_sidecar_is_named(tmp_path: Path, edit: dict[str, object]) -> None:
+    write_shard(tmp_path, 7, records(), fingerprint="f")
+    path = tmp_path / "000007.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | edit))
+    with pytest.raises(ShardError, match=r"000007\.json: damaged sidecar"):
+        sidecar.load(tmp_path, 7)
+
+
+def test_another_format_version_is_refused(tmp_path: Path) -> None:
+    write_shard(tmp_path, 7, records(), fingerprint="f")
+    path = tmp_path / "000007.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"format_version": 2}))
+    with pytest.raises(ShardError, match="format 2, this version reads 1"):
+        sidecar.load(tmp_path, 7)

@@ -1,0 +1,115 @@
+"""The ControlNet: grown without side effects, saved as the stock pipeline reads it."""
+
+import json
+import logging
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import SD3ControlNetModel
+
+from shards import manifest
+from shards.errors import ConfigError
+from shards.reader import Cache
+from train import models
+from train.data import prompt_embeds
+
+
+def test_a_new_controlnet_copies_the_first_blocks_and_changes_nothing(base: Path) -> None:
+    transformer = models.load_transformer(base, None, torch.float32)
+    before = dict(transformer.config)
+    controlnet = models.new_controlnet(transformer, 2)
+    assert dict(transformer.config) == before
+    assert controlnet.config.num_layers == 2
+    assert controlnet.config.force_zeros_for_pooled_projection is False
+    assert controlnet.config.extra_conditioning_channels == 0
+    ours, theirs = controlnet.state_dict(), transformer.state_dict()
+    shared = [name for name in ours if name in theirs]
+    assert any("transformer_blocks.1." in name for name in shared)
+    for name in shared:
+        assert torch.equal(ours[name], theirs[name]), name
+    rest = [name for name in ours if name not in theirs]
+    assert {name.split(".")[0] for name in rest} == {"controlnet_blocks", "pos_embed_input"}
+    assert not any(ours[name].any() for name in rest)
+
+
+def test_the_number_of_blocks_is_bounded_by_the_base(base: Path) -> None:
+    transformer = models.load_transformer(base, None, torch.float32)
+    assert models.new_controlnet(transformer, None).config.num_layers == 3
+    with pytest.raises(ConfigError, match="4 blocks allow at most 3"):
+        models.new_controlnet(transformer, 4)
+
+
+def test_exactly_what_gets_no_gradient_is_frozen(base: Path, cache: Path) -> None:
+    transformer = models.load_transformer(base, None, torch.float32)
+    controlnet = models.new_controlnet(transformer, 2)
+    embeds = Cache(cache).empty_prompt()
+    hidden = torch.randn(1, 16, 8, 8)
+    for block in controlnet.controlnet_blocks:
+        torch.nn.init.ones_(block.weight)
+    residuals = controlnet(
+        hidden_states=hidden,
+        controlnet_cond=hidden,
+        timestep=torch.tensor([500.0]),
+        encoder_hidden_states=prompt_embeds(embeds["clip_embeds"][None], embeds["t5_embeds"][None]),
+        pooled_projections=embeds["pooled_embeds"][None],
+    )[0]
+    sum(residual.sum() for residual in residuals).backward()
+    without = {name for name, one in controlnet.named_parameters() if one.grad is None}
+    models.freeze_unused(controlnet)
+    frozen = {name for name, one in controlnet.named_parameters() if not one.requires_grad}
+    assert frozen == without
+    assert frozen
+
+
+def test_stock_diffusers_loads_the_saved_controlnet_without_a_word(
+    base: Path, cache: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    transformer = models.load_transformer(base, None, torch.float32)
+    controlnet = models.new_controlnet(transformer, 2)
+    found = Cache(cache)
+    data = models.data_entry(found.manifest, found.conditioning_spec)
+    controlnet.register_to_config(**{models.DATA_KEY: data})
+    controlnet.save_pretrained(tmp_path)
+    diffusers_logger = logging.getLogger("diffusers")
+    diffusers_logger.addHandler(caplog.handler)
+    try:
+        loaded = SD3ControlNetModel.from_pretrained(tmp_path)
+    finally:
+        diffusers_logger.removeHandler(caplog.handler)
+    assert caplog.text == ""
+    assert loaded.config[models.DATA_KEY]["max_sequence_length"] == 20
+    assert loaded.config[models.DATA_KEY]["conditioning_range"] == "-1_1"
+    for name, tensor in loaded.state_dict().items():
+        assert torch.equal(tensor, controlnet.state_dict()[name])
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        ({"joint_attention_dim": 4096}, r"T5 width \(joint_attention_dim\): cache 96, model 4096"),
+        ({"pooled_projection_dim": 2048}, r"pooled width .*: cache 80, model 2048"),
+        ({"in_channels": 4}, "latent channels: cache 16, model 4"),
+        ({"pos_embed_max_size": 2}, "latent side: cache 8, model at most 4"),
+        ({"patch_size": 3}, "latent size: cache 8 x 8, patches of 3"),
+        ({"patch_size": None}, "not an SD3 transformer"),
+    ],
+)
+def test_a_cache_that_does_not_fit_the_base_is_refused(
+    base: Path, cache: Path, tmp_path: Path, edit: dict[str, object], message: str
+) -> None:
+    shutil.copytree(base / "transformer", tmp_path / "transformer")
+    path = tmp_path / "transformer" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | edit))
+    with pytest.raises(ConfigError, match=message):
+        models.check_base(tmp_path, manifest.load(cache))
+
+
+def test_a_controlnet_of_other_widths_is_refused(base: Path) -> None:
+    transformer = models.load_transformer(base, None, torch.float32)
+    controlnet = models.new_controlnet(transformer, 2)
+    models.check_controlnet(controlnet, transformer)
+    controlnet.register_to_config(joint_attention_dim=4096)
+    with pytest.raises(ConfigError, match="joint_attention_dim: ControlNet 4096, model 96"):
+        models.check_controlnet(controlnet, transformer)
