@@ -93,11 +93,11 @@ def load_pipeline(config: GenerateConfig) -> StableDiffusion3ControlNetPipeline:
     )
     dtype = getattr(torch, config.dtype)
     folder = find_controlnet(config.controlnet, "--controlnet", cache_dir=config.cache_dir)
-    controlnet = SD3ControlNetModel.from_pretrained(folder, torch_dtype=dtype)
+    controlnet = SD3ControlNetModel.from_pretrained(folder, dtype=dtype)
     _check_fit(controlnet.config, read_config(base, "transformer"), config)
     device = pick_device(config.device)
     pipeline = StableDiffusion3ControlNetPipeline.from_pretrained(
-        base, controlnet=controlnet, torch_dtype=dtype, variant=config.variant
+        base, controlnet=controlnet, dtype=dtype, variant=config.variant
     )
     pipeline.set_progress_bar_config(disable=True)
     return pipeline.to(device)

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import xxhash
 
+from shards.pretrained import component_variant
+
 CHUNK_BYTES = 1 << 22
 # Entries of a config.json that say who wrote it, not what it computes.
 PROVENANCE_KEYS = {"transformers_version", "torch_dtype", "dtype"}
@@ -24,9 +26,10 @@ def hash_component(folder: Path, variant: str | None) -> str:
 
     Args:
         folder: e.g. `<base>/vae`.
-        variant: only weight files of this variant count; without one, only those of none.
+        variant: whose weight files count, where the component has them; else those of none.
     """
     digest = xxhash.xxh3_128()
+    variant = component_variant(folder, variant)
     for path in sorted(folder.iterdir()):
         if path.suffix == ".safetensors":
             if f".{variant}" in path.name if variant else path.name.count(".") == 1:

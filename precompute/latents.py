@@ -16,7 +16,7 @@ from precompute.fingerprint import hash_component
 from precompute.images import to_pixels
 from shards.errors import ConfigError
 from shards.manifest import LatentSpec
-from shards.pretrained import read_config
+from shards.pretrained import component_variant, read_config
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,11 @@ class LatentEncoder:
         self.posterior = settings.posterior
         self.device = device
         vae = AutoencoderKL.from_pretrained(
-            base, subfolder="vae", variant=variant, torch_dtype=self.dtype, use_safetensors=True
+            base,
+            subfolder="vae",
+            variant=component_variant(base / "vae", variant),
+            dtype=self.dtype,
+            use_safetensors=True,
         )
         vae.decoder = None
         self.vae = vae.to(device).eval()

@@ -16,7 +16,7 @@ from tqdm import tqdm
 from precompute.fingerprint import hash_bytes, hash_component
 from shards.errors import ConfigError, ShardError
 from shards.manifest import TextSpec
-from shards.pretrained import read_config
+from shards.pretrained import component_variant, read_config
 from shards.records import Record, record_key
 
 CLIP_COMPONENTS = (("tokenizer", "text_encoder"), ("tokenizer_2", "text_encoder_2"))
@@ -116,7 +116,11 @@ class TextEncoders:
 
         def load(model_class: Any, name: str) -> Any:
             model = model_class.from_pretrained(
-                base, subfolder=name, variant=variant, torch_dtype=dtype, use_safetensors=True
+                base,
+                subfolder=name,
+                variant=component_variant(base / name, variant),
+                dtype=dtype,
+                use_safetensors=True,
             )
             return model.to(device).eval()
 

@@ -1,5 +1,7 @@
 """Finding a base model's folders: a folder on disk, or only the needed part of a hub repository."""
 
+import contextlib
+import fnmatch
 import json
 import re
 from collections.abc import Sequence
@@ -28,7 +30,7 @@ def find_base(
         subfolders: components that the caller needs, e.g. `("vae",)`; of a hub repository only
             these are downloaded.
         revision: branch, tag or commit on the hub.
-        variant: weight files to take, e.g. `fp16`.
+        variant: weight files to take, e.g. `fp16`, of the components that have them.
         cache_dir: where downloads are kept; the hub's default otherwise.
 
     Raises:
@@ -41,9 +43,8 @@ def find_base(
                 f"base model {name_or_path!r}: no such folder, and not a hub id (owner/name). "
                 "Give --pretrained-model-name-or-path a diffusers model folder or a hub id."
             )
-        weights = f"*.{variant}*safetensors" if variant else "*.safetensors"
-        kinds = (*FILE_PATTERNS, weights)
-        patterns = [f"{name}/{kind}" for name in subfolders for kind in kinds]
+        patterns = [f"{name}/{kind}" for name in subfolders for kind in FILE_PATTERNS]
+        patterns += _weight_patterns(name_or_path, subfolders, revision, variant)
         ignored = [] if variant else ["*.fp16*", "*.bf16*"]
         folder = _download(
             name_or_path, ["model_index.json", *patterns], ignored, revision, cache_dir
@@ -62,6 +63,12 @@ def find_base(
 def has_component(folder: Path, name: str) -> bool:
     """Tell whether a model folder holds a component with a configuration."""
     return any((folder / name).glob("*.json"))
+
+
+def component_variant(component: Path, variant: str | None) -> str | None:
+    """Return `variant` if a component's folder has weights of it, else None for the plain ones."""
+    has_it = variant is not None and any(component.glob(f"*.{variant}*safetensors"))
+    return variant if has_it else None
 
 
 def read_config(folder: Path, name: str) -> dict[str, Any]:
@@ -110,6 +117,26 @@ def find_controlnet(name_or_path: str, flag: str, *, cache_dir: Path | None = No
 def is_hub_id(name: str) -> bool:
     """Tell whether a name has the form owner/name."""
     return re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name) is not None
+
+
+def _weight_patterns(
+    repo: str, subfolders: Sequence[str], revision: str | None, variant: str | None
+) -> list[str]:
+    """Return the patterns of the weights to download: of the variant where a component has it."""
+    from huggingface_hub import list_repo_files
+    from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
+
+    present: list[str] = []
+    if variant is not None:
+        # What is wrong with the repository or the network, the download itself says better.
+        with contextlib.suppress(HfHubHTTPError, OfflineModeIsEnabled, OSError):
+            present = list_repo_files(repo, revision=revision)
+    patterns = []
+    for name in subfolders:
+        wanted = f"{name}/*.{variant}*safetensors"
+        found = any(fnmatch.fnmatch(path, wanted) for path in present)
+        patterns.append(wanted if found else f"{name}/*.safetensors")
+    return patterns
 
 
 def _download(

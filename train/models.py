@@ -8,7 +8,7 @@ from diffusers import FlowMatchEulerDiscreteScheduler, SD3ControlNetModel, SD3Tr
 
 from shards.errors import ConfigError
 from shards.manifest import LatentSpec, Manifest
-from shards.pretrained import read_config
+from shards.pretrained import component_variant, read_config
 
 DEFAULT_NUM_LAYERS = 12
 # How the data was made, in the ControlNet's config.json. diffusers keeps entries with a leading
@@ -69,7 +69,11 @@ def load_scheduler(base: Path) -> FlowMatchEulerDiscreteScheduler:
 def load_transformer(base: Path, variant: str | None, dtype: torch.dtype) -> SD3Transformer2DModel:
     """Return the base model's transformer, frozen."""
     transformer = SD3Transformer2DModel.from_pretrained(
-        base, subfolder="transformer", variant=variant, torch_dtype=dtype, use_safetensors=True
+        base,
+        subfolder="transformer",
+        variant=component_variant(base / "transformer", variant),
+        dtype=dtype,
+        use_safetensors=True,
     )
     return transformer.requires_grad_(False).eval()
 
@@ -116,9 +120,7 @@ def new_controlnet(
 
 def load_controlnet(folder: Path) -> SD3ControlNetModel:
     """Return a ControlNet to go on from, in float32."""
-    return SD3ControlNetModel.from_pretrained(
-        folder, torch_dtype=torch.float32, use_safetensors=True
-    )
+    return SD3ControlNetModel.from_pretrained(folder, dtype=torch.float32, use_safetensors=True)
 
 
 def check_controlnet(controlnet: SD3ControlNetModel, transformer: SD3Transformer2DModel) -> None:

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from shards.manifest import LatentSpec
+from shards.pretrained import component_variant
 from shards.reader import Cache
 from train.data import prompt_embeds
 from train.objective import scaled
@@ -156,7 +157,11 @@ def decode(
     from diffusers import AutoencoderKL
 
     vae = AutoencoderKL.from_pretrained(
-        base, subfolder="vae", variant=variant, torch_dtype=torch.float32, use_safetensors=True
+        base,
+        subfolder="vae",
+        variant=component_variant(base / "vae", variant),
+        dtype=torch.float32,
+        use_safetensors=True,
     )
     vae.encoder = None
     vae.to(device).eval()
