@@ -160,11 +160,20 @@ def test_going_on_from_a_trained_controlnet(train_config: TrainConfig, tmp_path:
         train(replace(on, controlnet_model_name_or_path=str(tmp_path), output_dir=tmp_path / "no"))
 
 
-@pytest.mark.parametrize("precision", ["bf16", "fp16"])
-def test_mixed_precision_trains_float32_weights(train_config: TrainConfig, precision: str) -> None:
-    if precision == "fp16" and not torch.cuda.is_available():
-        pytest.skip("accelerate's fp16 needs a GPU")
-    train(replace(train_config, mixed_precision=precision))
+def test_mixed_precision_trains_float32_weights(train_config: TrainConfig) -> None:
+    train(replace(train_config, mixed_precision="bf16"))
+    assert {tensor.dtype for tensor in weights(train_config.output_dir).values()} == {torch.float32}
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU can")
+def test_a_precision_that_the_device_lacks_is_refused(train_config: TrainConfig) -> None:
+    with pytest.raises(ConfigError, match="--mixed-precision fp16: CPUs have no fp16"):
+        train(replace(train_config, mixed_precision="fp16"))
+
+
+@pytest.mark.gpu
+def test_fp16_trains_float32_weights(train_config: TrainConfig) -> None:
+    train(replace(train_config, mixed_precision="fp16"))
     assert {tensor.dtype for tensor in weights(train_config.output_dir).values()} == {torch.float32}
 
 

@@ -102,18 +102,28 @@ def find_inputs(config: TrainConfig) -> Inputs:
 
 
 def make_accelerator(config: TrainConfig) -> Accelerator:
-    """Return the accelerator: devices, processes, precision, accumulation and tracker."""
-    return Accelerator(
-        gradient_accumulation_steps=config.gradient_accumulation_steps,
-        mixed_precision=config.mixed_precision,
-        log_with=None if config.report_to == "none" else config.report_to,
-        project_config=ProjectConfiguration(
-            project_dir=str(config.output_dir),
-            logging_dir=str(config.output_dir / config.logging_dir),
-        ),
-        # The schedule steps once an optimiser step, on every number of processes.
-        step_scheduler_with_optimizer=False,
-    )
+    """Return the accelerator: devices, processes, precision, accumulation and tracker.
+
+    Raises:
+        ConfigError: the device cannot compute in the wanted precision.
+    """
+    try:
+        accelerator = Accelerator(
+            gradient_accumulation_steps=config.gradient_accumulation_steps,
+            mixed_precision=config.mixed_precision,
+            log_with=None if config.report_to == "none" else config.report_to,
+            project_config=ProjectConfiguration(
+                project_dir=str(config.output_dir),
+                logging_dir=str(config.output_dir / config.logging_dir),
+            ),
+            # The schedule steps once an optimiser step, on every number of processes.
+            step_scheduler_with_optimizer=False,
+        )
+    except ValueError as error:
+        raise ConfigError(f"--mixed-precision {config.mixed_precision}: {error}") from error
+    if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
+        raise ConfigError("--mixed-precision fp16: CPUs have no fp16 autocast; use bf16 or no.")
+    return accelerator
 
 
 def num_train_steps(config: TrainConfig, num_samples: int, step_samples: int) -> int:
