@@ -27,7 +27,7 @@ IMAGES_FLAG     = $(if $(OUTPUT),--output-dir "$(OUTPUT)/images")
 .PHONY: help setup demo precompute train infer verify test lint check clean
 
 help:  ## List the targets
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{ printf "%-13s %s\n", $$1, $$2 }'
 	@echo
 	@echo 'The stages run the demo by default. For real:'
 	@echo '  make precompute CONFIG=configs/sd35-medium.toml SOURCE=fill50k.zip CACHE=cache'
@@ -45,7 +45,7 @@ $(STAMP): pyproject.toml constraints.txt
 	@touch $@
 
 demo: setup  ## The whole pipeline on a laptop: circles, base, precompute, train, infer
-	@$(MAKE) --no-print-directory precompute train infer CONFIG=configs/demo.toml
+	@$(MAKE) --no-print-directory precompute train infer CONFIG=configs/demo.toml ARGS=
 	@echo
 	@echo 'Pictures: $(DEMO)/images/contact_sheet.png (conditioning | result), $(DEMO)/controlnet/validation/'
 
@@ -56,16 +56,16 @@ $(DEMO)/base/model_index.json: | $(STAMP)
 	$(RUN) python -m demo.base --output-dir $(DEMO)/base
 
 precompute: setup $(if $(IS_DEMO),$(DEMO_INPUTS))  ## Stage 1: encode SOURCE with BASE's encoders into CACHE
-	$(RUN) python -m precompute --config $(CONFIG) $(SOURCE_FLAG) $(BASE_FLAG) $(CACHE_OUT_FLAG) $(ARGS)
+	$(RUN) python -m precompute --config "$(CONFIG)" $(SOURCE_FLAG) $(BASE_FLAG) $(CACHE_OUT_FLAG) $(ARGS)
 
 train: setup  ## Stage 2: train a ControlNet for BASE from CACHE into OUTPUT
-	$(RUN) $(LAUNCH) -m train --config $(CONFIG) $(BASE_FLAG) $(CACHE_IN_FLAG) $(OUTPUT_FLAG) $(ARGS)
+	$(RUN) $(LAUNCH) -m train --config "$(CONFIG)" $(BASE_FLAG) $(CACHE_IN_FLAG) $(OUTPUT_FLAG) $(ARGS)
 
 infer: setup  ## Stage 3: draw pictures with BASE and OUTPUT's ControlNet
-	$(RUN) python -m infer generate --config $(CONFIG) $(BASE_FLAG) $(CONTROLNET_FLAG) $(IMAGES_FLAG) $(ARGS)
+	$(RUN) python -m infer generate --config "$(CONFIG)" $(BASE_FLAG) $(CONTROLNET_FLAG) $(IMAGES_FLAG) $(ARGS)
 
 verify: setup  ## Check every record of CACHE
-	$(RUN) python -m shards verify $(or $(CACHE),$(DEMO)/cache)
+	$(RUN) python -m shards verify "$(or $(CACHE),$(DEMO)/cache)"
 
 test: setup  ## The tests that take seconds
 	$(RUN) python -m pytest -m "not slow and not gpu and not network" $(ARGS)

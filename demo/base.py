@@ -63,7 +63,7 @@ def build_pipeline(
 
     Args:
         seed: of the weights.
-        num_layers: joint blocks of the transformer; a ControlNet can have one fewer at most.
+        num_layers: joint blocks of the transformer; a ControlNet can have half as many.
         num_attention_heads: of the transformer.
         attention_head_dim: of the transformer.
         clip_tokens: CLIP prompt length; SD3 has 77.

@@ -88,6 +88,7 @@ def _save(folder: Path, index: int, circle: Circle) -> None:
 def write_circles(folder: Path, num_rows: int, seed: int) -> None:
     """Draw a data set into a folder; `prompt.json` comes last, so that its presence means whole."""
     rows = circles(num_rows, seed)
+    (folder / "prompt.json").unlink(missing_ok=True)
     for name in ("source", "target"):
         (folder / name).mkdir(parents=True, exist_ok=True)
     with ProcessPoolExecutor(min(os.cpu_count() or 1, 8)) as pool:

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Literal
 
 from shards.errors import ConfigError
-from shards.options import option, pair_up
+from shards.options import check_resolution, check_sequence_length, option, pair_up
 
 
 @dataclass(frozen=True)
@@ -50,8 +50,10 @@ class GenerateConfig:
         """
         if self.num_inference_steps < 1:
             raise ConfigError(f"--num-inference-steps {self.num_inference_steps}: at least 1.")
-        if self.resolution is not None and (self.resolution < 16 or self.resolution % 16):
-            raise ConfigError(f"--resolution {self.resolution}: must be divisible by 16.")
+        if self.resolution is not None:
+            check_resolution(self.resolution)
+        if self.max_sequence_length is not None:
+            check_sequence_length(self.max_sequence_length)
         self.pairs()
 
     def pairs(self) -> list[tuple[str, Path]]:

@@ -19,7 +19,13 @@ from precompute import images
 from precompute.images import BadImage
 from shards.device import pick_device
 from shards.errors import ConfigError
-from shards.pretrained import find_base, find_controlnet, read_config
+from shards.pretrained import (
+    DATA_KEY,
+    controlnet_mismatches,
+    find_base,
+    find_controlnet,
+    read_config,
+)
 from shards.provenance import write_run
 from shards.writer import atomic_file
 
@@ -34,8 +40,6 @@ COMPONENTS = (
     "text_encoder_3",
     "tokenizer_3",
 )
-# What train leaves in the ControlNet's config.json; see `train.models.DATA_KEY`.
-DATA_KEY = "_precompute"
 # The stock pipeline's own defaults, for a ControlNet that says nothing of its data.
 STOCK_MAX_SEQUENCE_LENGTH = 256
 
@@ -94,7 +98,13 @@ def load_pipeline(config: GenerateConfig) -> StableDiffusion3ControlNetPipeline:
     dtype = getattr(torch, config.dtype)
     folder = find_controlnet(config.controlnet, "--controlnet", cache_dir=config.cache_dir)
     controlnet = SD3ControlNetModel.from_pretrained(folder, dtype=dtype)
-    _check_fit(controlnet.config, read_config(base, "transformer"), config)
+    wrong = controlnet_mismatches(controlnet.config, read_config(base, "transformer"))
+    if wrong:
+        listing = "\n".join(wrong)
+        raise ConfigError(
+            f"--controlnet {config.controlnet} was not trained for "
+            f"{config.pretrained_model_name_or_path}:\n{listing}"
+        )
     device = pick_device(config.device)
     pipeline = StableDiffusion3ControlNetPipeline.from_pretrained(
         base, controlnet=controlnet, dtype=dtype, variant=config.variant
@@ -154,25 +164,6 @@ def _load(path: Any) -> Image.Image:
         return images.load(path)[0]
     except BadImage as error:
         raise ConfigError(f"--image {path}: {error}.") from error
-
-
-def _check_fit(controlnet: Any, transformer: dict[str, Any], config: GenerateConfig) -> None:
-    wrong = [
-        f"  {name}: ControlNet {controlnet.get(name)}, base model {transformer.get(name)}"
-        for name in (
-            "in_channels",
-            "attention_head_dim",
-            "num_attention_heads",
-            "joint_attention_dim",
-            "pooled_projection_dim",
-        )
-        if controlnet.get(name) is not None and controlnet.get(name) != transformer.get(name)
-    ]
-    if wrong:
-        raise ConfigError(
-            f"--controlnet {config.controlnet} was not trained for "
-            f"{config.pretrained_model_name_or_path}:\n" + "\n".join(wrong)
-        )
 
 
 def _save(picture: Image.Image, config: GenerateConfig, name: str) -> None:

@@ -32,7 +32,7 @@ def contact_sheet(
         for number, picture in enumerate(pictures):
             cell = picture.convert("RGB").resize((CELL_PX, CELL_PX), Image.Resampling.LANCZOS)
             sheet.paste(cell, (MARGIN_PX + number * column, top))
-        shown = caption
+        shown = " ".join(caption.split())
         while shown and pen.textlength(shown, font) > size[0] - 2 * MARGIN_PX:
             shown = shown.removesuffix("…")[:-1] + "…"
         pen.text((MARGIN_PX, top + CELL_PX + MARGIN_PX // 2), shown, "black", font)

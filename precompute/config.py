@@ -6,10 +6,7 @@ from typing import Literal
 
 from shards.errors import ConfigError
 from shards.manifest import DEFAULT_CONDITIONING
-from shards.options import option, pair_up
-
-# The VAE divides by 8 and the transformer takes patches of 2 x 2 latents.
-RESOLUTION_STEP_PX = 16
+from shards.options import check_resolution, check_sequence_length, option, pair_up
 
 
 @dataclass(frozen=True)
@@ -79,13 +76,9 @@ class PrecomputeConfig:
         Raises:
             ConfigError: naming the option.
         """
-        if self.resolution <= 0 or self.resolution % RESOLUTION_STEP_PX:
-            below = max(self.resolution // RESOLUTION_STEP_PX, 1) * RESOLUTION_STEP_PX
-            raise ConfigError(
-                f"--resolution {self.resolution}: must be divisible by {RESOLUTION_STEP_PX} (VAE "
-                f"f8, patches of 2); try {below} or {below + RESOLUTION_STEP_PX}."
-            )
-        for name in ("max_sequence_length", "vae_batch_size", "text_batch_size"):
+        check_resolution(self.resolution)
+        check_sequence_length(self.max_sequence_length)
+        for name in ("vae_batch_size", "text_batch_size"):
             if getattr(self, name) < 1:
                 flag = "--" + name.replace("_", "-")
                 raise ConfigError(f"{flag} {getattr(self, name)}: must be at least 1.")

@@ -26,11 +26,25 @@ def decode(data: bytes) -> Image.Image:
         raise BadImage("the file is empty")
     try:
         with Image.open(io.BytesIO(data)) as image:
-            return image.convert("RGB")
+            return _to_rgb(image)
+    except BadImage:
+        raise
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         # Pillow names the BytesIO, which means nothing to a user.
         reason = str(error).partition(" <_io.BytesIO")[0]
         raise BadImage(f"not a readable image ({reason})") from error
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    """Return an image in RGB; the upper eight bits of one with sixteen, as a depth map has."""
+    if image.mode.startswith("I"):
+        values = np.asarray(image).astype(np.int64)
+        if values.size and (values.min() < 0 or values.max() >> 16):
+            raise BadImage(f"its values reach from {values.min()} to {values.max()}, not 16 bit")
+        image = Image.fromarray((values >> 8).astype(np.uint8))
+    elif image.mode == "F":
+        raise BadImage("it holds floating point numbers, of unknown range; save it in 8 or 16 bit")
+    return image.convert("RGB")
 
 
 def load(path: Path) -> tuple[Image.Image, bytes]:

@@ -15,6 +15,7 @@ from precompute.latents import LatentSettings, latent_identity, latent_spec
 from precompute.plan import ProductPlan, ShardPlan
 from precompute.sources import Source, open_source
 from precompute.text import COMPONENTS, TextSettings, text_identity, text_spec
+from shards import manifest
 from shards.device import pick_device
 from shards.errors import ConfigError, ShardError
 from shards.manifest import (
@@ -57,6 +58,7 @@ class Job:
     text_spec: TextSpec
     latent_spec: LatentSpec
     conditioning_spec: LatentSpec
+    text_identity: str
     prompts: dict[str, str]
     text: ProductPlan
     latents: ProductPlan
@@ -80,6 +82,7 @@ def prepare(config: PrecomputeConfig) -> Job:
         ConfigError: the source or base model cannot be used.
         ShardError: too many of the source's files are missing.
     """
+    _check_output(config.output_dir)
     source = open_source(config.source)
     base = find_base(
         config.pretrained_model_name_or_path,
@@ -99,7 +102,7 @@ def prepare(config: PrecomputeConfig) -> Job:
 
     rows = plan.plan_rows(source)
     bad = BadRows(len(rows), config.max_bad_fraction)
-    bad.add(Skipped(row.row.image, row.first_fault) for row in rows if row.first_fault)
+    bad.add(Skipped(row.row.name, row.first_fault) for row in rows if row.first_fault)
 
     text_id = text_identity(base, config.variant, text_settings)
     latent_id = latent_identity(base, config.variant, latent_settings)
@@ -118,6 +121,7 @@ def prepare(config: PrecomputeConfig) -> Job:
         text_spec=texts,
         latent_spec=latents,
         conditioning_spec=conditioning,
+        text_identity=digest(text_id),
         prompts=plan.prompt_keys(text_shards),
         text=ProductPlan(cache / "text", text_shards),
         latents=ProductPlan(cache / "latents", plan.plan_latents(rows, latent_id, latent_size)),
@@ -165,6 +169,28 @@ class BadRows:
         lines = [f"  {row}: {reason}" for row, reason in list(self.reasons.items())[:limit]]
         more = len(self.reasons) - limit
         return "\n".join([*lines, f"  … and {more} more"] if more > 0 else lines)
+
+
+def _check_output(cache: Path) -> None:
+    """Refuse to write among files that are not a cache's."""
+    ours = {
+        "text",
+        "latents",
+        "conditioning",
+        "validation",
+        "run.json",
+        manifest.MANIFEST,
+        manifest.PREVIOUS,
+    }
+    if cache.is_dir():
+        strange = sorted(
+            path.name for path in cache.iterdir() if path.name.split(".tmp-")[0] not in ours
+        )
+        if strange:
+            raise ConfigError(
+                f"--output-dir {cache}: not a cache, it holds {', '.join(strange[:4])}; "
+                "give a new or empty folder, or a cache."
+            )
 
 
 def _validation_pairs(config: PrecomputeConfig) -> list[ValidationPair]:

@@ -3,8 +3,6 @@
 Axes: B images, 3 colours, H x W pixels, C latent channels, h x w latent grid (H / 8, W / 8).
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -121,20 +119,3 @@ class LatentEncoder:
 def finite(tensors: dict[str, Tensor]) -> bool:
     """Tell whether all numbers of a record are finite."""
     return all(bool(torch.isfinite(tensor).all()) for tensor in tensors.values())
-
-
-def ahead(
-    pool: ThreadPoolExecutor, work: Callable[[int], Any], count: int, lead: int
-) -> Iterator[Any]:
-    """Yield work(0), work(1), …, computed in threads up to `lead` items ahead of the consumer."""
-    pending = [pool.submit(work, index) for index in range(min(lead, count))]
-    for index in range(count):
-        if index + lead < count:
-            pending.append(pool.submit(work, index + lead))
-        yield pending.pop(0).result()
-
-
-def batches(items: Sequence[Any], size: int) -> Iterator[Sequence[Any]]:
-    """Yield `items` in runs of `size`, the last one shorter."""
-    for start in range(0, len(items), size):
-        yield items[start : start + size]

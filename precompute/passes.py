@@ -9,9 +9,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 from precompute import images
+from precompute.batching import ahead, batches
+from precompute.fingerprint import hash_bytes
 from precompute.images import BadImage
 from precompute.job import Job, ValidationPair, validation_key
-from precompute.latents import LatentEncoder, ahead, batches, finite
+from precompute.latents import LatentEncoder, finite
 from precompute.plan import PlannedRow, ShardPlan, image_key
 from precompute.text import TextEncoders, require_finite, text_records
 from shards.errors import ShardError
@@ -103,16 +105,16 @@ def _latent_records(
     rows: list[tuple[int, PlannedRow]] = []
     for index, row in enumerate(shard.items):
         if row.fault:
-            skipped.append(Skipped(row.row.image, row.fault))
+            skipped.append(Skipped(row.row.name, row.fault))
         else:
             rows.append((index, row))
     bar.update(len(shard.items) - len(rows))
-    names = [row.row.image for _, row in rows]
-    for at, tensors in _encode(job, encoder, names, "latent", bar):
-        if isinstance(tensors, str):
-            skipped.append(Skipped(names[at], tensors))
-            continue
+    files = [(row.row.image, row.image_hash) for _, row in rows]
+    for at, tensors in _encode(job, encoder, files, "latent", bar):
         index, row = rows[at]
+        if isinstance(tensors, str):
+            skipped.append(Skipped(row.row.name, tensors))
+            continue
         prompts.append([job.prompts[row.row.prompt]])
         yield Record(image_key(shard.shard, index, row), tensors, {"image_hash": row.image_hash})
 
@@ -135,15 +137,15 @@ def _conditioning_records(
         if key not in present:
             continue
         if row.conditioning_fault:
-            skipped.append(Skipped(row.row.image, row.conditioning_fault))
+            skipped.append(Skipped(row.row.name, row.conditioning_fault))
         else:
             rows.append((key, row))
     bar.update(len(shard.items) - len(rows))
-    names = [row.row.conditioning_image for _, row in rows]
-    for at, tensors in _encode(job, encoder, names, "conditioning_latent", bar):
+    files = [(row.row.conditioning_image, row.conditioning_hash) for _, row in rows]
+    for at, tensors in _encode(job, encoder, files, "conditioning_latent", bar):
         key, row = rows[at]
         if isinstance(tensors, str):
-            skipped.append(Skipped(row.row.image, tensors))
+            skipped.append(Skipped(row.row.name, tensors))
             continue
         about = {"image_hash": row.image_hash, "conditioning_hash": row.conditioning_hash}
         yield Record(key, tensors, about)
@@ -152,28 +154,40 @@ def _conditioning_records(
 def _encode(
     job: Job,
     encoder: LatentEncoder,
-    names: Sequence[str],
+    files: Sequence[tuple[str, str]],
     kind: str,
     bar: "tqdm[Any]",
 ) -> Iterator[tuple[int, dict[str, Tensor] | str]]:
-    """Yield (position in `names`, tensors, or the reason why there are none) for each image.
+    """Yield (position in `files`, tensors, or the reason why there are none) for each image.
 
-    Batches hold a fixed slice of `names`, whatever fails to decode, so that the rows of a shard
+    Batches hold a fixed slice of `files`, whatever fails to decode, so that the rows of a shard
     alone determine its bytes.
+
+    Args:
+        job: says where to read, and the size of pictures and batches.
+        encoder: the VAE.
+        files: (name, hash of the bytes when the run was planned) of each image.
+        kind: `latent` or `conditioning_latent`.
+        bar: moves on a batch at a time.
+
+    Raises:
+        ShardError: a file is not what it was when the run was planned.
     """
     size = job.config.vae_batch_size
     pixel_range = job.conditioning_spec.pixel_range if kind != "latent" else "-1_1"
 
     def load(index: int) -> Tensor | str:
+        name, planned_hash = files[index]
+        data = _read_again(job, name, planned_hash)
         try:
-            image = images.decode(job.source.read(names[index]))
-        except (BadImage, OSError, KeyError) as error:
-            return f"{names[index]}: {error}"
+            image = images.decode(data)
+        except BadImage as error:
+            return f"{name}: {error}"
         return images.to_uint8(images.fit(image, job.config.resolution))
 
     with ThreadPoolExecutor(DECODING_THREADS) as pool:
-        loaded = ahead(pool, load, len(names), lead=2 * size)
-        for batch in batches(range(len(names)), size):
+        loaded = ahead(pool, load, len(files), lead=2 * size)
+        for batch in batches(range(len(files)), size):
             found = [(at, next(loaded)) for at in batch]
             good = {at: pixels for at, pixels in found if isinstance(pixels, Tensor)}
             yield from ((at, reason) for at, reason in found if isinstance(reason, str))
@@ -181,8 +195,34 @@ def _encode(
                 encoded = encoder.encode(torch.stack(list(good.values())), pixel_range, kind)
                 for position, at in enumerate(good):
                     tensors = {name: tensor[position] for name, tensor in encoded.items()}
-                    yield at, tensors if finite(tensors) else f"{names[at]}: {kind} is not finite"
+                    yield (
+                        at,
+                        tensors if finite(tensors) else f"{files[at][0]}: {kind} is not finite",
+                    )
             bar.update(len(batch))
+
+
+def _read_again(job: Job, name: str, planned_hash: str) -> bytes:
+    """Return the bytes of an image, which the plan has read before.
+
+    Raises:
+        ShardError: they cannot be read now, or are others. The shard's fingerprint vouches for
+            what was planned, so nothing else may go into it.
+    """
+    try:
+        data = job.source.read(name)
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise ShardError(
+            f"{job.config.source}: {name} could be read when the run was planned and cannot now "
+            f"({reason}); run again, finished shards are kept"
+        ) from error
+    if hash_bytes(data) != planned_hash:
+        raise ShardError(
+            f"{job.config.source}: {name} was changed while precompute was running; run again, "
+            "finished shards are kept"
+        )
+    return data
 
 
 def _validation_records(

@@ -3,6 +3,8 @@
 A shard is a pure function of its rows, so the plan decides by fingerprints alone.
 """
 
+import re
+import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -10,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tqdm import tqdm
 
 from precompute.fingerprint import hash_bytes
 from precompute.sources import Row, Source
@@ -21,6 +24,9 @@ from shards.records import record_key
 from shards.sidecar import Sidecar
 
 HASHING_THREADS = 8
+SHARD_FILE = re.compile(r"(?P<shard>\d{6})\.(tar|json)(?P<temporary>\.tmp-\d+)?")
+# A shard is written in minutes, and its file's time moves on all the while.
+ABANDONED_AFTER_S = 3600
 
 
 @dataclass(frozen=True)
@@ -66,8 +72,15 @@ class ShardPlan:
 
 def plan_rows(source: Source) -> list[PlannedRow]:
     """Read and hash all that the source's rows name."""
-    with ThreadPoolExecutor(HASHING_THREADS) as pool:
-        return list(pool.map(lambda row: _plan_row(source, row), source.rows))
+    with (
+        ThreadPoolExecutor(HASHING_THREADS) as pool,
+        tqdm(total=len(source.rows), unit="row", desc="reading", disable=None) as bar,
+    ):
+        rows = []
+        for row in pool.map(lambda row: _plan_row(source, row), source.rows):
+            rows.append(row)
+            bar.update()
+        return rows
 
 
 def distinct_prompts(rows: Sequence[PlannedRow]) -> list[str]:
@@ -150,17 +163,18 @@ class ProductPlan:
         return [plan for plan in self.shards if self.finished(plan) is None]
 
     def surplus(self) -> list[Path]:
-        """Return what lies in the folder beside the planned shards, temporary files included."""
-        wanted = {
-            path
-            for plan in self.shards
-            for path in (
-                sidecar.tar_path(self.folder, plan.shard),
-                sidecar.sidecar_path(self.folder, plan.shard),
-            )
-        }
-        present = [path for pattern in ("*.tar*", "*.json*") for path in self.folder.glob(pattern)]
-        return sorted(set(present) - wanted)
+        """Return shards beyond the plan, and temporary files that nobody writes to any more."""
+        found = []
+        for path in self.folder.glob("*"):
+            name = SHARD_FILE.fullmatch(path.name)
+            if name is None:
+                continue
+            if name["temporary"]:
+                if time.time() - path.stat().st_mtime > ABANDONED_AFTER_S:
+                    found.append(path)
+            elif int(name["shard"]) >= len(self.shards):
+                found.append(path)
+        return sorted(found)
 
     def sidecars(self) -> list[Sidecar]:
         """Return the sidecars of all shards.
@@ -197,15 +211,16 @@ def _plan_row(source: Source, row: Row) -> PlannedRow:
     conditioning_hash, conditioning_fault = _hash(source, row.conditioning_image)
     if not isinstance(row.prompt, str):
         fault = f"the prompt is not text but {type(row.prompt).__name__}"
+    elif any("\ud800" <= letter <= "\udfff" for letter in row.prompt):
+        fault = "the prompt is not valid text: half of a surrogate pair"
     return PlannedRow(row, image_hash, conditioning_hash, fault, conditioning_fault)
 
 
 def _hash(source: Source, name: str) -> tuple[str, str]:
     try:
         return hash_bytes(source.read(name)), ""
-    except (OSError, KeyError) as error:
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else "no such file"
-        return "", f"{name}: {reason}"
+    except OSError as error:
+        return "", f"{name}: {error.strerror or error}"
 
 
 def _split(items: Sequence[Any], size: int) -> list[tuple[int, Sequence[Any]]]:

@@ -1,5 +1,6 @@
 """Stage 1 from front to back: plan, text pass, latent pass, manifest."""
 
+import contextlib
 import dataclasses
 import gc
 from pathlib import Path
@@ -10,10 +11,12 @@ import torch
 from precompute.config import PrecomputeConfig
 from precompute.job import Job, prepare
 from precompute.passes import latent_pass, text_pass
+from precompute.plan import ShardPlan
 from shards import manifest
 from shards.errors import ShardError
-from shards.manifest import Manifest, digest, product_of
+from shards.manifest import Manifest, product_of
 from shards.provenance import versions, write_run
+from shards.sidecar import Sidecar
 from shards.writer import write_sidecar
 
 
@@ -30,7 +33,7 @@ def precompute(config: PrecomputeConfig) -> None:
     job = prepare(config)
     products = job.products()
     todo = {folder: product.unfinished() for folder, product in products.items()}
-    before = _present_manifest(cache)
+    before = _manifest_before(cache)
     for folder, product in products.items():
         records = sum(len(shard.items) for shard in product.shards)
         kept = len(product.shards) - len(todo[folder])
@@ -41,24 +44,27 @@ def precompute(config: PrecomputeConfig) -> None:
     _count_bad_rows_of_kept_shards(job)
 
     cache.mkdir(parents=True, exist_ok=True)
-    if before is not None and _changes_listed_shards(job, before):
-        (cache / manifest.MANIFEST).unlink()
+    if before is not None and _changes_what_is_listed(job, before, todo):
+        # What it says is about to be untrue. What it says of other controls is needed at the end.
+        (cache / manifest.MANIFEST).rename(cache / manifest.PREVIOUS)
     validation_embeds = text_pass(job)
     _free_memory()
     latent_pass(job, validation_embeds)
     _free_memory()
-    _refresh_captions(job)
+    for card, prompts in _outdated_captions(job):
+        write_sidecar(job.latents.folder, dataclasses.replace(card, prompts=prompts))
     for product in products.values():
         for path in product.surplus():
             path.unlink()
     now = _new_manifest(job, before)
-    if now == before:
+    if now == before and (cache / manifest.MANIFEST).is_file():
         click.echo(f"{cache}: already complete, nothing to do")
-        return
-    fingerprints = {folder: product.fingerprint for folder, product in now.products()}
-    write_run(cache, "precompute", config, fingerprints=fingerprints)
-    manifest.write(cache, now)
-    _report(job, now)
+    else:
+        fingerprints = {folder: product.fingerprint for folder, product in now.products()}
+        write_run(cache, "precompute", config, fingerprints=fingerprints)
+        manifest.write(cache, now)
+        (cache / manifest.PREVIOUS).unlink(missing_ok=True)
+        _report(job, now, before)
 
 
 def _count_bad_rows_of_kept_shards(job: Job) -> None:
@@ -68,56 +74,67 @@ def _count_bad_rows_of_kept_shards(job: Job) -> None:
             job.bad.add(card.skipped if card else [])
 
 
-def _refresh_captions(job: Job) -> None:
-    """Point kept latent shards at the prompts' present places; the tars stay untouched."""
+def _outdated_captions(job: Job) -> list[tuple[Sidecar, list[list[str]]]]:
+    """Return kept latent shards that point at other prompts than they should, and at which.
+
+    Their tars stay as they are.
+    """
+    outdated = []
     for shard in job.latents.shards:
         card = job.latents.finished(shard)
-        if card is None:
-            continue
-        captions = shard.captions(job.prompts)
-        prompts = [captions[key] for key in card.keys]
-        if prompts != card.prompts:
-            write_sidecar(job.latents.folder, dataclasses.replace(card, prompts=prompts))
+        if card is not None:
+            captions = shard.captions(job.prompts)
+            prompts = [captions[key] for key in card.keys]
+            if prompts != card.prompts:
+                outdated.append((card, prompts))
+    return outdated
 
 
-def _present_manifest(cache: Path) -> Manifest | None:
-    try:
-        return manifest.load(cache)
-    except ShardError:
-        return None
+def _manifest_before(cache: Path) -> Manifest | None:
+    """Return the manifest of the cache as it was last complete, if it ever was."""
+    for name in (manifest.MANIFEST, manifest.PREVIOUS):
+        if (cache / name).is_file():
+            with contextlib.suppress(ShardError):
+                return manifest.load(cache, name)
+    return None
 
 
-def _changes_listed_shards(job: Job, before: Manifest) -> bool:
+def _changes_what_is_listed(job: Job, before: Manifest, todo: dict[str, list[ShardPlan]]) -> bool:
     """Tell whether the work ahead touches a product that the present manifest vouches for."""
+    if not (job.config.output_dir / manifest.MANIFEST).is_file():
+        return False
     listed = dict(before.products())
-    return before.captions != _captions(job) or any(
-        folder in listed
-        and (product.unfinished() or listed[folder].num_shards != len(product.shards))
+    return bool(_outdated_captions(job)) or any(
+        folder in listed and (todo[folder] or listed[folder].num_shards != len(product.shards))
         for folder, product in job.products().items()
     )
 
 
-def _captions(job: Job) -> str:
-    return digest([shard.captions(job.prompts) for shard in job.latents.shards])
-
-
 def _new_manifest(job: Job, before: Manifest | None) -> Manifest:
-    """Return the manifest of the finished cache; other controls stay if they fit the latents."""
-    products = {folder: product_of(one.sidecars()) for folder, one in job.products().items()}
-    text, latents, conditioning, validation = products.values()
+    """Return the manifest of the finished cache.
+
+    Other controls stay in it if they were made for these latents, and their validation pairs if
+    they were encoded as the prompts now are; else they must be made again.
+    """
+    text, latents, conditioning, validation = (
+        product_of(one.sidecars()) for one in job.products().values()
+    )
     name = job.config.conditioning_name
-    fits = before is not None and before.latents.fingerprint == latents.fingerprint
-    others = before if fits else None
+    others = before if before and before.latents.fingerprint == latents.fingerprint else None
+    pairs = dict(others.validation) if others else {}
+    if others and others.text_identity != job.text_identity:
+        pairs = {other: product_of([]) for other in pairs}
     return Manifest(
         text=text,
         text_spec=job.text_spec,
+        text_identity=job.text_identity,
         latents=latents,
         latent_spec=job.latent_spec,
         conditioning=(others.conditioning if others else {}) | {name: conditioning},
         conditioning_specs=(others.conditioning_specs if others else {})
         | {name: job.conditioning_spec},
-        validation=(others.validation if others else {}) | {name: validation},
-        captions=_captions(job),
+        validation=pairs | {name: validation},
+        captions=manifest.captions_digest(job.latents.sidecars()),
         num_skipped=len(job.bad.reasons),
         made_by={
             "base": job.config.pretrained_model_name_or_path,
@@ -127,7 +144,13 @@ def _new_manifest(job: Job, before: Manifest | None) -> Manifest:
     )
 
 
-def _report(job: Job, now: Manifest) -> None:
+def _report(job: Job, now: Manifest, before: Manifest | None) -> None:
+    for other in before.conditioning if before else ():
+        lost = before and before.validation[other].num_records
+        if other not in now.conditioning:
+            click.echo(f"conditioning {other!r} was made for other latents: make it again")
+        elif lost and not now.validation[other].num_records:
+            click.echo(f"validation pairs of {other!r} had other text encoders: make them again")
     if job.bad.reasons:
         click.echo(f"{len(job.bad.reasons)} rows were left out:\n{job.bad.table()}")
     size = sum(product.num_bytes for _, product in now.products())

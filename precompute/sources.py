@@ -6,6 +6,7 @@ a line, {"source": conditioning image, "target": image, "prompt": caption}.
 
 import json
 import zipfile
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -21,14 +22,21 @@ class Row:
     """One sample of a source.
 
     Attributes:
+        line: of prompt.json, from 1.
         image: name of the image in the source.
         conditioning_image: name of the conditioning image in the source.
         prompt: the caption as found; a bad row's may be no text.
     """
 
+    line: int
     image: str
     conditioning_image: str
     prompt: Any
+
+    @property
+    def name(self) -> str:
+        """What the row is called in reports."""
+        return f"line {self.line}, {self.image}"
 
 
 class Source(Protocol):
@@ -41,7 +49,6 @@ class Source(Protocol):
 
         Raises:
             OSError: missing or unreadable.
-            KeyError: missing from an archive.
         """
         ...
 
@@ -55,7 +62,10 @@ class Folder:
 
     def read(self, name: str) -> bytes:
         """Return the bytes of an image."""
-        return (self.path / name).read_bytes()
+        try:
+            return (self.path / name).read_bytes()
+        except ValueError as error:  # a NUL in the name
+            raise OSError(str(error)) from error
 
 
 class Zip:
@@ -70,7 +80,10 @@ class Zip:
         """Return the bytes of an image."""
         try:
             return self.archive.read(self.prefix + name)
-        except zipfile.BadZipFile as error:
+        except KeyError as error:
+            raise OSError("no such file in the zip") from error
+        # Damaged, encrypted or compressed in a way that Python does not know.
+        except (zipfile.BadZipFile, zlib.error, RuntimeError, NotImplementedError) as error:
             raise OSError(str(error)) from error
 
 
@@ -133,7 +146,7 @@ def parse_rows(data: bytes, where: str) -> list[Row]:
             )
         if not (isinstance(entry["source"], str) and isinstance(entry["target"], str)):
             raise ConfigError(f"{where}, line {number}: source and target must be file names.")
-        rows.append(Row(entry["target"], entry["source"], entry["prompt"]))
+        rows.append(Row(number, entry["target"], entry["source"], entry["prompt"]))
     if not rows:
         raise ConfigError(f"{where}: holds no rows.")
     return rows

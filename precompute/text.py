@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from precompute.batching import batches
 from precompute.fingerprint import hash_bytes, hash_component
 from shards.errors import ConfigError, ShardError
 from shards.manifest import TextSpec
@@ -177,14 +178,13 @@ def text_records(
     Raises:
         ShardError: an embedding is not finite, which half precision can cause.
     """
-    for start in range(0, len(prompts), batch_size):
-        batch = prompts[start : start + batch_size]
+    for rows in batches(range(len(prompts)), batch_size):
+        batch = [prompts[row] for row in rows]
         embeds = encoders.encode(batch)
-        for row, prompt in enumerate(batch):
-            tensors = {name: tensor[row] for name, tensor in embeds.items()}
+        for at, (row, prompt) in enumerate(zip(rows, batch, strict=True)):
+            tensors = {name: tensor[at] for name, tensor in embeds.items()}
             require_finite(tensors, prompt)
-            key = prompt_key(shard, start + row, prompt)
-            yield Record(key, tensors, {"prompt": prompt})
+            yield Record(prompt_key(shard, row, prompt), tensors, {"prompt": prompt})
         bar.update(len(batch))
 
 

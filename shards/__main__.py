@@ -57,7 +57,7 @@ def verify_command(ctx: click.Context, cache: Path, as_json: bool) -> None:
     """Check every shard and record of CACHE; list all that is wrong, then exit 1."""
     found = _load(cache)
     wrong: list[str] = []
-    with tqdm(total=verify.num_shards(found), unit="shard", desc="verify", disable=None) as bar:
+    with tqdm(total=verify.num_shards(found) + 1, unit="shard", desc="verify", disable=None) as bar:
         for _, faults in verify.faults(cache):
             wrong.extend(faults)
             bar.update()

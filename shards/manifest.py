@@ -13,6 +13,8 @@ from shards.sidecar import FORMAT_VERSION, Sidecar
 from shards.writer import write_text
 
 MANIFEST = "manifest.json"
+# The last complete cache's manifest while it is being changed; no cache is complete because of it.
+PREVIOUS = "manifest.previous.json"
 DEFAULT_CONDITIONING = "conditioning"
 
 
@@ -93,19 +95,21 @@ class Manifest:
     Attributes:
         text: records of distinct prompts.
         text_spec: their shapes.
+        text_identity: digest of encoders, token lengths and number formats.
         latents: records of images.
         latent_spec: their shapes.
         conditioning: records of conditioning images, by name of the control.
         conditioning_specs: their shapes, by the same names.
         validation: records of validation pairs, shaped as text and conditioning records are, by
             the same names.
-        captions: digest of which prompts caption which image.
+        captions: digest of which prompts caption which image; see `captions_digest`.
         num_skipped: source rows that were left out.
         made_by: versions and base model, for people; nothing depends on it.
     """
 
     text: Product
     text_spec: TextSpec
+    text_identity: str
     latents: Product
     latent_spec: LatentSpec
     conditioning: dict[str, Product]
@@ -115,6 +119,17 @@ class Manifest:
     num_skipped: int
     made_by: dict[str, Any] = field(default_factory=dict)
     format_version: int = FORMAT_VERSION
+
+    def data_fingerprint(self, conditioning_name: str) -> str:
+        """Return the digest of all that training on one control reads, its order included."""
+        return digest(
+            [
+                self.text.fingerprint,
+                self.latents.fingerprint,
+                self.conditioning[conditioning_name].fingerprint,
+                self.captions,
+            ]
+        )
 
     def products(self) -> Iterator[tuple[str, Product]]:
         """Yield (folder relative to the cache, product) for every product."""
@@ -153,20 +168,25 @@ def product_of(sidecars: Sequence[Sidecar]) -> Product:
     )
 
 
+def captions_digest(latents: Sequence[Sidecar]) -> str:
+    """Return the digest of which prompts caption which image, from the latents' sidecars."""
+    return digest([[one.keys, one.prompts] for one in latents])
+
+
 def write(cache: Path, manifest: Manifest) -> None:
     """Write, or replace, the cache's manifest."""
     text = json.dumps(dataclasses.asdict(manifest), ensure_ascii=False, indent=1)
     write_text(cache / MANIFEST, text + "\n")
 
 
-def load(cache: Path) -> Manifest:
+def load(cache: Path, name: str = MANIFEST) -> Manifest:
     """Return the manifest of a complete cache.
 
     Raises:
         ShardError: there is no cache here, it is incomplete (naming what is there), or its
             manifest is damaged or of another format version.
     """
-    path = cache / MANIFEST
+    path = cache / name
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
         version = values.get("format_version")

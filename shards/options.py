@@ -14,10 +14,13 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import click
+from safetensors import SafetensorError
 
 from shards.errors import ConfigError, ShardError
 
 Config = TypeVar("Config")
+RESOLUTION_STEP_PX = 16
+MAX_SEQUENCE_LENGTH = 512
 SECTIONS = ("precompute", "train", "infer")
 CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
 
@@ -98,6 +101,15 @@ def stage_command(
             raise CommandError(str(error)) from error
         except OSError as error:
             raise CommandError(_os_error_line(error)) from error
+        except SafetensorError as error:
+            raise CommandError(f"a weight file is damaged ({error}); fetch it again") from error
+        except RuntimeError as error:
+            if type(error).__name__ != "OutOfMemoryError":  # torch's; not imported for its name
+                raise
+            raise CommandError(
+                f"out of memory: {str(error).splitlines()[0]} Smaller batches help, and "
+                "--gradient-checkpointing in training."
+            ) from error
 
     config_option = click.Option(
         ["--config"],
@@ -138,6 +150,33 @@ def pair_up(
             "of the other, or one of either."
         )
     return list(zip(all_prompts, all_images, strict=True))
+
+
+def check_resolution(resolution: int) -> None:
+    """Refuse sizes that SD3 cannot have: the VAE divides by 8, the transformer takes 2 x 2.
+
+    Raises:
+        ConfigError: with sizes that it can have.
+    """
+    if resolution <= 0 or resolution % RESOLUTION_STEP_PX:
+        below = max(resolution // RESOLUTION_STEP_PX, 1) * RESOLUTION_STEP_PX
+        raise ConfigError(
+            f"--resolution {resolution}: must be divisible by {RESOLUTION_STEP_PX} (VAE f8, "
+            f"patches of 2); try {below} or {below + RESOLUTION_STEP_PX}."
+        )
+
+
+def check_sequence_length(tokens: int) -> None:
+    """Refuse T5 lengths that the stock pipeline refuses.
+
+    Raises:
+        ConfigError: with the bound.
+    """
+    if not 1 <= tokens <= MAX_SEQUENCE_LENGTH:
+        raise ConfigError(
+            f"--max-sequence-length {tokens}: must be 1 to {MAX_SEQUENCE_LENGTH}, which is as "
+            "long as diffusers' pipeline takes."
+        )
 
 
 def as_dict(config: Any) -> dict[str, Any]:
@@ -216,12 +255,15 @@ def read_section(path: Path, section: str, config_class: type[Any]) -> dict[str,
         raise CommandError(f"--config {path}: {error.strerror or error}") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise CommandError(f"--config {path}: not valid TOML: {error}") from error
-    for table in document:
-        if table not in SECTIONS:
-            raise CommandError(f"{path}: unknown table [{table}].{nearest(table, list(SECTIONS))}")
+    for name in document:
+        if name not in SECTIONS:
+            raise CommandError(f"{path}: unknown table [{name}].{nearest(name, list(SECTIONS))}")
     hints = get_type_hints(config_class)
     settings: dict[str, Any] = {}
-    for key, value in document.get(section, {}).items():
+    table = document.get(section, {})
+    if not isinstance(table, dict):
+        raise CommandError(f"{path}: {section} must be a table, [{section}], found {table!r}.")
+    for key, value in table.items():
         name = key.replace("-", "_")
         if name not in hints:
             raise CommandError(

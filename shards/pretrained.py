@@ -4,12 +4,15 @@ import contextlib
 import fnmatch
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from shards.errors import ConfigError
 
+# How the data was made, in a ControlNet's config.json. diffusers keeps entries with a leading
+# underscore and passes them over when it builds the model.
+DATA_KEY = "_precompute"
 # What a component folder may hold that loading it needs; everything else stays on the hub.
 FILE_PATTERNS = ("*.json", "*.txt", "*.model")
 
@@ -114,6 +117,23 @@ def find_controlnet(name_or_path: str, flag: str, *, cache_dir: Path | None = No
     return folder
 
 
+def controlnet_mismatches(controlnet: Mapping[str, Any], base: Mapping[str, Any]) -> list[str]:
+    """Return what keeps a ControlNet from working with a base model, a line each.
+
+    Args:
+        controlnet: the ControlNet's configuration.
+        base: the transformer's configuration.
+    """
+    names = ["in_channels", "attention_head_dim", "num_attention_heads", "pooled_projection_dim"]
+    if controlnet.get("joint_attention_dim") is not None:  # SD3.5-large's own take no text
+        names.append("joint_attention_dim")
+    return [
+        f"  {name}: ControlNet {controlnet.get(name)}, base model {base.get(name)}"
+        for name in names
+        if controlnet.get(name) != base.get(name)
+    ]
+
+
 def is_hub_id(name: str) -> bool:
     """Tell whether a name has the form owner/name."""
     return re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name) is not None
@@ -124,12 +144,12 @@ def _weight_patterns(
 ) -> list[str]:
     """Return the patterns of the weights to download: of the variant where a component has it."""
     from huggingface_hub import list_repo_files
-    from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 
     present: list[str] = []
     if variant is not None:
-        # What is wrong with the repository or the network, the download itself says better.
-        with contextlib.suppress(HfHubHTTPError, OfflineModeIsEnabled, OSError):
+        # Whatever is wrong with the repository or the network, the download itself says better;
+        # and the errors of the HTTP library underneath change with its version.
+        with contextlib.suppress(Exception):
             present = list_repo_files(repo, revision=revision)
     patterns = []
     for name in subfolders:
@@ -157,6 +177,7 @@ def _download(
         HfHubHTTPError,
         LocalEntryNotFoundError,
         RepositoryNotFoundError,
+        RevisionNotFoundError,
     )
 
     try:
@@ -178,6 +199,8 @@ def _download(
             f"{repo!r}: no such folder here and no such repository on the hub "
             "(or it is private: `hf auth login`)."
         ) from error
+    except RevisionNotFoundError as error:
+        raise ConfigError(f"{repo!r} has no revision {revision!r}.") from error
     except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
         raise ConfigError(
             f"{repo!r}: no such folder here, and the hub could not be reached "

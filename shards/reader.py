@@ -43,6 +43,28 @@ class ProductReader:
         """Open files stay behind when a reader travels to a spawned worker."""
         return ProductReader, (self.folder, self.product)
 
+    def check_present(self) -> None:
+        """Check that all tars are there in full length, and all sidecars.
+
+        Raises:
+            ShardError: naming the first that is not.
+        """
+        for shard, expected in enumerate(self.product.shard_bytes):
+            path = tar_path(self.folder, shard)
+            try:
+                found = path.stat().st_size
+                sidecar.sidecar_path(self.folder, shard).stat()
+            except OSError as error:
+                raise ShardError(
+                    f"{error.filename}: {error.strerror}, though manifest.json counts on it; "
+                    "copy it again, or run precompute again"
+                ) from error
+            if found != expected:
+                raise ShardError(
+                    f"{path}: cut short or changed, {expected} bytes expected, found {found}; "
+                    "copy it again, or run precompute again"
+                )
+
     def tensors(self, shard: int, index: int) -> dict[str, Tensor]:
         """Return the tensors of record `index` of a shard.
 
@@ -97,7 +119,8 @@ class ProductReader:
     def _read(self, shard: int, start: int, size: int) -> bytes:
         path = tar_path(self.folder, shard)
         try:
-            data = os.pread(self._file(shard).descriptor, size, start)
+            file = self._file(shard)  # held, so that it stays open while it is read
+            data = os.pread(file.descriptor, size, start)
         except OSError as error:
             raise ShardError(f"{path}: cannot be read ({error.strerror})") from error
         if len(data) != size:
@@ -130,7 +153,8 @@ class Cache:
         conditioning_name: which kind of control to read.
 
     Raises:
-        ShardError: see `shards.manifest.load`; or there is no such control in this cache.
+        ShardError: see `shards.manifest.load`; there is no such control in this cache; or a shard
+            is missing.
     """
 
     def __init__(self, folder: Path, conditioning_name: str = DEFAULT_CONDITIONING) -> None:
@@ -152,6 +176,8 @@ class Cache:
             folder / validation_folder(conditioning_name),
             self.manifest.validation[conditioning_name],
         )
+        for reader in (self.text, self.latents, self.conditioning, self.validation):
+            reader.check_present()
 
     def empty_prompt(self) -> dict[str, Tensor]:
         """Return the text tensors of the empty prompt, always the first record of the first shard.

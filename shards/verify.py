@@ -16,7 +16,7 @@ CHUNK_BYTES = 1 << 22
 
 
 def faults(cache: Path) -> Iterator[tuple[str, list[str]]]:
-    """Check every shard of a cache; yield (shard, what is wrong with it) as each is done.
+    """Check every shard of a cache; yield (what was checked, its faults) as it is done.
 
     Checked are presence, size and sha256 of the tars, the sidecars against the manifest, every
     record's shapes and dtypes, that its numbers are finite, and that every reference to a prompt
@@ -38,6 +38,7 @@ def faults(cache: Path) -> Iterator[tuple[str, list[str]]]:
         results = pool.map(lambda task: _shard_faults(found, readers, *task), tasks)
         for (folder, shard), wrong in zip(tasks, results, strict=True):
             yield f"{folder}/{shard:06d}", wrong
+    yield "captions", _caption_faults(found, readers["latents"])
 
 
 def num_shards(found: Manifest) -> int:
@@ -104,6 +105,16 @@ def _record_faults(
             yield from _unmet(readers["text"], prompts)
     elif folder.startswith("conditioning/"):
         yield from _unmet(readers["latents"], card.keys)
+
+
+def _caption_faults(found: Manifest, latents: ProductReader) -> list[str]:
+    try:
+        sidecars = [latents.sidecar(shard) for shard in range(latents.product.num_shards)]
+    except ShardError:
+        return []  # reported with its shard
+    if manifest.captions_digest(sidecars) == found.captions:
+        return []
+    return [f"{latents.folder}: the sidecars' captions are not those the manifest was written for"]
 
 
 def _unmet(reader: ProductReader, keys: list[str]) -> Iterator[str]:

@@ -16,13 +16,14 @@ from click.testing import CliRunner, Result
 from diffusers import SD3ControlNetModel
 from PIL import Image
 
+os.environ["HF_HUB_OFFLINE"] = "1"  # read at the first import of huggingface_hub
+
 import demo.base
 from demo.circles import write_circles
 from precompute.config import PrecomputeConfig
 from precompute.run import precompute
 from train.config import TrainConfig
 
-os.environ["HF_HUB_OFFLINE"] = "1"
 REPOSITORY = Path(__file__).parent.parent
 RESOLUTION_PX = 64
 NUM_ROWS = 10

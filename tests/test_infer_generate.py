@@ -17,6 +17,7 @@ from infer.generate import generate
 from infer.sheets import CELL_PX, contact_sheet
 from precompute.images import to_pixels, to_uint8
 from shards.errors import ConfigError
+from shards.pretrained import DATA_KEY
 from tests.conftest import PROMPTS, RESOLUTION_PX, TOKENS, Outcome, awaken, flags
 from train import models
 
@@ -24,7 +25,7 @@ from train import models
 @pytest.fixture(scope="module")
 def controlnet(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A ControlNet with a say, saved as train saves it."""
-    model = models.new_controlnet(models.load_transformer(base, None, torch.float32), 2)
+    model = models.new_controlnet(base, None, 2)
     awaken(model)
     data = {
         "max_sequence_length": TOKENS,
@@ -32,7 +33,7 @@ def controlnet(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         "height": RESOLUTION_PX,
         "width": RESOLUTION_PX,
     }
-    model.register_to_config(**{models.DATA_KEY: data})
+    model.register_to_config(**{DATA_KEY: data})
     folder = tmp_path_factory.mktemp("controlnet")
     model.save_pretrained(folder)
     return folder
@@ -106,7 +107,7 @@ def test_a_controlnet_trained_on_0_1_is_driven_so(
     other = tmp_path / "controlnet"
     shutil.copytree(controlnet, other)
     values = json.loads((other / "config.json").read_text())
-    values[models.DATA_KEY]["conditioning_range"] = "0_1"
+    values[DATA_KEY]["conditioning_range"] = "0_1"
     (other / "config.json").write_text(json.dumps(values))
     changed = replace(config, controlnet=str(other), prompt=PROMPTS[:1], image=config.image[:1])
     generate(changed)
@@ -127,7 +128,7 @@ def test_a_controlnet_that_says_nothing_gets_the_stock_defaults(
     other = tmp_path / "controlnet"
     shutil.copytree(controlnet, other)
     values = json.loads((other / "config.json").read_text())
-    del values[models.DATA_KEY]
+    del values[DATA_KEY]
     (other / "config.json").write_text(json.dumps(values))
     found = find_convention(config, load_pipeline(replace(config, controlnet=str(other))))
     assert (found.max_sequence_length, found.pixel_range, found.resolution_px) == (256, "-1_1", 128)

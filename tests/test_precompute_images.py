@@ -36,6 +36,19 @@ def test_what_is_no_image_says_why(data: bytes, reason: str) -> None:
     assert str(caught.value).startswith(reason)
 
 
+def test_sixteen_bits_become_eight() -> None:
+    values = np.arange(0, 1 << 16, 97, dtype=np.uint16)[: 25 * 25].reshape(25, 25) * 2
+    pixels = np.array(decode(encoded(Image.fromarray(values))))
+    assert np.array_equal(pixels, np.repeat((values // 256).astype(np.uint8)[..., None], 3, axis=2))
+
+
+def test_numbers_of_unknown_range_are_refused() -> None:
+    with pytest.raises(BadImage, match="floating point numbers"):
+        decode(encoded(Image.fromarray(np.zeros((4, 4), np.float32)), "TIFF"))
+    with pytest.raises(BadImage, match="reach from -5 to 0, not 16 bit"):
+        decode(encoded(Image.fromarray(np.array([[-5, 0]], np.int32)), "TIFF"))
+
+
 def test_a_square_of_the_right_size_is_untouched() -> None:
     image = Image.effect_noise((64, 64), 50).convert("RGB")
     assert np.array_equal(np.array(fit(image, 64)), np.array(image))

@@ -2,6 +2,7 @@
 
 import gc
 import json
+import os
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -240,7 +241,7 @@ def test_bad_rows_are_left_out_and_named(
     def edit(lines: list[dict[str, object]]) -> None:
         lines[1]["prompt"] = None
         lines[3]["target"] = "target/none.png"
-        lines[9]["prompt"] = 5
+        lines[9]["prompt"] = "\ud83d"
 
     source = copy_of(circles, tmp_path / "bad", edit)
     (source / "target" / "5.png").write_bytes(b"")
@@ -252,14 +253,99 @@ def test_bad_rows_are_left_out_and_named(
     assert found.latents.num_records == 6  # row 7 has an image, though no conditioning image
     assert found.conditioning["conditioning"].num_records == 5
     first = Cache(fresh.output_dir).latents.sidecar(0)
-    assert Skipped("target/none.png", "target/none.png: No such file or directory") in first.skipped
+    missing = "target/none.png: No such file or directory"
+    assert Skipped("line 4, target/none.png", missing) in first.skipped
     output = capsys.readouterr().out
     assert "5 rows were left out" in output
-    for name in ("target/1.png", "target/none.png", "target/5.png", "target/7.png", "target/9.png"):
-        assert f"  {name}: " in output
+    for line in (2, 4, 6, 8, 10):
+        assert f"  line {line}, target/" in output
     assert all(not faults for _, faults in verify.faults(fresh.output_dir))
     with pytest.raises(ShardError, match=r"5 of 10 rows cannot be used, more than --max-bad-fract"):
         precompute(replace(config, max_bad_fraction=0.4))
+
+
+def test_a_file_that_changes_or_goes_while_working_stops_the_run(
+    fresh: PrecomputeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from precompute.sources import Folder
+
+    original = Folder.read
+    for second, message in (
+        (lambda data: data + b" ", r"target/3\.png was changed while precompute was running"),
+        (None, r"target/3\.png could be read when the run was planned and cannot now"),
+    ):
+        seen: list[str] = []
+
+        def read(self: Folder, name: str, second: object = second, seen: list[str] = seen) -> bytes:
+            data = original(self, name)
+            if name != "target/3.png" or name not in seen:
+                seen.append(name)
+                return data
+            if second is None:
+                raise OSError(5, "Input/output error")
+            return second(data)
+
+        monkeypatch.setattr(Folder, "read", read)
+        with pytest.raises(ShardError, match=message):
+            precompute(fresh)
+    monkeypatch.setattr(Folder, "read", original)
+    precompute(fresh)
+    assert manifest.load(fresh.output_dir).num_skipped == 0
+
+
+def test_validation_pairs_of_another_control_go_stale_with_the_text(
+    cache: Path, fresh: PrecomputeConfig, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(cache, fresh.output_dir)
+    precompute(replace(fresh, conditioning_name="depth", max_sequence_length=TOKENS + 2))
+    assert "validation pairs of 'conditioning' had other text encoders" in capsys.readouterr().out
+    found = manifest.load(fresh.output_dir)
+    assert found.conditioning.keys() == {"conditioning", "depth"}
+    assert found.validation["conditioning"].num_records == 0
+    assert found.validation["depth"].num_records == 2
+    assert all(not faults for _, faults in verify.faults(fresh.output_dir))
+
+
+def test_other_controls_survive_an_interruption(
+    cache: Path, fresh: PrecomputeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import precompute.run
+
+    shutil.copytree(cache, fresh.output_dir)
+    precompute.run.precompute(replace(fresh, conditioning_name="depth"))
+    latent_pass = precompute.run.latent_pass
+
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    longer = replace(fresh, conditioning_name="depth", max_sequence_length=TOKENS + 2)
+    monkeypatch.setattr(precompute.run, "latent_pass", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        precompute.run.precompute(longer)
+    with pytest.raises(ShardError, match="incomplete"):
+        manifest.load(fresh.output_dir)
+    monkeypatch.setattr(precompute.run, "latent_pass", latent_pass)
+    precompute.run.precompute(longer)
+    assert manifest.load(fresh.output_dir).conditioning.keys() == {"conditioning", "depth"}
+    assert sorted(p.name for p in fresh.output_dir.glob("manifest*")) == ["manifest.json"]
+
+
+def test_files_of_others_are_left_alone(fresh: PrecomputeConfig) -> None:
+    (fresh.output_dir / "text").mkdir(parents=True)
+    mine = [fresh.output_dir / "text" / name for name in ("captions.json", "000099.jsonl")]
+    stale = fresh.output_dir / "text" / "000001.tar.tmp-12"
+    busy = fresh.output_dir / "text" / "000001.tar.tmp-13"
+    for path in (*mine, stale, busy):
+        path.write_text("x")
+    os.utime(stale, (0, 0))
+    precompute(fresh)
+    assert all(path.exists() for path in (*mine, busy))
+    assert not stale.exists()
+    strange = fresh.output_dir.parent / "strange"
+    strange.mkdir()
+    (strange / "thesis.tex").write_text("x")
+    with pytest.raises(ConfigError, match=r"strange: not a cache, it holds thesis\.tex"):
+        precompute(replace(fresh, output_dir=strange))
 
 
 def test_encoders_are_gone_after_their_pass(
@@ -334,6 +420,7 @@ def test_a_shrunken_source_leaves_no_surplus_shards(
         ({"resolution": 0}, "--resolution 0: must be divisible by 16"),
         ({"shard_mb": 0}, "--shard-mb 0: must be above 0"),
         ({"vae_batch_size": 0}, "--vae-batch-size 0: must be at least 1"),
+        ({"max_sequence_length": 513}, "--max-sequence-length 513: must be 1 to 512"),
         ({"max_bad_fraction": 2.0}, "--max-bad-fraction"),
         ({"conditioning_name": "../x"}, "--conditioning-name"),
         ({"validation_image": ()}, "2 --validation-prompt and 0 --validation-image"),

@@ -38,8 +38,8 @@ def test_a_zip_reads_as_the_folder_it_unpacks_to(
 def test_a_row_is_named_as_in_prompt_json() -> None:
     data = json.dumps(LINE).encode() + b"\n\n" + json.dumps(LINE | {"prompt": None}).encode()
     assert parse_rows(data, "here") == [
-        Row("target/0.png", "source/0.png", "a circle"),
-        Row("target/0.png", "source/0.png", None),
+        Row(1, "target/0.png", "source/0.png", "a circle"),
+        Row(3, "target/0.png", "source/0.png", None),
     ]
 
 
@@ -56,6 +56,25 @@ def test_a_row_is_named_as_in_prompt_json() -> None:
 def test_a_broken_line_is_named(text: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         parse_rows(text.encode(), "here")
+
+
+def test_what_cannot_be_read_is_an_os_error(circles: Path, tmp_path: Path) -> None:
+    with zipfile.ZipFile(tmp_path / "damaged.zip", "w", zipfile.ZIP_DEFLATED) as packed:
+        packed.write(circles / "prompt.json", "prompt.json")
+        packed.writestr("source/0.png", bytes(1000))
+    data = bytearray((tmp_path / "damaged.zip").read_bytes())
+    at = data.index(b"source/0.png") + len(b"source/0.png")
+    data[at] ^= 0xFF
+    (tmp_path / "damaged.zip").write_bytes(data)
+    packed_source, folder = open_source(tmp_path / "damaged.zip"), open_source(circles)
+    for source, name in (
+        (packed_source, "source/0.png"),
+        (packed_source, "source/none.png"),
+        (folder, "none.png"),
+        (folder, "a\0b"),
+    ):
+        with pytest.raises(OSError):  # noqa: PT011  (which one is the system's affair)
+            source.read(name)
 
 
 def test_what_is_not_fill50k_says_so(tmp_path: Path, circles: Path) -> None:

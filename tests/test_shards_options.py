@@ -83,6 +83,7 @@ def test_a_file_gives_defaults_and_flags_win(call: Call, tmp_path: Path) -> None
         ("[train]\nprompt = 'one'", "prompt in [train]: expected a list, found 'one'"),
         ("[train]\nkind = 'three'", "kind in [train]: 'three' is not one of 'one', 'two'"),
         ("[train\n", "not valid TOML"),
+        ("train = 3", "train must be a table, [train], found 3"),
     ],
 )
 def test_a_wrong_file_is_refused(call: Call, tmp_path: Path, text: str, message: str) -> None:

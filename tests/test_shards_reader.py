@@ -142,9 +142,30 @@ def test_a_caption_that_points_nowhere_is_listed(copy: Path) -> None:
     values["prompts"][1] = []
     path.write_text(json.dumps(values))
     found = faults(copy)
-    assert len(found) == 2
+    assert len(found) == 3
     assert "no record '000000-00001-0000000000000000'" in found[0]
     assert "has no caption" in found[1]
+    assert "captions are not those the manifest was written for" in found[2]
+
+
+def test_exchanged_captions_are_found(copy: Path) -> None:
+    path = copy / "latents" / "000000.json"
+    values = json.loads(path.read_text())
+    prompts = values["prompts"]
+    prompts[0], prompts[1] = prompts[1], prompts[0]
+    path.write_text(json.dumps(values))
+    (fault,) = faults(copy)
+    assert "captions are not those the manifest was written for" in fault
+
+
+def test_opening_a_cache_checks_that_all_shards_are_there(copy: Path) -> None:
+    Cache(copy)
+    os.truncate(copy / "text" / "000002.tar", 512)
+    with pytest.raises(ShardError, match=r"000002\.tar: cut short or changed, .* found 512"):
+        Cache(copy)
+    (copy / "text" / "000002.tar").unlink()
+    with pytest.raises(ShardError, match=r"000002\.tar: No such file .* counts on it"):
+        Cache(copy)
 
 
 def test_commands(cache: Path, copy: Path, command: Callable[..., Outcome]) -> None:

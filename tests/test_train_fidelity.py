@@ -32,7 +32,7 @@ def test_live_encoding_gives_the_loss_of_the_cache(
     batch = collate([samples[place] for place in range(4)])
     pipeline = StableDiffusion3Pipeline.from_pretrained(base)
     scheduler = pipeline.scheduler
-    controlnet = models.new_controlnet(pipeline.transformer, 2)
+    controlnet = models.new_controlnet(base, None, 2)
     awaken(controlnet)
     cached = batch_loss(
         batch,

@@ -11,16 +11,15 @@ from diffusers import SD3ControlNetModel
 
 from shards import manifest
 from shards.errors import ConfigError
+from shards.pretrained import DATA_KEY
 from shards.reader import Cache
 from train import models
 from train.data import prompt_embeds
 
 
-def test_a_new_controlnet_copies_the_first_blocks_and_changes_nothing(base: Path) -> None:
+def test_a_new_controlnet_copies_the_first_blocks(base: Path) -> None:
     transformer = models.load_transformer(base, None, torch.float32)
-    before = dict(transformer.config)
-    controlnet = models.new_controlnet(transformer, 2)
-    assert dict(transformer.config) == before
+    controlnet = models.new_controlnet(base, None, 2)
     assert controlnet.config.num_layers == 2
     assert controlnet.config.force_zeros_for_pooled_projection is False
     assert controlnet.config.extra_conditioning_channels == 0
@@ -35,15 +34,53 @@ def test_a_new_controlnet_copies_the_first_blocks_and_changes_nothing(base: Path
 
 
 def test_the_number_of_blocks_is_bounded_by_the_base(base: Path) -> None:
+    assert models.new_controlnet(base, None, None).config.num_layers == 2
+    assert models.new_controlnet(base, None, 1).config.num_layers == 1
+    for wrong in (0, 3):
+        with pytest.raises(
+            ConfigError, match=f"{wrong}: a base model of 4 blocks listens to 1 to 2"
+        ):
+            models.new_controlnet(base, None, wrong)
+
+
+def test_every_block_of_the_largest_controlnet_is_heard(base: Path) -> None:
     transformer = models.load_transformer(base, None, torch.float32)
-    assert models.new_controlnet(transformer, None).config.num_layers == 3
-    with pytest.raises(ConfigError, match="4 blocks allow at most 3"):
-        models.new_controlnet(transformer, 4)
+    hidden = torch.randn(1, 16, 8, 8)
+    common = {
+        "timestep": torch.tensor([500.0]),
+        "encoder_hidden_states": torch.randn(1, 5, 96),
+        "pooled_projections": torch.randn(1, 80),
+    }
+
+    def heard(count: int) -> list[bool]:
+        residuals = [torch.zeros(1, 16, 64, requires_grad=True) for _ in range(count)]
+        transformer(
+            hidden_states=hidden, block_controlnet_hidden_states=residuals, **common
+        ).sample.sum().backward()
+        return [residual.grad is not None for residual in residuals]
+
+    assert heard(2) == [True, True]
+    assert heard(3) == [True, True, False]  # why half the base's blocks are the bound
+
+
+def test_weights_are_copied_as_stored_whatever_the_base_runs_in(base: Path, tmp_path: Path) -> None:
+    transformer = models.load_transformer(base, None, torch.float16)
+    transformer.save_pretrained(tmp_path / "transformer", max_shard_size="500KB")
+    files = sorted((tmp_path / "transformer").glob("*.safetensors"))
+    assert len(files) > 1
+    controlnet = models.new_controlnet(tmp_path, None, 2)
+    assert controlnet.dtype == torch.float32
+    stored = transformer.state_dict()
+    for name, tensor in controlnet.state_dict().items():
+        if name in stored:
+            assert torch.equal(tensor, stored[name].float()), name
+    files[0].unlink()
+    with pytest.raises(ConfigError, match="weights are missing"):
+        models.new_controlnet(tmp_path, None, 2)
 
 
 def test_exactly_what_gets_no_gradient_is_frozen(base: Path, cache: Path) -> None:
-    transformer = models.load_transformer(base, None, torch.float32)
-    controlnet = models.new_controlnet(transformer, 2)
+    controlnet = models.new_controlnet(base, None, 2)
     embeds = Cache(cache).empty_prompt()
     hidden = torch.randn(1, 16, 8, 8)
     for block in controlnet.controlnet_blocks:
@@ -66,11 +103,10 @@ def test_exactly_what_gets_no_gradient_is_frozen(base: Path, cache: Path) -> Non
 def test_stock_diffusers_loads_the_saved_controlnet_without_a_word(
     base: Path, cache: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    transformer = models.load_transformer(base, None, torch.float32)
-    controlnet = models.new_controlnet(transformer, 2)
+    controlnet = models.new_controlnet(base, None, 2)
     found = Cache(cache)
     data = models.data_entry(found.manifest, found.conditioning_spec)
-    controlnet.register_to_config(**{models.DATA_KEY: data})
+    controlnet.register_to_config(**{DATA_KEY: data})
     controlnet.save_pretrained(tmp_path)
     diffusers_logger = logging.getLogger("diffusers")
     diffusers_logger.addHandler(caplog.handler)
@@ -79,8 +115,8 @@ def test_stock_diffusers_loads_the_saved_controlnet_without_a_word(
     finally:
         diffusers_logger.removeHandler(caplog.handler)
     assert caplog.text == ""
-    assert loaded.config[models.DATA_KEY]["max_sequence_length"] == 20
-    assert loaded.config[models.DATA_KEY]["conditioning_range"] == "-1_1"
+    assert loaded.config[DATA_KEY]["max_sequence_length"] == 20
+    assert loaded.config[DATA_KEY]["conditioning_range"] == "-1_1"
     for name, tensor in loaded.state_dict().items():
         assert torch.equal(tensor, controlnet.state_dict()[name])
 
@@ -107,9 +143,15 @@ def test_a_cache_that_does_not_fit_the_base_is_refused(
 
 
 def test_a_controlnet_of_other_widths_is_refused(base: Path) -> None:
-    transformer = models.load_transformer(base, None, torch.float32)
-    controlnet = models.new_controlnet(transformer, 2)
-    models.check_controlnet(controlnet, transformer)
-    controlnet.register_to_config(joint_attention_dim=4096)
-    with pytest.raises(ConfigError, match="joint_attention_dim: ControlNet 4096, model 96"):
-        models.check_controlnet(controlnet, transformer)
+    controlnet = models.new_controlnet(base, None, 2)
+    models.check_controlnet(controlnet, base)
+    for wrong, message in (
+        ({"joint_attention_dim": 4096}, "joint_attention_dim: ControlNet 4096, base model 96"),
+        ({"joint_attention_dim": None}, "joint_attention_dim: ControlNet None, training needs 96"),
+        ({"extra_conditioning_channels": 1}, "extra_conditioning_channels: ControlNet 1"),
+        ({"num_layers": 3}, "num_layers: ControlNet 3, base 4"),
+    ):
+        changed = models.new_controlnet(base, None, 2)
+        changed.register_to_config(**wrong)
+        with pytest.raises(ConfigError, match=message):
+            models.check_controlnet(changed, base)

@@ -60,7 +60,7 @@ def test_training_changes_the_controlnet_and_stock_diffusers_loads_it(
 ) -> None:
     train(train_config)
     loaded = SD3ControlNetModel.from_pretrained(train_config.output_dir)
-    fresh = models.new_controlnet(models.load_transformer(base, None, torch.float32), 2)
+    fresh = models.new_controlnet(base, None, 2)
     moved = [
         name
         for name, tensor in loaded.state_dict().items()
@@ -99,6 +99,34 @@ def test_resuming_ends_where_the_undisturbed_run_does(
     assert (state.step, state.place) == (4, 4 * 2 * 2)
 
 
+def test_resuming_with_another_accumulation_keeps_whole_steps(
+    train_config: TrainConfig, tmp_path: Path
+) -> None:
+    config = near_gradient_descent(replace(train_config, lr_scheduler="constant"))
+    train(config)
+    first = replace(config, train_batch_size=1, gradient_accumulation_steps=2, max_train_steps=2)
+    other = tmp_path / "other"
+    train(replace(first, output_dir=other))
+    # Two steps of 1 x 2, then two of 2 x 1: the same samples in the same steps throughout.
+    train(replace(config, output_dir=other, resume_from_checkpoint="latest"))
+    assert_close(config.output_dir, other)
+    # And one batch of three steps' worth moves the place by as much.
+    more = replace(first, gradient_accumulation_steps=3, max_train_steps=6)
+    train(replace(more, output_dir=other, resume_from_checkpoint="latest"))
+    state = checkpoints.read_state(other / "checkpoint-6")
+    assert (state.step, state.place) == (6, 8 + 2 * 3)
+
+
+def test_a_new_learning_rate_is_followed_on_resuming(
+    train_config: TrainConfig, tmp_path: Path
+) -> None:
+    config = replace(train_config, adam_weight_decay=0.0, lr_scheduler="constant")
+    train(replace(config, max_train_steps=2))
+    stopped = (config.output_dir / WEIGHTS).read_bytes()
+    train(replace(config, learning_rate=0.0, resume_from_checkpoint="latest"))
+    assert (config.output_dir / WEIGHTS).read_bytes() == stopped
+
+
 def test_accumulation_equals_one_larger_batch(train_config: TrainConfig, tmp_path: Path) -> None:
     config = near_gradient_descent(train_config)
     train(config)
@@ -131,6 +159,10 @@ def test_a_new_run_does_not_mix_with_an_old_one(train_config: TrainConfig) -> No
         train(train_config)
     with pytest.raises(ConfigError, match=r"checkpoint-7: no complete checkpoint; .* checkpoint-2"):
         train(replace(train_config, resume_from_checkpoint="checkpoint-7"))
+    with pytest.raises(ConfigError, match=r"checkpoint-2: .* holds later ones, checkpoint-4; move"):
+        train(replace(train_config, resume_from_checkpoint="checkpoint-2"))
+    with pytest.raises(ConfigError, match=r"another shape .num_layers: checkpoint 2, now 1"):
+        train(replace(train_config, resume_from_checkpoint="latest", num_controlnet_layers=1))
     with pytest.raises(ConfigError, match="--seed: checkpoint 0, now 5"):
         train(replace(train_config, resume_from_checkpoint="latest", seed=5))
 
@@ -140,7 +172,7 @@ def test_resuming_on_another_cache_is_refused(
 ) -> None:
     train(train_config)
     precompute(replace(fresh, resolution=48))
-    with pytest.raises(ConfigError, match=r"latents of the cache: checkpoint .*, now "):
+    with pytest.raises(ConfigError, match=r"data in the cache: checkpoint .*, now "):
         train(replace(train_config, resume_from_checkpoint="latest", shards=fresh.output_dir))
 
 
@@ -285,13 +317,22 @@ def test_two_processes_train_as_one_with_twice_the_batch(
 ) -> None:
     config = near_gradient_descent(train_config)
     train(config)
-    two = replace(config, train_batch_size=1, output_dir=tmp_path / "two")
+    two = replace(
+        config,
+        train_batch_size=1,
+        output_dir=tmp_path / "two",
+        validation_steps=4,
+        num_validation_images=1,
+        validation_inference_steps=2,
+    )
     launch = ("-m", "torch.distributed.run", "--nproc-per-node", 2, "--master-port", free_port())
     done = run_python(*launch, "-m", "train", *flags(two), ACCELERATE_USE_CPU="true")
     assert done.returncode == 0, done.stderr
     assert_close(config.output_dir, two.output_dir)
     state = checkpoints.read_state(two.output_dir / "checkpoint-4")
     assert (state.step, state.place) == (4, 8)
+    drawn = sorted(path.name for path in two.output_dir.glob("validation/step-000004/*"))
+    assert drawn == ["0.png", "1.png"]
 
 
 def test_an_incomplete_cache_says_what_is_there(
@@ -311,7 +352,7 @@ def test_an_incomplete_cache_says_what_is_there(
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (lambda cache: (cache / "latents" / "000000.json").unlink(), "missing, though manifest"),
+        (lambda cache: (cache / "latents" / "000000.json").unlink(), "No such file.* counts on it"),
         (lambda cache: os.truncate(cache / "latents" / "000000.tar", 2000), "cut short"),
         (lambda cache: (cache / "text" / "000001.tar").unlink(), "No such file"),
         (lambda cache: (cache / "manifest.json").write_text("{"), "damaged manifest"),
@@ -329,6 +370,20 @@ def test_a_damaged_cache_stops_training_with_the_shards_name(
     damage(copy)
     with pytest.raises(ShardError, match=message):
         train(replace(train_config, shards=copy, max_train_steps=8))
+
+
+def test_damage_met_in_a_worker_is_one_error(
+    train_config: TrainConfig, cache: Path, tmp_path: Path
+) -> None:
+    copy = tmp_path / "cache"
+    shutil.copytree(cache, copy)
+    path = copy / "text" / "000000.tar"
+    path.write_bytes(bytes(path.stat().st_size))
+    config = replace(train_config, shards=copy, max_train_steps=8, dataloader_num_workers=1)
+    with pytest.raises(
+        ShardError, match=r"^[^\n]*000000\.tar: record [^\n]*: damaged record[^\n]*$"
+    ):
+        train(replace(config, proportion_empty_prompts=1.0))
 
 
 @pytest.mark.parametrize("flag", MOVED)

@@ -18,7 +18,7 @@ def test_sampling_and_decoding_equal_the_stock_pipeline(
 ) -> None:
     found = Cache(cache)
     transformer = models.load_transformer(base, None, torch.float32)
-    controlnet = models.new_controlnet(transformer, 2)
+    controlnet = models.new_controlnet(base, None, 2)
     awaken(controlnet)
     pair = validation.read_pairs(found)[1]
     assert pair.prompt == PROMPTS[1]

@@ -10,6 +10,7 @@ from accelerate import Accelerator
 from diffusers import SD3ControlNetModel
 
 from shards.errors import ConfigError
+from shards.pretrained import read_config
 from shards.writer import write_text
 
 STATE_FILE = "train_state.json"
@@ -26,14 +27,14 @@ class TrainState:
         place: samples consumed; the next one's number in the run's order.
         seed: of the order and all draws.
         shuffle_window: of the order.
-        latents_fingerprint: of the cache that the order refers to.
+        data_fingerprint: of the cache that the order refers to.
     """
 
     step: int
     place: int
     seed: int
     shuffle_window: int | None
-    latents_fingerprint: str
+    data_fingerprint: str
 
 
 def find(output_dir: Path) -> list[Path]:
@@ -47,8 +48,8 @@ def choose(output_dir: Path, wanted: str | None) -> Path | None:
     """Return the checkpoint to resume from, or None to start anew.
 
     Raises:
-        ConfigError: the named one is not there, or none was asked for while there are some, which
-            a new run would mix with its own.
+        ConfigError: the named one is not there; or going on from it, or starting anew, would mix
+            with later checkpoints that are there.
     """
     present = find(output_dir)
     if wanted == "latest":
@@ -62,6 +63,12 @@ def choose(output_dir: Path, wanted: str | None) -> Path | None:
         return None
     for path in (Path(wanted), output_dir / Path(wanted).name):
         if (path / STATE_FILE).is_file():
+            later = [one.name for one in present if read_state(one).step > read_state(path).step]
+            if later:
+                raise ConfigError(
+                    f"--resume-from-checkpoint {wanted}: {output_dir} holds later ones, "
+                    f"{', '.join(later)}; move them away, or give another --output-dir."
+                )
             return path
     names = ", ".join(path.name for path in present) or "none"
     raise ConfigError(
@@ -80,6 +87,25 @@ def read_state(checkpoint: Path) -> TrainState:
         return TrainState(**json.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError) as error:
         raise ConfigError(f"{path}: damaged ({error}); resume from an earlier one.") from error
+
+
+def check_same_model(checkpoint: Path, controlnet: SD3ControlNetModel) -> None:
+    """Hold the ControlNet of a checkpoint against the one that is to go on.
+
+    Raises:
+        ConfigError: they have other sizes.
+    """
+    saved = read_config(checkpoint, CONTROLNET_FOLDER)
+    wrong = [
+        f"{name}: checkpoint {saved[name]}, now {now}"
+        for name, now in controlnet.config.items()
+        if not name.startswith("_") and name in saved and json.dumps(saved[name]) != json.dumps(now)
+    ]
+    if wrong:
+        raise ConfigError(
+            f"{checkpoint}: holds a ControlNet of another shape ({'; '.join(wrong)}). Resume with "
+            "the same --num-controlnet-layers and base model, or start in another --output-dir."
+        )
 
 
 def save(accelerator: Accelerator, output_dir: Path, state: TrainState, limit: int | None) -> Path:
@@ -104,12 +130,21 @@ def save(accelerator: Accelerator, output_dir: Path, state: TrainState, limit: i
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         write_text(partial / STATE_FILE, json.dumps(asdict(state)) + "\n")
-        shutil.rmtree(final, ignore_errors=True)
+        _remove(final)
         partial.rename(final)
         for old in find(output_dir)[: -limit if limit else 0]:
-            shutil.rmtree(old)
+            _remove(old)
     accelerator.wait_for_everyone()
     return final
+
+
+def _remove(checkpoint: Path) -> None:
+    """Remove a checkpoint in such a way that no half of it passes for one."""
+    if checkpoint.is_dir():
+        gone = checkpoint.with_name(checkpoint.name + ".removed")
+        shutil.rmtree(gone, ignore_errors=True)
+        checkpoint.rename(gone)
+        shutil.rmtree(gone)
 
 
 def use_diffusers_format(accelerator: Accelerator) -> None:
@@ -137,9 +172,9 @@ def save_controlnet(controlnet: SD3ControlNetModel, output_dir: Path) -> None:
     partial = output_dir / "controlnet.partial"
     shutil.rmtree(partial, ignore_errors=True)
     controlnet.save_pretrained(str(partial))
-    for stale in output_dir.glob("diffusion_pytorch_model*"):
-        stale.unlink()
-    # The configuration last: without it the folder is no model yet.
+    # The configuration goes first and comes last: without it the folder is no model.
+    for stale in (output_dir / "config.json", *output_dir.glob("diffusion_pytorch_model*")):
+        stale.unlink(missing_ok=True)
     for file in sorted(partial.iterdir(), key=lambda path: path.name == "config.json"):
         file.replace(output_dir / file.name)
     partial.rmdir()

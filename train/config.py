@@ -42,7 +42,7 @@ class TrainConfig:
         None, help="ControlNet to go on from; a copy of the transformer's first blocks otherwise."
     )
     num_controlnet_layers: int | None = option(
-        None, help="Blocks of a new ControlNet; 12, or one fewer than the base has if that is less."
+        None, help="Blocks of a new ControlNet, up to half the base's; 12 if it has that many."
     )
     revision: str | None = option(None, help="Revision of the base model on the hub.")
     variant: str | None = option(None, help="Variant of the base model's weight files, e.g. fp16.")

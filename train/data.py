@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from shards.errors import ShardError
 from shards.order import Order
 from shards.reader import Cache
 
@@ -54,7 +55,7 @@ class Batch:
         return Batch(**{name: value.pin_memory() for name, value in vars(self).items()})
 
 
-class Samples(Dataset[dict[str, Tensor]]):
+class Samples(Dataset[dict[str, Tensor] | ShardError]):
     """The endless sequence of training samples, indexed by place.
 
     Args:
@@ -72,12 +73,17 @@ class Samples(Dataset[dict[str, Tensor]]):
         self.seed = seed
         self.proportion_empty_prompts = proportion_empty_prompts
 
-    def __getitem__(self, place: int) -> dict[str, Tensor]:
-        """Return one sample's tensors; see `Batch`.
+    def __getitem__(self, place: int) -> dict[str, Tensor] | ShardError:
+        """Return one sample's tensors, see `Batch`; or the error, for `loader` to raise.
 
-        Raises:
-            ShardError: its record is missing or damaged.
+        Raised here, in a worker process, it would reach the user as that process's traceback.
         """
+        try:
+            return self._sample(place)
+        except ShardError as error:
+            return error
+
+    def _sample(self, place: int) -> dict[str, Tensor]:
         _, tensors, prompts = self.cache.sample(*self.order.record(place))
         # Philox is counter-based: any place's stream is there at once and overlaps no other.
         rng = np.random.Generator(np.random.Philox(key=[self.seed, place]))
@@ -126,23 +132,35 @@ class RankBatches(Sampler[list[int]]):
             first += self.batch_size * self.num_ranks
 
 
-def collate(samples: Sequence[dict[str, Tensor]]) -> Batch:
-    """Return samples as one batch."""
-    return Batch(**{name: torch.stack([one[name] for one in samples]) for name in samples[0]})
+def collate(samples: Sequence[dict[str, Tensor] | ShardError]) -> Batch | ShardError:
+    """Return samples as one batch, or the first error among them."""
+    good = []
+    for sample in samples:
+        if isinstance(sample, ShardError):
+            return sample
+        good.append(sample)
+    return Batch(**{name: torch.stack([one[name] for one in good]) for name in good[0]})
 
 
 def loader(
     samples: Samples, places: RankBatches, *, num_workers: int, pin: bool
-) -> DataLoader[Any]:
-    """Return an endless iterable of `Batch`, read ahead by `num_workers` processes."""
-    return DataLoader(
+) -> Iterator[Batch]:
+    """Yield batches without end, read ahead by `num_workers` processes.
+
+    Raises:
+        ShardError: a record is missing or damaged.
+    """
+    batches: DataLoader[Any] = DataLoader(
         samples,
         batch_sampler=places,
         collate_fn=collate,
         num_workers=num_workers,
         pin_memory=pin,
-        persistent_workers=False,
     )
+    for batch in batches:
+        if isinstance(batch, ShardError):
+            raise batch
+        yield batch
 
 
 def prompt_embeds(clip_embeds: Tensor, t5_embeds: Tensor) -> Tensor:

@@ -5,15 +5,14 @@ from typing import Any
 
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, SD3ControlNetModel, SD3Transformer2DModel
+from safetensors import safe_open
+from torch import Tensor
 
 from shards.errors import ConfigError
 from shards.manifest import LatentSpec, Manifest
-from shards.pretrained import component_variant, read_config
+from shards.pretrained import component_variant, controlnet_mismatches, read_config
 
 DEFAULT_NUM_LAYERS = 12
-# How the data was made, in the ControlNet's config.json. diffusers keeps entries with a leading
-# underscore and passes them over when it builds the model.
-DATA_KEY = "_precompute"
 
 
 def check_base(base: Path, manifest: Manifest) -> None:
@@ -78,44 +77,67 @@ def load_transformer(base: Path, variant: str | None, dtype: torch.dtype) -> SD3
     return transformer.requires_grad_(False).eval()
 
 
-def new_controlnet(
-    transformer: SD3Transformer2DModel, num_layers: int | None
-) -> SD3ControlNetModel:
+def new_controlnet(base: Path, variant: str | None, num_layers: int | None) -> SD3ControlNetModel:
     """Return a ControlNet that starts as a copy of the transformer's first blocks and does nothing.
 
-    Unlike `SD3ControlNetModel.from_transformer` this leaves the transformer's configuration alone
-    and says in the saved one that training used the real pooled embedding and the VAE's shift.
+    Unlike `SD3ControlNetModel.from_transformer` this says in the saved configuration that training
+    used the real pooled embedding and the VAE's shift, and it copies the weights as they are
+    stored, whatever the precision that the frozen transformer is loaded in.
 
     Args:
-        transformer: the base model's.
-        num_layers: blocks; by default 12, or one fewer than the transformer has.
+        base: folder of the base model.
+        variant: variant of its weight files.
+        num_layers: blocks; by default 12, or half the transformer's if that is less.
+
+    Returns:
+        The ControlNet in float32.
 
     Raises:
-        ConfigError: the transformer has too few blocks. Its last one drops the text stream and
-            cannot be copied.
+        ConfigError: the transformer has too few blocks.
     """
-    available = int(transformer.config.num_layers) - 1
+    config = read_config(base, "transformer")
+    # The transformer hands out N residuals to its L blocks in runs of L / N and has none for its
+    # last block; so beyond L / 2 the ControlNet's last block would never be heard.
+    available = int(config["num_layers"]) // 2
     wanted = min(DEFAULT_NUM_LAYERS, available) if num_layers is None else num_layers
-    if wanted > available:
+    if not 1 <= wanted <= available:
         raise ConfigError(
-            f"--num-controlnet-layers {wanted}: the base model's {available + 1} blocks allow at "
-            f"most {available} (its last block has no text stream to copy)."
+            f"--num-controlnet-layers {wanted}: a base model of {config['num_layers']} blocks "
+            f"listens to 1 to {available}."
         )
-    config = dict(transformer.config) | {
-        "num_layers": wanted,
-        "extra_conditioning_channels": 0,
-        "force_zeros_for_pooled_projection": False,
-    }
     controlnet = SD3ControlNetModel.from_config(
         {key: value for key, value in config.items() if not key.startswith("_")}
+        | {
+            "num_layers": wanted,
+            "extra_conditioning_channels": 0,
+            "force_zeros_for_pooled_projection": False,
+        }
     )
-    for name in ("pos_embed", "time_text_embed", "context_embedder"):
-        getattr(controlnet, name).load_state_dict(getattr(transformer, name).state_dict())
-    for copy, block in zip(
-        controlnet.transformer_blocks, transformer.transformer_blocks, strict=False
-    ):
-        copy.load_state_dict(block.state_dict())
+    shared = {
+        name
+        for name in controlnet.state_dict()
+        if not name.startswith(("controlnet_blocks.", "pos_embed_input."))
+    }
+    controlnet.load_state_dict(read_weights(base / "transformer", variant, shared), strict=False)
     return controlnet.float()
+
+
+def read_weights(component: Path, variant: str | None, names: set[str]) -> dict[str, Tensor]:
+    """Return some of a component's weights as stored, reading no others.
+
+    Raises:
+        ConfigError: its files lack one.
+    """
+    kind = component_variant(component, variant)
+    found: dict[str, Tensor] = {}
+    for path in sorted(component.glob(f"*.{kind}*safetensors" if kind else "*.safetensors")):
+        if kind is None and path.name.count(".") > 1:
+            continue  # of a variant that was not asked for
+        with safe_open(path, framework="pt") as file:
+            found |= {name: file.get_tensor(name) for name in names & set(file.keys())}
+    if missing := names - found.keys():
+        raise ConfigError(f"{component}: {len(missing)} weights are missing, {min(missing)} first.")
+    return found
 
 
 def load_controlnet(folder: Path) -> SD3ControlNetModel:
@@ -123,25 +145,26 @@ def load_controlnet(folder: Path) -> SD3ControlNetModel:
     return SD3ControlNetModel.from_pretrained(folder, dtype=torch.float32, use_safetensors=True)
 
 
-def check_controlnet(controlnet: SD3ControlNetModel, transformer: SD3Transformer2DModel) -> None:
-    """Hold a ControlNet against the base model.
+def check_controlnet(controlnet: SD3ControlNetModel, base: Path) -> None:
+    """Hold a ControlNet to go on from against the base model and against what training gives it.
 
     Raises:
-        ConfigError: with what the ControlNet has beside what the model needs.
+        ConfigError: with what the ControlNet has beside what is needed.
     """
-    names = (
-        "in_channels",
-        "patch_size",
-        "attention_head_dim",
-        "num_attention_heads",
-        "joint_attention_dim",
-        "pooled_projection_dim",
-    )
-    wrong = [
-        f"  {name}: ControlNet {controlnet.config[name]}, model {transformer.config[name]}"
-        for name in names
-        if controlnet.config[name] != transformer.config[name]
+    ours, theirs = dict(controlnet.config), read_config(base, "transformer")
+    wrong = controlnet_mismatches(ours, theirs)
+    needed = {
+        "joint_attention_dim": theirs.get("joint_attention_dim"),
+        "extra_conditioning_channels": 0,
+        "use_pos_embed": True,
+    }
+    wrong += [
+        f"  {name}: ControlNet {ours.get(name)}, training needs {value}"
+        for name, value in needed.items()
+        if ours.get(name) != value
     ]
+    if int(ours["num_layers"]) > int(theirs["num_layers"]) // 2:
+        wrong.append(f"  num_layers: ControlNet {ours['num_layers']}, base {theirs['num_layers']}")
     if wrong:
         raise ConfigError("the ControlNet does not fit the base model:\n" + "\n".join(wrong))
 

@@ -9,10 +9,12 @@ import click
 import numpy as np
 import torch
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 from PIL import Image
 from tqdm import tqdm
 
 from shards.options import as_dict
+from shards.pretrained import DATA_KEY
 from shards.provenance import write_run
 from train import checkpoints, models, setup, validation
 from train.checkpoints import TrainState
@@ -37,17 +39,17 @@ def train(config: TrainConfig) -> None:
     torch.backends.cuda.matmul.allow_tf32 = config.allow_tf32
     torch.backends.cudnn.allow_tf32 = config.allow_tf32
 
-    weight_dtype = setup.WEIGHT_DTYPES[accelerator.mixed_precision]
-    transformer = models.load_transformer(inputs.base, config.variant, weight_dtype)
     if inputs.controlnet is None:
-        controlnet = models.new_controlnet(transformer, config.num_controlnet_layers)
+        controlnet = models.new_controlnet(
+            inputs.base, config.variant, config.num_controlnet_layers
+        )
     else:
         controlnet = models.load_controlnet(inputs.controlnet)
-        models.check_controlnet(controlnet, transformer)
+        models.check_controlnet(controlnet, inputs.base)
+    weight_dtype = setup.WEIGHT_DTYPES[accelerator.mixed_precision]
+    transformer = models.load_transformer(inputs.base, config.variant, weight_dtype)
     data = models.data_entry(inputs.cache.manifest, inputs.cache.conditioning_spec)
-    controlnet.register_to_config(
-        force_zeros_for_pooled_projection=False, **{models.DATA_KEY: data}
-    )
+    controlnet.register_to_config(force_zeros_for_pooled_projection=False, **{DATA_KEY: data})
     models.freeze_unused(controlnet)
     controlnet.train()
     if config.gradient_checkpointing:
@@ -64,7 +66,12 @@ def train(config: TrainConfig) -> None:
     checkpoints.use_diffusers_format(accelerator)
     controlnet, optimizer, schedule = accelerator.prepare(controlnet, optimizer, schedule)
     if inputs.checkpoint is not None:
+        checkpoints.check_same_model(inputs.checkpoint, accelerator.unwrap_model(controlnet))
         accelerator.load_state(str(inputs.checkpoint))
+        # It counts batches, to know where an optimiser step ends; a checkpoint always is such an
+        # end, but with another accumulation the count would say otherwise.
+        accelerator.step = 0
+        setup.set_learning_rate(schedule.scheduler, setup.peak_learning_rate(config, step_samples))
 
     if accelerator.is_main_process:
         _announce(config, inputs, controlnet, num_steps, step_samples)
@@ -111,13 +118,8 @@ def _loop(
         rank=accelerator.process_index,
         num_ranks=accelerator.num_processes,
     )
-    batches = iter(
-        loader(
-            samples,
-            places,
-            num_workers=config.dataloader_num_workers,
-            pin=device.type == "cuda",
-        )
+    batches = loader(
+        samples, places, num_workers=config.dataloader_num_workers, pin=device.type == "cuda"
     )
     accumulation = config.gradient_accumulation_steps
     step_samples = config.train_batch_size * accelerator.num_processes * accumulation
@@ -172,54 +174,59 @@ def _validate(
     transformer: Any,
     step: int,
 ) -> None:
-    """Draw the validation pairs on the main process, the same noise each time."""
-    if accelerator.is_main_process:
-        model = accelerator.unwrap_model(controlnet)
-        model.eval()
-        spec = inputs.cache.manifest.latent_spec
-        pairs = validation.read_pairs(inputs.cache)
-        negative = validation.negative_embeds(inputs.cache)
-        scheduler = models.load_scheduler(inputs.base)
-        shape = (config.num_validation_images, spec.latent_channels, spec.height, spec.width)
-        latents = []
-        for number, pair in enumerate(pairs):
-            generator = torch.Generator().manual_seed(config.seed + number)
-            latents.append(
-                validation.sample(
-                    transformer,
-                    model,
-                    scheduler,
-                    pair,
-                    negative,
-                    torch.randn(shape, generator=generator).to(accelerator.device),
-                    num_inference_steps=config.validation_inference_steps,
-                    guidance_scale=config.validation_guidance_scale,
-                )
+    """Draw the validation pairs, shared out among the processes, the same noise each time."""
+    model = accelerator.unwrap_model(controlnet)
+    model.eval()
+    spec = inputs.cache.manifest.latent_spec
+    numbered = list(enumerate(validation.read_pairs(inputs.cache)))
+    mine = numbered[accelerator.process_index :: accelerator.num_processes]
+    negative = validation.negative_embeds(inputs.cache)
+    scheduler = models.load_scheduler(inputs.base)
+    shape = (config.num_validation_images, spec.latent_channels, spec.height, spec.width)
+    latents = []
+    for number, pair in mine:
+        generator = torch.Generator().manual_seed(config.seed + number)
+        latents.append(
+            validation.sample(
+                transformer,
+                model,
+                scheduler,
+                pair,
+                negative,
+                torch.randn(shape, generator=generator).to(accelerator.device),
+                num_inference_steps=config.validation_inference_steps,
+                guidance_scale=config.validation_guidance_scale,
             )
-        images = validation.decode(inputs.base, config.variant, spec, latents, accelerator.device)
-        model.train()
-        pictures = [Picture(*both) for both in zip(pairs, images, strict=True)]
-        _save_pictures(config.output_dir / "validation" / f"step-{step:06d}", pictures)
-        _log_pictures(accelerator, pictures, step)
-    accelerator.wait_for_everyone()
+        )
+    images = validation.decode(inputs.base, config.variant, spec, latents, accelerator.device)
+    model.train()
+    drawn = [
+        Picture(number, pair, of_pair) for (number, pair), of_pair in zip(mine, images, strict=True)
+    ]
+    _save_pictures(config.output_dir / "validation" / f"step-{step:06d}", drawn)
+    pictures = gather_object(drawn)
+    if accelerator.is_main_process:
+        _log_pictures(accelerator, sorted(pictures, key=lambda one: one.number), step)
 
 
 def _save_pictures(folder: Path, pictures: list[Picture]) -> None:
     """Save each pair as one PNG: the conditioning image, then what came of it."""
     folder.mkdir(parents=True, exist_ok=True)
-    for number, picture in enumerate(pictures):
+    for picture in pictures:
         conditioning = picture.pair.conditioning_image.permute(1, 2, 0).numpy()
         row = np.concatenate([conditioning, *picture.images], axis=1)
-        Image.fromarray(row).save(folder / f"{number}.png")
+        Image.fromarray(row).save(folder / f"{picture.number}.png")
 
 
 def _log_pictures(accelerator: Accelerator, pictures: list[Picture], step: int) -> None:
     for tracker in accelerator.trackers:
         layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
-        for number, picture in enumerate(pictures):
+        for picture in pictures:
             conditioning = picture.pair.conditioning_image.permute(1, 2, 0).numpy()
             images = np.stack([conditioning, *picture.images])
-            tracker.log_images({f"{number}: {picture.pair.prompt}": images}, step=step, **layout)
+            tracker.log_images(
+                {f"{picture.number}: {picture.pair.prompt}": images}, step=step, **layout
+            )
 
 
 def _announce(

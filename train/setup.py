@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import ProjectConfiguration
+from accelerate.utils import DistributedType, ProjectConfiguration
 from diffusers.optimization import get_scheduler
 
 from shards.errors import ConfigError, ShardError
@@ -20,6 +20,11 @@ from train.checkpoints import TrainState
 from train.config import TrainConfig
 from train.step import Objective
 
+SUPPORTED = (
+    DistributedType.NO,
+    DistributedType.MULTI_CPU,
+    DistributedType.MULTI_GPU,
+)
 WEIGHT_DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
@@ -90,7 +95,7 @@ def find_inputs(config: TrainConfig) -> Inputs:
         place=0,
         seed=config.seed,
         shuffle_window=config.shuffle_window,
-        latents_fingerprint=cache.manifest.latents.fingerprint,
+        data_fingerprint=cache.manifest.data_fingerprint(config.conditioning_name),
     )
     state = start
     if checkpoint is not None:
@@ -105,7 +110,8 @@ def make_accelerator(config: TrainConfig) -> Accelerator:
     """Return the accelerator: devices, processes, precision, accumulation and tracker.
 
     Raises:
-        ConfigError: the device cannot compute in the wanted precision.
+        ConfigError: the device cannot compute in the wanted precision, or accelerate is set up for
+            a way to distribute that is not supported.
     """
     try:
         accelerator = Accelerator(
@@ -121,6 +127,11 @@ def make_accelerator(config: TrainConfig) -> Accelerator:
         )
     except ValueError as error:
         raise ConfigError(f"--mixed-precision {config.mixed_precision}: {error}") from error
+    if accelerator.distributed_type not in SUPPORTED:
+        raise ConfigError(
+            f"accelerate is set up for {accelerator.distributed_type.value}; this version "
+            "trains on one device or with DDP: run accelerate config, or launch with --multi_gpu."
+        )
     if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
         raise ConfigError("--mixed-precision fp16: CPUs have no fp16 autocast; use bf16 or no.")
     return accelerator
@@ -139,6 +150,11 @@ def num_train_steps(config: TrainConfig, num_samples: int, step_samples: int) ->
     return math.ceil(config.num_train_epochs * num_samples / step_samples)
 
 
+def peak_learning_rate(config: TrainConfig, step_samples: int) -> float:
+    """Return the learning rate, scaled by the samples an optimiser step where that is asked for."""
+    return config.learning_rate * (step_samples if config.scale_lr else 1)
+
+
 def make_optimizer(config: TrainConfig, parameters: list[Any], step_samples: int) -> Any:
     """Return AdamW over the ControlNet's trainable parameters."""
     optimizer_class: Any = torch.optim.AdamW
@@ -148,7 +164,7 @@ def make_optimizer(config: TrainConfig, parameters: list[Any], step_samples: int
         optimizer_class = bitsandbytes.optim.AdamW8bit
     return optimizer_class(
         parameters,
-        lr=config.learning_rate * (step_samples if config.scale_lr else 1),
+        lr=peak_learning_rate(config, step_samples),
         betas=(config.adam_beta1, config.adam_beta2),
         weight_decay=config.adam_weight_decay,
         eps=config.adam_epsilon,
@@ -165,6 +181,14 @@ def make_schedule(config: TrainConfig, optimizer: Any, num_steps: int) -> Any:
         num_cycles=config.lr_num_cycles,
         power=config.lr_power,
     )
+
+
+def set_learning_rate(schedule: Any, learning_rate: float) -> None:
+    """Have a schedule that was restored from a checkpoint go on with the rate now asked for."""
+    schedule.base_lrs = [learning_rate] * len(schedule.base_lrs)
+    for group, shape in zip(schedule.optimizer.param_groups, schedule.lr_lambdas, strict=True):
+        group["initial_lr"] = learning_rate
+        group["lr"] = learning_rate * shape(schedule.last_epoch)
 
 
 def make_objective(config: TrainConfig, inputs: Inputs, device: torch.device) -> Objective:
@@ -188,7 +212,7 @@ def _check_same_order(checkpoint: Path, found: TrainState, wanted: TrainState) -
     names = {
         "seed": "--seed",
         "shuffle_window": "--shuffle-window",
-        "latents_fingerprint": "latents of the cache",
+        "data_fingerprint": "data in the cache",
     }
     wrong = [
         f"  {label}: checkpoint {getattr(found, name)}, now {getattr(wanted, name)}"

@@ -42,8 +42,9 @@ class Pair:
 
 @dataclass(frozen=True)
 class Picture:
-    """What came of a pair: images [B, H, W, 3], 0 to 255."""
+    """What came of a pair: its number in the cache, and images [B, H, W, 3], 0 to 255."""
 
+    number: int
     pair: Pair
     images: NDArray[np.uint8]
 
