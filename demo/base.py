@@ -36,7 +36,6 @@ from shards.options import CONTEXT
 
 CLIP_TOKENS = 24  # the longest caption has 17 CLIP tokens
 START, END, WORD_END = "<|startoftext|>", "<|endoftext|>", "</w>"
-CLIP_L_WIDTH, CLIP_G_WIDTH, T5_WIDTH = 32, 48, 96
 # SD3's own shift: more time at high noise.
 SCHEDULER_SHIFT = 3.0
 # Of SD3's VAE.
@@ -55,6 +54,8 @@ def build_pipeline(
     num_layers: int = 6,
     num_attention_heads: int = 4,
     attention_head_dim: int = 16,
+    clip_widths: tuple[int, int] = (32, 48),
+    t5_width: int = 96,
     clip_tokens: int = CLIP_TOKENS,
     dual_attention_layers: tuple[int, ...] = (),
     qk_norm: str | None = "rms_norm",
@@ -66,6 +67,8 @@ def build_pipeline(
         num_layers: joint blocks of the transformer; a ControlNet can have half as many.
         num_attention_heads: of the transformer.
         attention_head_dim: of the transformer.
+        clip_widths: of the two CLIP encoders; together at most `t5_width`.
+        t5_width: of T5.
         clip_tokens: CLIP prompt length; SD3 has 77.
         dual_attention_layers: as SD3.5-medium has in its first 13 blocks.
         qk_norm: `rms_norm` as SD3.5, None as SD3.
@@ -97,28 +100,29 @@ def build_pipeline(
             num_layers=num_layers,
             attention_head_dim=attention_head_dim,
             num_attention_heads=num_attention_heads,
-            joint_attention_dim=T5_WIDTH,
+            joint_attention_dim=t5_width,
             caption_projection_dim=width,
-            pooled_projection_dim=CLIP_L_WIDTH + CLIP_G_WIDTH,
+            pooled_projection_dim=sum(clip_widths),
             pos_embed_max_size=32,
             dual_attention_layers=dual_attention_layers,
             qk_norm=qk_norm,
         ),
         scheduler=FlowMatchEulerDiscreteScheduler(shift=SCHEDULER_SHIFT),
         vae=vae,
-        text_encoder=_clip(tokenizer, CLIP_L_WIDTH, clip_tokens, "quick_gelu"),
+        text_encoder=_clip(tokenizer, clip_widths[0], clip_tokens, "quick_gelu"),
         tokenizer=tokenizer,
-        text_encoder_2=_clip(tokenizer, CLIP_G_WIDTH, clip_tokens, "gelu"),
+        text_encoder_2=_clip(tokenizer, clip_widths[1], clip_tokens, "gelu"),
         tokenizer_2=clip_tokenizer(clip_tokens),
         text_encoder_3=T5EncoderModel(
             T5Config(
                 vocab_size=len(t5),
-                d_model=T5_WIDTH,
+                d_model=t5_width,
                 d_kv=24,
                 d_ff=128,
                 num_layers=2,
                 num_heads=4,
                 feed_forward_proj="gated-gelu",
+                dropout_rate=0.0,
             )
         ),
         tokenizer_3=t5,

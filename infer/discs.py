@@ -1,0 +1,163 @@
+"""Finding a disc in a picture, and measuring it against an outline and against colour names.
+
+Axes: H x W pixels, 3 colours.
+"""
+
+import re
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageColor
+from skimage.color import deltaE_ciede2000, rgb2lab
+from skimage.filters import threshold_otsu
+from skimage.measure import label, regionprops
+
+# Below this a disc cannot be told from its background: CIEDE2000 calls 1 just noticeable.
+LEAST_CONTRAST = 2.0
+# Of its bounding circle that a region must fill to be taken for a disc; a square fills 0.64.
+LEAST_ROUNDNESS = 0.75
+LEAST_LIGHT = 1 / 8  # of an outline, 1 being white
+LEAST_AREA = 0.002  # of the picture
+BORDER = 1 / 16  # of the picture's side, whose median is the background
+
+Mask = NDArray[np.bool_]
+Color = tuple[int, int, int]
+
+
+@dataclass(frozen=True)
+class Disc:
+    """A disc found in a picture.
+
+    Attributes:
+        mask: where it is, [H, W].
+        color: its median colour, sRGB in 0 to 255, [3].
+    """
+
+    mask: Mask
+    color: NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Measured:
+    """How a picture compares with what was asked for.
+
+    Attributes:
+        iou: of the found disc and the outline's, intersection over union; 0 if none was found.
+        color_error: CIEDE2000 of the found disc and the wanted colour; None if none was found.
+        background_error: CIEDE2000 of the background and the wanted one.
+    """
+
+    iou: float
+    color_error: float | None
+    background_error: float
+
+
+def measure(
+    picture: Image.Image, outline: Image.Image, color: Color, background: Color
+) -> Measured:
+    """Hold a picture against its conditioning outline and its caption's colours.
+
+    Args:
+        picture: RGB.
+        outline: a light circle on black, as large as the picture.
+        color: wanted of the disc, sRGB in 0 to 255.
+        background: wanted of the background.
+    """
+    pixels = np.asarray(picture.convert("RGB"))
+    found = find_disc(pixels)
+    return Measured(
+        iou=iou(found.mask, outlined_disc(outline)) if found else 0.0,
+        color_error=color_difference(found.color, color) if found else None,
+        background_error=color_difference(background_color(pixels), background),
+    )
+
+
+def find_disc(pixels: NDArray[np.uint8]) -> Disc | None:
+    """Return the disc in a picture [H, W, 3], or None if there is nothing round to be seen.
+
+    The background's colour is that of the picture's border. What differs from it more than Otsu's
+    threshold is foreground, and the largest connected piece of that, if it is round, the disc.
+    """
+    background = background_color(pixels)
+    lab = rgb2lab(pixels)
+    distance = deltaE_ciede2000(lab, _lab(background))
+    if distance.max() < LEAST_CONTRAST:
+        return None
+    foreground = distance > threshold_otsu(distance)
+    regions = regionprops(label(foreground))
+    region = max(regions, key=lambda one: one.area)
+    # The circle around a region, of the diameter between its two farthest points.
+    around = np.pi * (region.feret_diameter_max / 2) ** 2
+    if region.area < LEAST_AREA * foreground.size or region.area < LEAST_ROUNDNESS * around:
+        return None
+    mask = np.zeros(foreground.shape, dtype=bool)
+    mask[tuple(region.coords.T)] = True
+    color = np.median(pixels[mask], axis=0)
+    if color_difference(color, background) < LEAST_CONTRAST:
+        return None
+    return Disc(mask, color)
+
+
+def outlined_disc(outline: Image.Image) -> Mask:
+    """Return where the disc of an outline is, [H, W].
+
+    A circle is fitted to the light by least squares (Kasa 1976, IEEE Trans. Instrum. Meas. 25). It
+    runs through the middle of the line; the line's width, and so the outer edge, follows from how
+    much light there is in all.
+
+    Raises:
+        ValueError: there is no outline in the image.
+    """
+    light = np.asarray(outline.convert("L")) / 255.0
+    if light.max() < LEAST_LIGHT:
+        raise ValueError("the conditioning image has no outline")
+    rows, columns = np.nonzero(light)
+    weight = np.sqrt(light[rows, columns])
+    y, x = rows + 0.5, columns + 0.5
+    unknowns = np.stack([2 * x, 2 * y, np.ones_like(x)], axis=1) * weight[:, None]
+    solution, *_ = np.linalg.lstsq(unknowns, (x**2 + y**2) * weight)
+    middle_x, middle_y = solution[:2]
+    radius = np.sqrt(solution[2] + middle_x**2 + middle_y**2)
+    outer = radius + light.sum() / (2 * np.pi * radius) / 2
+    grid_y, grid_x = np.ogrid[: light.shape[0], : light.shape[1]]
+    mask: Mask = (grid_y + 0.5 - middle_y) ** 2 + (grid_x + 0.5 - middle_x) ** 2 <= outer**2
+    return mask
+
+
+def background_color(pixels: NDArray[np.uint8]) -> NDArray[np.float64]:
+    """Return the median colour of a picture's border, [3]."""
+    width = max(1, round(BORDER * min(pixels.shape[:2])))
+    border = np.ones(pixels.shape[:2], dtype=bool)
+    border[width:-width, width:-width] = False
+    median: NDArray[np.float64] = np.median(pixels[border], axis=0)
+    return median
+
+
+def iou(one: Mask, other: Mask) -> float:
+    """Return the intersection over the union of two masks."""
+    union = np.count_nonzero(one | other)
+    return np.count_nonzero(one & other) / union if union else 0.0
+
+
+def color_difference(one: NDArray[np.float64] | Color, other: NDArray[np.float64] | Color) -> float:
+    """Return the CIEDE2000 difference of two sRGB colours, 0 to 255."""
+    return float(deltaE_ciede2000(_lab(one), _lab(other)).item())
+
+
+def caption_colors(caption: str) -> tuple[Color, Color]:
+    """Return the colours of disc and background that a caption names.
+
+    Raises:
+        ValueError: it is not "<CSS colour> circle with <CSS colour> background".
+    """
+    found = re.fullmatch(r"(.+) circle with (.+) background", caption)
+    if found is None:
+        raise ValueError(f"not a caption of a circle: {caption!r}")
+    first, second = (ImageColor.getrgb(name.replace(" ", ""))[:3] for name in found.groups())
+    return first, second
+
+
+def _lab(color: NDArray[np.float64] | Color) -> NDArray[np.float64]:
+    lab: NDArray[np.float64] = rgb2lab(np.asarray(color, dtype=np.float64).reshape(1, 1, 3) / 255)
+    return lab
