@@ -4,8 +4,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from shards.checks import check_resolution, check_sequence_length, pair_up
 from shards.errors import ConfigError
-from shards.options import check_resolution, check_sequence_length, option, pair_up
+from shards.options import option
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from demo.circles import IMAGE_PX, LINE_PX, Circle, circles, disc, outline
 from demo.colors import COLORS
 from infer.config import GenerateConfig
 from precompute.config import PrecomputeConfig
-from shards.options import read_section
+from shards.config_file import read_section
 from tests.conftest import REPOSITORY, Outcome
 from train.config import TrainConfig
 

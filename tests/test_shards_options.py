@@ -8,8 +8,9 @@ from typing import Literal
 import pytest
 from click.testing import CliRunner, Result
 
+from shards.checks import pair_up
 from shards.errors import ConfigError, ShardError
-from shards.options import as_dict, option, pair_up, stage_command
+from shards.options import as_dict, option, stage_command
 
 
 @dataclass(frozen=True)
