@@ -110,13 +110,15 @@ def _latent_records(
             rows.append((index, row))
     bar.update(len(shard.items) - len(rows))
     files = [(row.row.image, row.image_hash) for _, row in rows]
+    captions = shard.captions(job.prompts)
     for at, tensors in _encode(job, encoder, files, "latent", bar):
         index, row = rows[at]
         if isinstance(tensors, str):
             skipped.append(Skipped(row.row.name, tensors))
             continue
-        prompts.append([job.prompts[row.row.prompt]])
-        yield Record(image_key(shard.shard, index, row), tensors, {"image_hash": row.image_hash})
+        key = image_key(shard.shard, index, row)
+        prompts.append(captions[key])
+        yield Record(key, tensors, {"image_hash": row.image_hash})
 
 
 def _conditioning_records(
