@@ -10,10 +10,8 @@ ARGS   ?=
 
 RUN     := . $(VENV)/bin/activate &&
 STAMP   := $(VENV)/.installed
-IS_DEMO := $(filter configs/demo.toml,$(CONFIG))
-DEMO    := runs/demo
-DEMO_INPUTS := $(DEMO)/circles/prompt.json $(DEMO)/base/model_index.json
-# The demonstration's own inputs stand in for SOURCE, BASE, CACHE and OUTPUT where those are not given.
+IS_DEMO := $(filter configs/demo%.toml,$(CONFIG))
+# The configuration's own paths stand where SOURCE, BASE, CACHE and OUTPUT are not given.
 SOURCE_FLAG     = $(if $(SOURCE),--source "$(SOURCE)")
 BASE_FLAG       = $(if $(BASE),--pretrained-model-name-or-path "$(BASE)")
 CACHE_OUT_FLAG  = $(if $(CACHE),--output-dir "$(CACHE)")
@@ -21,10 +19,11 @@ CACHE_IN_FLAG   = $(if $(CACHE),--shards "$(CACHE)")
 OUTPUT_FLAG     = $(if $(OUTPUT),--output-dir "$(OUTPUT)")
 CONTROLNET_FLAG = $(if $(OUTPUT),--controlnet "$(OUTPUT)")
 IMAGES_FLAG     = $(if $(OUTPUT),--output-dir "$(OUTPUT)/images")
+SCORE_FLAG      = $(if $(OUTPUT),--output-dir "$(OUTPUT)/score")
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help setup demo precompute train infer verify test lint check clean
+.PHONY: help setup demo demo-full circles precompute train infer score verify test lint check clean
 
 help:  ## List the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{ printf "%-13s %s\n", $$1, $$2 }'
@@ -44,18 +43,16 @@ $(STAMP): pyproject.toml constraints.txt
 	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
 	@touch $@
 
-demo: setup  ## The whole pipeline on a laptop: circles, base, precompute, train, infer
-	@$(MAKE) --no-print-directory precompute train infer CONFIG=configs/demo.toml ARGS=
-	@echo
-	@echo 'Pictures: $(DEMO)/images/contact_sheet.png (conditioning | result), $(DEMO)/controlnet/validation/'
+demo: setup  ## The whole pipeline on a laptop, in ten minutes; FAST=1: in two, learning nothing
+	$(RUN) python -m demo --config $(if $(filter-out 0,$(FAST)),configs/demo-fast.toml,configs/demo.toml)
 
-$(DEMO)/circles/prompt.json: | $(STAMP)
-	$(RUN) python -m demo.circles --output-dir $(DEMO)/circles
+demo-full: setup  ## The same, trained for longer, in an hour
+	$(RUN) python -m demo --config configs/demo-full.toml
 
-$(DEMO)/base/model_index.json: | $(STAMP)
-	$(RUN) python -m demo.base --output-dir $(DEMO)/base
+circles: setup  ## The demo's data set
+	$(RUN) python -m demo.circles --config "$(CONFIG)"
 
-precompute: setup $(if $(IS_DEMO),$(DEMO_INPUTS))  ## Stage 1: encode SOURCE with BASE's encoders into CACHE
+precompute: setup $(if $(IS_DEMO),$(if $(SOURCE),,circles))  ## Stage 1: encode SOURCE with BASE's encoders into CACHE
 	$(RUN) python -m precompute --config "$(CONFIG)" $(SOURCE_FLAG) $(BASE_FLAG) $(CACHE_OUT_FLAG) $(ARGS)
 
 train: setup  ## Stage 2: train a ControlNet for BASE from CACHE into OUTPUT
@@ -64,8 +61,11 @@ train: setup  ## Stage 2: train a ControlNet for BASE from CACHE into OUTPUT
 infer: setup  ## Stage 3: draw pictures with BASE and OUTPUT's ControlNet
 	$(RUN) python -m infer generate --config "$(CONFIG)" $(BASE_FLAG) $(CONTROLNET_FLAG) $(IMAGES_FLAG) $(ARGS)
 
+score: setup  ## Measure how well OUTPUT's ControlNet draws the circles of SOURCE
+	$(RUN) python -m infer score --config "$(CONFIG)" $(SOURCE_FLAG) $(BASE_FLAG) $(CONTROLNET_FLAG) $(SCORE_FLAG) $(ARGS)
+
 verify: setup  ## Check every record of CACHE
-	$(RUN) python -m shards verify "$(or $(CACHE),$(DEMO)/cache)"
+	$(RUN) python -m shards verify "$(or $(CACHE),runs/demo/cache)"
 
 test: setup  ## The tests that take seconds
 	$(RUN) python -m pytest -m "not slow and not gpu and not network" $(ARGS)
@@ -76,5 +76,5 @@ lint: setup  ## ruff and mypy --strict
 check: lint  ## lint, and all tests that need neither GPU nor network
 	$(RUN) python -m pytest -m "not gpu and not network" $(ARGS)
 
-clean:  ## Remove what make made: .venv and runs/demo
-	rm -rf $(VENV) $(DEMO) .pytest_cache .mypy_cache .ruff_cache *.egg-info
+clean:  ## Remove what make made: .venv and the demo's runs
+	rm -rf $(VENV) runs/demo runs/demo-fast runs/demo-full .pytest_cache .mypy_cache .ruff_cache *.egg-info

@@ -1,8 +1,8 @@
-"""`python -m demo.base`: a miniature Stable Diffusion 3 base model of stock classes.
+"""A miniature Stable Diffusion 3 base model of stock classes, with random weights.
 
 It has all nine components of SD3 with SD3's shape (16 latent channels, f8, two CLIP encoders and
-T5, joint attention), about 1.5 million random weights, and loads in the stock pipeline. Its
-tokenizers are made from the colour names, so that a caption keeps its words.
+T5, joint attention), and loads in the stock pipeline. Its tokenizers are made from the colour
+names, so that a caption keeps its words. `demo.train_base` trains one; tests use others.
 """
 
 import shutil
@@ -12,10 +12,8 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-import click
 import torch
 from diffusers import (
-    AutoencoderKL,
     FlowMatchEulerDiscreteScheduler,
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
@@ -29,10 +27,9 @@ from transformers import (
     T5EncoderModel,
     T5TokenizerFast,
 )
-from transformers.utils import logging as transformers_logging
 
 from demo.colors import COLORS
-from shards.options import CONTEXT
+from demo.vae import new_vae
 
 CLIP_TOKENS = 24  # the longest caption has 17 CLIP tokens
 START, END, WORD_END = "<|startoftext|>", "<|endoftext|>", "</w>"
@@ -77,20 +74,8 @@ def build_pipeline(
     tokenizer = clip_tokenizer(clip_tokens)
     t5 = t5_tokenizer()
     width = num_attention_heads * attention_head_dim
-    vae = AutoencoderKL(
-        block_out_channels=(8, 16, 16, 32),
-        down_block_types=("DownEncoderBlock2D",) * 4,
-        up_block_types=("UpDecoderBlock2D",) * 4,
-        layers_per_block=1,
-        latent_channels=16,
-        norm_num_groups=4,
-        scaling_factor=SCALING_FACTOR,
-        shift_factor=SHIFT_FACTOR,
-        use_quant_conv=False,
-        use_post_quant_conv=False,
-        mid_block_add_attention=False,
-        sample_size=128,
-    )
+    vae = new_vae()
+    vae.register_to_config(scaling_factor=SCALING_FACTOR, shift_factor=SHIFT_FACTOR)
     return StableDiffusion3Pipeline(
         transformer=SD3Transformer2DModel(
             sample_size=16,
@@ -199,21 +184,3 @@ def save_base(folder: Path, pipeline: StableDiffusion3Pipeline) -> None:
     pipeline.save_pretrained(partial)
     shutil.rmtree(folder, ignore_errors=True)
     partial.rename(folder)
-
-
-@click.command(context_settings=CONTEXT)
-@click.option("--output-dir", type=click.Path(path_type=Path), required=True)
-@click.option("--seed", default=0, show_default=True)
-def main(output_dir: Path, seed: int) -> None:
-    """Build the miniature base model with random weights, unless it is there already."""
-    transformers_logging.disable_progress_bar()
-    if (output_dir / "model_index.json").is_file():
-        click.echo(f"{output_dir}: the base model is there already")
-        return
-    output_dir.parent.mkdir(parents=True, exist_ok=True)
-    save_base(output_dir, build_pipeline(seed))
-    click.echo(f"{output_dir}: miniature SD3 base model built, random weights")
-
-
-if __name__ == "__main__":
-    main(prog_name="python -m demo.base")

@@ -1,7 +1,8 @@
-"""`python -m demo.circles`: a data set in fill50k's very layout and style, drawn from a seed.
+"""`python -m demo.circles`: data sets in fill50k's very layout and style, drawn from a seed.
 
 Each row is a circle: its thin white outline on black is the conditioning image, the filled disc on
-a plain background the image, "<colour> circle with <colour> background" the caption.
+a plain background the image, "<colour> circle with <colour> background" the caption. Two data sets:
+`train`, and `unseen`, other circles in pairs of colours that `train` never shows.
 """
 
 import json
@@ -16,8 +17,9 @@ import numpy as np
 from PIL import Image, ImageDraw
 from tqdm import tqdm
 
-from demo.colors import COLORS
-from shards.options import CONTEXT
+from demo.colors import COLORS, is_held_out
+from shards.errors import ConfigError
+from shards.options import option, stage_command
 from shards.writer import write_text
 
 IMAGE_PX = 512
@@ -42,18 +44,49 @@ class Circle:
         return f"{self.color} circle with {self.background} background"
 
 
-def circles(num_rows: int, seed: int) -> list[Circle]:
-    """Return random circles that lie inside the picture; two different colours each."""
+@dataclass(frozen=True)
+class CirclesConfig:
+    """Draw circles in fill50k's layout, `train` and `unseen`, unless just these are there."""
+
+    output_dir: Path = option(help="Where the two data sets go.")
+    num_rows: int = option(3072, help="Circles to train on.")
+    num_unseen: int = option(100, help="Circles to score on, in pairs of colours kept from train.")
+    seed: int = option(0, help="Of the circles.")
+
+    def __post_init__(self) -> None:
+        """Refuse to draw nothing.
+
+        Raises:
+            ConfigError: naming the option.
+        """
+        for flag, count in (("--num-rows", self.num_rows), ("--num-unseen", self.num_unseen)):
+            if count < 1:
+                raise ConfigError(f"{flag} {count}: at least 1.")
+
+
+def circles(num_rows: int, seed: int, held_out: bool | None = None) -> list[Circle]:
+    """Return random circles that lie inside the picture; two different colours each.
+
+    Args:
+        num_rows: how many.
+        seed: of the draw.
+        held_out: whether the pairs of colours are those kept from training; None is any pair.
+    """
     rng = np.random.default_rng(seed)
     names = list(COLORS)
     rows = []
     for _ in range(num_rows):
         radius = int(rng.integers(*RADIUS_PX, endpoint=True))
         x, y = (int(value) for value in rng.integers(radius, IMAGE_PX - radius, size=2))
-        color, background = rng.choice(len(names), size=2)
-        while COLORS[names[color]] == COLORS[names[background]]:
-            background = rng.integers(len(names))
-        rows.append(Circle(x, y, radius, names[color], names[background]))
+        color, background = (names[k] for k in rng.choice(len(names), size=2))
+        while COLORS[color] == COLORS[background] or (
+            held_out is not None and is_held_out(color, background) != held_out
+        ):
+            # Both anew where a tenth of the pairs is wanted: a colour may have no such partner.
+            if held_out is not None:
+                color = names[rng.integers(len(names))]
+            background = names[rng.integers(len(names))]
+        rows.append(Circle(x, y, radius, color, background))
     return rows
 
 
@@ -85,15 +118,14 @@ def _save(folder: Path, index: int, circle: Circle) -> None:
     disc(circle).save(folder / "target" / f"{index}.png", compress_level=1)
 
 
-def write_circles(folder: Path, num_rows: int, seed: int) -> None:
+def write_circles(folder: Path, rows: list[Circle]) -> None:
     """Draw a data set into a folder; `prompt.json` comes last, so that its presence means whole."""
-    rows = circles(num_rows, seed)
     (folder / "prompt.json").unlink(missing_ok=True)
     for name in ("source", "target"):
         (folder / name).mkdir(parents=True, exist_ok=True)
     with ProcessPoolExecutor(min(os.cpu_count() or 1, 8)) as pool:
-        drawn = pool.map(partial(_save, folder), range(num_rows), rows, chunksize=32)
-        for _ in tqdm(drawn, total=num_rows, unit="pair", desc="circles", disable=None):
+        drawn = pool.map(partial(_save, folder), range(len(rows)), rows, chunksize=32)
+        for _ in tqdm(drawn, total=len(rows), unit="pair", desc="circles", disable=None):
             pass
     write_text(folder / "prompt.json", prompt_json(rows))
 
@@ -107,19 +139,26 @@ def prompt_json(rows: list[Circle]) -> str:
     )
 
 
-@click.command(context_settings=CONTEXT)
-@click.option("--output-dir", type=click.Path(path_type=Path), required=True)
-@click.option("--num-rows", default=1024, show_default=True)
-@click.option("--seed", default=0, show_default=True)
-def main(output_dir: Path, num_rows: int, seed: int) -> None:
-    """Draw NUM_ROWS circles in fill50k's layout, unless just these are there already."""
-    present = output_dir / "prompt.json"
-    if present.is_file() and present.read_text() == prompt_json(circles(num_rows, seed)):
-        click.echo(f"{output_dir}: the {num_rows} circles are there already")
-        return
-    write_circles(output_dir, num_rows, seed)
-    click.echo(f"{output_dir}: {num_rows} circles drawn")
+def draw_data_sets(config: CirclesConfig) -> None:
+    """Draw `train` and `unseen`; another seed gives `unseen` circles at other places.
 
+    Raises:
+        OSError: the output cannot be written.
+    """
+    for name, rows in (
+        ("train", circles(config.num_rows, config.seed, held_out=False)),
+        ("unseen", circles(config.num_unseen, config.seed + 1, held_out=True)),
+    ):
+        folder = config.output_dir / name
+        present = folder / "prompt.json"
+        if present.is_file() and present.read_text() == prompt_json(rows):
+            click.echo(f"{folder}: the {len(rows)} circles are there already")
+        else:
+            write_circles(folder, rows)
+            click.echo(f"{folder}: {len(rows)} circles drawn")
+
+
+main = stage_command("circles", CirclesConfig, draw_data_sets, section="circles")
 
 if __name__ == "__main__":
     main(prog_name="python -m demo.circles")

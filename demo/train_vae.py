@@ -14,7 +14,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from demo.shapes import BASE_PX, PALETTE, painted, white_on_black
-from demo.vae import keep_constant_channels, new_vae, psnr
+from demo.vae import keep_constant_channels, new_vae
 
 NUM_STEPS = 3000
 BATCH = 16
@@ -80,14 +80,6 @@ def train_vae(
                 },
             )
     return average.eval()
-
-
-@torch.no_grad()
-def quality(vae: AutoencoderKL, pictures: Tensor) -> float:
-    """Return the PSNR in dB of pictures [B, 3, H, W] that went through the VAE."""
-    latents = [vae.encode(part).latent_dist.mean for part in pictures.split(8)]
-    decoded = torch.cat([vae.decode(latent).sample for latent in latents])
-    return psnr(decoded.clamp(-1, 1) - pictures)
 
 
 @torch.no_grad()

@@ -115,8 +115,3 @@ def _mask(gradient: Tensor, *, rows: bool, columns: bool) -> Tensor:
     if columns:
         gradient[:, CONSTANTS] = 0
     return gradient
-
-
-def psnr(error: Tensor) -> float:
-    """Return the peak signal to noise ratio in dB of errors on a scale of -1 to 1."""
-    return float(10 * torch.log10(4 / error.square().mean()))

@@ -1,8 +1,11 @@
 """Contact sheets: pictures side by side in rows, with headings and captions."""
 
 from collections.abc import Sequence
+from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
+
+from shards.writer import atomic_file
 
 MARGIN_PX = 8
 TEXT_PX = 14
@@ -37,3 +40,9 @@ def contact_sheet(
             shown = shown.removesuffix("…")[:-1] + "…"
         pen.text((MARGIN_PX, top + CELL_PX + MARGIN_PX // 2), shown, "black", font)
     return sheet
+
+
+def save_png(path: Path, picture: Image.Image) -> None:
+    """Save a picture so that the file is there whole or not at all."""
+    with atomic_file(path) as file:
+        picture.save(file, format="PNG")

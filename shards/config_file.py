@@ -8,11 +8,11 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from shards.errors import ConfigError
 
-SECTIONS = ("precompute", "train", "infer")
+SECTIONS = ("demo", "circles", "precompute", "train", "infer", "score")
 
 
 def read_section(path: Path, section: str, config_class: type[Any]) -> dict[str, Any]:
-    """Return the settings of one stage from a TOML file, checked against its config class.
+    """Return the settings of one stage from a TOML file, as its config class takes them.
 
     Raises:
         ConfigError: the file cannot be read, is not TOML, or holds an unknown table or key or a
@@ -47,7 +47,7 @@ def _checked(value: Any, hint: Any, where: str) -> Any:
     if multiple:
         if not isinstance(value, list):
             raise ConfigError(f"{where}: expected a list, found {value!r}.")
-        return [_checked(item, kind, where) for item in value]
+        return tuple(_checked(item, kind, where) for item in value)
     choices = get_args(kind) if get_origin(kind) is Literal else None
     expected = type(choices[0]) if choices else str if kind is Path else kind
     # TOML tells 1 from 1.0 and from true; only an integer where a float is meant is harmless.
@@ -56,7 +56,7 @@ def _checked(value: Any, hint: Any, where: str) -> Any:
         raise ConfigError(f"{where}: expected {expected.__name__}, found {value!r}.")
     if choices and value not in choices:
         raise ConfigError(f"{where}: {value!r} is not one of {', '.join(map(repr, choices))}.")
-    return str(value) if choices else value
+    return Path(value) if kind is Path else value
 
 
 def nearest(name: str, known: list[str]) -> str:

@@ -19,9 +19,12 @@ from PIL import Image
 os.environ["HF_HUB_OFFLINE"] = "1"  # read at the first import of huggingface_hub
 
 import demo.base
+from demo.circles import circles as draw
 from demo.circles import write_circles
 from precompute.config import PrecomputeConfig
 from precompute.run import precompute
+from shards.pretrained import DATA_KEY
+from train import models
 from train.config import TrainConfig
 
 REPOSITORY = Path(__file__).parent.parent
@@ -77,7 +80,7 @@ def circles(tmp_path_factory: pytest.TempPathFactory) -> Path:
     rounding a thousandfold.
     """
     folder = tmp_path_factory.mktemp("source") / "fill50k"
-    write_circles(folder, NUM_ROWS, seed=3)
+    write_circles(folder, draw(NUM_ROWS, seed=3))
     rng = np.random.default_rng(0)
     for path in sorted(folder.glob("*/*.png")):
         pixels = np.array(Image.open(path))
@@ -139,6 +142,23 @@ def train_config(base: Path, cache: Path, tmp_path: Path) -> TrainConfig:
         report_to="none",
         mixed_precision="no",
     )
+
+
+@pytest.fixture(scope="session")
+def controlnet(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A ControlNet with a say, saved as train saves it."""
+    model = models.new_controlnet(base, None, 2)
+    awaken(model)
+    data = {
+        "max_sequence_length": TOKENS,
+        "conditioning_range": "-1_1",
+        "height": RESOLUTION_PX,
+        "width": RESOLUTION_PX,
+    }
+    model.register_to_config(**{DATA_KEY: data})
+    folder = tmp_path_factory.mktemp("controlnet")
+    model.save_pretrained(folder)
+    return folder
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,8 @@ from transformers import CLIPTokenizer, T5TokenizerFast
 import demo.base
 import demo.circles
 from demo.circles import IMAGE_PX, LINE_PX, Circle, circles, disc, outline
-from demo.colors import COLORS
+from demo.colors import COLORS, is_held_out
+from demo.config import load_config
 from infer.config import GenerateConfig
 from precompute.config import PrecomputeConfig
 from shards.config_file import read_section
@@ -53,21 +54,37 @@ def test_a_disc_has_its_colours_and_area() -> None:
     assert bright == pytest.approx(2 * np.pi * 98.5 * LINE_PX, rel=0.1)
 
 
-def test_the_data_set_has_the_layout_of_fill50k(tmp_path: Path) -> None:
-    def call() -> str:
-        arguments = ["--output-dir", str(tmp_path), "--num-rows", "3"]
-        return CliRunner().invoke(demo.circles.main, arguments, catch_exceptions=False).output
+def test_unseen_circles_have_pairs_of_colours_that_training_lacks() -> None:
+    for held_out in (False, True):
+        rows = circles(200, seed=1, held_out=held_out)
+        assert {is_held_out(row.color, row.background) for row in rows} == {held_out}
+        assert all(COLORS[row.color] != COLORS[row.background] for row in rows)
 
-    assert "3 circles drawn" in call()
-    assert "there already" in call()
-    lines = [json.loads(line) for line in (tmp_path / "prompt.json").read_text().splitlines()]
-    assert [sorted(line) for line in lines] == [["prompt", "source", "target"]] * 3
-    for line, circle in zip(lines, circles(3, seed=0), strict=True):
-        assert line["prompt"] == f"{circle.color} circle with {circle.background} background"
-        assert Image.open(tmp_path / line["source"]).size == (512, 512)
-        assert np.array_equal(
-            np.array(Image.open(tmp_path / line["target"])), np.array(disc(circle))
-        )
+
+def test_the_data_sets_have_the_layout_of_fill50k(tmp_path: Path) -> None:
+    def call(*arguments: str) -> str:
+        given = ["--output-dir", str(tmp_path), "--num-rows", "3", "--num-unseen", "2", *arguments]
+        return CliRunner().invoke(demo.circles.main, given, catch_exceptions=False).output
+
+    first = call()
+    assert f"{tmp_path}/train: 3 circles drawn" in first
+    assert f"{tmp_path}/unseen: 2 circles drawn" in first
+    assert call().count("there already") == 2
+    for name, rows in (
+        ("train", circles(3, seed=0, held_out=False)),
+        ("unseen", circles(2, seed=1, held_out=True)),
+    ):
+        folder = tmp_path / name
+        lines = [json.loads(line) for line in (folder / "prompt.json").read_text().splitlines()]
+        assert [sorted(line) for line in lines] == [["prompt", "source", "target"]] * len(rows)
+        for line, circle in zip(lines, rows, strict=True):
+            assert line["prompt"] == f"{circle.color} circle with {circle.background} background"
+            assert Image.open(folder / line["source"]).size == (512, 512)
+            assert np.array_equal(
+                np.array(Image.open(folder / line["target"])), np.array(disc(circle))
+            )
+    assert "3 circles drawn" in call("--seed", "1")
+    assert "--num-unseen 0: at least 1." in call("--num-unseen", "0")
 
 
 @pytest.mark.parametrize(
@@ -101,6 +118,8 @@ def test_the_stock_pipeline_loads_and_samples_the_base(base: Path) -> None:
     assert images.shape == (1, 64, 64, 3)
     assert np.isfinite(images).all()
     assert pipeline.vae.config.latent_channels == 16
+    assert pipeline.vae.config.scaling_factor == 1.5305
+    assert pipeline.vae.config.shift_factor == 0.0609
     assert pipeline.vae_scale_factor == 8
 
 
@@ -123,6 +142,13 @@ def test_shipped_configurations_are_valid(path: Path, command: Callable[..., Out
         ("infer", GenerateConfig),
     ):
         assert read_section(path, section, config_class)
+    if path.stem.startswith("demo"):
+        whole = load_config(path)
+        unseen = circles(whole.circles.num_unseen, whole.circles.seed + 1, held_out=True)
+        for number, prompt in enumerate(whole.precompute.validation_prompt):
+            assert prompt == unseen[number].prompt
+        assert whole.infer.prompt == whole.precompute.validation_prompt
+        return
     # The names that a real run gives on the command line; nothing else may be missing.
     outcome = command(
         "precompute", "--config", path, "--source", "nowhere", "--output-dir", "cache"

@@ -1,5 +1,6 @@
 """Training the miniature base: a start that works, states that resume, a base that loads."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -7,6 +8,7 @@ import torch
 from click.testing import CliRunner
 from diffusers import StableDiffusion3Pipeline
 
+import demo.quality
 import demo.train_base
 import demo.train_flow
 import demo.train_vae
@@ -42,6 +44,8 @@ def short(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(demo.train_flow, "NUM_LATENTS", 64)
     monkeypatch.setattr(demo.train_base, "NUM_SHAPES", 24)
     monkeypatch.setattr(demo.train_base, "HELD_OUT_SHAPES", 4)
+    monkeypatch.setattr(demo.quality, "NUM_PROMPTS", 4)
+    monkeypatch.setattr(demo.quality, "NUM_INFERENCE_STEPS", 2)
 
 
 def test_one_pair_in_ten_is_held_out() -> None:
@@ -139,7 +143,10 @@ def test_the_command_makes_a_base_that_the_stock_pipeline_loads(tmp_path: Path) 
         demo.train_base.main, [str(one) for one in (*arguments, "--device", "cpu")]
     )
     assert result.exit_code == 0, result.output
-    assert "VAE on 4 unseen: discs " in result.output
+    card = (tmp_path / "base" / "README.md").read_text()
+    assert card in result.output
+    assert re.search(r"VAE on discs \| \d+\.\d dB", card)
+    assert f"{len(HELD_OUT_PAIRS)} were never shown" in card
     pipeline = StableDiffusion3Pipeline.from_pretrained(tmp_path / "base")
     assert pipeline.vae.config.scaling_factor != 1.5305
     files = list((tmp_path / "base").rglob("*.safetensors"))

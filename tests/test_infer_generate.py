@@ -18,25 +18,7 @@ from infer.sheets import CELL_PX, contact_sheet
 from precompute.images import to_pixels, to_uint8
 from shards.errors import ConfigError
 from shards.pretrained import DATA_KEY
-from tests.conftest import PROMPTS, RESOLUTION_PX, TOKENS, Outcome, awaken, flags
-from train import models
-
-
-@pytest.fixture(scope="module")
-def controlnet(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A ControlNet with a say, saved as train saves it."""
-    model = models.new_controlnet(base, None, 2)
-    awaken(model)
-    data = {
-        "max_sequence_length": TOKENS,
-        "conditioning_range": "-1_1",
-        "height": RESOLUTION_PX,
-        "width": RESOLUTION_PX,
-    }
-    model.register_to_config(**{DATA_KEY: data})
-    folder = tmp_path_factory.mktemp("controlnet")
-    model.save_pretrained(folder)
-    return folder
+from tests.conftest import PROMPTS, RESOLUTION_PX, TOKENS, Outcome, flags
 
 
 @pytest.fixture
@@ -123,7 +105,7 @@ def test_a_controlnet_trained_on_0_1_is_driven_so(
 def test_a_controlnet_that_says_nothing_gets_the_stock_defaults(
     config: GenerateConfig, controlnet: Path, tmp_path: Path
 ) -> None:
-    from infer.generate import find_convention, load_pipeline
+    from infer.pipeline import find_convention, load_pipeline
 
     other = tmp_path / "controlnet"
     shutil.copytree(controlnet, other)

@@ -1,0 +1,64 @@
+"""The settings of a whole demonstration: one TOML file, a table a stage."""
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from demo.circles import CirclesConfig
+from infer.config import GenerateConfig, ScoreConfig
+from precompute.config import PrecomputeConfig
+from shards.config_file import read_section
+from shards.errors import ConfigError
+from shards.options import option
+from train.config import TrainConfig
+
+Config = TypeVar("Config")
+
+
+@dataclass(frozen=True)
+class ReportConfig:
+    """The demonstration's own table, [demo]."""
+
+    output_dir: Path = option(help="Where the report and the stages' times go.")
+
+
+@dataclass(frozen=True)
+class DemoConfig:
+    """All tables of the file."""
+
+    demo: ReportConfig
+    circles: CirclesConfig
+    precompute: PrecomputeConfig
+    train: TrainConfig
+    infer: GenerateConfig
+    score: ScoreConfig
+
+
+def load_config(path: Path) -> DemoConfig:
+    """Return a demonstration's settings.
+
+    Raises:
+        ConfigError: a table or key is unknown, wrong or missing.
+    """
+    return DemoConfig(
+        demo=_table(path, "demo", ReportConfig),
+        circles=_table(path, "circles", CirclesConfig),
+        precompute=_table(path, "precompute", PrecomputeConfig),
+        train=_table(path, "train", TrainConfig),
+        infer=_table(path, "infer", GenerateConfig),
+        score=_table(path, "score", ScoreConfig),
+    )
+
+
+def _table(path: Path, section: str, config_class: type[Config]) -> Config:
+    settings = read_section(path, section, config_class)
+    fields: tuple[dataclasses.Field[Any], ...] = dataclasses.fields(config_class)  # type: ignore[arg-type]
+    missing = [
+        field.name
+        for field in fields
+        if field.default is dataclasses.MISSING and field.name not in settings
+    ]
+    if missing:
+        raise ConfigError(f"{path}: [{section}] lacks {', '.join(missing)}.")
+    return config_class(**settings)

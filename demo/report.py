@@ -1,0 +1,134 @@
+"""The page that a demonstration ends with: one HTML file that needs nothing beside it."""
+
+import base64
+import io
+import json
+import os
+import platform
+from pathlib import Path
+
+import jinja2
+import matplotlib.figure
+import numpy as np
+import torch
+from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from demo.comparison import compare
+from demo.config import DemoConfig
+from infer.score import WITHOUT
+from infer.sheets import contact_sheet
+from precompute import images
+from shards.provenance import commit, versions
+
+NUM_COLUMNS = 6  # of the sheet of validation pictures; steps in between are left out
+SMOOTHING = 10  # logged losses that a point of the curve is the mean of
+
+
+def report_html(config: DemoConfig, seconds: dict[str, float]) -> str:
+    """Return the page about a finished demonstration.
+
+    Args:
+        config: its settings; what the stages wrote is read from where they say.
+        seconds: how long each stage took.
+
+    Raises:
+        OSError: a stage's output is missing.
+    """
+    curve = losses(config.train.output_dir / config.train.logging_dir)
+    steps = max(step for step, _ in curve)
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    return environment.get_template("report.html.jinja").render(
+        config=config,
+        seconds=seconds,
+        steps=steps,
+        score=json.loads(config.score.json_path.read_text()),
+        comparison=compare(config, steps),
+        progress=data_url(progress_sheet(config)),
+        worst=data_url(Image.open(config.score.output_dir / "worst.png")),
+        curve=loss_svg(curve),
+        versions=versions(),
+        commit=commit() or "unknown",
+        machine=machine(),
+    )
+
+
+def machine() -> str:
+    """Return what the demonstration ran on, in words."""
+    if torch.cuda.is_available():
+        return str(torch.cuda.get_device_name())
+    return f"{os.cpu_count()} CPU cores, {platform.machine()}, {platform.system()}"
+
+
+def losses(folder: Path) -> list[tuple[int, float]]:
+    """Return (step, loss) as training logged them for TensorBoard, in order.
+
+    Raises:
+        FileNotFoundError: it logged none there.
+    """
+    found: dict[int, float] = {}
+    for path in sorted(folder.rglob("events.out.tfevents.*")):  # one a start; a resumed run has two
+        events = EventAccumulator(str(path), size_guidance={"scalars": 0}).Reload()
+        if "loss" in events.Tags()["scalars"]:
+            found |= {event.step: event.value for event in events.Scalars("loss")}
+    if not found:
+        raise FileNotFoundError(2, "no losses in TensorBoard's files here", str(folder))
+    return sorted(found.items())
+
+
+def loss_svg(curve: list[tuple[int, float]]) -> str:
+    """Return a chart of the training loss as an SVG element."""
+    steps, values = (np.array(column) for column in zip(*curve, strict=True))
+    figure = matplotlib.figure.Figure(figsize=(8, 3), layout="constrained")
+    axes = figure.subplots()
+    axes.plot(steps, values, color="#b9c7dd", linewidth=1, label="as logged")
+    width = min(SMOOTHING, len(values))
+    smooth = np.convolve(values, np.ones(width) / width, mode="valid")
+    axes.plot(steps[width - 1 :], smooth, color="#1f5fbf", label=f"mean of {width}")
+    axes.set_xlabel("step")
+    axes.set_ylabel("loss")
+    axes.set_ylim(bottom=0)
+    axes.grid(alpha=0.3)
+    axes.legend(frameon=False)
+    text = io.StringIO()
+    figure.savefig(text, format="svg", metadata={"Date": None})
+    return "<svg" + text.getvalue().split("<svg", 1)[1]
+
+
+def progress_sheet(config: DemoConfig) -> Image.Image:
+    """Return the validation pairs before, during and after training, a row each.
+
+    Before training the ControlNet adds nothing, so that column is the base model alone: score's
+    pictures without the ControlNet, which start from the same noise.
+    """
+    folders = sorted((config.train.output_dir / "validation").glob("step-*"))
+    last = len(folders) - 1
+    shown = np.unique(np.linspace(0, last, min(len(folders), NUM_COLUMNS)).round().astype(int))
+    columns = [folders[index] for index in shown]
+    rows = []
+    for number, prompt in enumerate(config.precompute.validation_prompt):
+        conditioning = images.load(config.precompute.validation_image[number])[0]
+        before = Image.open(config.score.output_dir / WITHOUT / f"{number:03d}.png")
+        drawn = [_result(folder / f"{number}.png") for folder in columns]
+        rows.append(([images.fit(conditioning, before.width), before, *drawn], prompt))
+    headings = [f"step {int(folder.name.removeprefix('step-'))}" for folder in columns]
+    return contact_sheet(rows, ["conditioning", "before training", *headings])
+
+
+def _result(path: Path) -> Image.Image:
+    """Return what came of a validation pair, the right-hand part of its PNG."""
+    pair = Image.open(path)
+    return pair.crop((pair.width - pair.height, 0, pair.width, pair.height))
+
+
+def data_url(image: Image.Image) -> str:
+    """Return an image as a URL that carries it."""
+    file = io.BytesIO()
+    image.convert("RGB").save(file, format="WEBP", quality=85, method=6)
+    return "data:image/webp;base64," + base64.b64encode(file.getvalue()).decode()

@@ -1,0 +1,229 @@
+"""How well a ControlNet draws circles, beside the base model alone.
+
+Axes: B pictures, C latent channels, h x w latent grid.
+"""
+
+import csv
+import io
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import click
+import torch
+from diffusers import StableDiffusion3ControlNetPipeline, StableDiffusion3Pipeline
+from PIL import Image
+from torch import Tensor
+from tqdm import tqdm
+
+from infer.config import ScoreConfig
+from infer.discs import Color, Measured, caption_colors, measure, outlined_disc
+from infer.pipeline import COMPONENTS, Convention, control_image, find_convention, load_pipeline
+from infer.sheets import contact_sheet, save_png
+from infer.statistics import Summary, summarize
+from precompute import images
+from precompute.images import BadImage
+from precompute.sources import Row, Source, open_source
+from shards.errors import ConfigError
+from shards.options import as_dict
+from shards.provenance import write_run
+from shards.writer import write_text
+
+WITH, WITHOUT = "with_controlnet", "without_controlnet"
+WAYS = (WITH, WITHOUT)
+NUM_WORST = 8
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A row to draw.
+
+    Attributes:
+        number: from 0.
+        prompt: its caption.
+        conditioning: its outline, as large as the picture.
+        color: of the disc, sRGB in 0 to 255.
+        background: of the rest.
+    """
+
+    number: int
+    prompt: str
+    conditioning: Image.Image
+    color: Color
+    background: Color
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """What came of a sample, by way: with and without the ControlNet."""
+
+    sample: Sample
+    pictures: dict[str, Image.Image]
+    measured: dict[str, Measured]
+
+
+def score(config: ScoreConfig) -> None:
+    """Draw and measure each sample both ways; write pictures, CSV, the worst, and the figures.
+
+    Raises:
+        ConfigError: the source holds something other than circles, or as `load_pipeline`.
+        OSError: the output cannot be written.
+    """
+    source = open_source(config.source)
+    pipeline = load_pipeline(config)
+    convention = find_convention(config, pipeline)
+    rows = source.rows[: config.num_samples]
+    samples = [
+        _sample(number, row, source, convention.resolution_px) for number, row in enumerate(rows)
+    ]
+    for way in WAYS:
+        (config.output_dir / way).mkdir(parents=True, exist_ok=True)
+    write_run(config.output_dir, "score", config)
+    drawn = []
+    with tqdm(total=len(samples), unit="sample", desc="score", disable=None) as bar:
+        for start in range(0, len(samples), config.batch_size):
+            batch = samples[start : start + config.batch_size]
+            drawn += list(_draw(pipeline, batch, convention, config))
+            bar.update(len(batch))
+    for one in drawn:
+        for way in WAYS:
+            save_png(config.output_dir / way / f"{one.sample.number:03d}.png", one.pictures[way])
+    write_text(config.output_dir / "samples.csv", samples_csv(drawn))
+    save_png(config.output_dir / "worst.png", worst_sheet(drawn))
+    figures = {way: summaries([one.measured[way] for one in drawn]) for way in WAYS}
+    write_text(config.json_path, _json(config, figures))
+    click.echo(table(figures))
+    click.echo(f"{config.output_dir}: samples.csv, worst.png, all pictures; {config.json_path}")
+
+
+def _sample(number: int, row: Row, source: Source, resolution_px: int) -> Sample:
+    """Return a row ready to be drawn.
+
+    Raises:
+        ConfigError: it is no circle, or its conditioning image cannot be used.
+    """
+    try:
+        color, background = caption_colors(str(row.prompt))
+        conditioning = images.decode(source.read(row.conditioning_image))
+        conditioning = images.fit(conditioning, resolution_px)
+        outlined_disc(conditioning)
+    except (ValueError, BadImage, OSError) as error:
+        raise ConfigError(
+            f"--source, line {row.line}: {error}. score measures circles: "
+            '"<colour> circle with <colour> background" and a light outline on black.'
+        ) from error
+    return Sample(number, str(row.prompt), conditioning, color, background)
+
+
+def _draw(
+    pipeline: StableDiffusion3ControlNetPipeline,
+    batch: Sequence[Sample],
+    convention: Convention,
+    config: ScoreConfig,
+) -> Iterator[Drawn]:
+    """Draw a batch with and without the ControlNet, from the same noise."""
+    alone = StableDiffusion3Pipeline(**{name: getattr(pipeline, name) for name in COMPONENTS})
+    alone.set_progress_bar_config(disable=True)
+    common: dict[str, Any] = {
+        "prompt": [sample.prompt for sample in batch],
+        "negative_prompt": [config.negative_prompt] * len(batch),
+        "height": convention.resolution_px,
+        "width": convention.resolution_px,
+        "num_inference_steps": config.num_inference_steps,
+        "guidance_scale": config.guidance_scale,
+        "max_sequence_length": convention.max_sequence_length,
+        "latents": noise(pipeline, batch, convention.resolution_px, config.seed),
+    }
+    # The pipeline samples the conditioning latents from the global generator.
+    torch.manual_seed(config.seed + batch[0].number)
+    controlled = pipeline(
+        control_image=control_image([sample.conditioning for sample in batch], convention),
+        controlnet_conditioning_scale=config.controlnet_conditioning_scale,
+        **common,
+    ).images
+    free = alone(**common).images
+    for sample, *both in zip(batch, controlled, free, strict=True):
+        pictures = dict(zip(WAYS, both, strict=True))
+        measured = {
+            way: measure(picture, sample.conditioning, sample.color, sample.background)
+            for way, picture in pictures.items()
+        }
+        yield Drawn(sample, pictures, measured)
+
+
+def noise(
+    pipeline: StableDiffusion3ControlNetPipeline,
+    batch: Sequence[Sample],
+    resolution_px: int,
+    seed: int,
+) -> Tensor:
+    """Return the noise each picture starts from, [B, C, h, w], the same in any batch."""
+    side = resolution_px // pipeline.vae_scale_factor
+    shape = (1, pipeline.transformer.config.in_channels, side, side)
+    noises = [
+        torch.randn(shape, generator=torch.Generator().manual_seed(seed + sample.number))
+        for sample in batch
+    ]
+    return torch.cat(noises).to(pipeline.device, pipeline.transformer.dtype)
+
+
+def summaries(measured: Sequence[Measured]) -> dict[str, Summary]:
+    """Return the summary of each measurement; a disc's colour only where a disc was found."""
+    return {
+        "iou": summarize([one.iou for one in measured]),
+        "disc_color_error": summarize(
+            [one.color_error for one in measured if one.color_error is not None]
+        ),
+        "background_color_error": summarize([one.background_error for one in measured]),
+    }
+
+
+def samples_csv(drawn: Sequence[Drawn]) -> str:
+    """Return a line for each sample; a colour error is empty where no disc was found."""
+    measures = ("iou", "color_error", "background_error")
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(
+        ["sample", "prompt", *(f"{way}_{measure}" for way in WAYS for measure in measures)]
+    )
+    for one in drawn:
+        figures = [getattr(one.measured[way], measure) for way in WAYS for measure in measures]
+        rounded = ["" if value is None else f"{value:.4f}" for value in figures]
+        writer.writerow([one.sample.number, one.sample.prompt, *rounded])
+    return text.getvalue()
+
+
+def worst_sheet(drawn: Sequence[Drawn]) -> Image.Image:
+    """Return the samples of the lowest IoU with the ControlNet, the lowest first."""
+    worst = sorted(drawn, key=lambda one: one.measured[WITH].iou)[:NUM_WORST]
+    rows = [
+        (
+            [one.sample.conditioning, *(one.pictures[way] for way in WAYS)],
+            f"{one.sample.number}: IoU {one.measured[WITH].iou:.2f}, {one.sample.prompt}",
+        )
+        for one in worst
+    ]
+    return contact_sheet(rows, ["conditioning", "with ControlNet", "without"])
+
+
+def table(figures: dict[str, dict[str, Summary]]) -> str:
+    """Return the figures as text: mean, its 95 % interval, median."""
+    lines = []
+    for way, found in figures.items():
+        discs = f"{found['disc_color_error'].count} of {found['iou'].count}"
+        lines += [
+            f"{way.replace('_controlnet', ' ControlNet')} (discs found: {discs})",
+            f"  IoU                        {found['iou']}",
+            f"  disc colour, CIEDE2000     {found['disc_color_error']}",
+            f"  background, CIEDE2000      {found['background_color_error']}",
+        ]
+    return "\n".join(lines)
+
+
+def _json(config: ScoreConfig, figures: dict[str, dict[str, Summary]]) -> str:
+    plain = {
+        way: {name: asdict(summary) for name, summary in found.items()}
+        for way, found in figures.items()
+    }
+    return json.dumps({"config": as_dict(config), **plain}, ensure_ascii=False, indent=1) + "\n"

@@ -1,0 +1,58 @@
+"""What a sample of measurements says of the whole: mean, median and a bootstrap interval."""
+
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from scipy.stats import DegenerateDataWarning, bootstrap
+
+CONFIDENCE = 0.95
+RESAMPLES = 9999
+
+
+@dataclass(frozen=True)
+class Summary:
+    """Of one measurement over several pictures; None where there were no pictures.
+
+    Attributes:
+        count: pictures measured.
+        mean: their mean.
+        low: lower end of the mean's 95 % interval, by percentile bootstrap (Efron 1979).
+        high: its upper end.
+        median: their median.
+    """
+
+    count: int
+    mean: float | None
+    low: float | None
+    high: float | None
+    median: float | None
+
+    def __str__(self) -> str:
+        """The figures in one line of fixed width."""
+        if self.mean is None:
+            return "     -"
+        return f"{self.mean:6.2f}  [{self.low:.2f}, {self.high:.2f}]  median {self.median:.2f}"
+
+
+def summarize(values: Sequence[float]) -> Summary:
+    """Return a sample's summary; the bootstrap's draws are seeded."""
+    if not values:
+        return Summary(0, None, None, None, None)
+    sample = np.asarray(values, dtype=np.float64)
+    mean = float(sample.mean())
+    low = high = mean
+    if len(sample) > 1:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DegenerateDataWarning)  # all values alike
+            interval = bootstrap(
+                (sample,),
+                np.mean,
+                n_resamples=RESAMPLES,
+                confidence_level=CONFIDENCE,
+                method="percentile",
+                rng=np.random.default_rng(0),
+            ).confidence_interval
+        low, high = float(interval.low), float(interval.high)
+    return Summary(len(sample), mean, low, high, float(np.median(sample)))
