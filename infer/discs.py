@@ -12,6 +12,7 @@ from PIL import Image, ImageColor
 from skimage.color import deltaE_ciede2000, rgb2lab
 from skimage.filters import threshold_otsu
 from skimage.measure import label, regionprops
+from skimage.morphology import disk, opening
 
 # Below this a disc cannot be told from its background: CIEDE2000 calls 1 just noticeable.
 LEAST_CONTRAST = 2.0
@@ -77,26 +78,41 @@ def find_disc(pixels: NDArray[np.uint8]) -> Disc | None:
     """Return the disc in a picture [H, W, 3], or None if there is nothing round to be seen.
 
     The background's colour is that of the picture's border. What differs from it more than Otsu's
-    threshold is foreground, and the largest connected piece of that, if it is round, the disc.
+    threshold is foreground, and the largest connected piece of that gives the disc's colour. The
+    disc is what is nearer to that colour than to the background's, if it is round; so that the
+    fringes of a third colour that decoders leave along edges do not count. An opening by one pixel
+    cuts off hairlines.
     """
     background = background_color(pixels)
     lab = rgb2lab(pixels)
     distance = deltaE_ciede2000(lab, _lab(background))
     if distance.max() < LEAST_CONTRAST:
         return None
-    foreground = distance > threshold_otsu(distance)
-    regions = regionprops(label(foreground))
-    region = max(regions, key=lambda one: one.area)
-    # The circle around a region, of the diameter between its two farthest points.
-    around = np.pi * (region.feret_diameter_max / 2) ** 2
-    if region.area < LEAST_AREA * foreground.size or region.area < LEAST_ROUNDNESS * around:
+    foreground = _largest(distance > threshold_otsu(distance))
+    nearer = deltaE_ciede2000(lab, _lab(np.median(pixels[foreground], axis=0))) < distance
+    mask = _largest(opening(nearer, disk(1)))
+    area = np.count_nonzero(mask)
+    if area < LEAST_AREA * mask.size or area < LEAST_ROUNDNESS * _area_around(mask):
         return None
-    mask = np.zeros(foreground.shape, dtype=bool)
-    mask[tuple(region.coords.T)] = True
     color = np.median(pixels[mask], axis=0)
     if color_difference(color, background) < LEAST_CONTRAST:
         return None
     return Disc(mask, color)
+
+
+def _largest(mask: Mask) -> Mask:
+    """Return the largest connected piece of a mask."""
+    pieces = label(mask)
+    sizes = np.bincount(pieces.ravel())
+    sizes[0] = 0
+    largest: Mask = pieces == sizes.argmax()
+    return largest if sizes.any() else mask
+
+
+def _area_around(mask: Mask) -> float:
+    """Return the area of the circle whose diameter is between a mask's two farthest points."""
+    (region,) = regionprops(mask.astype(np.uint8))
+    return float(np.pi * (region.feret_diameter_max / 2) ** 2)
 
 
 def outlined_disc(outline: Image.Image) -> Mask:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from infer.config import PipelineConfig
 from precompute import images
-from shards.device import pick_device
+from shards.device import keep_freed_memory, pick_device
 from shards.errors import ConfigError
 from shards.pretrained import (
     DATA_KEY,
@@ -77,6 +77,7 @@ def load_pipeline(config: PipelineConfig) -> StableDiffusion3ControlNetPipeline:
             f"{config.pretrained_model_name_or_path}:\n{listing}"
         )
     device = pick_device(config.device)
+    keep_freed_memory(device)
     pipeline = StableDiffusion3ControlNetPipeline.from_pretrained(
         base, controlnet=controlnet, dtype=dtype, variant=config.variant
     )

@@ -13,6 +13,7 @@ from precompute.job import Job, prepare
 from precompute.passes import latent_pass, text_pass
 from precompute.plan import ShardPlan
 from shards import manifest
+from shards.device import keep_freed_memory
 from shards.errors import ShardError
 from shards.manifest import Manifest, product_of
 from shards.provenance import versions, write_run
@@ -31,6 +32,7 @@ def precompute(config: PrecomputeConfig) -> None:
     cache = config.output_dir
     click.echo(f"precompute: reading {config.source}")
     job = prepare(config)
+    keep_freed_memory(job.device)
     products = job.products()
     todo = {folder: product.unfinished() for folder, product in products.items()}
     before = _manifest_before(cache)
