@@ -44,7 +44,7 @@ $(STAMP): pyproject.toml constraints.txt
 	@touch $@
 
 demo: setup  ## The whole pipeline on a laptop, in ten minutes; FAST=1: in two, learning nothing
-	$(RUN) python -m demo --config $(if $(filter-out 0,$(FAST)),configs/demo-fast.toml,configs/demo.toml)
+	$(RUN) python -m demo --config $(if $(filter-out 0,$(FAST)),configs/demo-fast.toml,"$(CONFIG)")
 
 demo-full: setup  ## The same, trained for longer, in an hour
 	$(RUN) python -m demo --config configs/demo-full.toml

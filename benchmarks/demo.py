@@ -8,17 +8,23 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import click
 import torch
 
+from demo.circles import unseen_circles
 from demo.config import load_config
 from demo.report import machine
+from demo.times import Times
+from infer.score import WAYS
 from shards.options import CONTEXT
 from shards.provenance import commit, versions
 from shards.writer import write_text
+
+SEEDED = ("circles", "train", "infer", "score")
 
 
 @click.command(context_settings=CONTEXT)
@@ -55,24 +61,33 @@ def main(config: Path, seeds: tuple[int, ...], results: Path) -> None:
 
 def run(config: Path, seed: int) -> dict[str, Any]:
     """Run the demonstration with a seed; return its figures."""
-    place = config.stem
-    folder = Path("runs") / f"{place}-seed-{seed}"
+    folder = Path("runs") / f"{config.stem}-seed-{seed}"
     folder.mkdir(parents=True, exist_ok=True)
     own = folder / config.name
-    write_text(own, config.read_text().replace(f'"runs/{place}', f'"{folder}'))
-    subprocess.run(
-        [sys.executable, "-m", "demo", "--config", str(own), "--seed", str(seed)], check=True
-    )
+    write_text(own, seeded(config, seed, folder))
+    subprocess.run([sys.executable, "-m", "demo", "--config", str(own)], check=True)
     settings = load_config(own)
     figures: dict[str, Any] = json.loads(settings.score.json_path.read_text())
     return {
-        **{way: figures[way] for way in ("with_controlnet", "without_controlnet")},
-        "seconds": json.loads((settings.demo.output_dir / "times.json").read_text()),
+        **{way: figures[way] for way in WAYS},
+        "seconds": Times(settings.demo.times, own.read_text()).seconds,
         "machine": machine(),
         "threads": int(os.environ.get("OMP_NUM_THREADS", torch.get_num_threads())),
         "versions": versions(),
         "commit": commit(),
     }
+
+
+def seeded(config: Path, seed: int, folder: Path) -> str:
+    """Return a demonstration's TOML with another seed for everything random, in another folder."""
+    settings, text = load_config(config), config.read_text()
+    text = text.replace(f'"{settings.demo.output_dir}', f'"{folder}')
+    for stage in SEEDED:
+        text = text.replace(f"[{stage}]\n", f"[{stage}]\nseed = {seed}\n")
+    others = unseen_circles(replace(settings.circles, seed=seed))
+    for old, new in zip(settings.precompute.validation_prompt, others, strict=False):
+        text = text.replace(f'"{old}"', f'"{new.prompt}"')
+    return text
 
 
 if __name__ == "__main__":

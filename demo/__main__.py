@@ -3,16 +3,15 @@
 A stage finds what an earlier run left and goes on from there; so does the demonstration.
 """
 
-import json
 import shlex
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import click
 
-from demo.config import DemoConfig, load_config
+from demo.config import load_config
+from demo.times import Times
 from shards.errors import ConfigError
 from shards.options import CONTEXT, CommandError
 from shards.writer import write_text
@@ -25,9 +24,6 @@ STAGES = {
     "infer": ["infer", "generate"],
     "score": ["infer", "score"],
 }
-SEEDED = ("circles", "train", "infer", "score")
-TIMES = "times.json"
-REPORT = "report.html"
 
 
 @click.command(context_settings=CONTEXT)
@@ -38,40 +34,32 @@ REPORT = "report.html"
     show_default=True,
     help="TOML file with the tables of all stages.",
 )
-@click.option("--seed", type=int, help="Of circles, training and pictures; the file's if absent.")
-def main(config: Path, seed: int | None) -> None:
+def main(config: Path) -> None:
     """Draw circles, precompute, train, infer, score, and write a page about it."""
     try:
         settings = load_config(config)
     except ConfigError as error:
         raise CommandError(str(error)) from error
-    seconds = read_times(settings)
+    settings.demo.output_dir.mkdir(parents=True, exist_ok=True)
+    times = Times(settings.demo.times, config.read_text())
     for stage, module in STAGES.items():
         command = ["python", "-m", *module, "--config", str(config)]
-        if seed is not None and stage in SEEDED:
-            command += ["--seed", str(seed)]
         click.secho(f"\n$ {shlex.join(command)}", bold=True)
-        start = time.monotonic()
-        done = subprocess.run([sys.executable, *command[1:]], check=False)
-        if done.returncode:
-            raise SystemExit(done.returncode)
-        # Summed over runs, so that an interrupted stage's first part counts.
-        seconds[stage] = seconds.get(stage, 0.0) + time.monotonic() - start
-        write_text(settings.demo.output_dir / TIMES, json.dumps(seconds, indent=1) + "\n")
+        with times.measure(stage):
+            done = subprocess.run([sys.executable, *command[1:]], check=False)
+            if done.returncode:
+                raise SystemExit(done.returncode)
     # Imported only now: a stage's process should have the memory to itself.
     from demo.report import report_html
 
-    path = settings.demo.output_dir / REPORT
-    write_text(path, report_html(settings, seconds))
-    total = sum(seconds.values())
-    click.secho(f"\n{path}: open it in a browser ({total / 60:.1f} minutes in all)", bold=True)
-
-
-def read_times(settings: DemoConfig) -> dict[str, float]:
-    """Return how long each stage took in earlier runs, in seconds."""
-    settings.demo.output_dir.mkdir(parents=True, exist_ok=True)
-    path = settings.demo.output_dir / TIMES
-    return dict(json.loads(path.read_text())) if path.is_file() else {}
+    try:
+        write_text(settings.demo.report, report_html(settings, times.seconds))
+    except OSError as error:
+        raise CommandError(f"the report lacks {error.filename}: {error.strerror}") from error
+    minutes = sum(times.seconds.values()) / 60
+    click.secho(
+        f"\n{settings.demo.report}: open it in a browser ({minutes:.1f} minutes in all)", bold=True
+    )
 
 
 if __name__ == "__main__":

@@ -30,6 +30,7 @@ from transformers import (
 
 from demo.colors import COLORS
 from demo.vae import new_vae
+from shards.errors import ConfigError
 
 CLIP_TOKENS = 24  # the longest caption has 17 CLIP tokens
 START, END, WORD_END = "<|startoftext|>", "<|endoftext|>", "</w>"
@@ -177,8 +178,23 @@ def _clip(tokenizer: Any, width: int, tokens: int, activation: str) -> CLIPTextM
     )
 
 
+def check_replaceable(folder: Path) -> None:
+    """Refuse to put a model in the place of something else.
+
+    Raises:
+        ConfigError: the folder holds something other than a pipeline.
+    """
+    if folder.is_dir() and any(folder.iterdir()) and not (folder / "model_index.json").is_file():
+        raise ConfigError(f"--output-dir {folder}: holds other things than a model; name another.")
+
+
 def save_base(folder: Path, pipeline: StableDiffusion3Pipeline) -> None:
-    """Save a pipeline so that the folder is there whole or not at all."""
+    """Save a pipeline so that the folder is there whole or not at all, replacing an older one.
+
+    Raises:
+        ConfigError: see `check_replaceable`.
+    """
+    check_replaceable(folder)
     partial = folder.with_name(folder.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     pipeline.save_pretrained(partial)

@@ -4,7 +4,7 @@ from diffusers import StableDiffusion3Pipeline
 
 from demo import train_flow, train_vae
 from demo.base import CLIP_TOKENS
-from demo.quality import GUIDANCE_SCALE, NUM_INFERENCE_STEPS, NUM_PROMPTS, Quality
+from demo.quality import GUIDANCE_SCALE, NUM_INFERENCE_STEPS, Quality
 from demo.shapes import BASE_PX, HELD_OUT_PAIRS, TRAINED_PAIRS
 from shards.provenance import versions
 
@@ -43,7 +43,7 @@ without a GPU and without a download. It contains no weights of any other model.
 
 The transformer has {config.num_layers} blocks of width {config.num_attention_heads * config.attention_head_dim}. All
 three encoders read {CLIP_TOKENS} tokens: pass `max_sequence_length={CLIP_TOKENS}`.
-A guidance scale near {GUIDANCE_SCALE:g} serves it best. Any other prompt gives noise.
+It knows no other words than the captions'.
 
 ## How it was made
 
@@ -67,9 +67,10 @@ On circles and pairs of colours that it was not trained on:
 | VAE on discs | {quality.disc_psnr_db:.1f} dB PSNR |
 | VAE on outlines | {quality.outline_psnr_db:.1f} dB PSNR |
 | scaled latents of discs | mean {quality.latent_mean:.3f}, standard deviation {quality.latent_std:.3f} |
-| background, by prompt alone | {quality.background_color_error:.1f} CIEDE2000, median of {NUM_PROMPTS} |
-| disc, by prompt alone | {quality.disc_color_error:.1f} CIEDE2000, median of {quality.discs_found} |
+| background, by prompt alone | {quality.background_color_error:.1f} CIEDE2000, median of {quality.num_prompts} pictures |
+| disc, by prompt alone | {quality.patch_color_error:.1f} CIEDE2000, median of {quality.patches} pictures |
 
-A disc was found in {quality.discs_found} of {NUM_PROMPTS} pictures ({NUM_INFERENCE_STEPS} steps, guidance scale
-{GUIDANCE_SCALE:g}). A CIEDE2000 difference of 1 is just noticeable.
+A CIEDE2000 difference of 1 is just noticeable. Colours it knows; shapes less: of {quality.num_prompts} pictures by prompt alone
+({NUM_INFERENCE_STEPS} steps, guidance scale {GUIDANCE_SCALE:g}) {quality.patches} had something on the background, and in {quality.discs} that was round. Where the
+circle goes and how round it gets is what a ControlNet has to teach it.
 """

@@ -54,7 +54,7 @@ class CirclesConfig:
     seed: int = option(0, help="Of the circles.")
 
     def __post_init__(self) -> None:
-        """Refuse to draw nothing.
+        """Refuse what cannot be drawn.
 
         Raises:
             ConfigError: naming the option.
@@ -62,6 +62,8 @@ class CirclesConfig:
         for flag, count in (("--num-rows", self.num_rows), ("--num-unseen", self.num_unseen)):
             if count < 1:
                 raise ConfigError(f"{flag} {count}: at least 1.")
+        if self.seed < 0:
+            raise ConfigError(f"--seed {self.seed}: at least 0.")
 
 
 def circles(num_rows: int, seed: int, held_out: bool | None = None) -> list[Circle]:
@@ -139,15 +141,25 @@ def prompt_json(rows: list[Circle]) -> str:
     )
 
 
+def unseen_circles(config: CirclesConfig) -> list[Circle]:
+    """Return the circles to score on: at other places than those of the same seed's `train`."""
+    return circles(config.num_unseen, config.seed + 1, held_out=True)
+
+
+def image_path(config: CirclesConfig, number: int) -> Path:
+    """Return where the conditioning image of an unseen circle is."""
+    return config.output_dir / "unseen" / "source" / f"{number}.png"
+
+
 def draw_data_sets(config: CirclesConfig) -> None:
-    """Draw `train` and `unseen`; another seed gives `unseen` circles at other places.
+    """Draw `train` and `unseen`, unless just these are there.
 
     Raises:
         OSError: the output cannot be written.
     """
     for name, rows in (
         ("train", circles(config.num_rows, config.seed, held_out=False)),
-        ("unseen", circles(config.num_unseen, config.seed + 1, held_out=True)),
+        ("unseen", unseen_circles(config)),
     ):
         folder = config.output_dir / name
         present = folder / "prompt.json"

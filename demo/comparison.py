@@ -14,7 +14,7 @@ from diffusers import AutoencoderKL, StableDiffusion3Pipeline
 
 from demo.config import DemoConfig
 from shards import manifest
-from shards.device import pick_device
+from shards.device import keep_freed_memory, pick_device
 
 FLOAT32_BYTES = 4
 REPEATS = 3
@@ -62,7 +62,7 @@ def compare(config: DemoConfig, steps: int) -> Comparison:
     tokens = text.clip_tokens + text.max_sequence_length
     floats = tokens * text.t5_width + text.pooled_width
     conditioning = contents.conditioning[config.precompute.conditioning_name]
-    batch = config.train.train_batch_size * config.train.gradient_accumulation_steps
+    batch = config.train.train_batch_size
     base = config.precompute.pretrained_model_name_or_path
     pipeline = StableDiffusion3Pipeline.from_pretrained(base, transformer=None, dtype=torch.float32)
     encoders = [pipeline.text_encoder, pipeline.text_encoder_2, pipeline.text_encoder_3]
@@ -71,7 +71,7 @@ def compare(config: DemoConfig, steps: int) -> Comparison:
         rows=config.circles.num_rows,
         prompts=contents.text.num_records,
         steps=steps,
-        pictures_reference=2 * batch * steps,
+        pictures_reference=2 * batch * config.train.gradient_accumulation_steps * steps,
         pictures=contents.latents.num_records + conditioning.num_records,
         prompt_bytes_reference=config.circles.num_rows * floats * FLOAT32_BYTES,
         prompt_bytes=contents.text.num_bytes,
@@ -84,6 +84,7 @@ def compare(config: DemoConfig, steps: int) -> Comparison:
 @torch.no_grad()
 def _seconds_a_picture(vae: AutoencoderKL, batch: int, config: DemoConfig) -> float:
     device = pick_device(config.precompute.device)
+    keep_freed_memory(device)
     vae.to(device)
     side = config.precompute.resolution
     pictures = 2 * torch.rand(batch, 3, side, side) - 1

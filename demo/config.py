@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from demo.circles import CirclesConfig
+from demo.circles import CirclesConfig, image_path, unseen_circles
 from infer.config import GenerateConfig, ScoreConfig
 from precompute.config import PrecomputeConfig
 from shards.config_file import read_section
@@ -21,6 +21,16 @@ class ReportConfig:
     """The demonstration's own table, [demo]."""
 
     output_dir: Path = option(help="Where the report and the stages' times go.")
+
+    @property
+    def report(self) -> Path:
+        """The page."""
+        return self.output_dir / "report.html"
+
+    @property
+    def times(self) -> Path:
+        """How long each stage took; see `demo.times`."""
+        return self.output_dir / "times.json"
 
 
 @dataclass(frozen=True)
@@ -39,9 +49,9 @@ def load_config(path: Path) -> DemoConfig:
     """Return a demonstration's settings.
 
     Raises:
-        ConfigError: a table or key is unknown, wrong or missing.
+        ConfigError: a table or key is unknown, wrong or missing, or the report could not be made.
     """
-    return DemoConfig(
+    config = DemoConfig(
         demo=_table(path, "demo", ReportConfig),
         circles=_table(path, "circles", CirclesConfig),
         precompute=_table(path, "precompute", PrecomputeConfig),
@@ -49,6 +59,18 @@ def load_config(path: Path) -> DemoConfig:
         infer=_table(path, "infer", GenerateConfig),
         score=_table(path, "score", ScoreConfig),
     )
+    # The report shows score's first pictures without the ControlNet as validation before training.
+    unseen = unseen_circles(config.circles)[: config.score.num_samples]
+    pairs = [(circle.prompt, image_path(config.circles, k)) for k, circle in enumerate(unseen)]
+    validation = config.precompute.validation_pairs()
+    if validation != pairs[: len(validation)]:
+        raise ConfigError(
+            f"{path}: the validation pairs in [precompute] must be the first of the unseen circles "
+            f"that [score] draws: {pairs[0][0]!r}, {pairs[0][1]}, and so on."
+        )
+    if config.train.report_to != "tensorboard":
+        raise ConfigError(f"{path}: report_to in [train] must be tensorboard, for the loss curve.")
+    return config
 
 
 def _table(path: Path, section: str, config_class: type[Config]) -> Config:

@@ -8,17 +8,18 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from diffusers import AutoencoderKL, StableDiffusion3Pipeline
+from numpy.typing import NDArray
 from torch import Tensor
 from tqdm import tqdm
 
 from demo.base import CLIP_TOKENS
 from demo.colors import COLORS
 from demo.shapes import HELD_OUT_PAIRS, NAMES, PALETTE, caption, painted, white_on_black
-from infer.discs import background_color, color_difference, find_disc
+from infer.discs import background_color, color_difference, find_disc, find_patch
 from train.objective import scaled
 
 NUM_PROMPTS = 200
-# At this guidance the colours come out truest; SD3's 7 saturates the miniature.
+# A little guidance makes the shapes rounder; SD3's 7 saturates the colours.
 GUIDANCE_SCALE = 2.0
 NUM_INFERENCE_STEPS = 28
 BATCH = 20
@@ -33,18 +34,22 @@ class Quality:
         outline_psnr_db: of the VAE on conditioning images.
         latent_mean: of the discs' scaled latents.
         latent_std: of the same.
-        disc_color_error: CIEDE2000 of the disc, median over `NUM_PROMPTS` prompts; no control.
+        num_prompts: pictures drawn by prompt alone.
+        patches: in how many of them something stood out from the background.
+        discs: in how many that was round.
+        patch_color_error: CIEDE2000 of what stood out and the disc's colour, median.
         background_color_error: the same of the background.
-        discs_found: in how many of the pictures a disc was found.
     """
 
     disc_psnr_db: float
     outline_psnr_db: float
     latent_mean: float
     latent_std: float
-    disc_color_error: float
+    num_prompts: int
+    patches: int
+    discs: int
+    patch_color_error: float
     background_color_error: float
-    discs_found: int
 
 
 def measure_base(
@@ -68,15 +73,28 @@ def measure_base(
         pipeline.vae.config.scaling_factor,
         pipeline.vae.config.shift_factor,
     )
-    disc_errors, background_errors = color_errors(pipeline, generator)
+    drawn = pictures_by_prompt(pipeline, generator)
+    wanted = [[COLORS[NAMES[index]] for index in pair] for pair, _ in drawn]
+    patches = [find_patch(pixels) for _, pixels in drawn]
+    patch_errors = [
+        color_difference(patch.color, colors[0])
+        for patch, colors in zip(patches, wanted, strict=True)
+        if patch is not None
+    ]
+    background_errors = [
+        color_difference(background_color(pixels), colors[1])
+        for (_, pixels), colors in zip(drawn, wanted, strict=True)
+    ]
     return Quality(
         disc_psnr_db=reproduction(pipeline.vae, discs),
         outline_psnr_db=reproduction(pipeline.vae, lines),
         latent_mean=latents.mean().item(),
         latent_std=latents.std().item(),
-        disc_color_error=float(np.median(disc_errors)) if disc_errors else float("nan"),
+        num_prompts=len(drawn),
+        patches=len(patch_errors),
+        discs=sum(find_disc(pixels) is not None for _, pixels in drawn),
+        patch_color_error=float(np.median(patch_errors)) if patch_errors else float("nan"),
         background_color_error=float(np.median(background_errors)),
-        discs_found=len(disc_errors),
     )
 
 
@@ -94,13 +112,13 @@ def reproduction(vae: AutoencoderKL, pictures: Tensor) -> float:
     return float(10 * torch.log10(4 / error.square().mean()))
 
 
-def color_errors(
+def pictures_by_prompt(
     pipeline: StableDiffusion3Pipeline, generator: torch.Generator
-) -> tuple[list[float], list[float]]:
-    """Return CIEDE2000 of discs, where one was found, and of backgrounds, by prompt alone."""
+) -> list[tuple[list[int], NDArray[np.uint8]]]:
+    """Return pairs of colours, by index, and the pictures [H, W, 3] that their captions give."""
     chosen = torch.randint(len(HELD_OUT_PAIRS), (NUM_PROMPTS,), generator=generator)
     pipeline.set_progress_bar_config(disable=True)
-    discs, backgrounds = [], []
+    drawn = []
     for pairs in tqdm(HELD_OUT_PAIRS[chosen].split(BATCH), desc="colours", disable=None):
         pictures = pipeline(
             [caption(pair) for pair in pairs],
@@ -109,11 +127,8 @@ def color_errors(
             max_sequence_length=CLIP_TOKENS,
             generator=generator,
         ).images
-        for picture, pair in zip(pictures, pairs.tolist(), strict=True):
-            color, background = (COLORS[NAMES[index]] for index in pair)
-            pixels = np.asarray(picture)
-            backgrounds.append(color_difference(background_color(pixels), background))
-            found = find_disc(pixels)
-            if found is not None:
-                discs.append(color_difference(found.color, color))
-    return discs, backgrounds
+        drawn += [
+            (pair, np.asarray(picture))
+            for pair, picture in zip(pairs.tolist(), pictures, strict=True)
+        ]
+    return drawn

@@ -4,8 +4,8 @@ import base64
 import io
 import json
 import os
-import platform
 from pathlib import Path
+from typing import Any
 
 import jinja2
 import matplotlib.figure
@@ -37,17 +37,11 @@ def report_html(config: DemoConfig, seconds: dict[str, float]) -> str:
     """
     curve = losses(config.train.output_dir / config.train.logging_dir)
     steps = max(step for step, _ in curve)
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    return environment.get_template("report.html.jinja").render(
+    return render(
         config=config,
         seconds=seconds,
         steps=steps,
+        blocks=json.loads((config.train.output_dir / "config.json").read_text())["num_layers"],
         score=json.loads(config.score.json_path.read_text()),
         comparison=compare(config, steps),
         progress=data_url(progress_sheet(config)),
@@ -59,11 +53,24 @@ def report_html(config: DemoConfig, seconds: dict[str, float]) -> str:
     )
 
 
+def render(**values: Any) -> str:
+    """Return the page with the values that its template names."""
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    return environment.get_template("report.html.jinja").render(values)
+
+
 def machine() -> str:
     """Return what the demonstration ran on, in words."""
     if torch.cuda.is_available():
         return str(torch.cuda.get_device_name())
-    return f"{os.cpu_count()} CPU cores, {platform.machine()}, {platform.system()}"
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return f"{cores} CPU cores"
 
 
 def losses(folder: Path) -> list[tuple[int, float]]:
@@ -112,8 +119,8 @@ def progress_sheet(config: DemoConfig) -> Image.Image:
     shown = np.unique(np.linspace(0, last, min(len(folders), NUM_COLUMNS)).round().astype(int))
     columns = [folders[index] for index in shown]
     rows = []
-    for number, prompt in enumerate(config.precompute.validation_prompt):
-        conditioning = images.load(config.precompute.validation_image[number])[0]
+    for number, (prompt, path) in enumerate(config.precompute.validation_pairs()):
+        conditioning = images.load(path)[0]
         before = Image.open(config.score.output_dir / WITHOUT / f"{number:03d}.png")
         drawn = [_result(folder / f"{number}.png") for folder in columns]
         rows.append(([images.fit(conditioning, before.width), before, *drawn], prompt))

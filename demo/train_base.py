@@ -14,12 +14,13 @@ from torch import Tensor
 from transformers.utils import logging as transformers_logging
 
 from demo import train_flow, train_vae
-from demo.base import save_base
+from demo.base import check_replaceable, save_base
 from demo.card import model_card
 from demo.quality import measure_base
 from demo.shapes import load_shapes
-from shards.device import pick_device
-from shards.options import CONTEXT
+from shards.device import keep_freed_memory, pick_device
+from shards.errors import ConfigError
+from shards.options import CONTEXT, CommandError
 from shards.writer import write_text
 
 NUM_SHAPES = 4096
@@ -40,23 +41,42 @@ HELD_OUT_SHAPES = 256
 def main(output_dir: Path, state_dir: Path, seed: int, device: str | None) -> None:
     """Train the miniature base model, save it in half precision, and measure what was saved."""
     transformers_logging.disable_progress_bar()
-    on = pick_device(device)
+    try:
+        card = make_base(output_dir, state_dir / f"seed-{seed}", seed, pick_device(device))
+    except ConfigError as error:
+        raise CommandError(str(error)) from error
+    click.echo(card)
+    click.echo(f"{output_dir}: saved")
+
+
+def make_base(output_dir: Path, state_dir: Path, seed: int, device: torch.device) -> str:
+    """Train, save and measure a base; return its model card.
+
+    Args:
+        output_dir: where the base goes.
+        state_dir: what is finished of this very base, and what it goes on from.
+        seed: of weights, batches and noise.
+        device: where to train.
+
+    Raises:
+        ConfigError: `output_dir` holds something else.
+    """
+    check_replaceable(output_dir)
+    keep_freed_memory(device)
     state_dir.mkdir(parents=True, exist_ok=True)
     masks, outlines = load_shapes(state_dir / "shapes.safetensors", NUM_SHAPES, seed)
     seen, unseen = slice(None, -HELD_OUT_SHAPES), slice(-HELD_OUT_SHAPES, None)
-    vae = train_vae.train_vae(state_dir / "vae.pt", masks[seen], outlines[seen], on, seed)
+    vae = train_vae.train_vae(state_dir / "vae.pt", masks[seen], outlines[seen], device, seed)
     latents = train_flow.load_latents(state_dir / "latents.safetensors", vae, masks[seen], seed)
     pipeline = train_flow.miniature(seed)
     pipeline.register_modules(vae=vae)
     set_scaling(pipeline, latents["latent"].float())
-    train_flow.train_flow(state_dir / "flow.pt", pipeline, latents, on, seed)
+    train_flow.train_flow(state_dir / "flow.pt", pipeline, latents, device, seed)
     save_base(output_dir, pipeline.to("cpu", torch.float16))
-    saved = StableDiffusion3Pipeline.from_pretrained(output_dir, dtype=torch.float32).to(on)
-    quality = measure_base(saved, masks[unseen], outlines[unseen], seed)
-    card = model_card(saved, quality, seed)
+    saved = StableDiffusion3Pipeline.from_pretrained(output_dir, dtype=torch.float32).to(device)
+    card = model_card(saved, measure_base(saved, masks[unseen], outlines[unseen], seed), seed)
     write_text(output_dir / "README.md", card)
-    click.echo(card)
-    click.echo(f"{output_dir}: saved")
+    return card
 
 
 def set_scaling(pipeline: StableDiffusion3Pipeline, latents: Tensor) -> None:

@@ -19,6 +19,7 @@ LEAST_CONTRAST = 2.0
 # Of its bounding circle that a region must fill to be taken for a disc; a square fills 0.64.
 LEAST_ROUNDNESS = 0.75
 LEAST_LIGHT = 1 / 8  # of an outline, 1 being white
+LARGEST_MISFIT = 0.1  # of an outline to a circle, mean distance over radius; a filled disc has 0.28
 LEAST_AREA = 0.002  # of the picture
 BORDER = 1 / 16  # of the picture's side, whose median is the background
 
@@ -28,7 +29,7 @@ Color = tuple[int, int, int]
 
 @dataclass(frozen=True)
 class Disc:
-    """A disc found in a picture.
+    """A disc, or a patch of any shape, found in a picture.
 
     Attributes:
         mask: where it is, [H, W].
@@ -75,13 +76,22 @@ def measure(
 
 
 def find_disc(pixels: NDArray[np.uint8]) -> Disc | None:
-    """Return the disc in a picture [H, W, 3], or None if there is nothing round to be seen.
+    """Return the disc in a picture [H, W, 3], or None if there is nothing round to be seen."""
+    patch = find_patch(pixels)
+    if patch is None:
+        return None
+    area = np.count_nonzero(patch.mask)
+    is_round = area >= LEAST_ROUNDNESS * _area_around(patch.mask)
+    return patch if is_round and area >= LEAST_AREA * patch.mask.size else None
+
+
+def find_patch(pixels: NDArray[np.uint8]) -> Disc | None:
+    """Return what stands out from a picture's background, of whatever shape; None if nothing does.
 
     The background's colour is that of the picture's border. What differs from it more than Otsu's
-    threshold is foreground, and the largest connected piece of that gives the disc's colour. The
-    disc is what is nearer to that colour than to the background's, if it is round; so that the
-    fringes of a third colour that decoders leave along edges do not count. An opening by one pixel
-    cuts off hairlines.
+    threshold is foreground, and the largest connected piece of that gives the patch's colour. The
+    patch is what is nearer to that colour than to the background's; so that the fringes of a third
+    colour that decoders leave along edges do not count. An opening by one pixel cuts off hairlines.
     """
     background = background_color(pixels)
     lab = rgb2lab(pixels)
@@ -91,13 +101,10 @@ def find_disc(pixels: NDArray[np.uint8]) -> Disc | None:
     foreground = _largest(distance > threshold_otsu(distance))
     nearer = deltaE_ciede2000(lab, _lab(np.median(pixels[foreground], axis=0))) < distance
     mask = _largest(opening(nearer, disk(1)))
-    area = np.count_nonzero(mask)
-    if area < LEAST_AREA * mask.size or area < LEAST_ROUNDNESS * _area_around(mask):
+    if not mask.any():
         return None
     color = np.median(pixels[mask], axis=0)
-    if color_difference(color, background) < LEAST_CONTRAST:
-        return None
-    return Disc(mask, color)
+    return Disc(mask, color) if color_difference(color, background) >= LEAST_CONTRAST else None
 
 
 def _largest(mask: Mask) -> Mask:
@@ -123,7 +130,7 @@ def outlined_disc(outline: Image.Image) -> Mask:
     much light there is in all.
 
     Raises:
-        ValueError: there is no outline in the image.
+        ValueError: there is no outline in the image, or it is no circle's.
     """
     light = np.asarray(outline.convert("L")) / 255.0
     if light.max() < LEAST_LIGHT:
@@ -134,7 +141,11 @@ def outlined_disc(outline: Image.Image) -> Mask:
     unknowns = np.stack([2 * x, 2 * y, np.ones_like(x)], axis=1) * weight[:, None]
     solution, *_ = np.linalg.lstsq(unknowns, (x**2 + y**2) * weight)
     middle_x, middle_y = solution[:2]
-    radius = np.sqrt(solution[2] + middle_x**2 + middle_y**2)
+    square = solution[2] + middle_x**2 + middle_y**2
+    radius = np.sqrt(max(square, 0.0))
+    off = np.abs(np.hypot(x - middle_x, y - middle_y) - radius)
+    if not np.average(off, weights=weight) < LARGEST_MISFIT * radius:
+        raise ValueError("the conditioning image is not a circle's outline")
     outer = radius + light.sum() / (2 * np.pi * radius) / 2
     grid_y, grid_x = np.ogrid[: light.shape[0], : light.shape[1]]
     mask: Mask = (grid_y + 0.5 - middle_y) ** 2 + (grid_x + 0.5 - middle_x) ** 2 <= outer**2

@@ -7,7 +7,7 @@ import csv
 import io
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import click
@@ -42,7 +42,7 @@ class Sample:
     Attributes:
         number: from 0.
         prompt: its caption.
-        conditioning: its outline, as large as the picture.
+        conditioning: its outline.
         color: of the disc, sRGB in 0 to 255.
         background: of the rest.
     """
@@ -71,33 +71,31 @@ def score(config: ScoreConfig) -> None:
         OSError: the output cannot be written.
     """
     source = open_source(config.source)
+    rows = source.rows[: config.num_samples]
+    samples = [_sample(number, row, source) for number, row in enumerate(rows)]
     pipeline = load_pipeline(config)
     convention = find_convention(config, pipeline)
-    rows = source.rows[: config.num_samples]
-    samples = [
-        _sample(number, row, source, convention.resolution_px) for number, row in enumerate(rows)
-    ]
-    for way in WAYS:
-        (config.output_dir / way).mkdir(parents=True, exist_ok=True)
+    for folder in (*(config.output_dir / way for way in WAYS), config.json_path.parent):
+        folder.mkdir(parents=True, exist_ok=True)
     write_run(config.output_dir, "score", config)
-    drawn = []
+    drawn: list[Drawn] = []
     with tqdm(total=len(samples), unit="sample", desc="score", disable=None) as bar:
         for start in range(0, len(samples), config.batch_size):
             batch = samples[start : start + config.batch_size]
-            drawn += list(_draw(pipeline, batch, convention, config))
+            for one in _draw(pipeline, batch, convention, config):
+                drawn.append(one)
+                for way, picture in one.pictures.items():
+                    save_png(config.output_dir / way / f"{one.sample.number:03d}.png", picture)
             bar.update(len(batch))
-    for one in drawn:
-        for way in WAYS:
-            save_png(config.output_dir / way / f"{one.sample.number:03d}.png", one.pictures[way])
+    figures = {way: summaries([one.measured[way] for one in drawn]) for way in WAYS}
+    click.echo(table(figures))
     write_text(config.output_dir / "samples.csv", samples_csv(drawn))
     save_png(config.output_dir / "worst.png", worst_sheet(drawn))
-    figures = {way: summaries([one.measured[way] for one in drawn]) for way in WAYS}
     write_text(config.json_path, _json(config, figures))
-    click.echo(table(figures))
     click.echo(f"{config.output_dir}: samples.csv, worst.png, all pictures; {config.json_path}")
 
 
-def _sample(number: int, row: Row, source: Source, resolution_px: int) -> Sample:
+def _sample(number: int, row: Row, source: Source) -> Sample:
     """Return a row ready to be drawn.
 
     Raises:
@@ -106,7 +104,6 @@ def _sample(number: int, row: Row, source: Source, resolution_px: int) -> Sample
     try:
         color, background = caption_colors(str(row.prompt))
         conditioning = images.decode(source.read(row.conditioning_image))
-        conditioning = images.fit(conditioning, resolution_px)
         outlined_disc(conditioning)
     except (ValueError, BadImage, OSError) as error:
         raise ConfigError(
@@ -122,7 +119,15 @@ def _draw(
     convention: Convention,
     config: ScoreConfig,
 ) -> Iterator[Drawn]:
-    """Draw a batch with and without the ControlNet, from the same noise."""
+    """Draw a batch with and without the ControlNet, from the same noise.
+
+    Conditioning images are made as large as the picture. The pipeline samples their latents from
+    the global generator, so that figures depend a little on how the samples are batched.
+    """
+    batch = [
+        replace(sample, conditioning=images.fit(sample.conditioning, convention.resolution_px))
+        for sample in batch
+    ]
     alone = StableDiffusion3Pipeline(**{name: getattr(pipeline, name) for name in COMPONENTS})
     alone.set_progress_bar_config(disable=True)
     common: dict[str, Any] = {
@@ -135,7 +140,6 @@ def _draw(
         "max_sequence_length": convention.max_sequence_length,
         "latents": noise(pipeline, batch, convention.resolution_px, config.seed),
     }
-    # The pipeline samples the conditioning latents from the global generator.
     torch.manual_seed(config.seed + batch[0].number)
     controlled = pipeline(
         control_image=control_image([sample.conditioning for sample in batch], convention),

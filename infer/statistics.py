@@ -13,7 +13,7 @@ RESAMPLES = 9999
 
 @dataclass(frozen=True)
 class Summary:
-    """Of one measurement over several pictures; None where there were no pictures.
+    """Of one measurement over several pictures; None where there were too few to say.
 
     Attributes:
         count: pictures measured.
@@ -33,7 +33,8 @@ class Summary:
         """The figures in one line of fixed width."""
         if self.mean is None:
             return "     -"
-        return f"{self.mean:6.2f}  [{self.low:.2f}, {self.high:.2f}]  median {self.median:.2f}"
+        interval = "" if self.low is None else f"  [{self.low:.2f}, {self.high:.2f}]"
+        return f"{self.mean:6.2f}{interval}  median {self.median:.2f}"
 
 
 def summarize(values: Sequence[float]) -> Summary:
@@ -41,8 +42,7 @@ def summarize(values: Sequence[float]) -> Summary:
     if not values:
         return Summary(0, None, None, None, None)
     sample = np.asarray(values, dtype=np.float64)
-    mean = float(sample.mean())
-    low = high = mean
+    low = high = None
     if len(sample) > 1:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", DegenerateDataWarning)  # all values alike
@@ -55,4 +55,4 @@ def summarize(values: Sequence[float]) -> Summary:
                 rng=np.random.default_rng(0),
             ).confidence_interval
         low, high = float(interval.low), float(interval.high)
-    return Summary(len(sample), mean, low, high, float(np.median(sample)))
+    return Summary(len(sample), float(sample.mean()), low, high, float(np.median(sample)))

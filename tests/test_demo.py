@@ -17,9 +17,10 @@ import demo.circles
 from demo.circles import IMAGE_PX, LINE_PX, Circle, circles, disc, outline
 from demo.colors import COLORS, is_held_out
 from demo.config import load_config
-from infer.config import GenerateConfig
+from infer.config import GenerateConfig, ScoreConfig
 from precompute.config import PrecomputeConfig
 from shards.config_file import read_section
+from shards.errors import ConfigError
 from tests.conftest import REPOSITORY, Outcome
 from train.config import TrainConfig
 
@@ -85,6 +86,7 @@ def test_the_data_sets_have_the_layout_of_fill50k(tmp_path: Path) -> None:
             )
     assert "3 circles drawn" in call("--seed", "1")
     assert "--num-unseen 0: at least 1." in call("--num-unseen", "0")
+    assert "--seed -1: at least 0." in call("--seed", "-1")
 
 
 @pytest.mark.parametrize(
@@ -132,6 +134,13 @@ def test_the_same_seed_gives_the_same_base() -> None:
     assert one.tokenizer.get_vocab() == two.tokenizer.get_vocab()
 
 
+def test_a_base_does_not_take_the_place_of_something_else(tmp_path: Path) -> None:
+    (tmp_path / "thesis.txt").write_text("years of work")
+    with pytest.raises(ConfigError, match="holds other things than a model"):
+        demo.base.save_base(tmp_path, demo.base.build_pipeline(0, num_layers=2))
+    assert (tmp_path / "thesis.txt").read_text() == "years of work"
+
+
 @pytest.mark.parametrize(
     "path", sorted((REPOSITORY / "configs").glob("*.toml")), ids=lambda p: p.stem
 )
@@ -140,13 +149,11 @@ def test_shipped_configurations_are_valid(path: Path, command: Callable[..., Out
         ("precompute", PrecomputeConfig),
         ("train", TrainConfig),
         ("infer", GenerateConfig),
+        ("score", ScoreConfig),
     ):
         assert read_section(path, section, config_class)
     if path.stem.startswith("demo"):
         whole = load_config(path)
-        unseen = circles(whole.circles.num_unseen, whole.circles.seed + 1, held_out=True)
-        for number, prompt in enumerate(whole.precompute.validation_prompt):
-            assert prompt == unseen[number].prompt
         assert whole.infer.prompt == whole.precompute.validation_prompt
         return
     # The names that a real run gives on the command line; nothing else may be missing.

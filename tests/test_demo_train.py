@@ -147,6 +147,8 @@ def test_the_command_makes_a_base_that_the_stock_pipeline_loads(tmp_path: Path) 
     assert card in result.output
     assert re.search(r"VAE on discs \| \d+\.\d dB", card)
     assert f"{len(HELD_OUT_PAIRS)} were never shown" in card
+    assert "of 4 pictures by prompt alone" in card
+    assert (tmp_path / "state" / "seed-0" / "flow.pt").is_file()
     pipeline = StableDiffusion3Pipeline.from_pretrained(tmp_path / "base")
     assert pipeline.vae.config.scaling_factor != 1.5305
     files = list((tmp_path / "base").rglob("*.safetensors"))

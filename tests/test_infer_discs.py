@@ -15,6 +15,7 @@ from infer.discs import (
     caption_colors,
     color_difference,
     find_disc,
+    find_patch,
     measure,
     outlined_disc,
 )
@@ -63,6 +64,22 @@ def test_exact_discs_score_above_98_per_cent_on_average() -> None:
         if color_difference(COLORS[c.color], COLORS[c.background]) > 5
     ]
     assert np.mean(scores) > 0.98
+
+
+def test_fringes_and_hairlines_are_no_part_of_a_disc() -> None:
+    """As a decoder leaves them: a rim of a third colour, and threads that hang on to the disc."""
+    circle = Circle(256, 256, 120, "burly wood", "bisque")
+    pixels = np.array(small(disc(circle)))
+    rows, columns = np.ogrid[:SIDE, :SIDE]
+    away = np.hypot(rows + 0.5 - 64, columns + 0.5 - 64)
+    right = np.broadcast_to(columns > 64, away.shape)
+    pixels[(away > 31) & (away < 38) & right] = (255, 240, 245)  # pinker than bisque is
+    pixels[64, 90:120] = COLORS["burly wood"]
+    found = measure(
+        Image.fromarray(pixels), small(outline(circle)), COLORS[circle.color], COLORS["bisque"]
+    )
+    assert found.iou > 0.95
+    assert found.color_error == pytest.approx(0, abs=0.5)
 
 
 @pytest.mark.parametrize("shift", [16, 64, 128])
@@ -119,6 +136,33 @@ def test_the_disc_of_an_outline() -> None:
     assert (columns.mean() + 0.5, rows.mean() + 0.5) == pytest.approx((75, 50), abs=0.3)
     with pytest.raises(ValueError, match="no outline"):
         outlined_disc(Image.new("RGB", (64, 64)))
+
+
+@pytest.mark.parametrize("kind", ["disc", "line", "noise", "half plane"])
+def test_what_is_no_circles_outline_is_refused(kind: str) -> None:
+    light = np.zeros((SIDE, SIDE), np.uint8)
+    rows, columns = np.ogrid[:SIDE, :SIDE]
+    if kind == "disc":
+        light[np.hypot(rows - 64, columns - 64) < 40] = 255
+    elif kind == "line":
+        light[64] = 255
+    elif kind == "noise":
+        light[:] = np.random.default_rng(0).integers(0, 256, light.shape)
+    else:
+        light[:40] = 255
+    with pytest.raises(ValueError, match="not a circle's outline"):
+        outlined_disc(Image.fromarray(light))
+
+
+def test_a_patch_need_not_be_round() -> None:
+    pixels = FLAT.copy()
+    pixels[30:50, 20:100] = COLORS["tomato"]
+    assert find_disc(pixels) is None
+    patch = find_patch(pixels)
+    assert patch is not None
+    assert patch.color.tolist() == list(COLORS["tomato"])
+    assert np.count_nonzero(patch.mask) == pytest.approx(20 * 80, abs=4)  # but for the corners
+    assert find_patch(FLAT) is None
 
 
 def test_captions_name_colours() -> None:

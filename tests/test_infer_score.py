@@ -103,6 +103,22 @@ def test_figures_are_those_of_the_pictures(config: ScoreConfig) -> None:
     assert figures["config"]["seed"] == 5
 
 
+def test_fewer_rows_than_asked_are_all_scored(config: ScoreConfig, tmp_path: Path) -> None:
+    rows = [Circle(200, 200, 100, "red", "blue"), Circle(300, 200, 80, "blue", "red")]
+    write_circles(tmp_path / "two", rows)
+    figures = tmp_path / "new" / "folder" / "figures.json"
+    score(
+        replace(
+            config, source=tmp_path / "two", num_samples=50, num_inference_steps=1, json=figures
+        )
+    )
+    assert json.loads(figures.read_text())[WITH]["iou"]["count"] == 2
+    score(replace(config, source=tmp_path / "two", num_samples=1, num_inference_steps=1, json=None))
+    alone = json.loads((config.output_dir / "score.json").read_text())
+    assert alone[WITHOUT]["iou"]["count"] == 1
+    assert alone[WITHOUT]["iou"]["low"] is None
+
+
 def drawn(number: int, shift: int) -> Drawn:
     """A sample whose controlled picture is a disc shifted by so much, and whose other is flat."""
     wanted = Circle(200, 256, 100, "tomato", "old lace")
@@ -146,10 +162,11 @@ def test_a_summary_is_what_statistics_say() -> None:
     assert found.high == pytest.approx(values.mean() + half, abs=0.1 * half)
     assert found.low == pytest.approx(values.mean() - half, abs=0.1 * half)
     assert summarize(list(values)) == found
+    assert summarize([2.0]).low is None
     alike = summarize([0.25] * 7)
     assert (alike.low, alike.mean, alike.high) == (0.25, 0.25, 0.25)
     assert summarize([]).mean is None
-    assert summarize([2.0]).high == 2.0
+    assert str(summarize([2.0])) == "  2.00  median 2.00"
 
 
 @pytest.mark.parametrize(
