@@ -195,6 +195,11 @@ def save_base(folder: Path, pipeline: StableDiffusion3Pipeline) -> None:
         ConfigError: see `check_replaceable`.
     """
     check_replaceable(folder)
+    for name in ("tokenizer", "tokenizer_2", "tokenizer_3"):
+        # What the last call asked for stays in a tokenizer, and would be saved with it.
+        backend = getattr(pipeline, name).backend_tokenizer
+        backend.no_padding()
+        backend.no_truncation()
     partial = folder.with_name(folder.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     pipeline.save_pretrained(partial)

@@ -7,6 +7,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 from diffusers import StableDiffusion3Pipeline
+from safetensors.torch import load_file
 
 import demo.quality
 import demo.train_base
@@ -25,8 +26,10 @@ from demo.shapes import (
 )
 from demo.vae import ANCHOR, CONSTANTS, keep_constant_channels, new_vae
 from precompute.images import fit, to_pixels, to_uint8
+from tests.conftest import REPOSITORY
 
 CPU = torch.device("cpu")
+MINIATURE = REPOSITORY / "demo" / "miniature"
 
 
 @pytest.fixture(scope="module")
@@ -156,3 +159,27 @@ def test_the_command_makes_a_base_that_the_stock_pipeline_loads(tmp_path: Path) 
     assert sum(path.stat().st_size for path in files) < 16e6
     half = StableDiffusion3Pipeline.from_pretrained(tmp_path / "base", dtype=torch.float16)
     assert half.transformer.dtype == torch.float16
+
+
+@pytest.mark.slow
+def test_the_shipped_base_is_as_good_as_its_card_says(
+    shapes: tuple[torch.Tensor, torch.Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(demo.quality, "NUM_PROMPTS", 40)
+    pipeline = StableDiffusion3Pipeline.from_pretrained(MINIATURE, dtype=torch.float32)
+    found = demo.quality.measure_base(pipeline, *shapes, seed=1)
+    assert found.disc_psnr_db > 30
+    assert found.outline_psnr_db > 26
+    assert found.latent_mean == pytest.approx(0, abs=0.1)
+    assert found.latent_std == pytest.approx(1, abs=0.1)
+    assert found.background_color_error < 10
+    assert found.patch_color_error < 12
+    assert found.patches > 30
+
+
+def test_the_shipped_base_is_small_and_in_half_precision() -> None:
+    files = list(MINIATURE.rglob("*.safetensors"))
+    assert len(files) == 5
+    assert sum(path.stat().st_size for path in MINIATURE.rglob("*") if path.is_file()) < 16e6
+    for path in files:
+        assert {tensor.dtype for tensor in load_file(path).values()} <= {torch.float16, torch.int64}

@@ -18,7 +18,7 @@ from diffusers import (
 )
 from PIL import Image
 
-from demo.circles import Circle, disc, outline, write_circles
+from demo.circles import Circle, circles, disc, outline, write_circles
 from demo.colors import COLORS
 from infer.config import ScoreConfig
 from infer.discs import measure
@@ -32,12 +32,13 @@ NUM_SAMPLES = 3
 
 
 @pytest.fixture
-def config(base: Path, controlnet: Path, circles: Path, tmp_path: Path) -> ScoreConfig:
+def config(base: Path, controlnet: Path, tmp_path: Path) -> ScoreConfig:
+    write_circles(tmp_path / "circles", circles(NUM_SAMPLES + 1, seed=3))
     return ScoreConfig(
         pretrained_model_name_or_path=str(base),
         controlnet=str(controlnet),
         output_dir=tmp_path / "score",
-        source=circles,
+        source=tmp_path / "circles",
         num_samples=NUM_SAMPLES,
         batch_size=2,
         seed=5,
