@@ -1,5 +1,6 @@
 """The settings of stage 1."""
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -87,7 +88,7 @@ class PrecomputeConfig:
             raise ConfigError(f"--shard-mb {self.shard_mb:g}: must be above 0.")
         if not 0 <= self.max_bad_fraction <= 1:
             raise ConfigError(f"--max-bad-fraction {self.max_bad_fraction}: must be in 0 to 1.")
-        if not self.conditioning_name.replace("_", "").replace("-", "").isalnum():
+        if not re.fullmatch(r"[A-Za-z0-9_-]{1,100}", self.conditioning_name):
             raise ConfigError(
                 f"--conditioning-name {self.conditioning_name!r}: letters, digits, - and _ only; "
                 "it names a folder."

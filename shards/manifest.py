@@ -6,16 +6,24 @@ import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+from msgspec import Meta
 
 from shards.errors import ShardError
-from shards.sidecar import FORMAT_VERSION, Sidecar
+from shards.plain import FORMAT_VERSION, Count, decode, read_file
+from shards.sidecar import Digest, Sidecar
 from shards.writer import write_text
 
 MANIFEST = "manifest.json"
 # The last complete cache's manifest while it is being changed; no cache is complete because of it.
 PREVIOUS = "manifest.previous.json"
 DEFAULT_CONDITIONING = "conditioning"
+# A name is a folder's name: nothing in a cache leads outside it.
+Name = Annotated[str, Meta(pattern=r"^[A-Za-z0-9_-]+\Z", max_length=100)]
+DType = Annotated[str, Meta(pattern=r"^(float16|bfloat16|float32)\Z")]
+Posterior = Annotated[str, Meta(pattern=r"^(mean|mean_std)\Z")]
+PixelRange = Annotated[str, Meta(pattern=r"^(-1_1|0_1)\Z")]
 
 
 @dataclass(frozen=True)
@@ -24,12 +32,12 @@ class TextSpec:
     [max_sequence_length, t5_width], `pooled_embeds` [pooled_width].
     """
 
-    clip_tokens: int
-    clip_width: int
-    max_sequence_length: int
-    t5_width: int
-    pooled_width: int
-    dtype: str
+    clip_tokens: Count
+    clip_width: Count
+    max_sequence_length: Count
+    t5_width: Count
+    pooled_width: Count
+    dtype: DType
 
 
 @dataclass(frozen=True)
@@ -48,15 +56,15 @@ class LatentSpec:
         dtype: of the stored tensors.
     """
 
-    latent_channels: int
-    height: int
-    width: int
-    vae_scale_factor: int
+    latent_channels: Count
+    height: Count
+    width: Count
+    vae_scale_factor: Count
     scaling_factor: float
     shift_factor: float
-    posterior: str
-    pixel_range: str
-    dtype: str
+    posterior: Posterior
+    pixel_range: PixelRange
+    dtype: DType
 
 
 @dataclass(frozen=True)
@@ -72,10 +80,22 @@ class Product:
     """
 
     fingerprint: str
-    num_records: int
-    shard_records: list[int]
-    shard_bytes: list[int]
-    shard_sha256: list[str]
+    num_records: Count
+    shard_records: list[Count]
+    shard_bytes: list[Count]
+    shard_sha256: list[Digest]
+
+    def __post_init__(self) -> None:
+        """Refuse lists that do not go together.
+
+        Raises:
+            ValueError: naming what.
+        """
+        counts = [len(x) for x in (self.shard_records, self.shard_bytes, self.shard_sha256)]
+        if len(set(counts)) != 1:
+            raise ValueError(f"{counts} shards with records, bytes, sha256")
+        if sum(self.shard_records) != self.num_records:
+            raise ValueError(f"{sum(self.shard_records)} records, not {self.num_records}")
 
     @property
     def num_shards(self) -> int:
@@ -112,13 +132,23 @@ class Manifest:
     text_identity: str
     latents: Product
     latent_spec: LatentSpec
-    conditioning: dict[str, Product]
-    conditioning_specs: dict[str, LatentSpec]
-    validation: dict[str, Product]
+    conditioning: dict[Name, Product]
+    conditioning_specs: dict[Name, LatentSpec]
+    validation: dict[Name, Product]
     captions: str
-    num_skipped: int
+    num_skipped: Count
     made_by: dict[str, Any] = field(default_factory=dict)
     format_version: int = FORMAT_VERSION
+
+    def __post_init__(self) -> None:
+        """Refuse controls that lack a part.
+
+        Raises:
+            ValueError: naming them.
+        """
+        names = set(self.conditioning)
+        if names != set(self.conditioning_specs) or names != set(self.validation):
+            raise ValueError("conditioning, conditioning_specs and validation name other controls")
 
     def data_fingerprint(self, conditioning_name: str) -> str:
         """Return the digest of all that training on one control reads, its order included."""
@@ -188,39 +218,10 @@ def load(cache: Path, name: str = MANIFEST) -> Manifest:
     """
     path = cache / name
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-        version = values.get("format_version")
-        if version != FORMAT_VERSION:
-            raise ShardError(
-                f"{path}: cache format {version}, this version reads {FORMAT_VERSION}; "
-                "run precompute again, or install the version that wrote it"
-            )
-        return _from_json(values)
+        data = read_file(path)
     except (FileNotFoundError, NotADirectoryError):
         raise ShardError(_why_no_manifest(cache)) from None
-    except ShardError:
-        raise
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-        raise ShardError(
-            f"{path}: damaged manifest ({error}); run precompute again, finished shards are kept"
-        ) from error
-
-
-def _from_json(values: dict[str, Any]) -> Manifest:
-    return Manifest(
-        **values
-        | {
-            "text": Product(**values["text"]),
-            "text_spec": TextSpec(**values["text_spec"]),
-            "latents": Product(**values["latents"]),
-            "latent_spec": LatentSpec(**values["latent_spec"]),
-            "conditioning": {k: Product(**v) for k, v in values["conditioning"].items()},
-            "conditioning_specs": {
-                k: LatentSpec(**v) for k, v in values["conditioning_specs"].items()
-            },
-            "validation": {k: Product(**v) for k, v in values["validation"].items()},
-        }
-    )
+    return decode(data, Manifest, path, "run precompute again, finished shards are kept")
 
 
 def _why_no_manifest(cache: Path) -> str:

@@ -4,11 +4,16 @@ import dataclasses
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated
+
+from msgspec import Meta
 
 from shards.errors import ShardError
+from shards.plain import FORMAT_VERSION, Count, decode, read_file
 
-FORMAT_VERSION = 1
+Digest = Annotated[str, Meta(pattern=r"^[0-9a-f]+\Z", max_length=64)]
+Key = Annotated[str, Meta(pattern=r"^[0-9]{6,}-[0-9]{5,}-[0-9a-f]{16}\Z", max_length=64)]
+Span = Annotated[list[Count], Meta(min_length=4, max_length=4)]
 
 
 @dataclass(frozen=True)
@@ -36,15 +41,35 @@ class Sidecar:
         skipped: source rows of this shard that were left out.
     """
 
-    shard: int
+    shard: Count
     fingerprint: str
-    tar_bytes: int
-    sha256: str
-    keys: list[str]
-    spans: list[list[int]]
-    prompts: list[list[str]]
+    tar_bytes: Count
+    sha256: Digest
+    keys: list[Key]
+    spans: list[Span]
+    prompts: list[list[Key]]
     skipped: list[Skipped]
     format_version: int = FORMAT_VERSION
+
+    def __post_init__(self) -> None:
+        """Refuse lists that do not go together, and records that lie outside the tar.
+
+        Raises:
+            ValueError: naming what.
+        """
+        count = len(self.keys)
+        if len(set(self.keys)) != count:
+            raise ValueError("a key comes twice")
+        if len(self.spans) != count or len(self.prompts) not in (0, count):
+            raise ValueError(f"{count} keys, {len(self.spans)} spans, {len(self.prompts)} prompts")
+        end = 0
+        for span in self.spans:
+            start, size, about_start, about_size = span
+            if not end <= start <= start + size <= about_start <= about_start + about_size:
+                raise ValueError(f"span {span} is not behind what comes before it")
+            end = about_start + about_size
+        if end > self.tar_bytes:
+            raise ValueError(f"records reach to {end} in a tar of {self.tar_bytes} bytes")
 
     @property
     def num_records(self) -> int:
@@ -75,42 +100,10 @@ def load(folder: Path, shard: int) -> Sidecar | None:
     """
     path = sidecar_path(folder, shard)
     try:
-        text = path.read_text(encoding="utf-8")
+        data = read_file(path)
     except FileNotFoundError:
         return None
-    except UnicodeDecodeError as error:
-        raise ShardError(f"{path}: damaged sidecar ({error})") from error
-    return from_json(text, path)
-
-
-def from_json(text: str, path: Path) -> Sidecar:
-    """Return the sidecar that a file holds.
-
-    Raises:
-        ShardError: as `load`.
-    """
-    try:
-        values: Any = json.loads(text)
-        version = values.get("format_version")
-        if version != FORMAT_VERSION:
-            raise ShardError(
-                f"{path}: cache format {version}, this version reads {FORMAT_VERSION}; "
-                "run precompute again, or install the version that wrote it"
-            )
-        values["skipped"] = [Skipped(**skipped) for skipped in values["skipped"]]
-        sidecar = Sidecar(**values)
-        num_records = len(sidecar.keys)
-        if len(sidecar.spans) != num_records or len(sidecar.prompts) not in (0, num_records):
-            raise ValueError(f"{num_records} keys, {len(sidecar.spans)} spans")
-        for span in sidecar.spans:
-            start, size, about_start, about_size = span
-            inside = start >= 0 and size >= 0 and start + size <= about_start and about_size >= 0
-            if not (inside and about_start + about_size <= sidecar.tar_bytes):
-                raise ValueError(f"span {span} outside a tar of {sidecar.tar_bytes} bytes")
-    except ShardError:
-        raise
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-        raise ShardError(
-            f"{path}: damaged sidecar ({error}); delete it and run precompute again"
-        ) from error
-    return sidecar
+    found = decode(data, Sidecar, path, "delete it and run precompute again")
+    if found.shard != shard:
+        raise ShardError(f"{path}: the sidecar of shard {found.shard:06d} under another's name")
+    return found

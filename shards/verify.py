@@ -1,6 +1,8 @@
 """Holding a cache against its own manifest and sidecars, byte by byte."""
 
 import hashlib
+import itertools
+import tarfile
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -11,6 +13,7 @@ from shards import manifest, sidecar
 from shards.errors import ShardError
 from shards.manifest import LatentSpec, Manifest, Product, TextSpec
 from shards.reader import ProductReader
+from shards.sidecar import Sidecar
 
 CHUNK_BYTES = 1 << 22
 
@@ -80,6 +83,7 @@ def _record_faults(
     card = reader.sidecar(shard)
     if card.num_records != reader.product.shard_records[shard]:
         yield f"{folder}/{shard:06d}: {card.num_records} records, not the manifest's count"
+    yield from _member_faults(reader.folder, card)
     expected = expected_tensors(found, folder)
     for index, key in enumerate(card.keys):
         where = f"{folder}/{shard:06d}: {key}"
@@ -105,6 +109,29 @@ def _record_faults(
             yield from _unmet(readers["text"], prompts)
     elif folder.startswith("conditioning/"):
         yield from _unmet(readers["latents"], card.keys)
+
+
+def _member_faults(folder: Path, card: Sidecar) -> Iterator[str]:
+    """Hold the tar's own headers against the sidecar, which all reading goes by."""
+    path = sidecar.tar_path(folder, card.shard)
+    expected = [
+        member
+        for key, (start, size, about_start, about_size) in zip(card.keys, card.spans, strict=True)
+        for member in (
+            (f"{key}.safetensors", start, size),
+            (f"{key}.json", about_start, about_size),
+        )
+    ]
+    try:
+        with tarfile.open(path, "r:") as tar:
+            found = [(one.name, one.offset_data, one.size) for one in tar if one.isreg()]
+    except tarfile.TarError as error:
+        yield f"{path}: not a tar ({error})"
+        return
+    for want, have in itertools.zip_longest(expected, found):
+        if want != have:
+            yield f"{path}: the sidecar lists {want} where the tar has {have}"
+            return
 
 
 def _caption_faults(found: Manifest, latents: ProductReader) -> list[str]:

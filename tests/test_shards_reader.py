@@ -103,10 +103,10 @@ def test_every_flipped_bit_is_found(copy: Path, product: str) -> None:
         (lambda c: os.truncate(c / "text" / "000000.tar", 4096), "bytes expected, found 4096"),
         (lambda c: (c / "latents" / "000001.tar").unlink(), "000001.tar"),
         (lambda c: (c / "latents" / "000001.json").unlink(), "missing, though manifest.json"),
-        (lambda c: (c / "text" / "000002.json").write_text("[]"), "damaged sidecar"),
+        (lambda c: (c / "text" / "000002.json").write_text("[]"), "000002.json: damaged"),
         (
             lambda c: shutil.copy(c / "text" / "000000.json", c / "text" / "000001.json"),
-            "not the shard that manifest.json was written for",
+            "the sidecar of shard 000000 under another",
         ),
     ],
 )

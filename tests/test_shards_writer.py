@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import tarfile
 from pathlib import Path
 
@@ -12,6 +13,7 @@ import webdataset
 
 from shards import sidecar
 from shards.errors import ShardError
+from shards.plain import LARGEST_FILE_BYTES
 from shards.records import Record, record_key, shard_of
 from shards.writer import atomic_file, write_shard
 
@@ -125,14 +127,41 @@ def test_a_key_is_an_address() -> None:
         {"spans": [[0, 1 << 60, 1 << 61, 3]] * 3},
         {"keys": None},
         {"skipped": [{"row": 1}]},
-        {"unknown": 1},
+        {"keys": ["../../etc/passwd"] * 3},
+        {"keys": ["000007-00000-0000000000000000"] * 3},
+        {"tar_bytes": 1e3},
+        {"tar_bytes": 10**400},
+        {"sha256": None},
+        {"shard": 8},
     ],
 )
 def test_a_damaged_sidecar_is_named(tmp_path: Path, edit: dict[str, object]) -> None:
     write_shard(tmp_path, 7, records(), fingerprint="f")
     path = tmp_path / "000007.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | edit))
-    with pytest.raises(ShardError, match=r"000007\.json: damaged sidecar"):
+    with pytest.raises(ShardError, match=r"000007\.json: (damaged|the sidecar of)"):
+        sidecar.load(tmp_path, 7)
+
+
+@pytest.mark.parametrize(
+    "text", ["", "[]", "null", "[" * 100_000, '{"a":' * 100_000, "\xff", "NaN"]
+)
+def test_what_is_no_sidecar_is_refused(tmp_path: Path, text: str) -> None:
+    write_shard(tmp_path, 7, records(), fingerprint="f")
+    (tmp_path / "000007.json").write_bytes(text.encode("latin-1"))
+    with pytest.raises(ShardError, match=r"000007\.json: damaged"):
+        sidecar.load(tmp_path, 7)
+
+
+def test_a_file_too_large_or_no_file_is_refused(tmp_path: Path) -> None:
+    write_shard(tmp_path, 7, records(), fingerprint="f")
+    path = tmp_path / "000007.json"
+    os.truncate(path, LARGEST_FILE_BYTES + 1)  # sparse
+    with pytest.raises(ShardError, match="over 64 MB"):
+        sidecar.load(tmp_path, 7)
+    path.unlink()
+    os.mkfifo(path)
+    with pytest.raises(ShardError, match="not a file"):
         sidecar.load(tmp_path, 7)
 
 
