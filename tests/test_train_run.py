@@ -355,7 +355,7 @@ def test_an_incomplete_cache_says_what_is_there(
         (lambda cache: (cache / "latents" / "000000.json").unlink(), "No such file.* counts on it"),
         (lambda cache: os.truncate(cache / "latents" / "000000.tar", 2000), "cut short"),
         (lambda cache: (cache / "text" / "000001.tar").unlink(), "No such file"),
-        (lambda cache: (cache / "manifest.json").write_text("{"), "damaged manifest"),
+        (lambda cache: (cache / "manifest.json").write_text("{"), "manifest.json: damaged"),
     ],
 )
 def test_a_damaged_cache_stops_training_with_the_shards_name(
