@@ -17,11 +17,10 @@ import torch
 
 from demo.circles import unseen_circles
 from demo.config import load_config
-from demo.report import machine
 from demo.times import Times
 from infer.score import WAYS
-from shards.options import CONTEXT
-from shards.provenance import commit, versions
+from shards.options import CONTEXT, user_errors
+from shards.provenance import commit, machine, versions
 from shards.writer import write_text
 
 SEEDED = ("circles", "train", "infer", "score")
@@ -45,7 +44,8 @@ SEEDED = ("circles", "train", "infer", "score")
 def main(config: Path, seeds: tuple[int, ...], results: Path) -> None:
     """Run the demonstration once a seed, each in a folder of its own under runs/."""
     for seed in seeds:
-        figures = run(config, seed)
+        with user_errors():
+            figures = run(config, seed)
         known = json.loads(results.read_text()) if results.is_file() else {}
         known.setdefault(config.stem, {})[str(seed)] = figures
         write_text(results, json.dumps(known, indent=1, sort_keys=True) + "\n")

@@ -12,8 +12,7 @@ import click
 
 from demo.config import load_config
 from demo.times import Times
-from shards.errors import ConfigError
-from shards.options import CONTEXT, CommandError
+from shards.options import CONTEXT, CommandError, user_errors
 from shards.writer import write_text
 
 # Stage -> what `python -m` is given; each reads its own table of the TOML file.
@@ -36,10 +35,8 @@ STAGES = {
 )
 def main(config: Path) -> None:
     """Draw circles, precompute, train, infer, score, and write a page about it."""
-    try:
+    with user_errors():
         settings = load_config(config)
-    except ConfigError as error:
-        raise CommandError(str(error)) from error
     settings.demo.output_dir.mkdir(parents=True, exist_ok=True)
     times = Times(settings.demo.times, config.read_text())
     for stage, module in STAGES.items():

@@ -27,7 +27,6 @@ class Comparison:
     Attributes:
         rows: of the data set.
         prompts: distinct ones, the empty one among them.
-        steps: of training.
         pictures_reference: through the VAE, at each step anew.
         pictures: through the VAE, once.
         prompt_bytes_reference: of all rows' embeddings.
@@ -40,7 +39,6 @@ class Comparison:
 
     rows: int
     prompts: int
-    steps: int
     pictures_reference: int
     pictures: int
     prompt_bytes_reference: int
@@ -70,7 +68,6 @@ def compare(config: DemoConfig, steps: int) -> Comparison:
     return Comparison(
         rows=config.circles.num_rows,
         prompts=contents.text.num_records,
-        steps=steps,
         pictures_reference=2 * batch * config.train.gradient_accumulation_steps * steps,
         pictures=contents.latents.num_records + conditioning.num_records,
         prompt_bytes_reference=config.circles.num_rows * floats * FLOAT32_BYTES,

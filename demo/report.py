@@ -3,14 +3,12 @@
 import base64
 import io
 import json
-import os
 from pathlib import Path
 from typing import Any
 
 import jinja2
 import matplotlib.figure
 import numpy as np
-import torch
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -19,7 +17,7 @@ from demo.config import DemoConfig
 from infer.score import WITHOUT
 from infer.sheets import contact_sheet
 from precompute import images
-from shards.provenance import commit, versions
+from shards.provenance import commit, machine, versions
 
 NUM_COLUMNS = 6  # of the sheet of validation pictures; steps in between are left out
 SMOOTHING = 10  # logged losses that a point of the curve is the mean of
@@ -63,14 +61,6 @@ def render(**values: Any) -> str:
         lstrip_blocks=True,
     )
     return environment.get_template("report.html.jinja").render(values)
-
-
-def machine() -> str:
-    """Return what the demonstration ran on, in words."""
-    if torch.cuda.is_available():
-        return str(torch.cuda.get_device_name())
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return f"{cores} CPU cores"
 
 
 def losses(folder: Path) -> list[tuple[int, float]]:

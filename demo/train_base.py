@@ -19,8 +19,7 @@ from demo.card import model_card
 from demo.quality import measure_base
 from demo.shapes import load_shapes
 from shards.device import keep_freed_memory, pick_device
-from shards.errors import ConfigError
-from shards.options import CONTEXT, CommandError
+from shards.options import CONTEXT, user_errors
 from shards.writer import write_text
 
 NUM_SHAPES = 4096
@@ -41,10 +40,8 @@ HELD_OUT_SHAPES = 256
 def main(output_dir: Path, state_dir: Path, seed: int, device: str | None) -> None:
     """Train the miniature base model, save it in half precision, and measure what was saved."""
     transformers_logging.disable_progress_bar()
-    try:
+    with user_errors():
         card = make_base(output_dir, state_dir / f"seed-{seed}", seed, pick_device(device))
-    except ConfigError as error:
-        raise CommandError(str(error)) from error
     click.echo(card)
     click.echo(f"{output_dir}: saved")
 

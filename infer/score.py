@@ -23,7 +23,6 @@ from infer.pipeline import COMPONENTS, Convention, control_image, find_conventio
 from infer.sheets import contact_sheet, save_png
 from infer.statistics import Summary, summarize
 from precompute import images
-from precompute.images import BadImage
 from precompute.sources import Row, Source, open_source
 from shards.errors import ConfigError
 from shards.options import as_dict
@@ -74,7 +73,13 @@ def score(config: ScoreConfig) -> None:
     rows = source.rows[: config.num_samples]
     samples = [_sample(number, row, source) for number, row in enumerate(rows)]
     pipeline = load_pipeline(config)
+    alone = StableDiffusion3Pipeline(**{name: getattr(pipeline, name) for name in COMPONENTS})
+    alone.set_progress_bar_config(disable=True)
     convention = find_convention(config, pipeline)
+    samples = [
+        replace(sample, conditioning=images.fit(sample.conditioning, convention.resolution_px))
+        for sample in samples
+    ]
     for folder in (*(config.output_dir / way for way in WAYS), config.json_path.parent):
         folder.mkdir(parents=True, exist_ok=True)
     write_run(config.output_dir, "score", config)
@@ -82,7 +87,7 @@ def score(config: ScoreConfig) -> None:
     with tqdm(total=len(samples), unit="sample", desc="score", disable=None) as bar:
         for start in range(0, len(samples), config.batch_size):
             batch = samples[start : start + config.batch_size]
-            for one in _draw(pipeline, batch, convention, config):
+            for one in _draw(pipeline, alone, batch, convention, config):
                 drawn.append(one)
                 for way, picture in one.pictures.items():
                     save_png(config.output_dir / way / f"{one.sample.number:03d}.png", picture)
@@ -105,7 +110,7 @@ def _sample(number: int, row: Row, source: Source) -> Sample:
         color, background = caption_colors(str(row.prompt))
         conditioning = images.decode(source.read(row.conditioning_image))
         outlined_disc(conditioning)
-    except (ValueError, BadImage, OSError) as error:
+    except (ValueError, OSError) as error:
         raise ConfigError(
             f"--source, line {row.line}: {error}. score measures circles: "
             '"<colour> circle with <colour> background" and a light outline on black.'
@@ -115,21 +120,16 @@ def _sample(number: int, row: Row, source: Source) -> Sample:
 
 def _draw(
     pipeline: StableDiffusion3ControlNetPipeline,
+    alone: StableDiffusion3Pipeline,
     batch: Sequence[Sample],
     convention: Convention,
     config: ScoreConfig,
 ) -> Iterator[Drawn]:
     """Draw a batch with and without the ControlNet, from the same noise.
 
-    Conditioning images are made as large as the picture. The pipeline samples their latents from
-    the global generator, so that figures depend a little on how the samples are batched.
+    The pipeline samples conditioning latents from the global generator, so that figures depend a
+    little on how the samples are batched.
     """
-    batch = [
-        replace(sample, conditioning=images.fit(sample.conditioning, convention.resolution_px))
-        for sample in batch
-    ]
-    alone = StableDiffusion3Pipeline(**{name: getattr(pipeline, name) for name in COMPONENTS})
-    alone.set_progress_bar_config(disable=True)
     common: dict[str, Any] = {
         "prompt": [sample.prompt for sample in batch],
         "negative_prompt": [config.negative_prompt] * len(batch),

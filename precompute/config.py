@@ -7,7 +7,7 @@ from typing import Literal
 
 from shards.checks import check_resolution, check_sequence_length, pair_up
 from shards.errors import ConfigError
-from shards.manifest import DEFAULT_CONDITIONING
+from shards.manifest import CONTROL_NAME, DEFAULT_CONDITIONING
 from shards.options import option
 
 
@@ -88,7 +88,7 @@ class PrecomputeConfig:
             raise ConfigError(f"--shard-mb {self.shard_mb:g}: must be above 0.")
         if not 0 <= self.max_bad_fraction <= 1:
             raise ConfigError(f"--max-bad-fraction {self.max_bad_fraction}: must be in 0 to 1.")
-        if not re.fullmatch(r"[A-Za-z0-9_-]{1,100}", self.conditioning_name):
+        if not re.fullmatch(CONTROL_NAME, self.conditioning_name):
             raise ConfigError(
                 f"--conditioning-name {self.conditioning_name!r}: letters, digits, - and _ only; "
                 "it names a folder."

@@ -9,9 +9,8 @@ import click
 from tqdm import tqdm
 
 from shards import manifest, verify
-from shards.errors import ShardError
 from shards.manifest import Manifest
-from shards.options import CONTEXT, CommandError
+from shards.options import CONTEXT, user_errors
 
 
 @click.group(context_settings=CONTEXT)
@@ -24,7 +23,8 @@ def main() -> None:
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def info(cache: Path, as_json: bool) -> None:
     """Say what CACHE holds, what made it and how large it is."""
-    found = _load(cache)
+    with user_errors():
+        found = manifest.load(cache)
     if as_json:
         click.echo(json.dumps(_summary(found), indent=1))
         return
@@ -55,7 +55,8 @@ def info(cache: Path, as_json: bool) -> None:
 @click.pass_context
 def verify_command(ctx: click.Context, cache: Path, as_json: bool) -> None:
     """Check every shard and record of CACHE; list all that is wrong, then exit 1."""
-    found = _load(cache)
+    with user_errors():
+        found = manifest.load(cache)
     wrong: list[str] = []
     with tqdm(total=verify.num_shards(found) + 1, unit="shard", desc="verify", disable=None) as bar:
         for _, faults in verify.faults(cache):
@@ -71,13 +72,6 @@ def verify_command(ctx: click.Context, cache: Path, as_json: bool) -> None:
         click.echo(f"{cache}: {records} records in {shards} shards checked: {verdict}")
     if wrong:
         ctx.exit(1)
-
-
-def _load(cache: Path) -> Manifest:
-    try:
-        return manifest.load(cache)
-    except ShardError as error:
-        raise CommandError(str(error)) from error
 
 
 def _summary(found: Manifest) -> dict[str, Any]:

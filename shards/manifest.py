@@ -19,8 +19,9 @@ MANIFEST = "manifest.json"
 # The last complete cache's manifest while it is being changed; no cache is complete because of it.
 PREVIOUS = "manifest.previous.json"
 DEFAULT_CONDITIONING = "conditioning"
-# A name is a folder's name: nothing in a cache leads outside it.
-Name = Annotated[str, Meta(pattern=r"^[A-Za-z0-9_-]+\Z", max_length=100)]
+# A control's name is a folder's name: nothing in a cache leads outside it.
+CONTROL_NAME = r"[A-Za-z0-9_-]{1,100}"
+Name = Annotated[str, Meta(pattern=rf"^{CONTROL_NAME}\Z")]
 DType = Annotated[str, Meta(pattern=r"^(float16|bfloat16|float32)\Z")]
 Posterior = Annotated[str, Meta(pattern=r"^(mean|mean_std)\Z")]
 PixelRange = Annotated[str, Meta(pattern=r"^(-1_1|0_1)\Z")]

@@ -5,8 +5,9 @@ click options (`--train-batch-size`), the keys of the stage's table in a TOML fi
 (`train_batch_size`), the defaults and the help. Flags win over the file, the file over defaults.
 """
 
+import contextlib
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
@@ -84,27 +85,14 @@ def stage_command(
         name: what the command is called in its own help.
         config_class: frozen dataclass whose fields were made with `option`; its docstring is
             the command's help.
-        run: does the work; its ShardError, ConfigError and OSError end as one line, exit code 2.
+        run: does the work; its errors end as `user_errors` says.
         section: the table of the TOML file that this command reads.
         moved: see `StageCommand`.
     """
 
     def callback(config: Path | None, **values: Any) -> None:
-        try:
+        with user_errors():
             run(config_class(**values))
-        except (ShardError, ConfigError) as error:
-            raise CommandError(str(error)) from error
-        except OSError as error:
-            raise CommandError(_os_error_line(error)) from error
-        except SafetensorError as error:
-            raise CommandError(f"a weight file is damaged ({error}); fetch it again") from error
-        except RuntimeError as error:
-            if type(error).__name__ != "OutOfMemoryError":  # torch's; not imported for its name
-                raise
-            raise CommandError(
-                f"out of memory: {str(error).splitlines()[0]} Smaller batches help, and "
-                "--gradient-checkpointing in training."
-            ) from error
 
     config_option = click.Option(
         ["--config"],
@@ -121,6 +109,26 @@ def stage_command(
         context_settings=CONTEXT,
         moved=moved,
     )
+
+
+@contextlib.contextmanager
+def user_errors() -> Iterator[None]:
+    """End the errors that a user can meet as a `CommandError`: one line, exit code 2."""
+    try:
+        yield
+    except (ShardError, ConfigError) as error:
+        raise CommandError(str(error)) from error
+    except OSError as error:
+        raise CommandError(_os_error_line(error)) from error
+    except SafetensorError as error:
+        raise CommandError(f"a weight file is damaged ({error}); fetch it again") from error
+    except RuntimeError as error:
+        if type(error).__name__ != "OutOfMemoryError":  # torch's; not imported for its name
+            raise
+        raise CommandError(
+            f"out of memory: {str(error).splitlines()[0]} Smaller batches help, and "
+            "--gradient-checkpointing in training."
+        ) from error
 
 
 def as_dict(config: Any) -> dict[str, Any]:
@@ -173,10 +181,8 @@ def _use_config_file(
     ctx: click.Context, path: Path | None, section: str, config_class: type[Any]
 ) -> Path | None:
     if path is not None:
-        try:
+        with user_errors():
             settings = read_section(path, section, config_class)
-        except ConfigError as error:
-            raise CommandError(str(error)) from error
         ctx.default_map = {**(ctx.default_map or {}), **settings}
     return path
 

@@ -24,7 +24,7 @@ def read_file(path: Path) -> bytes:
     """Return the bytes of a JSON file.
 
     Raises:
-        FileNotFoundError: there is none.
+        FileNotFoundError: there is none; NotADirectoryError, as its folder is a file.
         ShardError: it is no file, cannot be read, or is larger than any such file gets.
     """
     try:
@@ -32,7 +32,7 @@ def read_file(path: Path) -> bytes:
             raise ShardError(f"{path}: not a file")
         with path.open("rb") as file:
             data = file.read(LARGEST_FILE_BYTES + 1)
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         raise
     except OSError as error:
         raise ShardError(f"{path}: cannot be read ({error.strerror})") from error

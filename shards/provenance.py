@@ -2,10 +2,13 @@
 
 import importlib.metadata
 import json
+import os
 import platform
 import subprocess
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from shards.options import as_dict
 from shards.writer import write_text
@@ -39,12 +42,20 @@ def commit() -> str | None:
     return head + ("+" if changes else "")
 
 
+def machine() -> str:
+    """Return what this process computes on, in words."""
+    if torch.cuda.is_available():
+        return str(torch.cuda.get_device_name())
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return f"{cores} CPU cores"
+
+
 def write_run(folder: Path, stage: str, config: Any, **more: Any) -> None:
     """Write `run.json` into a stage's output folder.
 
     Args:
         folder: the output folder, which exists.
-        stage: `precompute`, `train` or `infer`.
+        stage: `precompute`, `train`, `infer` or `score`.
         config: the stage's config dataclass.
         more: further plain JSON values, e.g. fingerprints.
     """

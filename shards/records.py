@@ -5,13 +5,17 @@ Axes: T tokens, C latent channels (16), h x w latent grid (pixels / 8).
 
 import json
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 import safetensors.torch
+from msgspec import Meta
 from safetensors import SafetensorError
 from torch import Tensor
 
 from shards.errors import ShardError
+
+# What `record_key` makes.
+Key = Annotated[str, Meta(pattern=r"^[0-9]{6,}-[0-9]{5,}-[0-9a-f]{16}\Z", max_length=64)]
 
 
 @dataclass(frozen=True)

@@ -10,9 +10,9 @@ from msgspec import Meta
 
 from shards.errors import ShardError
 from shards.plain import FORMAT_VERSION, Count, decode, read_file
+from shards.records import Key
 
 Digest = Annotated[str, Meta(pattern=r"^[0-9a-f]+\Z", max_length=64)]
-Key = Annotated[str, Meta(pattern=r"^[0-9]{6,}-[0-9]{5,}-[0-9a-f]{16}\Z", max_length=64)]
 Span = Annotated[list[Count], Meta(min_length=4, max_length=4)]
 
 

@@ -187,7 +187,6 @@ def test_figures_stand_in_their_places() -> None:
         comparison=Comparison(
             rows=3000,
             prompts=2800,
-            steps=1800,
             pictures_reference=28800,
             pictures=6000,
             prompt_bytes_reference=75_000_000,

@@ -80,6 +80,9 @@ def test_nothing_where_a_cache_was_expected(tmp_path: Path) -> None:
         manifest.load(tmp_path / "nowhere")
     with pytest.raises(ShardError, match="not a cache"):
         manifest.load(tmp_path)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ShardError, match="no such folder; make the cache first"):
+        manifest.load(tmp_path / "file")
 
 
 def test_a_whole_cache_has_no_faults(cache: Path) -> None:
