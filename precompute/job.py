@@ -12,7 +12,7 @@ from precompute.config import PrecomputeConfig
 from precompute.fingerprint import hash_bytes
 from precompute.images import BadImage
 from precompute.latents import LatentSettings, latent_identity, latent_spec
-from precompute.plan import ProductPlan, ShardPlan
+from precompute.plan import ProductPlan, ShardPlan, record_bytes
 from precompute.sources import Source, open_source
 from precompute.text import COMPONENTS, TextSettings, text_identity, text_spec
 from shards import manifest
@@ -106,8 +106,9 @@ def prepare(config: PrecomputeConfig) -> Job:
 
     text_id = text_identity(base, config.variant, text_settings)
     latent_id = latent_identity(base, config.variant, latent_settings)
-    text_size = plan.records_per_shard(config.shard_mb, plan.text_record_bytes(texts))
-    latent_size = plan.records_per_shard(config.shard_mb, plan.latent_record_bytes(latents))
+    text, latent = texts.tensors(), latents.tensors("latent")
+    text_size = plan.records_per_shard(config.shard_mb, text)
+    latent_size = plan.records_per_shard(config.shard_mb, latent)
     text_shards = plan.plan_text(plan.distinct_prompts(rows), text_id, text_size)
     cache = config.output_dir
     return Job(
@@ -123,15 +124,21 @@ def prepare(config: PrecomputeConfig) -> Job:
         conditioning_spec=conditioning,
         text_identity=digest(text_id),
         prompts=plan.prompt_keys(text_shards),
-        text=ProductPlan(cache / "text", text_shards),
-        latents=ProductPlan(cache / "latents", plan.plan_latents(rows, latent_id, latent_size)),
+        text=ProductPlan(cache / "text", text_shards, record_bytes(text)),
+        latents=ProductPlan(
+            cache / "latents",
+            plan.plan_latents(rows, latent_id, latent_size),
+            record_bytes(latent),
+        ),
         conditioning=ProductPlan(
             cache / conditioning_folder(config.conditioning_name),
             plan.plan_conditioning(rows, latent_id, config.conditioning_range, latent_size),
+            record_bytes(latent),
         ),
         validation=ProductPlan(
             cache / validation_folder(config.conditioning_name),
             _plan_validation(pairs, [text_id, latent_id, config.conditioning_range]),
+            record_bytes(text) + record_bytes(latent) + 3 * config.resolution**2,
         ),
     )
 

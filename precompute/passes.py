@@ -9,13 +9,14 @@ from torch import Tensor
 from tqdm import tqdm
 
 from precompute import images
-from precompute.batching import ahead, batches
+from precompute.batching import batches
 from precompute.fingerprint import hash_bytes
 from precompute.images import BadImage
 from precompute.job import Job, ValidationPair, validation_key
 from precompute.latents import LatentEncoder, finite
 from precompute.plan import PlannedRow, ShardPlan, image_key
 from precompute.text import TextEncoders, require_finite, text_records
+from shards.ahead import ahead
 from shards.errors import ShardError
 from shards.records import Record
 from shards.sidecar import Skipped
@@ -43,6 +44,7 @@ def text_pass(job: Job) -> dict[str, dict[str, Tensor]]:
                 shard.shard,
                 text_records(encoders, shard.shard, shard.items, config.text_batch_size, bar),
                 fingerprint=shard.fingerprint,
+                num_bytes=job.text.num_bytes(shard),
             )
     embeds: dict[str, dict[str, Tensor]] = {}
     for pair in pairs:
@@ -70,6 +72,7 @@ def latent_pass(job: Job, validation_embeds: dict[str, dict[str, Tensor]]) -> No
                 shard.shard,
                 _latent_records(job, encoder, shard, skipped, prompts, bar),
                 fingerprint=shard.fingerprint,
+                num_bytes=job.latents.num_bytes(shard),
                 skipped=skipped,
                 prompts=prompts,
             )
@@ -81,6 +84,7 @@ def latent_pass(job: Job, validation_embeds: dict[str, dict[str, Tensor]]) -> No
                 shard.shard,
                 _conditioning_records(job, encoder, shard, skipped, bar),
                 fingerprint=shard.fingerprint,
+                num_bytes=job.conditioning.num_bytes(shard),
                 skipped=skipped,
             )
             job.bad.add(skipped)
@@ -90,6 +94,7 @@ def latent_pass(job: Job, validation_embeds: dict[str, dict[str, Tensor]]) -> No
             shard.shard,
             _validation_records(job, encoder, shard.items, validation_embeds),
             fingerprint=shard.fingerprint,
+            num_bytes=job.validation.num_bytes(shard),
         )
 
 
@@ -188,7 +193,7 @@ def _encode(
         return images.to_uint8(images.fit(image, job.config.resolution))
 
     with ThreadPoolExecutor(DECODING_THREADS) as pool:
-        loaded = ahead(pool, load, len(files), lead=2 * size)
+        loaded = ahead(pool, load, range(len(files)), lead=2 * size)
         for batch in batches(range(len(files)), size):
             found = [(at, next(loaded)) for at in batch]
             good = {at: pixels for at, pixels in found if isinstance(pixels, Tensor)}

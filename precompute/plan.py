@@ -5,13 +5,12 @@ A shard is a pure function of its rows, so the plan decides by fingerprints alon
 
 import re
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from tqdm import tqdm
 
 from precompute.fingerprint import hash_bytes
@@ -19,14 +18,16 @@ from precompute.sources import Row, Source
 from precompute.text import prompt_key
 from shards import sidecar
 from shards.errors import ShardError
-from shards.manifest import LatentSpec, TextSpec, digest
-from shards.records import record_key
+from shards.manifest import digest
+from shards.records import TensorSpec, record_key
 from shards.sidecar import Sidecar
 
 HASHING_THREADS = 8
 SHARD_FILE = re.compile(r"(?P<shard>\d{6})\.(tar|json)(?P<temporary>\.tmp-\d+)?")
 # A shard is written in minutes, and its file's time moves on all the while.
 ABANDONED_AFTER_S = 3600
+# Two tar headers, padding, a safetensors header and JSON.
+RECORD_OVERHEAD_BYTES = 2560
 
 
 @dataclass(frozen=True)
@@ -142,10 +143,15 @@ def image_key(shard: int, row: int, planned: PlannedRow) -> str:
 
 @dataclass(frozen=True)
 class ProductPlan:
-    """The shards of one product and the folder they go into."""
+    """The shards of one product, the folder they go into, and the size of a record's tensors."""
 
     folder: Path
     shards: list[ShardPlan]
+    record_bytes: int
+
+    def num_bytes(self, plan: ShardPlan) -> int:
+        """Return about how large a planned shard will be."""
+        return len(plan.items) * (self.record_bytes + RECORD_OVERHEAD_BYTES)
 
     def finished(self, plan: ShardPlan) -> Sidecar | None:
         """Return the sidecar of a planned shard if the shard on disk is the planned one."""
@@ -189,21 +195,14 @@ class ProductPlan:
         return [one for _, one in found if one is not None]
 
 
-def text_record_bytes(spec: TextSpec) -> int:
-    """Return the size of a text record's tensors."""
-    clip, t5 = spec.clip_tokens * spec.clip_width, spec.max_sequence_length * spec.t5_width
-    return (clip + t5 + spec.pooled_width) * _itemsize(spec.dtype)
+def record_bytes(tensors: Mapping[str, TensorSpec]) -> int:
+    """Return the size of a record's tensors."""
+    return sum(spec.num_bytes for spec in tensors.values())
 
 
-def latent_record_bytes(spec: LatentSpec) -> int:
-    """Return the size of a latent record's tensors."""
-    numbers = spec.latent_channels * spec.height * spec.width
-    return numbers * _itemsize(spec.dtype) * (2 if spec.posterior == "mean_std" else 1)
-
-
-def records_per_shard(shard_mb: float, record_bytes: int) -> int:
-    """Return how many records of a size fit a shard; at least one."""
-    return max(1, int(shard_mb * 1e6 / record_bytes))
+def records_per_shard(shard_mb: float, tensors: Mapping[str, TensorSpec]) -> int:
+    """Return how many records fit a shard; at least one."""
+    return max(1, int(shard_mb * 1e6 / record_bytes(tensors)))
 
 
 def _plan_row(source: Source, row: Row) -> PlannedRow:
@@ -226,8 +225,3 @@ def _hash(source: Source, name: str) -> tuple[str, str]:
 def _split(items: Sequence[Any], size: int) -> list[tuple[int, Sequence[Any]]]:
     starts = range(0, len(items), size)
     return [(shard, items[start : start + size]) for shard, start in enumerate(starts)]
-
-
-def _itemsize(dtype: str) -> int:
-    size: int = getattr(torch, dtype).itemsize
-    return size

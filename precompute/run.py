@@ -119,13 +119,13 @@ def _new_manifest(job: Job, before: Manifest | None) -> Manifest:
     they were encoded as the prompts now are; else they must be made again.
     """
     text, latents, conditioning, validation = (
-        product_of(one.sidecars()) for one in job.products().values()
+        product_of(one.folder, one.sidecars()) for one in job.products().values()
     )
     name = job.config.conditioning_name
     others = before if before and before.latents.fingerprint == latents.fingerprint else None
     pairs = dict(others.validation) if others else {}
     if others and others.text_identity != job.text_identity:
-        pairs = {other: product_of([]) for other in pairs}
+        pairs = {other: product_of(Path(), []) for other in pairs}
     return Manifest(
         text=text,
         text_spec=job.text_spec,

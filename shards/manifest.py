@@ -3,16 +3,19 @@
 import dataclasses
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
+import msgspec
+import torch
 from msgspec import Meta
 
 from shards.errors import ShardError
-from shards.plain import FORMAT_VERSION, Count, decode, read_file
-from shards.sidecar import Digest, Sidecar
+from shards.plain import FORMAT_VERSION, Count, Digest, decode, read_file
+from shards.records import TensorSpec
+from shards.sidecar import Sidecar, sidecar_path
 from shards.writer import write_text
 
 MANIFEST = "manifest.json"
@@ -25,6 +28,11 @@ Name = Annotated[str, Meta(pattern=rf"^{CONTROL_NAME}\Z")]
 DType = Annotated[str, Meta(pattern=r"^(float16|bfloat16|float32)\Z")]
 Posterior = Annotated[str, Meta(pattern=r"^(mean|mean_std)\Z")]
 PixelRange = Annotated[str, Meta(pattern=r"^(-1_1|0_1)\Z")]
+# Of a tensor's axes.
+Size = Annotated[int, Meta(ge=1, le=1 << 16)]
+# Of tensors; SD3's largest take 4 MB. Nobody's manifest shall make a reader ask for all memory.
+LARGEST_RECORD_BYTES = 1 << 30
+NO_DIGEST = b"0" * 64
 
 
 @dataclass(frozen=True)
@@ -33,12 +41,21 @@ class TextSpec:
     [max_sequence_length, t5_width], `pooled_embeds` [pooled_width].
     """
 
-    clip_tokens: Count
-    clip_width: Count
-    max_sequence_length: Count
-    t5_width: Count
-    pooled_width: Count
+    clip_tokens: Size
+    clip_width: Size
+    max_sequence_length: Size
+    t5_width: Size
+    pooled_width: Size
     dtype: DType
+
+    def tensors(self) -> dict[str, TensorSpec]:
+        """Return what a text record holds."""
+        dtype = getattr(torch, self.dtype)
+        return {
+            "clip_embeds": TensorSpec((self.clip_tokens, self.clip_width), dtype),
+            "t5_embeds": TensorSpec((self.max_sequence_length, self.t5_width), dtype),
+            "pooled_embeds": TensorSpec((self.pooled_width,), dtype),
+        }
 
 
 @dataclass(frozen=True)
@@ -57,15 +74,21 @@ class LatentSpec:
         dtype: of the stored tensors.
     """
 
-    latent_channels: Count
-    height: Count
-    width: Count
-    vae_scale_factor: Count
+    latent_channels: Size
+    height: Size
+    width: Size
+    vae_scale_factor: Size
     scaling_factor: float
     shift_factor: float
     posterior: Posterior
     pixel_range: PixelRange
     dtype: DType
+
+    def tensors(self, name: str) -> dict[str, TensorSpec]:
+        """Return what a record of latents called `name` holds."""
+        shape = (self.latent_channels, self.height, self.width)
+        names = [name, f"{name}_std"] if self.posterior == "mean_std" else [name]
+        return dict.fromkeys(names, TensorSpec(shape, getattr(torch, self.dtype)))
 
 
 @dataclass(frozen=True)
@@ -78,6 +101,7 @@ class Product:
         shard_records: records in each shard.
         shard_bytes: size of each tar.
         shard_sha256: of each tar.
+        sidecar_sha256: of each sidecar.
     """
 
     fingerprint: str
@@ -85,6 +109,7 @@ class Product:
     shard_records: list[Count]
     shard_bytes: list[Count]
     shard_sha256: list[Digest]
+    sidecar_sha256: list[Digest]
 
     def __post_init__(self) -> None:
         """Refuse lists that do not go together.
@@ -92,9 +117,10 @@ class Product:
         Raises:
             ValueError: naming what.
         """
-        counts = [len(x) for x in (self.shard_records, self.shard_bytes, self.shard_sha256)]
+        lists = (self.shard_records, self.shard_bytes, self.shard_sha256, self.sidecar_sha256)
+        counts = [len(one) for one in lists]
         if len(set(counts)) != 1:
-            raise ValueError(f"{counts} shards with records, bytes, sha256")
+            raise ValueError(f"{counts} shards with records, bytes, sha256, sidecars")
         if sum(self.shard_records) != self.num_records:
             raise ValueError(f"{sum(self.shard_records)} records, not {self.num_records}")
 
@@ -142,7 +168,7 @@ class Manifest:
     format_version: int = FORMAT_VERSION
 
     def __post_init__(self) -> None:
-        """Refuse controls that lack a part.
+        """Refuse controls that lack a part, and records beyond all measure.
 
         Raises:
             ValueError: naming them.
@@ -150,6 +176,35 @@ class Manifest:
         names = set(self.conditioning)
         if names != set(self.conditioning_specs) or names != set(self.validation):
             raise ValueError("conditioning, conditioning_specs and validation name other controls")
+        for name, spec in self.conditioning_specs.items():
+            ours, latents = spec.tensors(""), self.latent_spec.tensors("")
+            if ours[""].shape != latents[""].shape:
+                raise ValueError(f"conditioning {name!r} {ours['']} beside latents {latents['']}")
+        for folder, _ in self.products():
+            size = sum(spec.num_bytes for spec in self.tensors(folder).values())
+            if size > LARGEST_RECORD_BYTES:
+                raise ValueError(f"{folder}: a record of {size} bytes")
+
+    def tensors(self, folder: str) -> dict[str, TensorSpec]:
+        """Return what each record of a product holds.
+
+        Args:
+            folder: the product's, relative to the cache; see `products`.
+        """
+        if folder == "text":
+            return self.text_spec.tensors()
+        if folder == "latents":
+            return self.latent_spec.tensors("latent")
+        kind, _, name = folder.partition("/")
+        spec = self.conditioning_specs[name]
+        if kind == "conditioning":
+            return spec.tensors("conditioning_latent")
+        pixels = (3, spec.height * spec.vae_scale_factor, spec.width * spec.vae_scale_factor)
+        return {
+            **self.text_spec.tensors(),
+            **spec.tensors("conditioning_latent"),
+            "conditioning_image": TensorSpec(pixels, torch.uint8),
+        }
 
     def data_fingerprint(self, conditioning_name: str) -> str:
         """Return the digest of all that training on one control reads, its order included."""
@@ -172,6 +227,12 @@ class Manifest:
             yield validation_folder(name), product
 
 
+class _Seal(msgspec.Struct):
+    """SHA-256 of the manifest's bytes with zeros in the place of these digits."""
+
+    digest: Digest
+
+
 def conditioning_folder(name: str) -> str:
     """Return where a cache keeps the conditioning latents of one kind of control."""
     return f"conditioning/{name}"
@@ -188,26 +249,37 @@ def digest(value: Any) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:32]
 
 
-def product_of(sidecars: Sequence[Sidecar]) -> Product:
-    """Return the manifest's entry for a product whose shards are all finished."""
+def product_of(folder: Path, sidecars: Sequence[Sidecar]) -> Product:
+    """Return the manifest's entry for a product whose shards are all finished.
+
+    Args:
+        folder: the product's.
+        sidecars: of all its shards, in order, as they stand in the folder.
+    """
     return Product(
         fingerprint=digest([one.fingerprint for one in sidecars]),
         num_records=sum(one.num_records for one in sidecars),
         shard_records=[one.num_records for one in sidecars],
         shard_bytes=[one.tar_bytes for one in sidecars],
         shard_sha256=[one.sha256 for one in sidecars],
+        sidecar_sha256=[
+            hashlib.sha256(read_file(sidecar_path(folder, one.shard))).hexdigest()
+            for one in sidecars
+        ],
     )
 
 
-def captions_digest(latents: Sequence[Sidecar]) -> str:
+def captions_digest(latents: Iterable[Sidecar]) -> str:
     """Return the digest of which prompts caption which image, from the latents' sidecars."""
-    return digest([[one.keys, one.prompts] for one in latents])
+    return digest([digest([one.keys, one.prompts]) for one in latents])
 
 
 def write(cache: Path, manifest: Manifest) -> None:
     """Write, or replace, the cache's manifest."""
-    text = json.dumps(dataclasses.asdict(manifest), ensure_ascii=False, indent=1)
-    write_text(cache / MANIFEST, text + "\n")
+    plain = {"digest": NO_DIGEST.decode(), **dataclasses.asdict(manifest)}
+    text = json.dumps(plain, ensure_ascii=False, indent=1) + "\n"
+    seal = hashlib.sha256(text.encode()).hexdigest()
+    write_text(cache / MANIFEST, text.replace(NO_DIGEST.decode(), seal, 1))
 
 
 def load(cache: Path, name: str = MANIFEST) -> Manifest:
@@ -222,7 +294,21 @@ def load(cache: Path, name: str = MANIFEST) -> Manifest:
         data = read_file(path)
     except (FileNotFoundError, NotADirectoryError):
         raise ShardError(_why_no_manifest(cache)) from None
-    return decode(data, Manifest, path, "run precompute again, finished shards are kept")
+    return from_json(data, path)
+
+
+def from_json(data: bytes, where: object) -> Manifest:
+    """Return the manifest that a file's bytes hold.
+
+    Raises:
+        ShardError: it is damaged, changed, or of another format version.
+    """
+    remedy = "run precompute again, finished shards are kept"
+    found = decode(data, Manifest, where, remedy)
+    seal = decode(data, _Seal, where, remedy).digest
+    if hashlib.sha256(data.replace(seal.encode(), NO_DIGEST, 1)).hexdigest() != seal:
+        raise ShardError(f"{where}: changed since it was written; {remedy}")
+    return found
 
 
 def _why_no_manifest(cache: Path) -> str:

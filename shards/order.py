@@ -4,13 +4,20 @@ A run is an endless sequence of places 0, 1, 2, … Place p lies in epoch p // n
 permutes the shards, takes `window` of them at a time and permutes the records in the window, so
 that every record comes exactly once an epoch. Ranks share out places, not shards; hence the
 sequence is the same on any number of them, and to resume is to go on from a place.
+
+Permutations are computed place by place, never as a table: memory and the time to the first sample
+do not depend on the number of records.
 """
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache, partial
 
 import numpy as np
 from numpy.typing import NDArray
+from xxhash import xxh3_64_intdigest
+
+ROUNDS = 8  # even; Luby and Rackoff (1988) need four for a secret, this is twice that for a shuffle
 
 
 class Order:
@@ -30,7 +37,6 @@ class Order:
         self.seed = seed
         self.window = window or len(self.sizes)
         self._epoch = lru_cache(2)(self._shuffled_shards)
-        self._block = lru_cache(2)(self._shuffled_window)
 
     def __reduce__(self) -> tuple[Callable[..., "Order"], tuple[()]]:
         """What was computed stays behind when an order travels to a spawned worker."""
@@ -40,30 +46,60 @@ class Order:
     def record(self, place: int) -> tuple[int, int]:
         """Return (shard, index in the shard) of the record at a place."""
         epoch, place_in_epoch = divmod(place, self.num_records)
-        _, ends = self._epoch(epoch)
-        block = int(np.searchsorted(ends, place_in_epoch, side="right"))
-        start = int(ends[block - 1]) if block else 0
-        shards, indices = self._block(epoch, block)
-        return int(shards[place_in_epoch - start]), int(indices[place_in_epoch - start])
+        shards, ends = self._epoch(epoch)
+        block = self._window_of(place_in_epoch, ends)
+        first, last = block * self.window, min((block + 1) * self.window, len(shards)) - 1
+        start, end = _end(ends, first - 1), _end(ends, last)
+        key = self._key(epoch, block + 1)
+        shuffled = start + permuted(place_in_epoch - start, end - start, key)
+        position = int(np.searchsorted(ends, shuffled, side="right"))
+        return int(shards[position]), shuffled - _end(ends, position - 1)
+
+    def windows(self, place: int) -> Iterator[tuple[int, list[int]]]:
+        """Yield (place at which it ends, shards) of each window from the one at `place` on."""
+        while True:
+            epoch, place_in_epoch = divmod(place, self.num_records)
+            shards, ends = self._epoch(epoch)
+            first = self._window_of(place_in_epoch, ends) * self.window
+            last = min(first + self.window, len(shards)) - 1
+            place = epoch * self.num_records + _end(ends, last)
+            yield place, shards[first : last + 1].tolist()
+
+    def _window_of(self, place_in_epoch: int, ends: NDArray[np.int64]) -> int:
+        return int(np.searchsorted(ends, place_in_epoch, side="right")) // self.window
 
     def _shuffled_shards(self, epoch: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Return the shards in the epoch's order, and where each window ends in it."""
-        shards = self._generator(epoch, 0).permutation(len(self.sizes))
-        sizes = self.sizes[shards]
-        starts = np.arange(0, len(sizes), self.window)
-        return shards, np.cumsum(np.add.reduceat(sizes, starts))
+        """Return the shards in the epoch's order, and where each ends in it."""
+        count, key = len(self.sizes), self._key(epoch, 0)
+        shards = np.array([permuted(place, count, key) for place in range(count)], dtype=np.int64)
+        return shards, np.cumsum(self.sizes[shards])
 
-    def _shuffled_window(
-        self, epoch: int, block: int
-    ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Return the shard and the index of each record of a window, in order."""
-        shards, _ = self._epoch(epoch)
-        shards = shards[block * self.window : (block + 1) * self.window]
-        sizes = self.sizes[shards]
-        owners = np.repeat(shards, sizes)
-        indices = np.concatenate([np.arange(size) for size in sizes])
-        shuffle = self._generator(epoch, block + 1).permutation(len(owners))
-        return owners[shuffle], indices[shuffle]
+    def _key(self, epoch: int, stream: int) -> int:
+        return xxh3_64_intdigest(f"{self.seed}/{epoch}/{stream}".encode())
 
-    def _generator(self, epoch: int, stream: int) -> np.random.Generator:
-        return np.random.default_rng((self.seed, epoch, stream))
+
+def permuted(place: int, size: int, key: int) -> int:
+    """Return where a place goes in a pseudo-random permutation of range(size), in constant time.
+
+    A Feistel network over a x b >= size, walked until it lands within: Black and Rogaway, Ciphers
+    with Arbitrary Finite Domains (2002), with XXH3-64 for its round functions.
+
+    Args:
+        place: at least 0, below size.
+        size: how many are permuted.
+        key: 64 bits, of which the permutation is a function.
+    """
+    a = math.isqrt(size - 1) + 1
+    b = -(-size // a)
+    while True:
+        left, right = place % a, place // a
+        for number in range(ROUNDS):
+            mixed = xxh3_64_intdigest(b"%d %d" % (number, right), seed=key)
+            left, right = right, (left + mixed) % (b if number % 2 else a)
+        place = a * right + left
+        if place < size:
+            return place
+
+
+def _end(ends: NDArray[np.int64], position: int) -> int:
+    return int(ends[position]) if position >= 0 else 0

@@ -14,6 +14,8 @@ FORMAT_VERSION = 1
 LARGEST_FILE_BYTES = 1 << 26
 # Up to 2^53, what every reader of JSON represents exactly.
 Count = Annotated[int, Meta(ge=0, le=1 << 53)]
+# XXH3-128 or SHA-256, in hexadecimal.
+Digest = Annotated[str, Meta(pattern=r"^([0-9a-f]{32}|[0-9a-f]{64})\Z")]
 
 
 class _Version(msgspec.Struct):
@@ -41,13 +43,13 @@ def read_file(path: Path) -> bytes:
     return data
 
 
-def decode(data: bytes, kind: type[T], path: Path, remedy: str) -> T:
+def decode(data: bytes, kind: type[T], where: object, remedy: str) -> T:
     """Return the dataclass that a JSON file holds; its annotations are checked.
 
     Args:
         data: the file's bytes.
         kind: a dataclass.
-        path: for the error.
+        where: the file's path or address, for the error.
         remedy: what to do about a damaged file.
 
     Raises:
@@ -57,9 +59,9 @@ def decode(data: bytes, kind: type[T], path: Path, remedy: str) -> T:
         version = msgspec.json.decode(data, type=_Version).format_version
         if version != FORMAT_VERSION:
             raise ShardError(
-                f"{path}: cache format {version}, this version reads {FORMAT_VERSION}; "
+                f"{where}: cache format {version}, this version reads {FORMAT_VERSION}; "
                 "run precompute again, or install the version that wrote it"
             )
         return msgspec.json.decode(data, type=kind)
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
-        raise ShardError(f"{path}: damaged ({error}); {remedy}") from error
+        raise ShardError(f"{where}: damaged ({error}); {remedy}") from error

@@ -9,11 +9,12 @@ from typing import Annotated
 from msgspec import Meta
 
 from shards.errors import ShardError
-from shards.plain import FORMAT_VERSION, Count, decode, read_file
-from shards.records import Key
+from shards.plain import FORMAT_VERSION, Count, Digest, decode, read_file
+from shards.records import Key, place_of
 
-Digest = Annotated[str, Meta(pattern=r"^[0-9a-f]+\Z", max_length=64)]
 Span = Annotated[list[Count], Meta(min_length=4, max_length=4)]
+Checksum = Annotated[str, Meta(pattern=r"^[0-9a-f]{16}\Z")]
+Checksums = Annotated[list[Checksum], Meta(min_length=2, max_length=2)]
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,8 @@ class Sidecar:
         keys: the records' keys, in tar order.
         spans: for each record (offset, size) of its tensors and (offset, size) of its JSON in the
             tar, in bytes, as one list of four numbers.
+        checksums: for each record XXH3-64 of its tensors' and of its JSON's bytes, in hexadecimal,
+            so that every read can be checked.
         prompts: for each latent record the keys of the text records that caption it; empty for
             other products. It is not part of the tar, so that a new caption leaves latents alone.
         skipped: source rows of this shard that were left out.
@@ -47,6 +50,7 @@ class Sidecar:
     sha256: Digest
     keys: list[Key]
     spans: list[Span]
+    checksums: list[Checksums]
     prompts: list[list[Key]]
     skipped: list[Skipped]
     format_version: int = FORMAT_VERSION
@@ -58,10 +62,15 @@ class Sidecar:
             ValueError: naming what.
         """
         count = len(self.keys)
-        if len(set(self.keys)) != count:
-            raise ValueError("a key comes twice")
-        if len(self.spans) != count or len(self.prompts) not in (0, count):
-            raise ValueError(f"{count} keys, {len(self.spans)} spans, {len(self.prompts)} prompts")
+        counts = (len(self.spans), len(self.checksums), len(self.prompts) or count)
+        if set(counts) != {count}:
+            raise ValueError(f"{count} keys, {counts} spans, checksums, prompts")
+        last = -1
+        for key in self.keys:
+            shard, row = place_of(key)
+            if shard != self.shard or row <= last:
+                raise ValueError(f"the key {key} is of another shard, or out of order")
+            last = row
         end = 0
         for span in self.spans:
             start, size, about_start, about_size = span
@@ -103,7 +112,21 @@ def load(folder: Path, shard: int) -> Sidecar | None:
         data = read_file(path)
     except FileNotFoundError:
         return None
-    found = decode(data, Sidecar, path, "delete it and run precompute again")
+    return from_json(data, shard, path)
+
+
+def from_json(data: bytes, shard: int, where: object) -> Sidecar:
+    """Return the sidecar that a file's bytes hold.
+
+    Args:
+        data: the bytes.
+        shard: the shard whose sidecar this should be.
+        where: for the error.
+
+    Raises:
+        ShardError: it is damaged, of another shard or of another format version.
+    """
+    found = decode(data, Sidecar, where, "delete it and run precompute again")
     if found.shard != shard:
-        raise ShardError(f"{path}: the sidecar of shard {found.shard:06d} under another's name")
+        raise ShardError(f"{where}: the sidecar of shard {found.shard:06d} under another's name")
     return found

@@ -11,26 +11,27 @@ import torch
 
 from shards import manifest, sidecar
 from shards.errors import ShardError
-from shards.manifest import LatentSpec, Manifest, Product, TextSpec
+from shards.files import LocalFiles
+from shards.manifest import Manifest, Product
 from shards.reader import ProductReader
 from shards.sidecar import Sidecar
-
-CHUNK_BYTES = 1 << 22
 
 
 def faults(cache: Path) -> Iterator[tuple[str, list[str]]]:
     """Check every shard of a cache; yield (what was checked, its faults) as it is done.
 
-    Checked are presence, size and sha256 of the tars, the sidecars against the manifest, every
-    record's shapes and dtypes, that its numbers are finite, and that every reference to a prompt
-    or an image is met.
+    Checked are presence, size and sha256 of tars and sidecars, the sidecars against the tars' own
+    headers, every record's checksums, shapes and dtypes, that its numbers are finite, and that
+    every reference to a prompt or an image is met.
 
     Raises:
         ShardError: there is no manifest to check against.
     """
-    found = manifest.load(cache)
+    files = LocalFiles(cache)
+    found = files.manifest()
     readers = {
-        folder: ProductReader(cache / folder, product) for folder, product in found.products()
+        folder: ProductReader(files, folder, product, found.tensors(folder))
+        for folder, product in found.products()
     }
     tasks = [
         (folder, shard)
@@ -38,10 +39,10 @@ def faults(cache: Path) -> Iterator[tuple[str, list[str]]]:
         for shard in range(product.num_shards)
     ]
     with ThreadPoolExecutor() as pool:
-        results = pool.map(lambda task: _shard_faults(found, readers, *task), tasks)
+        results = pool.map(lambda task: _shard_faults(cache, readers, *task), tasks)
         for (folder, shard), wrong in zip(tasks, results, strict=True):
             yield f"{folder}/{shard:06d}", wrong
-    yield "captions", _caption_faults(found, readers["latents"])
+    yield "captions", _caption_faults(found, cache / "latents")
 
 
 def num_shards(found: Manifest) -> int:
@@ -50,16 +51,24 @@ def num_shards(found: Manifest) -> int:
 
 
 def _shard_faults(
-    found: Manifest, readers: dict[str, ProductReader], folder: str, shard: int
+    cache: Path, readers: dict[str, ProductReader], folder: str, shard: int
 ) -> list[str]:
     reader = readers[folder]
     try:
-        wrong = _tar_faults(reader.folder, reader.product, shard)
+        wrong = _tar_faults(cache / folder, reader.product, shard)
         if wrong:
             return wrong
-        return list(_record_faults(found, readers, folder, shard))
+        reader.index(shard)  # holds the sidecar against the manifest
+        card = sidecar.load(cache / folder, shard)
     except (ShardError, OSError) as error:
         return [str(error)]
+    if card is None:
+        return [f"{cache / folder}: the sidecar of shard {shard:06d} vanished"]
+    return [
+        *_member_faults(cache / folder, card),
+        *_record_faults(reader, shard),
+        *_reference_faults(readers, folder, card),
+    ]
 
 
 def _tar_faults(folder: Path, product: Product, shard: int) -> list[str]:
@@ -67,45 +76,42 @@ def _tar_faults(folder: Path, product: Product, shard: int) -> list[str]:
     size = path.stat().st_size
     if size != product.shard_bytes[shard]:
         return [f"{path}: {product.shard_bytes[shard]} bytes expected, found {size}"]
-    sha256 = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(CHUNK_BYTES):
-            sha256.update(chunk)
-    if sha256.hexdigest() != product.shard_sha256[shard]:
+    if file_sha256(path) != product.shard_sha256[shard]:
         return [f"{path}: its sha256 is not the one in the manifest; the file has been changed"]
     return []
 
 
-def _record_faults(
-    found: Manifest, readers: dict[str, ProductReader], folder: str, shard: int
-) -> Iterator[str]:
-    reader = readers[folder]
-    card = reader.sidecar(shard)
-    if card.num_records != reader.product.shard_records[shard]:
-        yield f"{folder}/{shard:06d}: {card.num_records} records, not the manifest's count"
-    yield from _member_faults(reader.folder, card)
-    expected = expected_tensors(found, folder)
-    for index, key in enumerate(card.keys):
-        where = f"{folder}/{shard:06d}: {key}"
-        reader.about(shard, index)
-        tensors = reader.tensors(shard, index)
-        for name in sorted(expected.keys() | tensors.keys()):
-            if name not in tensors or name not in expected:
-                yield f"{where}: {name} is {'missing' if name in expected else 'unexpected'}"
-                continue
-            tensor = tensors[name]
-            shape, dtype = expected[name]
-            if tuple(tensor.shape) != shape or str(tensor.dtype) != f"torch.{dtype}":
-                yield (
-                    f"{where}: {name} expected {list(shape)} {dtype}, "
-                    f"found {list(tensor.shape)} {tensor.dtype}"
-                )
+def file_sha256(path: Path) -> str:
+    """Return the SHA-256 of a file's bytes, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _record_faults(reader: ProductReader, shard: int) -> Iterator[str]:
+    index = reader.index(shard)
+    for number in range(index.num_records):
+        try:
+            reader.about(shard, number)
+            tensors = reader.tensors(shard, number)
+        except ShardError as error:
+            yield str(error)
+            continue
+        for name, tensor in tensors.items():
             if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
-                yield f"{where}: {name} holds numbers that are not finite"
+                yield (
+                    f"{reader.files.name(reader.folder, shard)}: record {index.key(number)}: "
+                    f"{name} holds numbers that are not finite"
+                )
+
+
+def _reference_faults(
+    readers: dict[str, ProductReader], folder: str, card: Sidecar
+) -> Iterator[str]:
+    """Yield what a shard's records refer to and is not there."""
     if folder == "latents":
         for key, prompts in zip(card.keys, card.prompts or [[]] * len(card.keys), strict=True):
             if not prompts:
-                yield f"{folder}/{shard:06d}: {key} has no caption"
+                yield f"{folder}/{card.shard:06d}: {key} has no caption"
             yield from _unmet(readers["text"], prompts)
     elif folder.startswith("conditioning/"):
         yield from _unmet(readers["latents"], card.keys)
@@ -134,14 +140,14 @@ def _member_faults(folder: Path, card: Sidecar) -> Iterator[str]:
             return
 
 
-def _caption_faults(found: Manifest, latents: ProductReader) -> list[str]:
+def _caption_faults(found: Manifest, folder: Path) -> list[str]:
+    loaded = (sidecar.load(folder, shard) for shard in range(found.latents.num_shards))
     try:
-        sidecars = [latents.sidecar(shard) for shard in range(latents.product.num_shards)]
+        if manifest.captions_digest(one for one in loaded if one) == found.captions:
+            return []
     except ShardError:
         return []  # reported with its shard
-    if manifest.captions_digest(sidecars) == found.captions:
-        return []
-    return [f"{latents.folder}: the sidecars' captions are not those the manifest was written for"]
+    return [f"{folder}: the sidecars' captions are not those the manifest was written for"]
 
 
 def _unmet(reader: ProductReader, keys: list[str]) -> Iterator[str]:
@@ -150,35 +156,3 @@ def _unmet(reader: ProductReader, keys: list[str]) -> Iterator[str]:
             reader.locate(key)
         except ShardError as error:
             yield str(error)
-
-
-def expected_tensors(found: Manifest, folder: str) -> dict[str, tuple[tuple[int, ...], str]]:
-    """Return name -> (shape, dtype) of the tensors in a product's records."""
-    if folder == "text":
-        return _text_tensors(found.text_spec)
-    if folder == "latents":
-        return _latent_tensors("latent", found.latent_spec)
-    kind, _, name = folder.partition("/")
-    spec = found.conditioning_specs[name]
-    if kind == "validation":
-        height, width = spec.height * spec.vae_scale_factor, spec.width * spec.vae_scale_factor
-        return {
-            **_text_tensors(found.text_spec),
-            **_latent_tensors("conditioning_latent", spec),
-            "conditioning_image": ((3, height, width), "uint8"),
-        }
-    return _latent_tensors("conditioning_latent", spec)
-
-
-def _text_tensors(spec: TextSpec) -> dict[str, tuple[tuple[int, ...], str]]:
-    return {
-        "clip_embeds": ((spec.clip_tokens, spec.clip_width), spec.dtype),
-        "t5_embeds": ((spec.max_sequence_length, spec.t5_width), spec.dtype),
-        "pooled_embeds": ((spec.pooled_width,), spec.dtype),
-    }
-
-
-def _latent_tensors(name: str, spec: LatentSpec) -> dict[str, tuple[tuple[int, ...], str]]:
-    shape = (spec.latent_channels, spec.height, spec.width)
-    names = [name, f"{name}_std"] if spec.posterior == "mean_std" else [name]
-    return dict.fromkeys(names, (shape, spec.dtype))

@@ -5,17 +5,24 @@ manifest (see `shards.manifest`) comes last of all.
 """
 
 import contextlib
+import errno
 import hashlib
 import io
 import os
+import shutil
 import tarfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
+from xxhash import xxh3_64_hexdigest
+
 from shards.errors import ShardError
 from shards.records import Record, to_bytes
 from shards.sidecar import Sidecar, Skipped, sidecar_path, tar_path, to_json
+
+MEMBERS = (".safetensors", ".json")
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class _HashingFile(io.RawIOBase):
@@ -44,6 +51,7 @@ def write_shard(
     fingerprint: str,
     skipped: list[Skipped] | None = None,
     prompts: list[list[str]] | None = None,
+    num_bytes: int = 0,
 ) -> Sidecar:
     """Write a shard's tar and then its sidecar, replacing both at once where they exist.
 
@@ -55,43 +63,49 @@ def write_shard(
         fingerprint: digest of everything that determines the tar's bytes.
         skipped: rows left out.
         prompts: for latents, the text records that caption each record.
+        num_bytes: about how large the tar will be; it is not begun where that does not fit.
 
     Raises:
-        ShardError: the records repeat a key.
+        ShardError: the keys are not this shard's, in the order of their rows.
         OSError: the disk is full or the folder cannot be written; finished shards stay.
     """
     folder.mkdir(parents=True, exist_ok=True)
     # The old sidecar must not vouch for the new tar.
-    sidecar_path(folder, shard).unlink(missing_ok=True)
+    with contextlib.suppress(FileNotFoundError):
+        sidecar_path(folder, shard).unlink()
+        _sync_folder(folder)
     keys: list[str] = []
     spans: list[list[int]] = []
+    checksums: list[list[str]] = []
     path = tar_path(folder, shard)
-    with atomic_file(path) as file:
+    with atomic_file(path, num_bytes) as file:
         hashing = _HashingFile(file)
         with tarfile.open(fileobj=hashing, mode="w", format=tarfile.USTAR_FORMAT) as tar:
             for record in records:
+                members = to_bytes(record)
                 keys.append(record.key)
-                tensors, about = to_bytes(record)
                 spans.append(
                     [
-                        *_add(tar, f"{record.key}.safetensors", tensors),
-                        *_add(tar, f"{record.key}.json", about),
+                        number
+                        for kind, data in zip(MEMBERS, members, strict=True)
+                        for number in _add(tar, record.key + kind, data)
                     ]
                 )
-        tar_bytes = file.tell()
-    if len(set(keys)) != len(keys):
-        path.unlink()
-        raise ShardError(f"{path}: two records with the same key")
-    sidecar = Sidecar(
-        shard=shard,
-        fingerprint=fingerprint,
-        tar_bytes=tar_bytes,
-        sha256=hashing.sha256.hexdigest(),
-        keys=keys,
-        spans=spans,
-        prompts=prompts or [],
-        skipped=skipped or [],
-    )
+                checksums.append([xxh3_64_hexdigest(data) for data in members])
+        try:
+            sidecar = Sidecar(
+                shard=shard,
+                fingerprint=fingerprint,
+                tar_bytes=file.tell(),
+                sha256=hashing.sha256.hexdigest(),
+                keys=keys,
+                spans=spans,
+                checksums=checksums,
+                prompts=prompts or [],
+                skipped=skipped or [],
+            )
+        except ValueError as error:
+            raise ShardError(f"{path}: {error}") from error
     write_sidecar(folder, sidecar)
     return sidecar
 
@@ -108,13 +122,22 @@ def write_text(path: Path, text: str) -> None:
 
 
 @contextlib.contextmanager
-def atomic_file(path: Path) -> Iterator[IO[bytes]]:
+def atomic_file(path: Path, num_bytes: int = 0) -> Iterator[IO[bytes]]:
     """Give a file under a temporary name; on success it is synced and renamed to `path`.
 
     On any exception the temporary file goes and `path` is as it was.
+
+    Args:
+        path: the file to write or replace.
+        num_bytes: about how large it will be, if that is known.
+
+    Raises:
+        OSError: it cannot be written, or will not fit; with the path and the space needed.
     """
     temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
     try:
+        if num_bytes > shutil.disk_usage(path.parent).free:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         with temporary.open("wb") as file:
             yield file
             file.flush()
@@ -124,10 +147,22 @@ def atomic_file(path: Path) -> Iterator[IO[bytes]]:
     except OSError as error:
         with contextlib.suppress(OSError):
             temporary.unlink()
-        raise OSError(error.errno, f"cannot write: {error.strerror or error}", str(path)) from error
+        reason = error.strerror or str(error)
+        if error.errno in DISK_FULL:
+            reason += _space(path, num_bytes)
+        raise OSError(error.errno, f"cannot write: {reason}", str(path)) from error
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+def _space(path: Path, num_bytes: int) -> str:
+    """Say how much space a file needs, where that is known, and how much there is."""
+    needed = f"about {num_bytes / 1e6:.1f} MB needed, " if num_bytes else ""
+    with contextlib.suppress(OSError):
+        free = shutil.disk_usage(path.parent).free
+        return f" ({needed}{free / 1e6:.1f} MB free); make room and run again"
+    return ""
 
 
 def _add(tar: tarfile.TarFile, name: str, data: bytes) -> tuple[int, int]:

@@ -1,5 +1,7 @@
 """Miniature models with random weights, a few circles, and a small cache of them."""
 
+import hashlib
+import json
 import os
 import socket
 import subprocess
@@ -183,6 +185,23 @@ def command() -> Callable[..., Outcome]:
         return Outcome(result.exit_code, result.output)
 
     return call
+
+
+def reseal(cache: Path) -> None:
+    """Have a cache's manifest vouch for its files as they are, as a faulty writer's would."""
+    path = cache / "manifest.json"
+    document = json.loads(path.read_text())
+    for folder in ("text", "latents", "conditioning/conditioning", "validation/conditioning"):
+        kind, _, name = folder.partition("/")
+        product = document[kind][name] if name else document[kind]
+        for suffix, digests in (("tar", "shard_sha256"), ("json", "sidecar_sha256")):
+            product[digests] = [
+                hashlib.sha256((cache / folder / f"{shard:06d}.{suffix}").read_bytes()).hexdigest()
+                for shard in range(len(product["shard_records"]))
+            ]
+    document["digest"] = "0" * 64
+    text = json.dumps(document)
+    path.write_text(text.replace("0" * 64, hashlib.sha256(text.encode()).hexdigest(), 1))
 
 
 def free_port() -> int:

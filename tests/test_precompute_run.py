@@ -17,7 +17,7 @@ from transformers import CLIPTextModelWithProjection, T5EncoderModel
 
 from precompute.config import PrecomputeConfig
 from precompute.run import precompute
-from shards import manifest, verify
+from shards import manifest, sidecar, verify
 from shards.errors import ConfigError, ShardError
 from shards.reader import Cache
 from shards.sidecar import Skipped
@@ -163,7 +163,8 @@ def test_swapped_captions_are_noticed(
     precompute(replace(fresh, source=copy_of(circles, tmp_path / "two", swap)))
     after = manifest.load(fresh.output_dir)
     assert after.text == before.text
-    assert after.latents == before.latents
+    assert after.latents.shard_sha256 == before.latents.shard_sha256
+    assert after.latents.fingerprint == before.latents.fingerprint
     assert after.captions != before.captions
     found = Cache(fresh.output_dir)
     assert found.text.about(*found.text.locate(found.sample(0, 2)[2][0]))["prompt"] == second
@@ -252,7 +253,8 @@ def test_bad_rows_are_left_out_and_named(
     assert found.num_skipped == 5
     assert found.latents.num_records == 6  # row 7 has an image, though no conditioning image
     assert found.conditioning["conditioning"].num_records == 5
-    first = Cache(fresh.output_dir).latents.sidecar(0)
+    first = sidecar.load(fresh.output_dir / "latents", 0)
+    assert first is not None
     missing = "target/none.png: No such file or directory"
     assert Skipped("line 4, target/none.png", missing) in first.skipped
     output = capsys.readouterr().out

@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from shards import manifest, verify
+from shards import manifest, sidecar, verify
 from shards.errors import ShardError
 from shards.reader import Cache
-from tests.conftest import Outcome
+from tests.conftest import Outcome, reseal
 
 
 @pytest.fixture
@@ -106,10 +106,13 @@ def test_every_flipped_bit_is_found(copy: Path, product: str) -> None:
         (lambda c: os.truncate(c / "text" / "000000.tar", 4096), "bytes expected, found 4096"),
         (lambda c: (c / "latents" / "000001.tar").unlink(), "000001.tar"),
         (lambda c: (c / "latents" / "000001.json").unlink(), "missing, though manifest.json"),
-        (lambda c: (c / "text" / "000002.json").write_text("[]"), "000002.json: damaged"),
+        (
+            lambda c: (c / "text" / "000002.json").write_text("[]"),
+            "000002.json: not the sidecar that manifest.json was written for",
+        ),
         (
             lambda c: shutil.copy(c / "text" / "000000.json", c / "text" / "000001.json"),
-            "the sidecar of shard 000000 under another",
+            "000001.json: not the sidecar that manifest.json was written for",
         ),
     ],
 )
@@ -123,7 +126,7 @@ def test_damage_is_listed(copy: Path, damage: Callable[[Path], object], message:
     [
         (
             {"dtype": "float16"},
-            "clip_embeds expected [24, 80] float16, found [24, 80] torch.float32",
+            "clip_embeds expected [24, 80] float16, found [24, 80] float32",
         ),
         ({"t5_width": 97}, "t5_embeds expected [20, 97] float32, found [20, 96]"),
     ],
@@ -135,7 +138,23 @@ def test_shapes_and_dtypes_are_held_against_the_manifest(
     values = json.loads(path.read_text())
     values["text_spec"] |= edit
     path.write_text(json.dumps(values))
+    with pytest.raises(ShardError, match=r"manifest\.json: changed since it was written"):
+        faults(copy)
+    reseal(copy)
     assert any(message in fault for fault in faults(copy))
+
+
+def test_a_record_whose_bytes_changed_is_not_read(copy: Path) -> None:
+    card = sidecar.load(copy / "latents", 1)
+    assert card is not None
+    start, size, about, _ = card.spans[0]
+    for at, message in ((start + size - 1, "its bytes are not as"), (about, "its JSON is not as")):
+        flip(copy / "latents" / "000001.tar", at)
+        reader = Cache(copy).latents
+        with pytest.raises(ShardError, match=rf"000001\.tar: record {card.keys[0]}: {message}"):
+            reader.tensors(1, 0) if at > start + 100 and at < about else reader.about(1, 0)
+        flip(copy / "latents" / "000001.tar", at)
+    reader.tensors(1, 0)
 
 
 def test_a_caption_that_points_nowhere_is_listed(copy: Path) -> None:
@@ -144,6 +163,8 @@ def test_a_caption_that_points_nowhere_is_listed(copy: Path) -> None:
     values["prompts"][0] = ["000000-00001-0000000000000000"]
     values["prompts"][1] = []
     path.write_text(json.dumps(values))
+    assert "not the sidecar that manifest.json was written for" in faults(copy)[0]
+    reseal(copy)
     found = faults(copy)
     assert len(found) == 3
     assert "no record '000000-00001-0000000000000000'" in found[0]
@@ -157,6 +178,7 @@ def test_exchanged_captions_are_found(copy: Path) -> None:
     prompts = values["prompts"]
     prompts[0], prompts[1] = prompts[1], prompts[0]
     path.write_text(json.dumps(values))
+    reseal(copy)
     (fault,) = faults(copy)
     assert "captions are not those the manifest was written for" in fault
 
@@ -167,7 +189,7 @@ def test_opening_a_cache_checks_that_all_shards_are_there(copy: Path) -> None:
     with pytest.raises(ShardError, match=r"000002\.tar: cut short or changed, .* found 512"):
         Cache(copy)
     (copy / "text" / "000002.tar").unlink()
-    with pytest.raises(ShardError, match=r"000002\.tar: No such file .* counts on it"):
+    with pytest.raises(ShardError, match=r"000002\.tar: missing, .* counts on it"):
         Cache(copy)
 
 

@@ -14,7 +14,7 @@ import webdataset
 from shards import sidecar
 from shards.errors import ShardError
 from shards.plain import LARGEST_FILE_BYTES
-from shards.records import Record, record_key, shard_of
+from shards.records import Record, place_of, record_key
 from shards.writer import atomic_file, write_shard
 
 
@@ -95,7 +95,7 @@ def test_a_rewritten_shard_is_unfinished_until_its_new_sidecar(tmp_path: Path) -
 
 
 def test_two_records_with_one_key_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(ShardError, match="same key"):
+    with pytest.raises(ShardError, match="out of order"):
         write_shard(tmp_path, 7, [records()[0]] * 2, fingerprint="f")
     assert list(tmp_path.iterdir()) == []
 
@@ -113,10 +113,10 @@ def test_a_file_that_cannot_be_written_is_named(tmp_path: Path) -> None:
 def test_a_key_is_an_address() -> None:
     key = record_key(12, 345, "0123456789abcdef0123")
     assert key == "000012-00345-0123456789abcdef"
-    assert shard_of(key) == 12
+    assert place_of(key) == (12, 345)
     for wrong in ("", "12", "x-1-2", "../../etc"):
         with pytest.raises(ShardError, match="not a record key"):
-            shard_of(wrong)
+            place_of(wrong)
 
 
 @pytest.mark.parametrize(
@@ -133,6 +133,8 @@ def test_a_key_is_an_address() -> None:
         {"tar_bytes": 10**400},
         {"sha256": None},
         {"shard": 8},
+        {"checksums": []},
+        {"checksums": [["0" * 16, "x" * 16]] * 3},
     ],
 )
 def test_a_damaged_sidecar_is_named(tmp_path: Path, edit: dict[str, object]) -> None:

@@ -13,7 +13,7 @@ from shards.order import Order
 from shards.reader import Cache
 from tests.conftest import RESOLUTION_PX, TOKENS, awaken
 from train import models
-from train.data import Samples, collate
+from train.data import Samples
 from train.step import Objective, batch_loss
 
 
@@ -29,7 +29,7 @@ def test_live_encoding_gives_the_loss_of_the_cache(
         seed=0,
         proportion_empty_prompts=0.0,
     )
-    batch = collate([samples[place] for place in range(4)])
+    batch = samples.fill(samples.memory(4), range(4))
     pipeline = StableDiffusion3Pipeline.from_pretrained(base)
     scheduler = pipeline.scheduler
     controlnet = models.new_controlnet(base, None, 2)

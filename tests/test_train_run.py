@@ -352,9 +352,12 @@ def test_an_incomplete_cache_says_what_is_there(
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (lambda cache: (cache / "latents" / "000000.json").unlink(), "No such file.* counts on it"),
+        (
+            lambda cache: (cache / "latents" / "000000.json").unlink(),
+            "missing, though.* counts on it",
+        ),
         (lambda cache: os.truncate(cache / "latents" / "000000.tar", 2000), "cut short"),
-        (lambda cache: (cache / "text" / "000001.tar").unlink(), "No such file"),
+        (lambda cache: (cache / "text" / "000001.tar").unlink(), "000001.tar: missing"),
         (lambda cache: (cache / "manifest.json").write_text("{"), "manifest.json: damaged"),
     ],
 )
@@ -377,13 +380,13 @@ def test_damage_met_in_a_worker_is_one_error(
 ) -> None:
     copy = tmp_path / "cache"
     shutil.copytree(cache, copy)
-    path = copy / "text" / "000000.tar"
+    path = copy / "latents" / "000000.tar"
     path.write_bytes(bytes(path.stat().st_size))
     config = replace(train_config, shards=copy, max_train_steps=8, dataloader_num_workers=1)
     with pytest.raises(
         ShardError, match=r"^[^\n]*000000\.tar: record [^\n]*: damaged record[^\n]*$"
     ):
-        train(replace(config, proportion_empty_prompts=1.0))
+        train(config)
 
 
 @pytest.mark.parametrize("flag", MOVED)

@@ -96,7 +96,7 @@ class TrainConfig:
         0.0, help="Fraction of prompts replaced by the empty one, drawn anew at each step."
     )
     dataloader_num_workers: int = option(
-        0, help="Processes that read ahead; 0 reads in the main process."
+        0, help="Threads that read ahead; 0 reads between the steps."
     )
     checkpointing_steps: int = option(500, help="A checkpoint each so many steps.")
     checkpoints_total_limit: int | None = option(None, help="Older checkpoints are removed.")

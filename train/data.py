@@ -7,17 +7,21 @@ Axes: B samples, T tokens, W embedding width, C latent channels, h x w latent gr
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, fields
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import Dataset, Sampler
 
-from shards.errors import ShardError
+from shards.ahead import ahead
 from shards.order import Order
-from shards.reader import Cache
+from shards.reader import Cache, ProductReader, byte_rows
+from shards.records import TensorSpec
+
+BATCHES_AHEAD = 2  # a thread that reads
 
 
 @dataclass(frozen=True)
@@ -50,12 +54,22 @@ class Batch:
             **{name: value.to(device, non_blocking=True) for name, value in vars(self).items()}
         )
 
-    def pin_memory(self) -> "Batch":
-        """Return the batch in pinned memory; the data loader calls this."""
-        return Batch(**{name: value.pin_memory() for name, value in vars(self).items()})
+
+@dataclass(frozen=True)
+class Memory:
+    """Where a batch goes, taken before it is read.
+
+    Attributes:
+        records: what is read, by name in the records, [B, ...].
+        draws: what is drawn, by name in `Batch`; where the cache holds means and deviations,
+            also the latents that are sampled from them.
+    """
+
+    records: dict[str, Tensor]
+    draws: dict[str, Tensor]
 
 
-class Samples(Dataset[dict[str, Tensor] | ShardError]):
+class Samples(Dataset[dict[str, Tensor]]):
     """The endless sequence of training samples, indexed by place.
 
     Args:
@@ -72,37 +86,95 @@ class Samples(Dataset[dict[str, Tensor] | ShardError]):
         self.order = order
         self.seed = seed
         self.proportion_empty_prompts = proportion_empty_prompts
+        self.readers = (cache.text, cache.latents, cache.conditioning)
+        sampled = ("latent", "conditioning_latent")
+        # What has the shape of a latent and is drawn, in the order of drawing.
+        self.drawn = [
+            "noise",
+            *(name for name in sampled for one in self.readers if f"{name}_std" in one.expected),
+        ]
+        self.latent_shape = cache.latents.expected["latent"].shape
+        self.empty_prompt = cache.empty_prompt_key()
 
-    def __getitem__(self, place: int) -> dict[str, Tensor] | ShardError:
-        """Return one sample's tensors, see `Batch`; or the error, for `loader` to raise.
+    def __getitem__(self, place: int) -> dict[str, Tensor]:
+        """Return one sample's tensors: those of a `Batch`, without its first axis.
 
-        Raised here, in a worker process, it would reach the user as that process's traceback.
+        Raises:
+            ShardError: a record is missing or damaged.
         """
-        try:
-            return self._sample(place)
-        except ShardError as error:
-            return error
+        batch = self.fill(self.memory(1), [place])
+        return {name: value[0] for name, value in vars(batch).items()}
 
-    def _sample(self, place: int) -> dict[str, Tensor]:
-        _, tensors, prompts = self.cache.sample(*self.order.record(place))
-        # Philox is counter-based: any place's stream is there at once and overlaps no other.
-        rng = np.random.Generator(np.random.Philox(key=[self.seed, place]))
-        uniform, normal = rng.random(), rng.standard_normal()
-        drops, caption = rng.random() < self.proportion_empty_prompts, rng.integers(len(prompts))
-        embeds = self.cache.empty_prompt() if drops else self.cache.embeddings(prompts[caption])
-        shape = tensors["latent"].shape
-        sample = {
-            "noise": torch.from_numpy(rng.standard_normal(shape, dtype=np.float32)),
-            "uniform": torch.tensor(uniform, dtype=torch.float32),
-            "normal": torch.tensor(normal, dtype=torch.float32),
-            **embeds,
-        }
-        for name in ("latent", "conditioning_latent"):
-            sample[name] = tensors[name]
-            if (std := tensors.get(f"{name}_std")) is not None:
-                draw = torch.from_numpy(rng.standard_normal(shape, dtype=np.float32))
-                sample[name] = tensors[name].float() + std.float() * draw
-        return sample
+    def memory(self, count: int, *, pin: bool = False) -> Memory:
+        """Return memory for a batch of `count` samples.
+
+        Args:
+            count: samples.
+            pin: take pinned memory. Torch keeps what is freed of it for the next batch, and gives
+                it out again only when copies from it are done.
+        """
+        records = {name: spec for one in self.readers for name, spec in one.expected.items()}
+        draws = dict.fromkeys(self.drawn, TensorSpec(self.latent_shape, torch.float32))
+        draws |= dict.fromkeys(("uniform", "normal"), TensorSpec((), torch.float32))
+
+        def empty(specs: dict[str, TensorSpec]) -> dict[str, Tensor]:
+            return {
+                name: torch.empty((count, *spec.shape), dtype=spec.dtype, pin_memory=pin)
+                for name, spec in specs.items()
+            }
+
+        return Memory(empty(records), empty(draws))
+
+    def fill(self, memory: Memory, places: Sequence[int]) -> Batch:
+        """Read and draw the samples at some places.
+
+        Every record is read once, straight to where it belongs; a prompt that comes again is
+        copied from where it came first.
+
+        Args:
+            memory: for as many samples as there are places.
+            places: their numbers in the run's order.
+
+        Raises:
+            ShardError: a record is missing or damaged.
+        """
+        text, latents, conditioning = self.readers
+        rows = {name: byte_rows(tensor) for name, tensor in memory.records.items()}
+        draws = {name: tensor.numpy() for name, tensor in memory.draws.items()}
+        seen: dict[str, int] = {}
+        for row, place in enumerate(places):
+            shard, index = self.order.record(place)
+            _, latent, prompts = self.cache.pair(shard, index)
+            # Philox is counter-based: any place's stream is there at once and overlaps no other.
+            rng = np.random.Generator(np.random.Philox(key=[self.seed, place]))
+            draws["uniform"][row], draws["normal"][row] = rng.random(), rng.standard_normal()
+            drops = rng.random() < self.proportion_empty_prompts
+            caption = rng.integers(len(prompts))
+            prompt = self.empty_prompt if drops else prompts[caption]
+            for name in self.drawn:
+                rng.standard_normal(out=draws[name][row], dtype=np.float32)
+
+            latents.read_into(*latent, _row(rows, latents, row))
+            conditioning.read_into(shard, index, _row(rows, conditioning, row))
+            here = _row(rows, text, row)
+            first = seen.setdefault(prompt, row)
+            if first == row:
+                text.read_into(*text.locate(prompt), here)
+            else:
+                for name, values in here.items():
+                    values[:] = rows[name][first]
+        for name in memory.draws.keys() & memory.records.keys():
+            deviation = memory.records[f"{name}_std"].float()
+            memory.draws[name].mul_(deviation).add_(memory.records[name])
+        found = memory.records | memory.draws
+        return Batch(**{field.name: found[field.name] for field in fields(Batch)})
+
+
+def _row(
+    rows: dict[str, NDArray[np.uint8]], reader: ProductReader, row: int
+) -> dict[str, NDArray[np.uint8]]:
+    """Return where the tensors of a product's record belong in a batch."""
+    return {name: rows[name][row] for name in reader.expected}
 
 
 class RankBatches(Sampler[list[int]]):
@@ -132,35 +204,27 @@ class RankBatches(Sampler[list[int]]):
             first += self.batch_size * self.num_ranks
 
 
-def collate(samples: Sequence[dict[str, Tensor] | ShardError]) -> Batch | ShardError:
-    """Return samples as one batch, or the first error among them."""
-    good = []
-    for sample in samples:
-        if isinstance(sample, ShardError):
-            return sample
-        good.append(sample)
-    return Batch(**{name: torch.stack([one[name] for one in good]) for name in good[0]})
-
-
 def loader(
     samples: Samples, places: RankBatches, *, num_workers: int, pin: bool
 ) -> Iterator[Batch]:
-    """Yield batches without end, read ahead by `num_workers` processes.
+    """Yield batches without end, read ahead by `num_workers` threads.
+
+    Threads rather than processes: reading and drawing happen outside Python's lock, batches need
+    not be copied from one process to another, and memory is that of the batches alone.
 
     Raises:
         ShardError: a record is missing or damaged.
     """
-    batches: DataLoader[Any] = DataLoader(
-        samples,
-        batch_sampler=places,
-        collate_fn=collate,
-        num_workers=num_workers,
-        pin_memory=pin,
-    )
-    for batch in batches:
-        if isinstance(batch, ShardError):
-            raise batch
-        yield batch
+
+    def fill(work: tuple[Memory, list[int]]) -> Batch:
+        return samples.fill(*work)
+
+    work = ((samples.memory(len(group), pin=pin), group) for group in places)
+    if num_workers == 0:
+        yield from map(fill, work)
+        return
+    with ThreadPoolExecutor(num_workers, "read") as pool:
+        yield from ahead(pool, fill, work, lead=BATCHES_AHEAD * num_workers)
 
 
 def prompt_embeds(clip_embeds: Tensor, t5_embeds: Tensor) -> Tensor:

@@ -1,0 +1,144 @@
+"""Where a cache's files are: a folder here, or behind a URL (see `shards.remote`)."""
+
+import os
+from collections.abc import Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, Protocol
+
+from shards import manifest, plain
+from shards.errors import ShardError
+from shards.manifest import Manifest
+from shards.sidecar import sidecar_path, tar_path
+
+OPEN_FILES = 256
+
+
+class OpenFile:
+    """A file open for reading; it closes when the last user is done with it."""
+
+    def __init__(self, path: Path) -> None:
+        self.descriptor = -1  # for `__del__`, where opening fails
+        self.descriptor = os.open(path, os.O_RDONLY)
+
+    def __del__(self) -> None:
+        if self.descriptor >= 0:
+            os.close(self.descriptor)
+
+    def read_into(self, buffers: Sequence[Any], start: int) -> int:
+        """Fill writable buffers one after the other from a place in the file.
+
+        Returns:
+            How many bytes there were; fewer than asked for only at the end of the file.
+        """
+        wanted = sum(map(len, buffers))
+        done = os.preadv(self.descriptor, buffers, start)
+        while 0 < done < wanted:  # seldom: a signal came, or a network's file system took a break
+            rest, skip = [], done
+            for one in buffers:
+                view: memoryview[Any] = memoryview(one)
+                if skip < len(view):
+                    rest.append(view[skip:])
+                skip = max(0, skip - len(view))
+            more = os.preadv(self.descriptor, rest, start + done)
+            if more == 0:
+                break
+            done += more
+        return done
+
+
+class Files(Protocol):
+    """What a reader asks of the place where a cache is kept."""
+
+    def manifest(self) -> Manifest:
+        """Return the manifest of the complete cache."""
+
+    def sidecar(self, folder: str, shard: int) -> bytes:
+        """Return the bytes of a shard's sidecar, as they are."""
+
+    def tar(self, folder: str, shard: int) -> OpenFile:
+        """Return a shard's tar, open."""
+
+    def name(self, folder: str, shard: int) -> str:
+        """Return what to call a shard's tar in a message."""
+
+
+class LocalFiles:
+    """A cache in a folder of this machine.
+
+    Args:
+        root: the cache's folder.
+    """
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self._open = lru_cache(OPEN_FILES)(OpenFile)
+
+    def __reduce__(self) -> tuple[type["LocalFiles"], tuple[Path]]:
+        """Open files stay behind when a cache travels to a spawned worker."""
+        return LocalFiles, (self.root,)
+
+    def __str__(self) -> str:
+        return str(self.root)
+
+    def manifest(self) -> Manifest:
+        """Return the manifest; see `shards.manifest.load`."""
+        return manifest.load(self.root)
+
+    def sidecar(self, folder: str, shard: int) -> bytes:
+        """Return the bytes of a shard's sidecar.
+
+        Raises:
+            ShardError: there is none, or it cannot be read.
+        """
+        path = sidecar_path(self.root / folder, shard)
+        try:
+            return plain.read_file(path)
+        except FileNotFoundError as error:
+            raise ShardError(f"{path}: missing, though manifest.json counts on it") from error
+
+    def tar(self, folder: str, shard: int) -> OpenFile:
+        """Return a shard's tar, open.
+
+        Raises:
+            OSError: it cannot be opened.
+        """
+        return self._open(tar_path(self.root / folder, shard))
+
+    def name(self, folder: str, shard: int) -> str:
+        """Return the tar's path."""
+        return str(tar_path(self.root / folder, shard))
+
+    def check_present(self, found: Manifest, folders: Sequence[str]) -> None:
+        """Check that all tars of some products are there in full length, and all sidecars.
+
+        Raises:
+            ShardError: naming the first that is not.
+        """
+        products = dict(found.products())
+        for folder in folders:
+            sizes = _sizes(self.root / folder)
+            for shard, expected in enumerate(products[folder].shard_bytes):
+                tar = tar_path(self.root / folder, shard)
+                for path in (tar, sidecar_path(self.root / folder, shard)):
+                    if path.name not in sizes:
+                        raise ShardError(
+                            f"{path}: missing, though manifest.json counts on it; "
+                            "copy it again, or run precompute again"
+                        )
+                if sizes[tar.name] != expected:
+                    raise ShardError(
+                        f"{tar}: cut short or changed, {expected} bytes expected, "
+                        f"found {sizes[tar.name]}; copy it again, or run precompute again"
+                    )
+
+
+def _sizes(folder: Path) -> dict[str, int]:
+    """Return name -> size of the files in a folder, links followed; none if there is no folder."""
+    try:
+        with os.scandir(folder) as entries:
+            return {entry.name: entry.stat().st_size for entry in entries if entry.is_file()}
+    except (FileNotFoundError, NotADirectoryError):
+        return {}
+    except OSError as error:
+        raise ShardError(f"{folder}: cannot be read ({error.strerror})") from error
