@@ -1,7 +1,9 @@
 """Where a cache's files are: a folder here, or behind a URL (see `shards.remote`)."""
 
+import hashlib
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Protocol
@@ -12,6 +14,9 @@ from shards.manifest import Manifest
 from shards.sidecar import sidecar_path, tar_path
 
 OPEN_FILES = 256
+
+Shard = tuple[str, int]  # folder of the product, number
+Window = tuple[int, list[Shard]]  # the first place behind it, what it reads
 
 
 class OpenFile:
@@ -62,6 +67,19 @@ class Files(Protocol):
     def name(self, folder: str, shard: int) -> str:
         """Return what to call a shard's tar in a message."""
 
+    def check_present(self, found: Manifest, folders: Sequence[str]) -> None:
+        """Check that the shards of some products are there, as far as that is cheap."""
+
+    def following(self, windows: Iterator[Window]) -> AbstractContextManager[None]:
+        """Have what windows read here by the time it is read."""
+
+    def reached(self, place: int) -> None:
+        """Let go of what is read only before a place in the run's order."""
+
+    @property
+    def limit_bytes(self) -> int | None:
+        """How much of the cache can be here at a time; None for all."""
+
 
 class LocalFiles:
     """A cache in a folder of this machine.
@@ -109,6 +127,18 @@ class LocalFiles:
         """Return the tar's path."""
         return str(tar_path(self.root / folder, shard))
 
+    def following(self, windows: Iterator[Window]) -> AbstractContextManager[None]:
+        """Everything is here."""
+        return nullcontext()
+
+    def reached(self, place: int) -> None:
+        """Everything stays here."""
+
+    @property
+    def limit_bytes(self) -> int | None:
+        """Everything is here."""
+        return None
+
     def check_present(self, found: Manifest, folders: Sequence[str]) -> None:
         """Check that all tars of some products are there in full length, and all sidecars.
 
@@ -131,6 +161,12 @@ class LocalFiles:
                         f"{tar}: cut short or changed, {expected} bytes expected, "
                         f"found {sizes[tar.name]}; copy it again, or run precompute again"
                     )
+
+
+def file_sha256(path: Path) -> str:
+    """Return the SHA-256 of a file's bytes, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _sizes(folder: Path) -> dict[str, int]:

@@ -3,8 +3,9 @@
 Axes: T tokens, C latent channels, h x w latent grid.
 """
 
+import contextlib
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from torch import Tensor
 
 from shards import sidecar
 from shards.errors import ShardError
-from shards.files import Files, LocalFiles
+from shards.files import Files, LocalFiles, Shard
 from shards.index import ShardIndex
 from shards.manifest import (
     DEFAULT_CONDITIONING,
@@ -26,6 +27,7 @@ from shards.manifest import (
     conditioning_folder,
     validation_folder,
 )
+from shards.order import Order
 from shards.records import (
     LARGEST_ABOUT_BYTES,
     LARGEST_HEADER_BYTES,
@@ -228,7 +230,7 @@ class Cache:
     """
 
     def __init__(self, files: Files | Path, conditioning_name: str = DEFAULT_CONDITIONING) -> None:
-        self.files = LocalFiles(files) if isinstance(files, Path) else files
+        self.files: Files = LocalFiles(files) if isinstance(files, Path) else files
         self.manifest: Manifest = self.files.manifest()
         if conditioning_name not in self.manifest.conditioning:
             raise ShardError(
@@ -241,9 +243,8 @@ class Cache:
         self.latents = self._reader("latents")
         self.conditioning = self._reader(conditioning_folder(conditioning_name))
         self.validation = self._reader(validation_folder(conditioning_name))
-        if isinstance(self.files, LocalFiles):
-            readers = (self.text, self.latents, self.conditioning, self.validation)
-            self.files.check_present(self.manifest, [reader.folder for reader in readers])
+        readers = (self.text, self.latents, self.conditioning, self.validation)
+        self.files.check_present(self.manifest, [reader.folder for reader in readers])
 
     def __reduce__(self) -> tuple[type["Cache"], tuple[Files, str]]:
         """A cache that travels to a spawned worker is opened there again."""
@@ -252,6 +253,41 @@ class Cache:
     def _reader(self, folder: str) -> ProductReader:
         product = dict(self.manifest.products())[folder]
         return ProductReader(self.files, folder, product, self.manifest.tensors(folder))
+
+    @contextlib.contextmanager
+    def following(self, order: Order, place: int) -> Iterator[None]:
+        """Have what is read from a place on here by the time it is read.
+
+        Raises:
+            ShardError: the cache is remote, and what is read at a time has no room here.
+        """
+        counts = [one.num_shards for one in (self.latents.product, self.conditioning.product)]
+        products = (self.text.product, self.latents.product, self.conditioning.product)
+        total, limit = sum(product.num_bytes for product in products), self.files.limit_bytes
+        # A shard of images with the prompts that go with it; what they share is counted to each.
+        one = total / max(*counts, 1)
+        window = min(order.window, max(counts))
+        if limit is not None and total > limit and window * one > limit:
+            raise ShardError(
+                f"{self.files}: {window} shards mixed at a time take {window * one / 1e9:.1f} GB, "
+                f"and --local-cache-gb is {limit / 1e9:g}; give --shuffle-window "
+                f"{max(1, int(limit / one / 2))}, or room for {window * one / 1e9:.1f} GB or more"
+            )
+        windows = ((end, self._read_by(shards)) for end, shards in order.windows(place))
+        with self.files.following(windows):
+            yield
+
+    def _read_by(self, shards: list[int]) -> list[Shard]:
+        """Return the files that the samples of some conditioning shards are in."""
+        texts = sorted({text for shard in shards for text in self._text_shards(shard)})
+        return [
+            *((self.conditioning.folder, shard) for shard in shards),
+            *((self.latents.folder, shard) for shard in shards),
+            *((self.text.folder, shard) for shard in texts),
+        ]
+
+    def _text_shards(self, shard: int) -> list[int]:
+        return self.latents.index(shard).shards_of_prompts()
 
     def empty_prompt(self) -> dict[str, Tensor]:
         """Return the text tensors of the empty prompt.

@@ -1,6 +1,5 @@
 """Holding a cache against its own manifest and sidecars, byte by byte."""
 
-import hashlib
 import itertools
 import tarfile
 from collections.abc import Iterator
@@ -11,7 +10,7 @@ import torch
 
 from shards import manifest, sidecar
 from shards.errors import ShardError
-from shards.files import LocalFiles
+from shards.files import LocalFiles, file_sha256
 from shards.manifest import Manifest, Product
 from shards.reader import ProductReader
 from shards.sidecar import Sidecar
@@ -79,12 +78,6 @@ def _tar_faults(folder: Path, product: Product, shard: int) -> list[str]:
     if file_sha256(path) != product.shard_sha256[shard]:
         return [f"{path}: its sha256 is not the one in the manifest; the file has been changed"]
     return []
-
-
-def file_sha256(path: Path) -> str:
-    """Return the SHA-256 of a file's bytes, in hexadecimal."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _record_faults(reader: ProductReader, shard: int) -> Iterator[str]:

@@ -131,7 +131,7 @@ def train_config(base: Path, cache: Path, tmp_path: Path) -> TrainConfig:
     """Four steps of two samples, without pictures."""
     return TrainConfig(
         pretrained_model_name_or_path=str(base),
-        shards=cache,
+        shards=str(cache),
         output_dir=tmp_path / "out",
         num_controlnet_layers=2,
         train_batch_size=2,

@@ -35,8 +35,14 @@ class TrainConfig:
         help="Base model: a diffusers folder or a hub id; only transformer and scheduler are read, "
         "and the VAE's decoder for validation images."
     )
-    shards: Path = option(help="The cache's folder.")
+    shards: str = option(
+        help="The cache: a folder, or the address of one, s3://, gs://, hf://, http:// or https://."
+    )
     output_dir: Path = option(help="Where checkpoints, logs and the ControlNet go.")
+    local_cache_dir: Path | None = option(
+        None, help="Where shards of a remote cache are kept; among the user's caches by default."
+    )
+    local_cache_gb: float = option(64.0, help="How much of it at a time, in 10^9 bytes.")
     conditioning_name: str = option(DEFAULT_CONDITIONING, help="Which control of the cache.")
     controlnet_model_name_or_path: str | None = option(
         None, help="ControlNet to go on from; a copy of the transformer's first blocks otherwise."
@@ -140,6 +146,8 @@ class TrainConfig:
                 if value is not None and value < least:
                     flag = "--" + name.replace("_", "-")
                     raise ConfigError(f"{flag} {value}: must be at least {least}.")
+        if self.local_cache_gb <= 0:
+            raise ConfigError(f"--local-cache-gb {self.local_cache_gb:g}: must be above 0.")
         if self.precondition_outputs not in (0, 1):
             raise ConfigError(
                 f"--precondition-outputs {self.precondition_outputs}: must be 0 or 1."

@@ -6,7 +6,7 @@ so a resumed or re-partitioned run draws the same.
 Axes: B samples, T tokens, W embedding width, C latent channels, h x w latent grid.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields
 
@@ -206,25 +206,30 @@ class RankBatches(Sampler[list[int]]):
 
 def loader(
     samples: Samples, places: RankBatches, *, num_workers: int, pin: bool
-) -> Iterator[Batch]:
+) -> Generator[Batch, None, None]:
     """Yield batches without end, read ahead by `num_workers` threads.
 
     Threads rather than processes: reading and drawing happen outside Python's lock, batches need
-    not be copied from one process to another, and memory is that of the batches alone.
+    not be copied from one process to another, and memory is that of the batches alone. Close it to
+    end the threads.
 
     Raises:
         ShardError: a record is missing or damaged.
     """
 
-    def fill(work: tuple[Memory, list[int]]) -> Batch:
-        return samples.fill(*work)
+    def fill(work: tuple[Memory, list[int]]) -> tuple[Batch, int]:
+        memory, group = work
+        return samples.fill(memory, group), group[0]
 
     work = ((samples.memory(len(group), pin=pin), group) for group in places)
-    if num_workers == 0:
-        yield from map(fill, work)
-        return
-    with ThreadPoolExecutor(num_workers, "read") as pool:
-        yield from ahead(pool, fill, work, lead=BATCHES_AHEAD * num_workers)
+    with (
+        samples.cache.following(samples.order, places.start),
+        ThreadPoolExecutor(max(1, num_workers), "read") as pool,
+    ):
+        lead = BATCHES_AHEAD * num_workers
+        for batch, first in ahead(pool, fill, work, lead) if num_workers else map(fill, work):
+            samples.cache.files.reached(first)
+            yield batch
 
 
 def prompt_embeds(clip_embeds: Tensor, t5_embeds: Tensor) -> Tensor:

@@ -163,6 +163,7 @@ def _loop(
         if inputs.validates and (state.step % config.validation_steps == 0 or last):
             _validate(config, inputs, accelerator, controlnet, transformer, state.step)
     bar.close()
+    batches.close()
     return state
 
 

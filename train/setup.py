@@ -15,6 +15,7 @@ from shards.errors import ConfigError, ShardError
 from shards.order import Order
 from shards.pretrained import find_base, find_controlnet
 from shards.reader import Cache
+from shards.streaming import open_files
 from train import checkpoints, models
 from train.checkpoints import TrainState
 from train.config import TrainConfig
@@ -59,7 +60,8 @@ def find_inputs(config: TrainConfig) -> Inputs:
         ConfigError: the base model, the cache and the checkpoint do not go together.
     """
     _require_packages(config)
-    cache = Cache(config.shards, config.conditioning_name)
+    files = open_files(config.shards, config.local_cache_dir, config.local_cache_gb)
+    cache = Cache(files, config.conditioning_name)
     num_samples = cache.conditioning.product.num_records
     if num_samples == 0:
         raise ShardError(f"{config.shards}: the cache holds no samples")

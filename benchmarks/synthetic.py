@@ -1,0 +1,117 @@
+"""A cache of random numbers in the true format, of any size: for measurements and for tests."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from shards import manifest
+from shards.manifest import LatentSpec, Manifest, TextSpec, product_of
+from shards.records import Record, TensorSpec, record_key
+from shards.writer import write_shard
+
+
+@dataclass(frozen=True)
+class Shape:
+    """How large the records are.
+
+    Attributes:
+        side: of the latent grid; pixels / 8.
+        tokens: of T5.
+        clip_width: of CLIP-L and CLIP-G side by side.
+        t5_width: of T5.
+        pooled_width: of the pooled embeddings.
+    """
+
+    side: int
+    tokens: int = 77
+    clip_width: int = 2048
+    t5_width: int = 4096
+    pooled_width: int = 2048
+
+    def text_spec(self) -> TextSpec:
+        """Return what a text record holds."""
+        return TextSpec(
+            77, self.clip_width, self.tokens, self.t5_width, self.pooled_width, "bfloat16"
+        )
+
+    def latent_spec(self) -> LatentSpec:
+        """Return what a latent record holds."""
+        return LatentSpec(
+            16, self.side, self.side, 8, 1.5305, 0.0609, "mean", "-1_1", dtype="bfloat16"
+        )
+
+
+def write_cache(
+    folder: Path, shape: Shape, num_shards: int, images_per_shard: int, *, seed: int = 0
+) -> None:
+    """Write a complete cache in which every image has a prompt of its own.
+
+    Args:
+        folder: the cache's.
+        shape: of the records.
+        num_shards: of latents, conditioning and text each; text has one more.
+        images_per_shard: images, conditioning images and prompts.
+        seed: of the numbers.
+    """
+    text, latent = shape.text_spec(), shape.latent_spec()
+    generator = torch.Generator().manual_seed(seed)
+
+    def drawn(specs: dict[str, TensorSpec]) -> dict[str, Tensor]:
+        return {
+            name: torch.randn(spec.shape, generator=generator).to(spec.dtype)
+            for name, spec in specs.items()
+        }
+
+    def key(shard: int, row: int, number: int) -> str:
+        return record_key(shard, row, f"{number:016x}")
+
+    def records(shard: int, specs: dict[str, TensorSpec]) -> Iterator[Record]:
+        for row in range(images_per_shard):
+            number = shard * images_per_shard + row
+            yield Record(key(shard, row, number), drawn(specs), {"image_hash": f"{number:032x}"})
+
+    def prompts(shard: int) -> Iterator[Record]:
+        rows = range(images_per_shard) if shard else range(1)
+        for row in rows:
+            prompt = f"prompt {shard} {row}" if shard else ""
+            yield Record(key(shard, row, row), drawn(text.tensors()), {"prompt": prompt})
+
+    texts = [
+        write_shard(folder / "text", shard, prompts(shard), fingerprint="0")
+        for shard in range(num_shards + 1)
+    ]
+    latents = [
+        write_shard(
+            folder / "latents",
+            shard,
+            records(shard, latent.tensors("latent")),
+            fingerprint="0",
+            prompts=[[key(shard + 1, row, row)] for row in range(images_per_shard)],
+        )
+        for shard in range(num_shards)
+    ]
+    control = latent.tensors("conditioning_latent")
+    controls = folder / "conditioning" / "conditioning"
+    conditioning = [
+        write_shard(controls, shard, records(shard, control), fingerprint="0")
+        for shard in range(num_shards)
+    ]
+    manifest.write(
+        folder,
+        Manifest(
+            text=product_of(folder / "text", texts),
+            text_spec=text,
+            text_identity="0",
+            latents=product_of(folder / "latents", latents),
+            latent_spec=latent,
+            conditioning={"conditioning": product_of(controls, conditioning)},
+            conditioning_specs={"conditioning": latent},
+            validation={"conditioning": product_of(folder, [])},
+            captions=manifest.captions_digest(latents),
+            num_skipped=0,
+            made_by={"base": "random numbers"},
+        ),
+    )
