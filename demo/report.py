@@ -15,9 +15,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from demo.comparison import compare
 from demo.config import DemoConfig
 from infer.score import WITHOUT
-from infer.sheets import contact_sheet
 from precompute import images
 from shards.provenance import commit, machine, versions
+from shards.sheets import contact_sheet
 
 NUM_COLUMNS = 6  # of the sheet of validation pictures; steps in between are left out
 SMOOTHING = 10  # logged losses that a point of the curve is the mean of

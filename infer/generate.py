@@ -10,11 +10,11 @@ from tqdm import tqdm
 
 from infer.config import GenerateConfig
 from infer.pipeline import Convention, control_image, find_convention, load_pipeline
-from infer.sheets import contact_sheet, save_png
 from precompute import images
 from precompute.images import BadImage
 from shards.errors import ConfigError
 from shards.provenance import write_run
+from shards.sheets import contact_sheet, save_png
 
 
 def generate(config: GenerateConfig) -> None:

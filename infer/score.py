@@ -20,13 +20,13 @@ from tqdm import tqdm
 from infer.config import ScoreConfig
 from infer.discs import Color, Measured, caption_colors, measure, outlined_disc
 from infer.pipeline import COMPONENTS, Convention, control_image, find_convention, load_pipeline
-from infer.sheets import contact_sheet, save_png
 from infer.statistics import Summary, summarize
 from precompute import images
 from precompute.sources import Row, Source, open_source
 from shards.errors import ConfigError
 from shards.options import as_dict
 from shards.provenance import write_run
+from shards.sheets import contact_sheet, save_png
 from shards.writer import write_text
 
 WITH, WITHOUT = "with_controlnet", "without_controlnet"

@@ -185,7 +185,7 @@ def _check_output(cache: Path) -> None:
         "latents",
         "conditioning",
         "validation",
-        "run.json",
+        manifest.RUN,
         manifest.MANIFEST,
         manifest.PREVIOUS,
     }

@@ -1,32 +1,51 @@
-"""`python -m shards info|verify`: what is in a cache, and whether it is all there."""
+"""`python -m shards info|verify|preview|pull|push`: look into a cache, check it, carry it about."""
 
 import dataclasses
 import json
+import tempfile
 from pathlib import Path
 from typing import Any
 
 import click
 from tqdm import tqdm
 
-from shards import manifest, verify
-from shards.manifest import Manifest
+from shards import manifest, transfer, verify
+from shards.device import pick_device
+from shards.manifest import DEFAULT_CONDITIONING, Manifest
 from shards.options import CONTEXT, user_errors
+from shards.pretrained import find_base
+from shards.reader import Cache
+from shards.remote import RemoteFolder, is_url
+from shards.sheets import save_png
+from shards.sidecar import tar_path
+from shards.streaming import LOCAL_CACHE_GB, open_files
+from shards.transfer import Copied
+
+OVERWRITE = click.option(
+    "--overwrite", is_flag=True, help="Change a complete cache that is there and is another."
+)
+LOCAL_CACHE = click.option(
+    "--local-cache-dir",
+    type=click.Path(path_type=Path),
+    help="Where shards of a remote cache are kept; among the user's caches by default.",
+)
 
 
 @click.group(context_settings=CONTEXT)
 def main() -> None:
-    """Look into a cache and check it."""
+    """Look into a cache, check it, and copy it from or to a URL."""
 
 
 @main.command()
-@click.argument("cache", type=click.Path(path_type=Path))
+@click.argument("cache")
+@click.option("--shards", "by_shard", is_flag=True, help="List every shard.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
-def info(cache: Path, as_json: bool) -> None:
-    """Say what CACHE holds, what made it and how large it is."""
+def info(cache: str, by_shard: bool, as_json: bool) -> None:
+    """Say what CACHE, a folder or a URL, holds, what made it and how large it is."""
     with user_errors():
-        found = manifest.load(cache)
+        found = _manifest(cache)
     if as_json:
-        click.echo(json.dumps(_summary(found), indent=1))
+        click.echo(json.dumps(_summary(found, by_shard), indent=1))
         return
     for folder, product in found.products():
         click.echo(
@@ -47,6 +66,12 @@ def info(cache: Path, as_json: bool) -> None:
     click.echo(f"rows skipped: {found.num_skipped}")
     for key, value in found.made_by.items():
         click.echo(f"{key}: {value}")
+    if by_shard:
+        for row in _shard_table(found):
+            click.echo(
+                f"{row['shard']:36s} {row['records']:8d} records {row['bytes'] / 1e6:10.1f} MB   "
+                f"sha256 {row['sha256']}"
+            )
 
 
 @main.command("verify")
@@ -74,7 +99,95 @@ def verify_command(ctx: click.Context, cache: Path, as_json: bool) -> None:
         ctx.exit(1)
 
 
-def _summary(found: Manifest) -> dict[str, Any]:
+@main.command("preview")
+@click.argument("cache")
+@click.option(
+    "--pretrained-model-name-or-path", "base", required=True, help="Base model; its VAE is read."
+)
+@click.option("--revision", help="Of the base model on the hub.")
+@click.option("--variant", help="Of the base model's weight files, e.g. fp16.")
+@click.option("--conditioning-name", default=DEFAULT_CONDITIONING, show_default=True)
+@click.option("--num-samples", type=click.IntRange(1), default=8, show_default=True)
+@click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Of the choice.")
+@click.option(
+    "--output", type=click.Path(path_type=Path), default=Path("preview.png"), show_default=True
+)
+@click.option("--device", help="Where to decode; the best there is by default.")
+@LOCAL_CACHE
+def preview_command(
+    cache: str,
+    base: str,
+    revision: str | None,
+    variant: str | None,
+    conditioning_name: str,
+    num_samples: int,
+    seed: int,
+    output: Path,
+    device: str | None,
+    local_cache_dir: Path | None,
+) -> None:
+    """Decode some samples of CACHE, a folder or a URL: image, conditioning image, caption."""
+    with user_errors():
+        from shards.preview import preview
+
+        found = Cache(open_files(cache, local_cache_dir, LOCAL_CACHE_GB), conditioning_name)
+        folder = find_base(base, ("vae",), revision=revision, variant=variant)
+        where = pick_device(device)
+        sheet = preview(
+            found, folder, num_samples=num_samples, seed=seed, device=where, variant=variant
+        )
+        save_png(output, sheet)
+    click.echo(f"{output}: written")
+
+
+@main.command("pull")
+@click.argument("url")
+@click.argument("cache", type=click.Path(path_type=Path))
+@OVERWRITE
+def pull_command(url: str, cache: Path, overwrite: bool) -> None:
+    """Copy the cache at URL to the folder CACHE: what is missing, damaged or different."""
+    with user_errors():
+        done = transfer.pull(RemoteFolder(url), cache, overwrite=overwrite)
+    click.echo(f"{cache}: complete, {_account(done)}")
+
+
+@main.command("push")
+@click.argument("cache", type=click.Path(path_type=Path))
+@click.argument("url")
+@OVERWRITE
+def push_command(cache: Path, url: str, overwrite: bool) -> None:
+    """Copy the cache in the folder CACHE to URL: what is missing or different there."""
+    with user_errors():
+        done = transfer.push(cache, RemoteFolder(url), overwrite=overwrite)
+    click.echo(f"{url}: complete, {_account(done)}")
+
+
+def _account(done: Copied) -> str:
+    return f"{done.copied} shards copied ({done.num_bytes / 1e6:.1f} MB), {done.kept} there already"
+
+
+def _manifest(cache: str) -> Manifest:
+    if not is_url(cache):
+        return manifest.load(Path(cache))
+    with tempfile.TemporaryDirectory() as folder:
+        data = RemoteFolder(cache).read(manifest.MANIFEST, Path(folder))
+    return manifest.from_json(data, f"{cache}/{manifest.MANIFEST}")
+
+
+def _shard_table(found: Manifest) -> list[dict[str, Any]]:
+    return [
+        {
+            "shard": tar_path(Path(folder), shard).as_posix(),
+            "records": product.shard_records[shard],
+            "bytes": product.shard_bytes[shard],
+            "sha256": product.shard_sha256[shard],
+        }
+        for folder, product in found.products()
+        for shard in range(product.num_shards)
+    ]
+
+
+def _summary(found: Manifest, by_shard: bool) -> dict[str, Any]:
     products = {
         folder: {
             "records": product.num_records,
@@ -94,6 +207,7 @@ def _summary(found: Manifest) -> dict[str, Any]:
         },
         "num_skipped": found.num_skipped,
         "made_by": found.made_by,
+        **({"shards": _shard_table(found)} if by_shard else {}),
     }
 
 

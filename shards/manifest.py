@@ -19,6 +19,8 @@ from shards.sidecar import Sidecar, sidecar_path
 from shards.writer import write_text
 
 MANIFEST = "manifest.json"
+# Settings and versions of the run that made the cache; for people.
+RUN = "run.json"
 # The last complete cache's manifest while it is being changed; no cache is complete because of it.
 PREVIOUS = "manifest.previous.json"
 DEFAULT_CONDITIONING = "conditioning"

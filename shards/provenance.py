@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from shards.manifest import RUN
 from shards.options import as_dict
 from shards.writer import write_text
 
@@ -66,4 +67,4 @@ def write_run(folder: Path, stage: str, config: Any, **more: Any) -> None:
         "commit": commit(),
         **more,
     }
-    write_text(folder / "run.json", json.dumps(run, ensure_ascii=False, indent=1) + "\n")
+    write_text(folder / RUN, json.dumps(run, ensure_ascii=False, indent=1) + "\n")

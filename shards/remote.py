@@ -1,9 +1,12 @@
 """A cache behind a URL: single files fetched whole, checked on arrival, and put in their place."""
 
+import contextlib
 import hashlib
+import os
 import random
 import re
 import time
+from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -14,7 +17,7 @@ from fsspec.callbacks import Callback
 from shards.errors import ConfigError, ShardError
 from shards.files import file_sha256
 from shards.plain import LARGEST_FILE_BYTES
-from shards.writer import DISK_FULL
+from shards.writer import DISK_FULL, cannot_write, move_into_place
 
 # Each is a plain store of files. Of fsspec's others some run commands or unpack archives, and may
 # be chained; a cache's address shall not be a program.
@@ -69,7 +72,7 @@ class RemoteFolder:
         import fsspec
 
         try:
-            return fsspec.filesystem(self.scheme, **self._options())
+            return fsspec.filesystem(self.scheme, skip_instance_cache=True, **self._options())
         except ImportError as error:
             package = PACKAGES.get(self.scheme, "huggingface_hub")
             raise ConfigError(f"{self.url}: needs {package}: pip install {package}") from error
@@ -86,12 +89,14 @@ class RemoteFolder:
         return {}
 
     def fetch(self, name: str, target: Path, *, size: int | None, sha256: str | None) -> None:
-        """Fetch a file to `target`, again if need be; what comes is checked.
+        """Fetch a file, again if need be; it is at `target` when it has come and been checked.
+
+        On its way it is called `<target>.part`. That is what a killed process leaves behind; nobody
+        reads it, and the next fetch writes over it.
 
         Args:
             name: relative to the folder.
-            target: overwritten; left behind half-written if the process is killed, so never a
-                name under which anybody looks for the file.
+            target: where it is wanted; its folder is made if missing.
             size: how many bytes it has; None for a small JSON file of unknown size.
             sha256: of its bytes, if that is known.
 
@@ -99,24 +104,63 @@ class RemoteFolder:
             ShardError: it cannot be had, or other bytes come; with the URL and the reason.
             OSError: it cannot be written here.
         """
-        url = f"{self.url}/{name}"
-        for attempt in range(1, ATTEMPTS + 1):
-            try:
-                self._transfer(url, target, size)
-                reason = _mismatch(target, size, sha256)
-                if reason is None:
-                    return
-                final = attempt > 1 and "sha256" in reason  # sent the same twice: it is so there
-            except Exception as error:  # of many libraries, which share no base class
-                if isinstance(error, OSError) and error.errno in DISK_FULL:
-                    target.unlink(missing_ok=True)
-                    raise OSError(error.errno, error.strerror, str(target)) from error
-                reason, final = _reason(error), _is_final(error)
-            if final or attempt == ATTEMPTS:
-                target.unlink(missing_ok=True)
-                tries = "" if attempt == 1 else f" (tried {attempt} times)"
-                raise ShardError(f"{url}: {reason}{tries}")
-            time.sleep(FIRST_WAIT_S * 2 ** (attempt - 1) * random.uniform(0.5, 1.0))
+        # Hugging Face's own fast path is taken without a callback only, and knows the size itself.
+        limit = LARGEST_FILE_BYTES if size is None else size
+        part = target.with_name(f"{target.name}.part")
+
+        def get() -> None:
+            options = {} if self.scheme == "hf" else {"callback": _Limit(limit)}
+            self.fs.get_file(self._url(name), str(part), **options)
+            _check(part, size, sha256)
+
+        try:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            self._persist(name, get)
+            move_into_place(part, target)
+        except OSError as error:
+            part.unlink(missing_ok=True)
+            raise cannot_write(target, error, size or 0) from error
+        except BaseException:
+            part.unlink(missing_ok=True)
+            raise
+
+    def put(self, path: Path, name: str) -> None:
+        """Send a file, again if need be.
+
+        Raises:
+            ShardError: it cannot be sent; with the URL and the reason.
+        """
+
+        def send() -> None:
+            self.fs.put_file(str(path), self._url(name))
+            sent, there = path.stat().st_size, self._info_size(name)
+            if sent != there:
+                raise _CutShortError(f"{sent} bytes were sent, and {there} are there")
+
+        self._persist(name, send)
+
+    def size(self, name: str) -> int | None:
+        """Return how many bytes a file has, or None if there is none.
+
+        Raises:
+            ShardError: that cannot be found out.
+        """
+        found: list[int | None] = []
+        self._persist(name, lambda: found.append(self._info_size(name)))
+        return found[0]
+
+    def remove(self, name: str) -> None:
+        """Remove a file, if there is one.
+
+        Raises:
+            ShardError: it cannot be removed.
+        """
+
+        def remove() -> None:
+            with contextlib.suppress(FileNotFoundError):
+                self.fs.rm_file(self._url(name))
+
+        self._persist(name, remove)
 
     def read(self, name: str, folder: Path) -> bytes:
         """Return the bytes of a small file.
@@ -128,17 +172,46 @@ class RemoteFolder:
         Raises:
             ShardError: see `fetch`.
         """
-        target = folder / f".{hashlib.sha256(f'{self.url}/{name}'.encode()).hexdigest()[:16]}.part"
+        unique = hashlib.sha256(f"{self.url}/{name} {os.getpid()}".encode()).hexdigest()[:16]
+        target = folder / f".fetched-{unique}"
         self.fetch(name, target, size=None, sha256=None)
         data = target.read_bytes()
         target.unlink()
         return data
 
-    def _transfer(self, url: str, target: Path, size: int | None) -> None:
-        # Hugging Face's own fast path is taken without a callback only, and knows the size itself.
-        limit = LARGEST_FILE_BYTES if size is None else size
-        options = {} if self.scheme == "hf" else {"callback": _Limit(limit)}
-        self.fs.get_file(url, str(target), **options)
+    def _url(self, name: str) -> str:
+        return f"{self.url}/{name}"
+
+    def _info_size(self, name: str) -> int | None:
+        self.fs.invalidate_cache()
+        try:
+            size: int | None = self.fs.info(self._url(name))["size"]
+        except FileNotFoundError:
+            return None
+        return size
+
+    def _persist(self, name: str, act: Callable[[], None]) -> None:
+        """Do something with a file until it succeeds, or there is no hope.
+
+        Raises:
+            ShardError: with the URL and the reason.
+            OSError: the disk here is full.
+        """
+        for attempt in range(1, ATTEMPTS + 1):
+            try:
+                return act()
+            except Exception as error:  # of many libraries, which share no base class
+                if isinstance(error, ConfigError):
+                    raise
+                if isinstance(error, OSError) and error.errno in DISK_FULL:
+                    raise
+                # The same wrong bytes twice: that is what is there.
+                again = isinstance(error, _OtherBytesError) and attempt > 1
+                if again or _is_final(error) or attempt == ATTEMPTS:
+                    tries = "" if attempt == 1 else f" (tried {attempt} times)"
+                    raise ShardError(f"{self._url(name)}: {_reason(error)}{tries}") from error
+            time.sleep(FIRST_WAIT_S * 2 ** (attempt - 1) * random.uniform(0.5, 1.0))
+        raise AssertionError("the last attempt returns or raises")
 
 
 class _Limit(Callback):  # type: ignore[misc]  # fsspec has no annotations
@@ -154,26 +227,38 @@ class _Limit(Callback):  # type: ignore[misc]  # fsspec has no annotations
             raise _TooLongError(f"sends more than the {self.limit} bytes expected")
 
 
-class _TooLongError(Exception):
+class _TransferError(Exception):
+    """What is wrong with a transfer that the library thinks a success."""
+
+
+class _TooLongError(_TransferError):
     pass
 
 
-def _mismatch(path: Path, size: int | None, sha256: str | None) -> str | None:
-    """Return what is wrong with a fetched file, or None."""
+class _CutShortError(_TransferError):
+    pass
+
+
+class _OtherBytesError(_TransferError):
+    pass
+
+
+def _check(path: Path, size: int | None, sha256: str | None) -> None:
+    """Hold a fetched file against what it should be."""
     found = path.stat().st_size
     if size is not None and found != size:
-        return f"cut short, {size} bytes expected, {found} came"
-    if sha256 is not None:
-        came = file_sha256(path)
-        if came != sha256:
-            return f"not the bytes that the manifest lists: sha256 {sha256} expected, {came} came"
-    return None
+        raise _CutShortError(f"cut short, {size} bytes expected, {found} came")
+    came = file_sha256(path)
+    if sha256 is not None and came != sha256:
+        raise _OtherBytesError(
+            f"not the bytes that the manifest lists: sha256 {sha256} expected, {came} came"
+        )
 
 
 def _is_final(error: Exception) -> bool:
     """Tell whether trying again is in vain."""
     status = getattr(error, "status", None)
-    refused = (FileNotFoundError, PermissionError, _TooLongError, ConfigError)
+    refused = (FileNotFoundError, PermissionError, _TooLongError)
     credentials = type(error).__name__ in ("NoCredentialsError", "GatedRepoError")
     return isinstance(error, refused) or credentials or status in FINAL_STATUSES
 
@@ -182,6 +267,8 @@ def _reason(error: Exception) -> str:
     """Return what a library says of its failure, in one line."""
     if isinstance(error, FileNotFoundError):
         return "no such file there"
+    if isinstance(error, _TransferError):
+        return str(error)
     status = getattr(error, "status", None)
     if status is not None:
         return f"the server answers {status} {getattr(error, 'message', '')}".rstrip()

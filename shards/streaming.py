@@ -20,6 +20,7 @@ from shards.manifest import MANIFEST, Manifest
 from shards.remote import RemoteFolder, is_url
 from shards.sidecar import sidecar_path, tar_path
 
+LOCAL_CACHE_GB = 64.0
 FETCHERS = 4  # files on their way at a time
 WINDOWS_HELD = 2  # the one that is read and the next
 ROOM_POLL_S = 1.0  # other processes do not tell when they have made room
@@ -200,10 +201,8 @@ class RemoteFiles:
         with path.with_suffix(f"{path.suffix}.lock").open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             if not path.exists():
-                part = path.with_suffix(f"{path.suffix}.part")
                 name = path.relative_to(self.root).as_posix()
-                self.remote.fetch(name, part, size=size, sha256=sha256)
-                part.replace(path)
+                self.remote.fetch(name, path, size=size, sha256=sha256)
 
     def _size(self, wanted: Shard) -> int:
         return self._products[wanted[0]].shard_bytes[wanted[1]]

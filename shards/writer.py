@@ -141,28 +141,38 @@ def atomic_file(path: Path, num_bytes: int = 0) -> Iterator[IO[bytes]]:
         with temporary.open("wb") as file:
             yield file
             file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-        _sync_folder(path.parent)
+        move_into_place(temporary, path)
     except OSError as error:
         with contextlib.suppress(OSError):
             temporary.unlink()
-        reason = error.strerror or str(error)
-        if error.errno in DISK_FULL:
-            reason += _space(path, num_bytes)
-        raise OSError(error.errno, f"cannot write: {reason}", str(path)) from error
+        raise cannot_write(path, error, num_bytes) from error
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
 
 
-def _space(path: Path, num_bytes: int) -> str:
-    """Say how much space a file needs, where that is known, and how much there is."""
-    needed = f"about {num_bytes / 1e6:.1f} MB needed, " if num_bytes else ""
-    with contextlib.suppress(OSError):
-        free = shutil.disk_usage(path.parent).free
-        return f" ({needed}{free / 1e6:.1f} MB free); make room and run again"
-    return ""
+def move_into_place(temporary: Path, path: Path) -> None:
+    """Rename a finished file to its own name, so that it is there whole even if power fails now."""
+    _sync(temporary)
+    temporary.replace(path)
+    _sync_folder(path.parent)
+
+
+def cannot_write(path: Path, error: OSError, num_bytes: int) -> OSError:
+    """Return an error that names the file and, where the disk is full, the space it takes.
+
+    Args:
+        path: the file that was to be written.
+        error: why it could not.
+        num_bytes: about how large it would be; 0 if that is not known.
+    """
+    reason = error.strerror or str(error)
+    if error.errno in DISK_FULL:
+        needed = f"about {num_bytes / 1e6:.1f} MB needed, " if num_bytes else ""
+        with contextlib.suppress(OSError):
+            free = shutil.disk_usage(path.parent).free
+            reason += f" ({needed}{free / 1e6:.1f} MB free); make room and run again"
+    return OSError(error.errno, f"cannot write: {reason}", str(path))
 
 
 def _add(tar: tarfile.TarFile, name: str, data: bytes) -> tuple[int, int]:
@@ -178,8 +188,12 @@ def _add(tar: tarfile.TarFile, name: str, data: bytes) -> tuple[int, int]:
 def _sync_folder(folder: Path) -> None:
     """Make a rename durable; systems that cannot open a folder do so by themselves."""
     if os.name == "posix":
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+        _sync(folder)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -14,10 +14,10 @@ from PIL import Image
 
 from infer.config import GenerateConfig
 from infer.generate import generate
-from infer.sheets import CELL_PX, contact_sheet
 from precompute.images import to_pixels, to_uint8
 from shards.errors import ConfigError
 from shards.pretrained import DATA_KEY
+from shards.sheets import CELL_PX, contact_sheet
 from tests.conftest import PROMPTS, RESOLUTION_PX, TOKENS, Outcome, flags
 
 

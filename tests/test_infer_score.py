@@ -23,9 +23,9 @@ from demo.colors import COLORS
 from infer.config import ScoreConfig
 from infer.discs import measure
 from infer.score import WAYS, WITH, WITHOUT, Drawn, Sample, samples_csv, score, worst_sheet
-from infer.sheets import CELL_PX
 from infer.statistics import summarize
 from precompute.images import fit
+from shards.sheets import CELL_PX
 from tests.conftest import RESOLUTION_PX, TOKENS, Outcome, flags
 
 NUM_SAMPLES = 3

@@ -7,6 +7,7 @@ from typing import Literal
 from shards.errors import ConfigError
 from shards.manifest import DEFAULT_CONDITIONING
 from shards.options import option
+from shards.streaming import LOCAL_CACHE_GB
 
 AT_PRECOMPUTE = "this is settled when the cache is made; give it to python -m precompute."
 MOVED = {
@@ -42,7 +43,7 @@ class TrainConfig:
     local_cache_dir: Path | None = option(
         None, help="Where shards of a remote cache are kept; among the user's caches by default."
     )
-    local_cache_gb: float = option(64.0, help="How much of it at a time, in 10^9 bytes.")
+    local_cache_gb: float = option(LOCAL_CACHE_GB, help="How much of it at a time, in 10^9 bytes.")
     conditioning_name: str = option(DEFAULT_CONDITIONING, help="Which control of the cache.")
     controlnet_model_name_or_path: str | None = option(
         None, help="ControlNet to go on from; a copy of the transformer's first blocks otherwise."

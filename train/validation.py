@@ -3,7 +3,6 @@
 Axes: B pictures, C latent channels, h x w latent grid, T tokens, W embedding width.
 """
 
-import gc
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,8 +13,9 @@ from diffusers import FlowMatchEulerDiscreteScheduler
 from numpy.typing import NDArray
 from torch import Tensor
 
+from shards import decoder
+from shards.decoder import to_bytes
 from shards.manifest import LatentSpec
-from shards.pretrained import component_variant
 from shards.reader import Cache
 from train.data import prompt_embeds
 from train.objective import scaled
@@ -138,7 +138,6 @@ def sample(
     return latents.float()
 
 
-@torch.no_grad()
 def decode(
     base: Path, variant: str | None, spec: LatentSpec, latents: list[Tensor], device: torch.device
 ) -> list[NDArray[np.uint8]]:
@@ -154,27 +153,5 @@ def decode(
     Returns:
         Images [B, H, W, 3], 0 to 255, one array a batch.
     """
-    # Imported here so that training without validation never sees a VAE.
-    from diffusers import AutoencoderKL
-
-    vae = AutoencoderKL.from_pretrained(
-        base,
-        subfolder="vae",
-        variant=component_variant(base / "vae", variant),
-        dtype=torch.float32,
-        use_safetensors=True,
-    )
-    vae.encoder = None
-    vae.to(device).eval()
-    images = []
-    for batch in latents:
-        raw = batch.to(device) / spec.scaling_factor + spec.shift_factor
-        # One at a time: the decoder's activations are what fills a small card.
-        pixels = torch.cat([vae.decode(one, return_dict=False)[0] for one in raw.unsqueeze(1)])
-        unit = (pixels / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1)
-        images.append((unit * 255).round().to(torch.uint8).cpu().numpy())
-    del vae
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
-    return images
+    raw = [batch / spec.scaling_factor + spec.shift_factor for batch in latents]
+    return [to_bytes(pixels) for pixels in decoder.decode(base, variant, raw, device)]
