@@ -208,16 +208,14 @@ class Manifest:
             "conditioning_image": TensorSpec(pixels, torch.uint8),
         }
 
-    def data_fingerprint(self, conditioning_name: str) -> str:
-        """Return the digest of all that training on one control reads, its order included."""
-        return digest(
-            [
-                self.text.fingerprint,
-                self.latents.fingerprint,
-                self.conditioning[conditioning_name].fingerprint,
-                self.captions,
-            ]
-        )
+    def fingerprints(self, conditioning_name: str) -> dict[str, str]:
+        """Return the digests of all that training on one control reads, its order included."""
+        return {
+            "text": self.text.fingerprint,
+            "latents": self.latents.fingerprint,
+            "conditioning": self.conditioning[conditioning_name].fingerprint,
+            "captions": self.captions,
+        }
 
     def products(self) -> Iterator[tuple[str, Product]]:
         """Yield (folder relative to the cache, product) for every product."""

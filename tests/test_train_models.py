@@ -2,6 +2,7 @@
 
 import json
 import logging
+import re
 import shutil
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from shards.errors import ConfigError
 from shards.pretrained import DATA_KEY
 from shards.reader import Cache
 from train import models
+from train.compatibility import check_base
 from train.data import prompt_embeds
 
 
@@ -122,24 +124,37 @@ def test_stock_diffusers_loads_the_saved_controlnet_without_a_word(
 
 
 @pytest.mark.parametrize(
-    ("edit", "message"),
+    ("component", "edit", "message"),
     [
-        ({"joint_attention_dim": 4096}, r"T5 width \(joint_attention_dim\): cache 96, model 4096"),
-        ({"pooled_projection_dim": 2048}, r"pooled width .*: cache 80, model 2048"),
-        ({"in_channels": 4}, "latent channels: cache 16, model 4"),
-        ({"pos_embed_max_size": 2}, "latent side: cache 8, model at most 4"),
-        ({"patch_size": 3}, "latent size: cache 8 x 8, patches of 3"),
-        ({"patch_size": None}, "not an SD3 transformer"),
+        ("transformer", {"joint_attention_dim": 4096}, r"\(joint_attention_dim\) +96 +4096"),
+        ("transformer", {"joint_attention_dim": 64}, r"CLIP width .* 80 +at most 64"),
+        ("transformer", {"pooled_projection_dim": 2048}, r"pooled width .* 80 +2048"),
+        ("transformer", {"in_channels": 4}, "latent channels +16 +4"),
+        ("transformer", {"pos_embed_max_size": 2}, r"pos_embed_max_size\) +8 x 8 +at most 4"),
+        ("transformer", {"patch_size": 3}, r"patch_size\) +8 x 8 +multiples of 3"),
+        ("transformer", {"patch_size": None}, "not an SD3 transformer"),
+        ("vae", {"scaling_factor": 0.18215}, r"VAE scale .* 1\.5305 +0\.18215"),
+        ("vae", {"shift_factor": None}, r"VAE shift .* 0\.0609 +0\.0"),
+        ("vae", {"latent_channels": 4}, r"VAE channels .* 16 +4"),
     ],
 )
 def test_a_cache_that_does_not_fit_the_base_is_refused(
-    base: Path, cache: Path, tmp_path: Path, edit: dict[str, object], message: str
+    base: Path,
+    cache: Path,
+    tmp_path: Path,
+    component: str,
+    edit: dict[str, object],
+    message: str,
 ) -> None:
-    shutil.copytree(base / "transformer", tmp_path / "transformer")
-    path = tmp_path / "transformer" / "config.json"
+    for name in ("transformer", "vae"):
+        shutil.copytree(base / name, tmp_path / name)
+    check_base(tmp_path, manifest.load(cache))
+    path = tmp_path / component / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | edit))
-    with pytest.raises(ConfigError, match=message):
-        models.check_base(tmp_path, manifest.load(cache))
+    with pytest.raises(ConfigError, match=message) as caught:
+        check_base(tmp_path, manifest.load(cache))
+    if edit.get("patch_size", "") is not None:
+        assert re.search(r"\n +cache +model\n", str(caught.value))
 
 
 def test_a_controlnet_of_other_widths_is_refused(base: Path) -> None:

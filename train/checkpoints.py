@@ -27,14 +27,14 @@ class TrainState:
         place: samples consumed; the next one's number in the run's order.
         seed: of the order and all draws.
         shuffle_window: of the order.
-        data_fingerprint: of the cache that the order refers to.
+        fingerprints: of the data that the order refers to; see `Manifest.fingerprints`.
     """
 
     step: int
     place: int
     seed: int
     shuffle_window: int | None
-    data_fingerprint: str
+    fingerprints: dict[str, str]
 
 
 def find(output_dir: Path) -> list[Path]:

@@ -15,51 +15,6 @@ from shards.pretrained import component_variant, controlnet_mismatches, read_con
 DEFAULT_NUM_LAYERS = 12
 
 
-def check_base(base: Path, manifest: Manifest) -> None:
-    """Hold the cache against the base model's configuration, before any weights are read.
-
-    Raises:
-        ConfigError: with what the cache holds beside what the model needs.
-    """
-    config = read_config(base, "transformer")
-    text, latent = manifest.text_spec, manifest.latent_spec
-    try:
-        patch = int(config["patch_size"])
-        largest = int(config["pos_embed_max_size"])
-        rows = [
-            ("latent channels", latent.latent_channels, int(config["in_channels"])),
-            ("T5 width (joint_attention_dim)", text.t5_width, int(config["joint_attention_dim"])),
-            (
-                "pooled width (pooled_projection_dim)",
-                text.pooled_width,
-                int(config["pooled_projection_dim"]),
-            ),
-        ]
-    except (KeyError, TypeError, ValueError) as error:
-        raise ConfigError(
-            f"{base / 'transformer' / 'config.json'}: not an SD3 transformer ({error!r})."
-        ) from error
-    wrong = [
-        f"  {name}: cache {found}, model {expected}"
-        for name, found, expected in rows
-        if found != expected
-    ]
-    side = max(latent.height, latent.width)
-    if side > patch * largest:
-        wrong.append(
-            f"  latent side: cache {side}, model at most {patch * largest} (pos_embed_max_size)"
-        )
-    if latent.height % patch or latent.width % patch:
-        wrong.append(f"  latent size: cache {latent.height} x {latent.width}, patches of {patch}")
-    if wrong:
-        listing = "\n".join(wrong)
-        raise ConfigError(
-            f"the cache does not fit the base model {base}:\n{listing}\n"
-            "Run python -m precompute with this base model, or train on the one the cache was "
-            f"made with ({manifest.made_by.get('base')})."
-        )
-
-
 def load_scheduler(base: Path) -> FlowMatchEulerDiscreteScheduler:
     """Return the base model's noise schedule."""
     return FlowMatchEulerDiscreteScheduler.from_pretrained(base, subfolder="scheduler")

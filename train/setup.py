@@ -18,6 +18,7 @@ from shards.reader import Cache
 from shards.streaming import open_files
 from train import checkpoints, models
 from train.checkpoints import TrainState
+from train.compatibility import check_base, check_same_order
 from train.config import TrainConfig
 from train.step import Objective
 
@@ -82,7 +83,7 @@ def find_inputs(config: TrainConfig) -> Inputs:
             else ""
         )
         raise ConfigError(f"{error}{hint}") from error
-    models.check_base(base, cache.manifest)
+    check_base(base, cache.manifest)
 
     named = config.controlnet_model_name_or_path
     controlnet = (
@@ -97,12 +98,12 @@ def find_inputs(config: TrainConfig) -> Inputs:
         place=0,
         seed=config.seed,
         shuffle_window=config.shuffle_window,
-        data_fingerprint=cache.manifest.data_fingerprint(config.conditioning_name),
+        fingerprints=cache.manifest.fingerprints(config.conditioning_name),
     )
     state = start
     if checkpoint is not None:
         state = checkpoints.read_state(checkpoint)
-        _check_same_order(checkpoint, state, start)
+        check_same_order(checkpoint, state, start)
     shard_records = cache.conditioning.product.shard_records
     order = Order(shard_records, seed=config.seed, window=config.shuffle_window)
     return Inputs(cache, base, controlnet, order, validates, checkpoint, state)
@@ -207,26 +208,6 @@ def make_objective(config: TrainConfig, inputs: Inputs, device: torch.device) ->
         mode_scale=config.mode_scale,
         precondition_outputs=bool(config.precondition_outputs),
     )
-
-
-def _check_same_order(checkpoint: Path, found: TrainState, wanted: TrainState) -> None:
-    """Refuse to resume where the sequence of samples would be another one."""
-    names = {
-        "seed": "--seed",
-        "shuffle_window": "--shuffle-window",
-        "data_fingerprint": "data in the cache",
-    }
-    wrong = [
-        f"  {label}: checkpoint {getattr(found, name)}, now {getattr(wanted, name)}"
-        for name, label in names.items()
-        if getattr(found, name) != getattr(wanted, name)
-    ]
-    if wrong:
-        raise ConfigError(
-            f"{checkpoint}: made with other data or another order, so going on would repeat and "
-            "skip samples:\n" + "\n".join(wrong) + "\nUse the same, or start in another "
-            "--output-dir with this checkpoint's controlnet/ as --controlnet-model-name-or-path."
-        )
 
 
 def _require_packages(config: TrainConfig) -> None:
