@@ -10,11 +10,11 @@ import click
 from tqdm import tqdm
 
 from shards import manifest, transfer, verify
+from shards.cache import Cache
 from shards.device import pick_device
 from shards.manifest import DEFAULT_CONDITIONING, Manifest
 from shards.options import CONTEXT, user_errors
 from shards.pretrained import find_base
-from shards.reader import Cache
 from shards.remote import RemoteFolder, is_url
 from shards.sheets import save_png
 from shards.sidecar import tar_path

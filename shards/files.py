@@ -30,13 +30,17 @@ class OpenFile:
         if self.descriptor >= 0:
             os.close(self.descriptor)
 
-    def read_into(self, buffers: Sequence[Any], start: int) -> int:
+    def read_into(self, buffers: Sequence[Any], start: int, wanted: int) -> int:
         """Fill writable buffers one after the other from a place in the file.
 
+        Args:
+            buffers: of `wanted` bytes together.
+            start: first byte to read.
+            wanted: how many.
+
         Returns:
-            How many bytes there were; fewer than asked for only at the end of the file.
+            How many there were; fewer only at the end of the file.
         """
-        wanted = sum(map(len, buffers))
         done = os.preadv(self.descriptor, buffers, start)
         while 0 < done < wanted:  # seldom: a signal came, or a network's file system took a break
             rest, skip = [], done
@@ -90,7 +94,7 @@ class LocalFiles:
 
     def __init__(self, root: Path) -> None:
         self.root = root
-        self._open = lru_cache(OPEN_FILES)(OpenFile)
+        self.tar = lru_cache(OPEN_FILES)(self._open)
 
     def __reduce__(self) -> tuple[type["LocalFiles"], tuple[Path]]:
         """Open files stay behind when a cache travels to a spawned worker."""
@@ -115,13 +119,13 @@ class LocalFiles:
         except FileNotFoundError as error:
             raise ShardError(f"{path}: missing, though manifest.json counts on it") from error
 
-    def tar(self, folder: str, shard: int) -> OpenFile:
+    def _open(self, folder: str, shard: int) -> OpenFile:
         """Return a shard's tar, open.
 
         Raises:
             OSError: it cannot be opened.
         """
-        return self._open(tar_path(self.root / folder, shard))
+        return OpenFile(tar_path(self.root / folder, shard))
 
     def name(self, folder: str, shard: int) -> str:
         """Return the tar's path."""

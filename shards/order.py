@@ -5,16 +5,17 @@ permutes the shards, takes `window` of them at a time and permutes the records i
 that every record comes exactly once an epoch. Ranks share out places, not shards; hence the
 sequence is the same on any number of them, and to resume is to go on from a place.
 
-Permutations are computed place by place, never as a table: memory and the time to the first sample
-do not depend on the number of records.
+Records are permuted place by place, never in a table: memory and the time to the first sample do not
+depend on their number.
 """
 
 import math
+from array import array
+from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache, partial
+from itertools import accumulate
 
-import numpy as np
-from numpy.typing import NDArray
 from xxhash import xxh3_64_intdigest
 
 ROUNDS = 8  # even; Luby and Rackoff (1988) need four for a secret, this is twice that for a shuffle
@@ -32,15 +33,15 @@ class Order:
     def __init__(
         self, shard_records: Sequence[int], *, seed: int, window: int | None = None
     ) -> None:
-        self.sizes: NDArray[np.int64] = np.asarray(shard_records, dtype=np.int64)
-        self.num_records = int(self.sizes.sum())
+        self.sizes = list(shard_records)
+        self.num_records = sum(self.sizes)
         self.seed = seed
         self.window = window or len(self.sizes)
         self._epoch = lru_cache(2)(self._shuffled_shards)
 
     def __reduce__(self) -> tuple[Callable[..., "Order"], tuple[()]]:
         """What was computed stays behind when an order travels to a spawned worker."""
-        again = partial(Order, self.sizes.tolist(), seed=self.seed, window=self.window)
+        again = partial(Order, self.sizes, seed=self.seed, window=self.window)
         return again, ()
 
     def record(self, place: int) -> tuple[int, int]:
@@ -52,8 +53,8 @@ class Order:
         start, end = _end(ends, first - 1), _end(ends, last)
         key = self._key(epoch, block + 1)
         shuffled = start + permuted(place_in_epoch - start, end - start, key)
-        position = int(np.searchsorted(ends, shuffled, side="right"))
-        return int(shards[position]), shuffled - _end(ends, position - 1)
+        position = bisect_right(ends, shuffled)
+        return shards[position], shuffled - _end(ends, position - 1)
 
     def windows(self, place: int) -> Iterator[tuple[int, list[int]]]:
         """Yield (place at which it ends, shards) of each window from the one at `place` on."""
@@ -63,16 +64,18 @@ class Order:
             first = self._window_of(place_in_epoch, ends) * self.window
             last = min(first + self.window, len(shards)) - 1
             place = epoch * self.num_records + _end(ends, last)
-            yield place, shards[first : last + 1].tolist()
+            yield place, list(shards[first : last + 1])
 
-    def _window_of(self, place_in_epoch: int, ends: NDArray[np.int64]) -> int:
-        return int(np.searchsorted(ends, place_in_epoch, side="right")) // self.window
+    def _window_of(self, place_in_epoch: int, ends: Sequence[int]) -> int:
+        return bisect_right(ends, place_in_epoch) // self.window
 
-    def _shuffled_shards(self, epoch: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    def _shuffled_shards(self, epoch: int) -> tuple[Sequence[int], Sequence[int]]:
         """Return the shards in the epoch's order, and where each ends in it."""
-        count, key = len(self.sizes), self._key(epoch, 0)
-        shards = np.array([permuted(place, count, key) for place in range(count)], dtype=np.int64)
-        return shards, np.cumsum(self.sizes[shards])
+        key = self._key(epoch, 0)
+        shards = sorted(
+            range(len(self.sizes)), key=lambda shard: xxh3_64_intdigest(b"%d" % shard, seed=key)
+        )
+        return shards, array("q", accumulate(self.sizes[shard] for shard in shards))
 
     def _key(self, epoch: int, stream: int) -> int:
         return xxh3_64_intdigest(f"{self.seed}/{epoch}/{stream}".encode())
@@ -101,5 +104,5 @@ def permuted(place: int, size: int, key: int) -> int:
             return place
 
 
-def _end(ends: NDArray[np.int64], position: int) -> int:
-    return int(ends[position]) if position >= 0 else 0
+def _end(ends: Sequence[int], position: int) -> int:
+    return ends[position] if position >= 0 else 0

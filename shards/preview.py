@@ -5,10 +5,10 @@ from pathlib import Path
 import torch
 from PIL import Image
 
+from shards.cache import Cache
 from shards.decoder import decode, to_bytes
 from shards.errors import ShardError
 from shards.order import Order
-from shards.reader import Cache
 from shards.sheets import contact_sheet
 
 

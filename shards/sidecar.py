@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -10,11 +11,10 @@ from msgspec import Meta
 
 from shards.errors import ShardError
 from shards.plain import FORMAT_VERSION, Count, Digest, decode, read_file
-from shards.records import Key, place_of
+from shards.records import KEY
 
 Span = Annotated[list[Count], Meta(min_length=4, max_length=4)]
-Checksum = Annotated[str, Meta(pattern=r"^[0-9a-f]{16}\Z")]
-Checksums = Annotated[list[Checksum], Meta(min_length=2, max_length=2)]
+CHECKSUMS = r"[0-9a-f]{32}"
 
 
 @dataclass(frozen=True)
@@ -37,8 +37,8 @@ class Sidecar:
         keys: the records' keys, in tar order.
         spans: for each record (offset, size) of its tensors and (offset, size) of its JSON in the
             tar, in bytes, as one list of four numbers.
-        checksums: for each record XXH3-64 of its tensors' and of its JSON's bytes, in hexadecimal,
-            so that every read can be checked.
+        checksums: for each record XXH3-64 of its tensors' and of its JSON's bytes, 16 hexadecimal
+            digits each, so that every read can be checked.
         prompts: for each latent record the keys of the text records that caption it; empty for
             other products. It is not part of the tar, so that a new caption leaves latents alone.
         skipped: source rows of this shard that were left out.
@@ -48,10 +48,10 @@ class Sidecar:
     fingerprint: str
     tar_bytes: Count
     sha256: Digest
-    keys: list[Key]
+    keys: list[str]
     spans: list[Span]
-    checksums: list[Checksums]
-    prompts: list[list[Key]]
+    checksums: list[str]
+    prompts: list[list[str]]
     skipped: list[Skipped]
     format_version: int = FORMAT_VERSION
 
@@ -65,10 +65,13 @@ class Sidecar:
         counts = (len(self.spans), len(self.checksums), len(self.prompts) or count)
         if set(counts) != {count}:
             raise ValueError(f"{count} keys, {counts} spans, checksums, prompts")
-        last = -1
+        _check_all(self.keys, KEY, "key")
+        _check_all([key for keys in self.prompts for key in keys], KEY, "key")
+        _check_all(self.checksums, CHECKSUMS, "pair of checksums")
+        last, own = -1, f"{self.shard:06d}-"
         for key in self.keys:
-            shard, row = place_of(key)
-            if shard != self.shard or row <= last:
+            row = int(key.split("-", 2)[1])
+            if row <= last or not key.startswith(own):
                 raise ValueError(f"the key {key} is of another shard, or out of order")
             last = row
         end = 0
@@ -84,6 +87,15 @@ class Sidecar:
     def num_records(self) -> int:
         """How many records the tar holds."""
         return len(self.keys)
+
+
+def _check_all(strings: list[str], pattern: str, what: str) -> None:
+    """Refuse strings of another form; one look at all of them, since there are many."""
+    joined = "".join(f"{one}\n" for one in strings)
+    count = joined.count("\n")
+    if count != len(strings) or not re.fullmatch(rf"({pattern}\n)*", joined):
+        wrong = next((one for one in strings if not re.fullmatch(pattern, one)), "")
+        raise ValueError(f"{wrong[:80]!r} is not a {what}")
 
 
 def tar_path(folder: Path, shard: int) -> Path:

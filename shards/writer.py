@@ -76,7 +76,7 @@ def write_shard(
         _sync_folder(folder)
     keys: list[str] = []
     spans: list[list[int]] = []
-    checksums: list[list[str]] = []
+    checksums: list[str] = []
     path = tar_path(folder, shard)
     with atomic_file(path, num_bytes) as file:
         hashing = _HashingFile(file)
@@ -91,7 +91,7 @@ def write_shard(
                         for number in _add(tar, record.key + kind, data)
                     ]
                 )
-                checksums.append([xxh3_64_hexdigest(data) for data in members])
+                checksums.append("".join(map(xxh3_64_hexdigest, members)))
         try:
             sidecar = Sidecar(
                 shard=shard,

@@ -18,8 +18,8 @@ from transformers import CLIPTextModelWithProjection, T5EncoderModel
 from precompute.config import PrecomputeConfig
 from precompute.run import precompute
 from shards import manifest, sidecar, verify
+from shards.cache import Cache
 from shards.errors import ConfigError, ShardError
-from shards.reader import Cache
 from shards.sidecar import Skipped
 from tests.conftest import NUM_ROWS, PROMPTS, RESOLUTION_PX, TOKENS, Outcome
 

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 from shards import verify
+from shards.cache import Cache
 from shards.errors import ShardError
-from shards.reader import Cache
 from tests.conftest import reseal
 
 HOSTILE = [-1, 0, 1, 1 << 31, 1 << 62, 10**30, 1.5, True, None, "", "..", "../../x", [], {}, [[]]]

@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from shards import manifest, sidecar, verify
+from shards.cache import Cache
 from shards.errors import ShardError
-from shards.reader import Cache
 from tests.conftest import Outcome, reseal
 
 

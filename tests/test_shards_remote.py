@@ -19,9 +19,9 @@ import torch
 
 from benchmarks import synthetic
 from shards import remote
+from shards.cache import Cache
 from shards.errors import ConfigError, ShardError
 from shards.order import Order
-from shards.reader import Cache
 from shards.remote import RemoteFolder
 from shards.streaming import RemoteFiles, open_files
 from tests.conftest import flags, free_port, run_python
@@ -257,7 +257,7 @@ def test_a_half_fetched_file_is_never_used(
     server = serve(cache)
     code = (
         "import sys; from pathlib import Path\n"
-        "from shards.reader import Cache; from shards.remote import RemoteFolder\n"
+        "from shards.cache import Cache; from shards.remote import RemoteFolder\n"
         "from shards.streaming import RemoteFiles\n"
         "found = Cache(RemoteFiles(RemoteFolder(sys.argv[1]), Path(sys.argv[2]), 1 << 30))\n"
         "found.sample(0, 0)"

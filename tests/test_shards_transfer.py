@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from shards import manifest, remote, transfer, verify
+from shards.cache import Cache
 from shards.errors import ConfigError, ShardError
-from shards.reader import Cache
 from shards.remote import RemoteFolder
 from shards.streaming import RemoteFiles
 from tests.conftest import Outcome, reseal

@@ -134,7 +134,8 @@ def test_a_key_is_an_address() -> None:
         {"sha256": None},
         {"shard": 8},
         {"checksums": []},
-        {"checksums": [["0" * 16, "x" * 16]] * 3},
+        {"checksums": ["0" * 31 + "x"] * 3},
+        {"keys": ["000007-00000-0000000000000000\n000007-00001-0000000000000000", "", ""]},
     ],
 )
 def test_a_damaged_sidecar_is_named(tmp_path: Path, edit: dict[str, object]) -> None:

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 
 from precompute.config import PrecomputeConfig
 from precompute.run import precompute
+from shards.cache import Cache
 from shards.order import Order
-from shards.reader import Cache
 from train.data import RankBatches, Samples, loader, prompt_embeds
 
 

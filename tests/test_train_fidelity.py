@@ -9,8 +9,8 @@ from diffusers import StableDiffusion3Pipeline
 from diffusers.training_utils import compute_loss_weighting_for_sd3
 from PIL import Image
 
+from shards.cache import Cache
 from shards.order import Order
-from shards.reader import Cache
 from tests.conftest import RESOLUTION_PX, TOKENS, awaken
 from train import models
 from train.data import Samples

@@ -11,9 +11,9 @@ import torch
 from diffusers import SD3ControlNetModel
 
 from shards import manifest
+from shards.cache import Cache
 from shards.errors import ConfigError
 from shards.pretrained import DATA_KEY
-from shards.reader import Cache
 from train import models
 from train.compatibility import check_base
 from train.data import prompt_embeds

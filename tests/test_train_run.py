@@ -172,9 +172,7 @@ def test_resuming_on_another_cache_is_refused(
 ) -> None:
     train(train_config)
     precompute(replace(fresh, resolution=48))
-    with pytest.raises(
-        ConfigError, match=r"checkpoint +now\n(  .*\n)*  latents +[0-9a-f]+ +"
-    ):
+    with pytest.raises(ConfigError, match=r"checkpoint +now\n(  .*\n)*  latents +[0-9a-f]+ +"):
         train(replace(train_config, resume_from_checkpoint="latest", shards=str(fresh.output_dir)))
 
 

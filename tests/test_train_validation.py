@@ -7,7 +7,7 @@ import pytest
 import torch
 from diffusers import StableDiffusion3ControlNetPipeline
 
-from shards.reader import Cache
+from shards.cache import Cache
 from tests.conftest import PROMPTS, RESOLUTION_PX, TOKENS, awaken
 from train import models, validation
 

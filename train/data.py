@@ -12,13 +12,12 @@ from dataclasses import dataclass, fields
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
 from shards.ahead import ahead
+from shards.cache import Cache
 from shards.order import Order
-from shards.reader import Cache, ProductReader, byte_rows
 from shards.records import TensorSpec
 
 BATCHES_AHEAD = 2  # a thread that reads
@@ -86,14 +85,14 @@ class Samples(Dataset[dict[str, Tensor]]):
         self.order = order
         self.seed = seed
         self.proportion_empty_prompts = proportion_empty_prompts
-        self.readers = (cache.text, cache.latents, cache.conditioning)
+        self.tensors = cache.batch_tensors()
         sampled = ("latent", "conditioning_latent")
         # What has the shape of a latent and is drawn, in the order of drawing.
         self.drawn = [
             "noise",
-            *(name for name in sampled for one in self.readers if f"{name}_std" in one.expected),
+            *(name for name in sampled if f"{name}_std" in self.tensors),
         ]
-        self.latent_shape = cache.latents.expected["latent"].shape
+        self.latent_shape = self.tensors["latent"].shape
         self.empty_prompt = cache.empty_prompt_key()
 
     def __getitem__(self, place: int) -> dict[str, Tensor]:
@@ -113,7 +112,6 @@ class Samples(Dataset[dict[str, Tensor]]):
             pin: take pinned memory. Torch keeps what is freed of it for the next batch, and gives
                 it out again only when copies from it are done.
         """
-        records = {name: spec for one in self.readers for name, spec in one.expected.items()}
         draws = dict.fromkeys(self.drawn, TensorSpec(self.latent_shape, torch.float32))
         draws |= dict.fromkeys(("uniform", "normal"), TensorSpec((), torch.float32))
 
@@ -123,13 +121,10 @@ class Samples(Dataset[dict[str, Tensor]]):
                 for name, spec in specs.items()
             }
 
-        return Memory(empty(records), empty(draws))
+        return Memory(empty(self.tensors), empty(draws))
 
     def fill(self, memory: Memory, places: Sequence[int]) -> Batch:
         """Read and draw the samples at some places.
-
-        Every record is read once, straight to where it belongs; a prompt that comes again is
-        copied from where it came first.
 
         Args:
             memory: for as many samples as there are places.
@@ -138,43 +133,25 @@ class Samples(Dataset[dict[str, Tensor]]):
         Raises:
             ShardError: a record is missing or damaged.
         """
-        text, latents, conditioning = self.readers
-        rows = {name: byte_rows(tensor) for name, tensor in memory.records.items()}
         draws = {name: tensor.numpy() for name, tensor in memory.draws.items()}
-        seen: dict[str, int] = {}
+        pairs, prompts = [], []
         for row, place in enumerate(places):
-            shard, index = self.order.record(place)
-            _, latent, prompts = self.cache.pair(shard, index)
+            pair = self.cache.pair(*self.order.record(place))
             # Philox is counter-based: any place's stream is there at once and overlaps no other.
             rng = np.random.Generator(np.random.Philox(key=[self.seed, place]))
             draws["uniform"][row], draws["normal"][row] = rng.random(), rng.standard_normal()
             drops = rng.random() < self.proportion_empty_prompts
-            caption = rng.integers(len(prompts))
-            prompt = self.empty_prompt if drops else prompts[caption]
+            caption = rng.integers(len(pair.prompts))
+            pairs.append(pair)
+            prompts.append(self.empty_prompt if drops else pair.prompts[caption])
             for name in self.drawn:
                 rng.standard_normal(out=draws[name][row], dtype=np.float32)
-
-            latents.read_into(*latent, _row(rows, latents, row))
-            conditioning.read_into(shard, index, _row(rows, conditioning, row))
-            here = _row(rows, text, row)
-            first = seen.setdefault(prompt, row)
-            if first == row:
-                text.read_into(*text.locate(prompt), here)
-            else:
-                for name, values in here.items():
-                    values[:] = rows[name][first]
+        self.cache.read(memory.records, pairs, prompts)
         for name in memory.draws.keys() & memory.records.keys():
             deviation = memory.records[f"{name}_std"].float()
             memory.draws[name].mul_(deviation).add_(memory.records[name])
         found = memory.records | memory.draws
         return Batch(**{field.name: found[field.name] for field in fields(Batch)})
-
-
-def _row(
-    rows: dict[str, NDArray[np.uint8]], reader: ProductReader, row: int
-) -> dict[str, NDArray[np.uint8]]:
-    """Return where the tensors of a product's record belong in a batch."""
-    return {name: rows[name][row] for name in reader.expected}
 
 
 class RankBatches(Sampler[list[int]]):

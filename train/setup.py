@@ -11,10 +11,10 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType, ProjectConfiguration
 from diffusers.optimization import get_scheduler
 
+from shards.cache import Cache
 from shards.errors import ConfigError, ShardError
 from shards.order import Order
 from shards.pretrained import find_base, find_controlnet
-from shards.reader import Cache
 from shards.streaming import open_files
 from train import checkpoints, models
 from train.checkpoints import TrainState

@@ -14,9 +14,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from shards import decoder
+from shards.cache import Cache
 from shards.decoder import to_bytes
 from shards.manifest import LatentSpec
-from shards.reader import Cache
 from train.data import prompt_embeds
 from train.objective import scaled
 
