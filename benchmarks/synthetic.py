@@ -44,6 +44,9 @@ class Shape:
         )
 
 
+TINY = Shape(side=4, tokens=4, clip_width=8, t5_width=16, pooled_width=8)
+
+
 def write_cache(
     folder: Path, shape: Shape, num_shards: int, images_per_shard: int, *, seed: int = 0
 ) -> None:

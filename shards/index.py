@@ -65,10 +65,7 @@ class _Strings:
 
     def __init__(self, strings: Sequence[str]) -> None:
         self.width = max(map(len, strings), default=0)
-        padded = (
-            strings if len(set(map(len, strings))) < 2 else [s.ljust(self.width) for s in strings]
-        )
-        self.bytes = "".join(padded).encode("ascii")
+        self.bytes = "".join([one.ljust(self.width) for one in strings]).encode("ascii")
 
     def __getitem__(self, index: int) -> str:
         return self.bytes[index * self.width : (index + 1) * self.width].decode().rstrip()

@@ -5,8 +5,8 @@ permutes the shards, takes `window` of them at a time and permutes the records i
 that every record comes exactly once an epoch. Ranks share out places, not shards; hence the
 sequence is the same on any number of them, and to resume is to go on from a place.
 
-Records are permuted place by place, never in a table: memory and the time to the first sample do not
-depend on their number.
+Records are permuted place by place, never in a table: memory and the time to the first sample do
+not depend on their number.
 """
 
 import math
@@ -18,7 +18,9 @@ from itertools import accumulate
 
 from xxhash import xxh3_64_intdigest
 
-ROUNDS = 8  # even; Luby and Rackoff (1988) need four for a secret, this is twice that for a shuffle
+# Even. Measured: with 8, five records come in their 120 orders unevenly (chi-squared 1472, 119
+# expected); with 16 the 720 orders of six come evenly (673, 719 expected).
+ROUNDS = 16
 
 
 class Order:

@@ -283,9 +283,6 @@ def test_a_half_fetched_file_is_never_used(
     assert same(everything(open_remote(server.url, tmp_path / "local")), everything(Cache(cache)))
 
 
-TINY = synthetic.Shape(side=4, tokens=4, clip_width=8, t5_width=16, pooled_width=8)
-
-
 def tar_bytes(folder: Path) -> int:
     total = 0
     for path in folder.rglob("*.tar"):
@@ -298,7 +295,7 @@ def test_a_bounded_folder_holds_what_is_read_and_what_comes_next(
     tmp_path: Path, serve: Callable[[Path], Server]
 ) -> None:
     cache, local = tmp_path / "cache", tmp_path / "local"
-    synthetic.write_cache(cache, TINY, num_shards=10, images_per_shard=12)
+    synthetic.write_cache(cache, synthetic.TINY, num_shards=10, images_per_shard=12)
     server, here = serve(cache), Cache(cache)
     products = (here.text.product, here.latents.product, here.conditioning.product)
     # Room for five of ten shards of images with their prompts: two windows, and one to spare.

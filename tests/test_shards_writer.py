@@ -3,19 +3,24 @@
 import hashlib
 import json
 import os
+import re
 import tarfile
 from pathlib import Path
 
+import datasets
 import pytest
 import safetensors.torch
 import torch
 import webdataset
 
+from precompute.config import PrecomputeConfig
+from precompute.run import precompute
 from shards import sidecar
 from shards.errors import ShardError
 from shards.plain import LARGEST_FILE_BYTES
 from shards.records import Record, place_of, record_key
 from shards.writer import atomic_file, write_shard
+from tests.conftest import flags, run_python
 
 
 def records(count: int = 3) -> list[Record]:
@@ -174,3 +179,56 @@ def test_another_format_version_is_refused(tmp_path: Path) -> None:
     path.write_text(json.dumps(json.loads(path.read_text()) | {"format_version": 2}))
     with pytest.raises(ShardError, match="format 2, this version reads 1"):
         sidecar.load(tmp_path, 7)
+
+
+def test_the_datasets_library_reads_shards(tmp_path: Path) -> None:
+    write_shard(tmp_path, 7, records(), fingerprint="f")
+    rows = datasets.load_dataset(
+        "webdataset",
+        data_files={"train": [str(tmp_path / "000007.tar")]},
+        split="train",
+        cache_dir=str(tmp_path / "datasets"),
+    )
+    assert [row["__key__"] for row in rows] == [one.key for one in records()]
+    for row, record in zip(rows, records(), strict=True):
+        assert row["json"] == record.about
+        loaded = safetensors.torch.load(row["safetensors"])
+        assert all(torch.equal(loaded[name], tensor) for name, tensor in record.tensors.items())
+
+
+FULL_DISK = """
+import resource, signal, sys
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[1]), int(sys.argv[1])))
+from precompute.__main__ import main
+main(sys.argv[2:], prog_name="python -m precompute")
+"""
+
+
+def test_a_full_disk_ends_in_one_line_and_finished_shards_stay(
+    fresh: PrecomputeConfig, cache: Path
+) -> None:
+    # The kernel refuses to let any file grow beyond a text shard: the latents do not fit.
+    limit = max(path.stat().st_size for path in (cache / "text").glob("*.tar"))
+    assert (cache / "latents" / "000000.tar").stat().st_size > limit
+    done = run_python("-c", FULL_DISK, limit, *flags(fresh))
+    assert done.returncode == 2
+    lines = [line for line in done.stderr.splitlines() if line.startswith("Error")]
+    (line,) = lines
+    assert line.startswith(f"Error: {fresh.output_dir}/latents/000000.tar: cannot write: ")
+    assert re.search(r"\(about \d\.\d MB needed, [\d.]+ MB free\); make room and run again$", line)
+    assert "Traceback" not in done.stderr
+    for path in (cache / "text").iterdir():
+        assert (fresh.output_dir / "text" / path.name).read_bytes() == path.read_bytes()
+    assert not list(fresh.output_dir.rglob("*.tmp-*"))
+    assert not (fresh.output_dir / "manifest.json").exists()
+    precompute(fresh)
+    assert (fresh.output_dir / "manifest.json").read_bytes() == (
+        cache / "manifest.json"
+    ).read_bytes()
+
+
+def test_what_cannot_fit_is_not_begun(tmp_path: Path) -> None:
+    with pytest.raises(OSError, match=r"cannot write: No space .*about 1000000000000\.0 MB needed"):
+        write_shard(tmp_path, 7, records(), fingerprint="f", num_bytes=10**18)
+    assert list(tmp_path.iterdir()) == []

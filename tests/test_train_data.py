@@ -6,13 +6,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from benchmarks.synthetic import TINY, write_cache
 from precompute.config import PrecomputeConfig
 from precompute.run import precompute
 from shards.cache import Cache
 from shards.order import Order
+from shards.reader import ProductReader
 from train.data import RankBatches, Samples, loader, prompt_embeds
 
 
@@ -94,6 +96,69 @@ def test_the_posterior_is_sampled_anew(fresh: PrecomputeConfig) -> None:
     largest = (draws - tensors["latent"]).abs().max()
     # narrow_posterior in conftest.py: the deviation is exp(-30 / 2), diffusers' lower bound.
     assert largest <= 7 * 3.1e-7 + 1e-6
+
+
+@pytest.fixture(scope="module")
+def many(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A cache of 35 tiny samples in 7 shards."""
+    folder = tmp_path_factory.mktemp("many") / "cache"
+    write_cache(folder, TINY, num_shards=7, images_per_shard=5)
+    return folder
+
+
+@given(
+    phases=st.lists(
+        st.tuples(st.integers(1, 16), st.integers(0, 4), st.integers(1, 2), st.integers(1, 3)),
+        min_size=1,
+        max_size=3,
+    ),
+    start=st.integers(0, 100),
+    window=st.none() | st.integers(1, 8),
+)
+@settings(max_examples=30, deadline=None)
+def test_resumed_on_other_ranks_and_workers_the_sequence_goes_on(
+    many: Path, phases: list[tuple[int, int, int, int]], start: int, window: int | None
+) -> None:
+    found = Cache(many)
+    order = Order(found.conditioning.product.shard_records, seed=3, window=window)
+    ours = Samples(found, order, seed=3, proportion_empty_prompts=0.2)
+    place = start
+    for ranks, workers, batch_size, steps in phases:
+        for rank in range(ranks):
+            places = RankBatches(place, batch_size=batch_size, rank=rank, num_ranks=ranks)
+            reading = loader(ours, places, num_workers=workers, pin=False)
+            for step, batch in enumerate(islice(reading, steps)):
+                first = place + (step * ranks + rank) * batch_size
+                for row in range(batch_size):
+                    expected = ours[first + row]
+                    for name, values in vars(batch).items():
+                        assert torch.equal(values[row], expected[name]), (name, first + row)
+            reading.close()
+        place += ranks * batch_size * steps
+    # Each record once an epoch, whatever the phases were.
+    seen = [order.record(one) for one in range(start, start + 35)]
+    if start % 35 == 0:
+        assert len(set(seen)) == 35
+
+
+def test_a_prompt_that_comes_again_is_read_once(
+    cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ours = samples(cache, empty=1.0)
+    read: list[tuple[int, int]] = []
+    original = type(ours.cache.text).read_into
+
+    def read_into(self: ProductReader, shard: int, index: int, *more: object) -> None:
+        if self is ours.cache.text:
+            read.append((shard, index))
+        original(self, shard, index, *more)
+
+    monkeypatch.setattr(ProductReader, "read_into", read_into)
+    batch = ours.fill(ours.memory(4), range(4))
+    assert read == [(0, 0)]
+    empty = Cache(cache).empty_prompt()
+    for name, expected in empty.items():
+        assert all(torch.equal(row, expected) for row in getattr(batch, name))
 
 
 @pytest.mark.parametrize("workers", [0, 2])
