@@ -1,0 +1,118 @@
+"""docs/shard-format.md is enough to write a reader: this one uses none of the package's code."""
+
+import hashlib
+import json
+import math
+import re
+import struct
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import xxhash
+
+from shards.cache import Cache
+from shards.order import Order
+
+DTYPES = {"U8": np.uint8, "F16": np.float16, "F32": np.float32}
+
+
+class Page:
+    """A cache, read as the page says."""
+
+    def __init__(self, cache: Path, name: str) -> None:
+        self.cache, self.name = cache, name
+        data = (cache / "manifest.json").read_bytes()
+        self.manifest = json.loads(data)
+        digest = self.manifest["digest"].encode()
+        assert hashlib.sha256(data.replace(digest, b"0" * 64, 1)).hexdigest() == digest.decode()
+        assert self.manifest["format_version"] == 1
+
+    def product(self, folder: str) -> dict[str, Any]:
+        kind, _, name = folder.partition("/")
+        return self.manifest[kind][name] if name else self.manifest[kind]
+
+    def sidecar(self, folder: str, shard: int) -> dict[str, Any]:
+        data = (self.cache / folder / f"{shard:06d}.json").read_bytes()
+        expected = self.product(folder)["sidecar_sha256"][shard]
+        assert hashlib.sha256(data).hexdigest() == expected
+        return json.loads(data)
+
+    def record(self, folder: str, shard: int, index: int) -> dict[str, np.ndarray]:
+        card = self.sidecar(folder, shard)
+        offset, size, about_offset, about_size = card["spans"][index]
+        tar = (self.cache / folder / f"{shard:06d}.tar").read_bytes()
+        assert hashlib.sha256(tar).hexdigest() == card["sha256"]
+        data, about = tar[offset : offset + size], tar[about_offset : about_offset + about_size]
+        for part, checksum in ((data, slice(16)), (about, slice(16, 32))):
+            assert f"{xxhash.xxh3_64_intdigest(part):016x}" == card["checksums"][index][checksum]
+        header_size = struct.unpack("<Q", data[:8])[0]
+        body = data[8 + header_size :]
+        found = {}
+        for name, entry in json.loads(data[8 : 8 + header_size]).items():
+            start, end = entry["data_offsets"]
+            values = np.frombuffer(body[start:end], DTYPES[entry["dtype"]])
+            found[name] = values.reshape(entry["shape"])
+        return found
+
+    def find(self, folder: str, key: str) -> tuple[int, int]:
+        assert re.fullmatch(r"[0-9]{6,9}-[0-9]{5,9}-[0-9a-f]{16}", key)
+        shard = int(key.split("-")[0])
+        return shard, self.sidecar(folder, shard)["keys"].index(key)
+
+    def order(self, seed: int, window: int | None, place: int) -> tuple[int, int]:
+        sizes = self.product(f"conditioning/{self.name}")["shard_records"]
+        epoch, place = divmod(place, sum(sizes))
+
+        def xxh(text: str, key: int = 0) -> int:
+            return xxhash.xxh3_64_intdigest(text.encode("ascii"), seed=key)
+
+        def key(number: int) -> int:
+            return xxh(f"{seed}/{epoch}/{number}")
+
+        shards = sorted(range(len(sizes)), key=lambda shard: xxh(str(shard), key(0)))
+        w = window or len(sizes)
+        for b in range(math.ceil(len(shards) / w)):
+            samples = [(k, i) for k in shards[b * w : (b + 1) * w] for i in range(sizes[k])]
+            if place < len(samples):
+                break
+            place -= len(samples)
+        m = len(samples)
+        a = math.ceil(math.sqrt(m))
+        c = math.ceil(m / a)
+        q = place
+        while True:
+            left, right = q % a, q // a
+            for r in range(16):
+                modulus = c if r % 2 else a
+                left, right = right, (left + xxh(f"{r} {right}", key(b + 1))) % modulus
+            q = a * right + left
+            if q < m:
+                return samples[q]
+
+
+def test_the_page_is_enough_to_read_every_sample(cache: Path) -> None:
+    page, ours = Page(cache, "conditioning"), Cache(cache)
+    for shard, count in enumerate(page.product("conditioning/conditioning")["shard_records"]):
+        for index in range(count):
+            expected = ours.sample(shard, index)[1]
+            key = page.sidecar("conditioning/conditioning", shard)["keys"][index]
+            latent_shard, latent_index = page.find("latents", key)
+            found = page.record("conditioning/conditioning", shard, index)
+            found |= page.record("latents", latent_shard, latent_index)
+            prompts = page.sidecar("latents", latent_shard)["prompts"][latent_index]
+            found |= page.record("text", *page.find("text", prompts[0]))
+            expected |= ours.embeddings(prompts[0])
+            assert found.keys() == expected.keys()
+            for name, values in expected.items():
+                assert torch.equal(torch.from_numpy(found[name].copy()), values)
+
+
+@pytest.mark.parametrize("window", [None, 1, 2])
+def test_the_page_is_enough_to_know_the_order(cache: Path, window: int | None) -> None:
+    page = Page(cache, "conditioning")
+    order = Order(page.product("conditioning/conditioning")["shard_records"], seed=7, window=window)
+    for place in range(35):
+        assert page.order(7, window, place) == order.record(place)
