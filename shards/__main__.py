@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,7 @@ from tqdm import tqdm
 from shards import manifest, transfer, verify
 from shards.cache import Cache
 from shards.device import pick_device
+from shards.errors import ConfigError
 from shards.manifest import DEFAULT_CONDITIONING, Manifest
 from shards.options import CONTEXT, user_errors
 from shards.pretrained import find_base
@@ -75,16 +75,18 @@ def info(cache: str, by_shard: bool, as_json: bool) -> None:
 
 
 @main.command("verify")
-@click.argument("cache", type=click.Path(path_type=Path))
+@click.argument("cache")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 @click.pass_context
-def verify_command(ctx: click.Context, cache: Path, as_json: bool) -> None:
+def verify_command(ctx: click.Context, cache: str, as_json: bool) -> None:
     """Check every shard and record of CACHE; list all that is wrong, then exit 1."""
     with user_errors():
-        found = manifest.load(cache)
+        folder = _folder(cache)
+        found = manifest.load(folder)
     wrong: list[str] = []
-    with tqdm(total=verify.num_shards(found) + 1, unit="shard", desc="verify", disable=None) as bar:
-        for _, faults in verify.faults(cache):
+    total = verify.num_shards(found) + 1
+    with user_errors(), tqdm(total=total, unit="shard", desc="verify", disable=None) as bar:
+        for _, faults in verify.faults(folder):
             wrong.extend(faults)
             bar.update()
     if as_json:
@@ -142,23 +144,23 @@ def preview_command(
 
 @main.command("pull")
 @click.argument("url")
-@click.argument("cache", type=click.Path(path_type=Path))
+@click.argument("cache")
 @OVERWRITE
-def pull_command(url: str, cache: Path, overwrite: bool) -> None:
+def pull_command(url: str, cache: str, overwrite: bool) -> None:
     """Copy the cache at URL to the folder CACHE: what is missing, damaged or different."""
     with user_errors():
-        done = transfer.pull(RemoteFolder(url), cache, overwrite=overwrite)
+        done = transfer.pull(RemoteFolder(url), _folder(cache), overwrite=overwrite)
     click.echo(f"{cache}: complete, {_account(done)}")
 
 
 @main.command("push")
-@click.argument("cache", type=click.Path(path_type=Path))
+@click.argument("cache")
 @click.argument("url")
 @OVERWRITE
-def push_command(cache: Path, url: str, overwrite: bool) -> None:
+def push_command(cache: str, url: str, overwrite: bool) -> None:
     """Copy the cache in the folder CACHE to URL: what is missing or different there."""
     with user_errors():
-        done = transfer.push(cache, RemoteFolder(url), overwrite=overwrite)
+        done = transfer.push(_folder(cache), RemoteFolder(url), overwrite=overwrite)
     click.echo(f"{url}: complete, {_account(done)}")
 
 
@@ -166,11 +168,23 @@ def _account(done: Copied) -> str:
     return f"{done.copied} shards copied ({done.num_bytes / 1e6:.1f} MB), {done.kept} there already"
 
 
+def _folder(cache: str) -> Path:
+    """Return a cache's folder.
+
+    Raises:
+        ConfigError: it is behind a URL.
+    """
+    if is_url(cache):
+        raise ConfigError(
+            f"{cache}: this needs a folder of this machine: python -m shards pull {cache} FOLDER."
+        )
+    return Path(cache)
+
+
 def _manifest(cache: str) -> Manifest:
     if not is_url(cache):
         return manifest.load(Path(cache))
-    with tempfile.TemporaryDirectory() as folder:
-        data = RemoteFolder(cache).read(manifest.MANIFEST, Path(folder))
+    data = RemoteFolder(cache).read(manifest.MANIFEST)
     return manifest.from_json(data, f"{cache}/{manifest.MANIFEST}")
 
 

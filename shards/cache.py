@@ -4,6 +4,7 @@ Axes: B samples, T tokens, W embedding width, C latent channels, h x w latent gr
 """
 
 import contextlib
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -83,25 +84,33 @@ class Cache:
         Raises:
             ShardError: the cache is remote, and what is read at a time has no room here.
         """
-        counts = [one.num_shards for one in (self.latents.product, self.conditioning.product)]
+        limit = self.files.limit_bytes
         products = (self.text.product, self.latents.product, self.conditioning.product)
-        total, limit = sum(product.num_bytes for product in products), self.files.limit_bytes
-        # A shard of images with the prompts that go with it; what they share is counted to each.
-        one = total / max(*counts, 1)
-        window = min(order.window, max(counts))
-        if limit is not None and total > limit and window * one > limit:
-            raise ShardError(
-                f"{self.files}: {window} shards mixed at a time take {window * one / 1e9:.1f} GB, "
-                f"and --local-cache-gb is {limit / 1e9:g}; give --shuffle-window "
-                f"{max(1, int(limit / one / 2))}, or room for {window * one / 1e9:.1f} GB or more"
-            )
-        windows = ((end, self._read_by(shards)) for end, shards in order.windows(place))
-        with self.files.following(windows):
+        if limit is not None and sum(product.num_bytes for product in products) > limit:
+            self._check_room(order, place, limit)
+        with self.files.following(order.windows(place), self._read_by):
             yield
+
+    def _check_room(self, order: Order, place: int, limit: int) -> None:
+        """Refuse a window that cannot be here beside the next one."""
+        windows = [shards for _, shards in itertools.islice(order.windows(place), 2)]
+        needed = set(self._read_by([shard for shards in windows for shard in shards]))
+        products = dict(self.manifest.products())
+        size = sum(products[folder].shard_bytes[shard] for folder, shard in needed)
+        if size > limit:
+            window = min(order.window, self.conditioning.product.num_shards)
+            raise ShardError(
+                f"{self.files}: {window} shards mixed at a time and the next {window} take "
+                f"{size / 1e9:.3g} GB, and --local-cache-gb is {limit / 1e9:.3g}; give "
+                f"--shuffle-window {max(1, window * limit // size)}, or room for "
+                f"{size / 1e9:.3g} GB or more"
+            )
 
     def _read_by(self, shards: list[int]) -> list[Shard]:
         """Return the files that the samples of some conditioning shards are in."""
-        texts = set().union(*(self.latents.index(shard).shards_of_prompts() for shard in shards))
+        texts = {0}  # of the empty prompt
+        for shard in shards:
+            texts |= self.latents.index(shard).shards_of_prompts()
         return [
             *((self.conditioning.folder, shard) for shard in shards),
             *((self.latents.folder, shard) for shard in shards),
@@ -122,7 +131,10 @@ class Cache:
         Raises:
             ShardError: it is not there.
         """
-        if not self.text.product.num_records or self.text.about(0, 0).get("prompt") != "":
+        if (
+            not sum(self.text.product.shard_records[:1])
+            or self.text.about(0, 0).get("prompt") != ""
+        ):
             raise ShardError(f"{self.files}: the first record of text/ is not the empty prompt")
         return self.text.index(0).key(0)
 

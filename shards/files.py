@@ -2,7 +2,7 @@
 
 import hashlib
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache
 from pathlib import Path
@@ -16,7 +16,7 @@ from shards.sidecar import sidecar_path, tar_path
 OPEN_FILES = 256
 
 Shard = tuple[str, int]  # folder of the product, number
-Window = tuple[int, list[Shard]]  # the first place behind it, what it reads
+Window = tuple[int, list[int]]  # the first place behind it, its conditioning shards
 
 
 class OpenFile:
@@ -71,11 +71,21 @@ class Files(Protocol):
     def name(self, folder: str, shard: int) -> str:
         """Return what to call a shard's tar in a message."""
 
+    def remedy(self, folder: str, shard: int) -> str:
+        """Return what to do about a shard that is damaged."""
+
     def check_present(self, found: Manifest, folders: Sequence[str]) -> None:
         """Check that the shards of some products are there, as far as that is cheap."""
 
-    def following(self, windows: Iterator[Window]) -> AbstractContextManager[None]:
-        """Have what windows read here by the time it is read."""
+    def following(
+        self, windows: Iterator[Window], needed: Callable[[list[int]], list[Shard]]
+    ) -> AbstractContextManager[None]:
+        """Have what windows read here by the time it is read.
+
+        Args:
+            windows: in order; taken as they are needed, perhaps from other threads.
+            needed: returns what the samples of some conditioning shards are in.
+        """
 
     def reached(self, place: int) -> None:
         """Let go of what is read only before a place in the run's order."""
@@ -116,7 +126,7 @@ class LocalFiles:
         path = sidecar_path(self.root / folder, shard)
         try:
             return plain.read_file(path)
-        except FileNotFoundError as error:
+        except (FileNotFoundError, NotADirectoryError) as error:
             raise ShardError(f"{path}: missing, though manifest.json counts on it") from error
 
     def _open(self, folder: str, shard: int) -> OpenFile:
@@ -131,7 +141,13 @@ class LocalFiles:
         """Return the tar's path."""
         return str(tar_path(self.root / folder, shard))
 
-    def following(self, windows: Iterator[Window]) -> AbstractContextManager[None]:
+    def remedy(self, folder: str, shard: int) -> str:
+        """Return what to do about a shard that is damaged."""
+        return "python -m shards verify lists all that is; run precompute again, or pull it again"
+
+    def following(
+        self, windows: Iterator[Window], needed: Callable[[list[int]], list[Shard]]
+    ) -> AbstractContextManager[None]:
         """Everything is here."""
         return nullcontext()
 

@@ -2,7 +2,9 @@
 
 import dataclasses
 import hashlib
+import itertools
 import json
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -182,6 +184,9 @@ class Manifest:
             ours, latents = spec.tensors(""), self.latent_spec.tensors("")
             if ours[""].shape != latents[""].shape:
                 raise ValueError(f"conditioning {name!r} {ours['']} beside latents {latents['']}")
+        for name, product in self.conditioning.items():
+            if product.num_shards != self.latents.num_shards:
+                raise ValueError(f"conditioning {name!r} has not as many shards as latents")
         for folder, _ in self.products():
             size = sum(spec.num_bytes for spec in self.tensors(folder).values())
             if size > LARGEST_RECORD_BYTES:
@@ -332,9 +337,12 @@ def _why_no_manifest(cache: Path) -> str:
 
 
 def _shard_numbers(folder: Path) -> list[int]:
-    return sorted(int(path.stem) for path in folder.glob("[0-9]*.json"))
+    names = (path.name for path in folder.iterdir())
+    return sorted(int(name[:-5]) for name in names if re.fullmatch(r"\d{6,9}\.json", name))
 
 
 def _gaps(numbers: list[int]) -> str:
-    missing = sorted(set(range(max(numbers, default=-1) + 1)) - set(numbers))
-    return f", missing {', '.join(f'{k:06d}' for k in missing[:8])}" if missing else ""
+    present = set(numbers)
+    missing = (k for k in range(max(numbers, default=-1) + 1) if k not in present)
+    first = [f"{k:06d}" for k in itertools.islice(missing, 8)]
+    return f", missing {', '.join(first)}" if first else ""

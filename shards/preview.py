@@ -7,8 +7,9 @@ from PIL import Image
 
 from shards.cache import Cache
 from shards.decoder import decode, to_bytes
-from shards.errors import ShardError
+from shards.errors import ConfigError, ShardError
 from shards.order import Order
+from shards.pretrained import read_config
 from shards.sheets import contact_sheet
 
 
@@ -33,16 +34,24 @@ def preview(
 
     Raises:
         ShardError: the cache holds no samples, or is damaged.
+        ConfigError: another model's VAE.
     """
     product = cache.conditioning.product
     if not product.num_records:
         raise ShardError(f"{cache.files}: the cache holds no samples")
+    channels = read_config(base, "vae").get("latent_channels")
+    if channels != cache.manifest.latent_spec.latent_channels:
+        raise ConfigError(
+            f"{base}: its VAE has {channels} latent channels, the cache "
+            f"{cache.manifest.latent_spec.latent_channels}; give the base that the cache was made "
+            f"with ({cache.manifest.made_by.get('base')})."
+        )
     order = Order(product.shard_records, seed=seed)
     captions, latents = [], []
     for place in range(min(num_samples, product.num_records)):
         key, tensors, prompts = cache.sample(*order.record(place))
-        texts = [cache.text.about(*cache.text.locate(one))["prompt"] for one in prompts]
-        captions.append(f"{key}: {' | '.join(texts)}")
+        texts = [cache.text.about(*cache.text.locate(one)).get("prompt", "") for one in prompts]
+        captions.append(f"{key}: {' | '.join(map(str, texts))}")
         latents += [tensors["latent"][None], tensors["conditioning_latent"][None]]
     pixels = decode(base, variant, latents, device)
     images = [Image.fromarray(to_bytes(one[0])) for one in pixels[::2]]

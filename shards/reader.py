@@ -26,9 +26,9 @@ from shards.records import (
     tensor_order,
 )
 
-# A reader's share of memory, whatever the size of the cache: about 10 MB of indexes.
+# A reader's share of memory, whatever the size of the cache: about 10 MB of indexes, more where
+# images have many captions.
 INDEXED_RECORDS = 65536
-DAMAGED = "the cache was damaged or changed since it was made; python -m shards verify lists where"
 
 
 class ProductReader:
@@ -90,9 +90,7 @@ class ProductReader:
         for buffer in buffers:
             checksum.update(buffer)
         if checksum.intdigest() != expected:
-            raise ShardError(
-                f"{self._where(shard, index)}: its bytes are not as written; {DAMAGED}"
-            )
+            raise self._damaged(shard, index, "its bytes are not as written")
 
     def tensors(self, shard: int, index: int) -> dict[str, Tensor]:
         """Return the tensors of record `index` of a shard.
@@ -114,15 +112,15 @@ class ProductReader:
         """
         start, size, expected = self.index(shard).about(index)
         if size > LARGEST_ABOUT_BYTES:
-            raise ShardError(f"{self._where(shard, index)}: JSON of {size} bytes; {DAMAGED}")
+            raise self._damaged(shard, index, f"JSON of {size} bytes")
         data = bytearray(size)
         self._read(shard, start, size, [data])
         if xxhash.xxh3_64_intdigest(data) != expected:
-            raise ShardError(f"{self._where(shard, index)}: its JSON is not as written; {DAMAGED}")
+            raise self._damaged(shard, index, "its JSON is not as written")
         try:
             return about_from_bytes(bytes(data))
         except ValueError as error:
-            raise ShardError(f"{self._where(shard, index)}: {error}") from error
+            raise self._damaged(shard, index, str(error)) from error
 
     def locate(self, key: str) -> tuple[int, int]:
         """Return (shard, index) of the record with a key.
@@ -149,34 +147,30 @@ class ProductReader:
                 "again, or run precompute again"
             )
         found = sidecar.from_json(data, shard, name)
-        if found.num_records != self.product.shard_records[shard]:
-            raise ShardError(
-                f"{name}: {found.num_records} records, "
-                f"{self.product.shard_records[shard]} expected; {DAMAGED}"
-            )
+        expected = self.product.shard_records[shard]
+        if found.num_records != expected:
+            raise ShardError(f"{name}: {found.num_records} records, {expected} in the manifest")
         return ShardIndex(found)
 
     def _read_header(self, shard: int, index: int) -> tuple[bytes, tuple[str, ...]]:
         """Read and check a record's header; it becomes what the next are expected to have."""
         start, size, _ = self.index(shard).tensors(index)
-        where = self._where(shard, index)
         length = bytearray(LENGTH_BYTES)
         if size < LENGTH_BYTES:
-            raise ShardError(f"{where}: a record of {size} bytes; {DAMAGED}")
+            raise self._damaged(shard, index, f"a record of {size} bytes")
         self._read(shard, start, LENGTH_BYTES, [length])
         header_bytes = LENGTH_BYTES + int.from_bytes(length, "little")
         if header_bytes > min(size, LARGEST_HEADER_BYTES):
-            raise ShardError(f"{where}: a header of {header_bytes} bytes in {size}; {DAMAGED}")
+            raise self._damaged(shard, index, f"a header of {header_bytes} bytes in {size}")
         header = bytearray(header_bytes)
         self._read(shard, start, header_bytes, [header])
         try:
             order = tensor_order(bytes(header), self.expected)
         except ValueError as error:
-            raise ShardError(f"{where}: {error}") from error
+            raise self._damaged(shard, index, str(error)) from error
         if len(header) + self.data_bytes != size:
-            raise ShardError(
-                f"{where}: {len(header) + self.data_bytes} bytes expected, {size} found; {DAMAGED}"
-            )
+            expected = header_bytes + self.data_bytes
+            raise self._damaged(shard, index, f"{expected} bytes expected, {size} found")
         self._header = bytes(header), order
         return self._header
 
@@ -184,17 +178,17 @@ class ProductReader:
         try:
             found = self.files.tar(self.folder, shard).read_into(buffers, start, size)
         except OSError as error:
-            raise ShardError(
-                f"{self.files.name(self.folder, shard)}: cannot be read ({error.strerror})"
-            ) from error
+            where = error.filename or self.files.name(self.folder, shard)
+            raise ShardError(f"{where}: cannot be read ({error.strerror})") from error
         if found != size:
             raise ShardError(
                 f"{self.files.name(self.folder, shard)}: cut short, {size} bytes expected at "
                 f"{start}, found {found}"
             )
 
-    def _where(self, shard: int, index: int) -> str:
-        return f"{self.files.name(self.folder, shard)}: record {self.index(shard).key(index)}"
+    def _damaged(self, shard: int, index: int, what: str) -> ShardError:
+        where = f"{self.files.name(self.folder, shard)}: record {self.index(shard).key(index)}"
+        return ShardError(f"{where}: {what}; {self.files.remedy(self.folder, shard)}")
 
 
 def byte_rows(batch: Tensor) -> NDArray[np.uint8]:

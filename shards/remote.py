@@ -1,11 +1,11 @@
 """A cache behind a URL: single files fetched whole, checked on arrival, and put in their place."""
 
 import contextlib
-import hashlib
 import os
 import random
 import re
-import time
+import tempfile
+import threading
 from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
@@ -58,6 +58,7 @@ class RemoteFolder:
         if re.search(r"[?#]", rest):
             raise ConfigError(f"{url}: an address with ? or # is not that of a folder.")
         self.scheme = scheme
+        self._given_up = threading.Event()
 
     def __str__(self) -> str:
         return self.url
@@ -91,8 +92,8 @@ class RemoteFolder:
     def fetch(self, name: str, target: Path, *, size: int | None, sha256: str | None) -> None:
         """Fetch a file, again if need be; it is at `target` when it has come and been checked.
 
-        On its way it is called `<target>.part`. That is what a killed process leaves behind; nobody
-        reads it, and the next fetch writes over it.
+        On its way it is called `<target>.<process>.part`. That is what a killed process leaves
+        behind; nobody reads it.
 
         Args:
             name: relative to the folder.
@@ -106,10 +107,15 @@ class RemoteFolder:
         """
         # Hugging Face's own fast path is taken without a callback only, and knows the size itself.
         limit = LARGEST_FILE_BYTES if size is None else size
-        part = target.with_name(f"{target.name}.part")
+        part = target.with_name(f"{target.name}.{os.getpid()}.part")
+        given_up = self._given_up
 
         def get() -> None:
-            options = {} if self.scheme == "hf" else {"callback": _Limit(limit)}
+            options: dict[str, Any] = {}
+            if self.scheme != "hf":
+                options["callback"] = _Limit(limit, given_up)
+            elif (self._info_size(name) or 0) > limit:
+                raise _TooLongError(f"has more than the {limit} bytes expected")
             self.fs.get_file(self._url(name), str(part), **options)
             _check(part, size, sha256)
 
@@ -162,22 +168,24 @@ class RemoteFolder:
 
         self._persist(name, remove)
 
-    def read(self, name: str, folder: Path) -> bytes:
+    def read(self, name: str) -> bytes:
         """Return the bytes of a small file.
-
-        Args:
-            name: relative to the remote folder.
-            folder: here, for the file on its way.
 
         Raises:
             ShardError: see `fetch`.
         """
-        unique = hashlib.sha256(f"{self.url}/{name} {os.getpid()}".encode()).hexdigest()[:16]
-        target = folder / f".fetched-{unique}"
-        self.fetch(name, target, size=None, sha256=None)
-        data = target.read_bytes()
-        target.unlink()
-        return data
+        with tempfile.TemporaryDirectory() as folder:
+            target = Path(folder) / "file"
+            self.fetch(name, target, size=None, sha256=None)
+            return target.read_bytes()
+
+    def give_up(self) -> None:
+        """Have other threads end what they are transferring, as soon as may be.
+
+        Raised in them is a ShardError. What begins after this is not meant.
+        """
+        self._given_up.set()
+        self._given_up = threading.Event()
 
     def _url(self, name: str) -> str:
         return f"{self.url}/{name}"
@@ -195,34 +203,37 @@ class RemoteFolder:
 
         Raises:
             ShardError: with the URL and the reason.
-            OSError: the disk here is full.
+            OSError: it cannot be read or written here.
         """
+        given_up = self._given_up
         for attempt in range(1, ATTEMPTS + 1):
             try:
                 return act()
             except Exception as error:  # of many libraries, which share no base class
-                if isinstance(error, ConfigError):
-                    raise
-                if isinstance(error, OSError) and error.errno in DISK_FULL:
+                if isinstance(error, ConfigError) or _is_local(error):
                     raise
                 # The same wrong bytes twice: that is what is there.
                 again = isinstance(error, _OtherBytesError) and attempt > 1
-                if again or _is_final(error) or attempt == ATTEMPTS:
+                if again or _is_final(error) or attempt == ATTEMPTS or given_up.is_set():
                     tries = "" if attempt == 1 else f" (tried {attempt} times)"
                     raise ShardError(f"{self._url(name)}: {_reason(error)}{tries}") from error
-            time.sleep(FIRST_WAIT_S * 2 ** (attempt - 1) * random.uniform(0.5, 1.0))
+            if given_up.wait(FIRST_WAIT_S * 2 ** (attempt - 1) * random.uniform(0.5, 1.0)):
+                raise ShardError(f"{self._url(name)}: given up")
         raise AssertionError("the last attempt returns or raises")
 
 
 class _Limit(Callback):  # type: ignore[misc]  # fsspec has no annotations
-    """Ends a transfer of more bytes than there can be."""
+    """Ends a transfer of more bytes than there can be, or that nobody waits for."""
 
-    def __init__(self, limit: int) -> None:
+    def __init__(self, limit: int, given_up: threading.Event) -> None:
         super().__init__()
         self.limit = limit
+        self.given_up = given_up
 
     def relative_update(self, inc: int = 1) -> None:
         super().relative_update(inc)
+        if self.given_up.is_set():
+            raise _TransferError("given up")
         if self.value > self.limit:
             raise _TooLongError(f"sends more than the {self.limit} bytes expected")
 
@@ -255,10 +266,17 @@ def _check(path: Path, size: int | None, sha256: str | None) -> None:
         )
 
 
+def _is_local(error: Exception) -> bool:
+    """Tell whether an error is of this machine's disk: full, or of one of its paths."""
+    if not isinstance(error, OSError):
+        return False
+    return error.errno in DISK_FULL or Path(str(error.filename)).is_absolute()
+
+
 def _is_final(error: Exception) -> bool:
     """Tell whether trying again is in vain."""
     status = getattr(error, "status", None)
-    refused = (FileNotFoundError, PermissionError, _TooLongError)
+    refused = (FileNotFoundError, PermissionError, ValueError, TypeError, _TooLongError)
     credentials = type(error).__name__ in ("NoCredentialsError", "GatedRepoError")
     return isinstance(error, refused) or credentials or status in FINAL_STATUSES
 

@@ -35,7 +35,7 @@ def contact_sheet(
         for number, picture in enumerate(pictures):
             cell = picture.convert("RGB").resize((CELL_PX, CELL_PX), Image.Resampling.LANCZOS)
             sheet.paste(cell, (MARGIN_PX + number * column, top))
-        shown = " ".join(caption.split())
+        shown = " ".join(caption[:1000].split())[:300]  # no more than a line holds
         while shown and pen.textlength(shown, font) > size[0] - 2 * MARGIN_PX:
             shown = shown.removesuffix("…")[:-1] + "…"
         pen.text((MARGIN_PX, top + CELL_PX + MARGIN_PX // 2), shown, "black", font)

@@ -14,6 +14,7 @@ from shards.plain import FORMAT_VERSION, Count, Digest, decode, read_file
 from shards.records import KEY
 
 Span = Annotated[list[Count], Meta(min_length=4, max_length=4)]
+LARGEST_CAPTIONS = 256
 CHECKSUMS = r"[0-9a-f]{32}"
 
 
@@ -66,6 +67,8 @@ class Sidecar:
         if set(counts) != {count}:
             raise ValueError(f"{count} keys, {counts} spans, checksums, prompts")
         _check_all(self.keys, KEY, "key")
+        if max(map(len, self.prompts), default=0) > LARGEST_CAPTIONS:
+            raise ValueError(f"a record has over {LARGEST_CAPTIONS} prompts")
         _check_all([key for keys in self.prompts for key in keys], KEY, "key")
         _check_all(self.checksums, CHECKSUMS, "pair of checksums")
         last, own = -1, f"{self.shard:06d}-"

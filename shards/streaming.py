@@ -10,7 +10,7 @@ import hashlib
 import os
 import threading
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from shards import manifest, plain
@@ -23,7 +23,8 @@ from shards.sidecar import sidecar_path, tar_path
 LOCAL_CACHE_GB = 64.0
 FETCHERS = 4  # files on their way at a time
 WINDOWS_HELD = 2  # the one that is read and the next
-ROOM_POLL_S = 1.0  # other processes do not tell when they have made room
+POLL_S = 1.0  # other processes do not tell when they have made room, nor servers when they are back
+OWN_FOLDER = "sd3-controlnet-shards"
 
 
 def open_files(location: str, cache_dir: Path | None, cache_gb: float) -> Files:
@@ -44,8 +45,7 @@ def open_files(location: str, cache_dir: Path | None, cache_gb: float) -> Files:
 
 
 def _user_cache() -> Path:
-    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(home) / "sd3-controlnet-shards"
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
 
 
 class RemoteFiles:
@@ -53,7 +53,7 @@ class RemoteFiles:
 
     Args:
         remote: where it is.
-        cache_dir: where shards are kept; made if missing.
+        cache_dir: where a folder for shards is made; nothing else in it is touched.
         limit_bytes: how much of them.
     """
 
@@ -61,21 +61,18 @@ class RemoteFiles:
         self.remote = remote
         self.cache_dir = cache_dir
         self.limit_bytes = limit_bytes
-        cache_dir.mkdir(parents=True, exist_ok=True)
-        data = remote.read(MANIFEST, cache_dir)
+        data = remote.read(MANIFEST)
         self._manifest = manifest.from_json(data, f"{remote}/{MANIFEST}")
         self._products = dict(self._manifest.products())
         # Another manifest, another folder: nothing here is ever out of date.
-        self.root = cache_dir / hashlib.sha256(data).hexdigest()[:16]
+        self.kept = cache_dir / OWN_FOLDER
+        self.root = self.kept / hashlib.sha256(data).hexdigest()[:16]
+        self.root.mkdir(parents=True, exist_ok=True)
         self._open: OrderedDict[Shard, SharedFile] = OrderedDict()
         self._windows: list[tuple[int, frozenset[Shard]]] = []
         self._on_their_way: dict[Shard, int] = {}
         self._changed = threading.Condition()
         self._taking = threading.Lock()
-
-    def __reduce__(self) -> tuple[type["RemoteFiles"], tuple[RemoteFolder, Path, int]]:
-        """A spawned worker opens its own, on the same folder."""
-        return RemoteFiles, (RemoteFolder(self.remote.url), self.cache_dir, self.limit_bytes)
 
     def __str__(self) -> str:
         return str(self.remote)
@@ -99,11 +96,14 @@ class RemoteFiles:
             OSError: it cannot be kept.
         """
         path = sidecar_path(self.root / folder, shard)
-        for _ in range(2):
-            with contextlib.suppress(FileNotFoundError):
-                return plain.read_file(path)
-            self._fetch(path, None, self._products[folder].sidecar_sha256[shard])
-        raise ShardError(f"{path}: removed as soon as fetched; is --local-cache-gb too small?")
+        expected = self._products[folder].sidecar_sha256[shard]
+        while True:
+            self._fetch(path, None, expected)
+            with contextlib.suppress(FileNotFoundError):  # if another process was quicker
+                data = plain.read_file(path)
+                if hashlib.sha256(data).hexdigest() == expected:
+                    return data
+                path.unlink()  # damaged here; what comes is checked before it gets this name
 
     def tar(self, folder: str, shard: int) -> OpenFile:
         """Return a shard's tar, open; it is fetched where it is not here.
@@ -128,15 +128,23 @@ class RemoteFiles:
                         self._open.popitem(last=False)
                 return file
 
+    def remedy(self, folder: str, shard: int) -> str:
+        """Return what to do about a shard that is damaged."""
+        path = tar_path(self.root / folder, shard)
+        return f"delete {path}, and it is fetched again"
+
     @contextlib.contextmanager
-    def following(self, windows: Iterator[Window]) -> Iterator[None]:
+    def following(
+        self, windows: Iterator[Window], needed: Callable[[list[int]], list[Shard]]
+    ) -> Iterator[None]:
         """Fetch, in the background, what the windows read, one window ahead.
 
         Args:
             windows: in order; taken as they are needed, from other threads.
+            needed: returns what the samples of some conditioning shards are in.
         """
         stop = threading.Event()
-        upcoming = self._upcoming(windows, stop)
+        upcoming = self._upcoming(windows, needed, stop)
         for number in range(FETCHERS):
             threading.Thread(
                 target=self._fetch_ahead, args=(upcoming, stop), name=f"fetch-{number}", daemon=True
@@ -145,6 +153,7 @@ class RemoteFiles:
             yield
         finally:
             stop.set()
+            self.remote.give_up()
             with self._changed:
                 self._windows.clear()
                 self._changed.notify_all()
@@ -152,37 +161,57 @@ class RemoteFiles:
     def reached(self, place: int) -> None:
         """Let go of what is read only before a place in the run's order."""
         with self._changed:
-            while self._windows and self._windows[0][0] <= place:
-                self._windows.pop(0)
-            self._changed.notify_all()
+            if self._windows and self._windows[0][0] <= place:
+                while self._windows and self._windows[0][0] <= place:
+                    self._windows.pop(0)
+                self._changed.notify_all()
 
-    def _upcoming(self, windows: Iterator[Window], stop: threading.Event) -> Iterator[Shard]:
-        for end, needed in windows:
+    def _upcoming(
+        self,
+        windows: Iterator[Window],
+        needed: Callable[[list[int]], list[Shard]],
+        stop: threading.Event,
+    ) -> Iterator[Shard]:
+        for end, shards in windows:
             with self._changed:
                 self._changed.wait_for(lambda: len(self._windows) < WINDOWS_HELD)
-                if stop.is_set():
-                    return
-                self._windows.append((end, frozenset(needed)))
-            yield from needed
+            files: list[Shard] = []
+            while not (files or stop.is_set()):
+                try:
+                    files = needed(shards)
+                except (ShardError, OSError):
+                    stop.wait(POLL_S)  # whoever comes to need these reports what is wrong
+            if stop.is_set():
+                return
+            with self._changed:
+                self._windows.append((end, frozenset(files)))
+            yield from files
 
     def _fetch_ahead(self, upcoming: Iterator[Shard], stop: threading.Event) -> None:
-        while not stop.is_set():
-            # What fails here is tried again, and reported, by whoever comes to need it.
-            with contextlib.suppress(ShardError, OSError):
-                with self._taking:
-                    wanted = next(upcoming, None)
-                if wanted is None:
-                    return
-                with self._changed:
-                    while not (stop.is_set() or self._make_room(self._size(wanted))):
-                        self._changed.wait(ROOM_POLL_S)
-                if not stop.is_set():
-                    self._fetch_tar(wanted)
+        while True:
+            with self._taking:
+                wanted = None if stop.is_set() else next(upcoming, None)
+            if wanted is None:
+                return
+            path = tar_path(self.root / wanted[0], wanted[1])
+            with self._changed:
+                while not (stop.is_set() or path.exists() or self._make_room(self._size(wanted))):
+                    self._changed.wait(POLL_S)
+            # What fails is tried again, and reported, by whoever comes to need it. Opened, it is
+            # safe from other processes.
+            if not stop.is_set():
+                with contextlib.suppress(ShardError, OSError):
+                    self.tar(*wanted)
 
     def _fetch_tar(self, wanted: Shard) -> None:
         """Have a tar here, whole."""
         folder, shard = wanted
         path, size = tar_path(self.root / folder, shard), self._size(wanted)
+        if size > self.limit_bytes:
+            raise ShardError(
+                f"{self.name(folder, shard)}: {size / 1e9:.3g} GB, and --local-cache-gb is "
+                f"{self.limit_bytes / 1e9:.3g}"
+            )
         if not path.exists():
             with self._changed:
                 # Somebody waits for it: what the next window needs can be fetched again, and where
@@ -201,6 +230,8 @@ class RemoteFiles:
         with path.with_suffix(f"{path.suffix}.lock").open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             if not path.exists():
+                for left in path.parent.glob(f"{path.name}.*.part"):  # by a process that was killed
+                    left.unlink(missing_ok=True)
                 name = path.relative_to(self.root).as_posix()
                 self.remote.fetch(name, path, size=size, sha256=sha256)
 
@@ -219,7 +250,7 @@ class RemoteFiles:
             for folder, shard in shards
         }
         kept: list[tuple[float, int, Path]] = []
-        for path in self.cache_dir.glob("*/**/*.tar"):
+        for path in self.kept.rglob("*.tar"):
             with contextlib.suppress(FileNotFoundError):
                 found = path.stat()
                 kept.append((found.st_mtime, found.st_size, path))

@@ -2,6 +2,7 @@
 
 import contextlib
 import hashlib
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from shards.sidecar import sidecar_path, tar_path
 from shards.writer import atomic_file
 
 AT_A_TIME = 4
+ABANDONED_AFTER_S = 3600
 READ_ONLY = ("http", "https")
 
 
@@ -62,7 +64,7 @@ def pull(remote: RemoteFolder, cache: Path, *, overwrite: bool = False) -> Copie
     if present and MANIFEST not in present and not {"text", "latents"} & set(present):
         raise ConfigError(f"{cache}: holds {min(present)} and is no cache; give another folder.")
     cache.mkdir(parents=True, exist_ok=True)
-    data = remote.read(MANIFEST, cache)
+    data = remote.read(MANIFEST)
     found = manifest.from_json(data, f"{remote}/{MANIFEST}")
     if (cache / MANIFEST).is_file() and plain.read_file(cache / MANIFEST) != data:
         _require(overwrite, cache)
@@ -79,19 +81,23 @@ def pull(remote: RemoteFolder, cache: Path, *, overwrite: bool = False) -> Copie
         remote.fetch(files.sidecar, card, size=None, sha256=files.sidecar_sha256)
         return files.tar_bytes, True
 
-    done = _for_each("pull", found, bring)
+    done = _for_each("pull", remote, found, bring)
     with contextlib.suppress(ShardError):  # not every copy of a cache has it
         remote.fetch(RUN, cache / RUN, size=None, sha256=None)
     with atomic_file(cache / MANIFEST) as file:
         file.write(data)
     (cache / PREVIOUS).unlink(missing_ok=True)
+    for part in cache.rglob("*.part"):  # of transfers that were killed
+        if time.time() - part.stat().st_mtime > ABANDONED_AFTER_S:
+            part.unlink()
     return done
 
 
 def push(cache: Path, remote: RemoteFolder, *, overwrite: bool = False) -> Copied:
     """Bring a remote folder to what a cache of this machine is.
 
-    Every file is read and checked before it is sent. An interrupted transfer goes on where it was.
+    Every file is read and checked before it is sent. What is there counts as the same where its
+    sidecar is and its size is. An interrupted transfer goes on where it was.
 
     Args:
         cache: a complete cache.
@@ -110,38 +116,34 @@ def push(cache: Path, remote: RemoteFolder, *, overwrite: bool = False) -> Copie
     found = files.manifest()
     files.check_present(found, [folder for folder, _ in found.products()])
     data = plain.read_file(cache / MANIFEST)
-    there = remote.read(MANIFEST, cache) if remote.size(MANIFEST) is not None else None
-    listed: set[ShardFiles] = set()
-    if there is not None:
-        with contextlib.suppress(ShardError):
-            listed = set(_shards(manifest.from_json(there, f"{remote}/{MANIFEST}")))
-        if there != data:
-            _require(overwrite, remote)
-            remote.remove(MANIFEST)
+    there = remote.read(MANIFEST) if remote.size(MANIFEST) is not None else None
+    if there is not None and there != data:
+        _require(overwrite, remote)
+        remote.remove(MANIFEST)
 
     def send(one: ShardFiles) -> tuple[int, bool]:
         for name, sha256 in ((one.tar, one.tar_sha256), (one.sidecar, one.sidecar_sha256)):
             if not _is(cache / name, sha256):
                 raise ShardError(f"{cache / name}: damaged or changed; run shards verify")
-        if remote.size(one.tar) == one.tar_bytes and (one in listed or _has(remote, one, cache)):
+        if remote.size(one.tar) == one.tar_bytes and _has(remote, one):
             return one.tar_bytes, False
         remote.remove(one.sidecar)
         remote.put(cache / one.tar, one.tar)
         remote.put(cache / one.sidecar, one.sidecar)
         return one.tar_bytes, True
 
-    done = _for_each("push", found, send)
+    done = _for_each("push", remote, found, send)
     for name in (RUN, MANIFEST):
         if (cache / name).is_file() and (name != MANIFEST or there != data or done.copied):
             remote.put(cache / name, name)
     return done
 
 
-def _has(remote: RemoteFolder, files: ShardFiles, folder: Path) -> bool:
+def _has(remote: RemoteFolder, files: ShardFiles) -> bool:
     """Tell whether a shard was sent before: its sidecar is sent after its tar."""
     if remote.size(files.sidecar) is None:
         return False
-    return hashlib.sha256(remote.read(files.sidecar, folder)).hexdigest() == files.sidecar_sha256
+    return hashlib.sha256(remote.read(files.sidecar)).hexdigest() == files.sidecar_sha256
 
 
 def _require(overwrite: bool, where: object) -> None:
@@ -167,7 +169,10 @@ def _shards(found: Manifest) -> list[ShardFiles]:
 
 
 def _for_each(
-    label: str, found: Manifest, work: Callable[[ShardFiles], tuple[int, bool]]
+    label: str,
+    remote: RemoteFolder,
+    found: Manifest,
+    work: Callable[[ShardFiles], tuple[int, bool]],
 ) -> Copied:
     """Treat all shards, some at a time; `work` returns a shard's bytes and whether it copied it."""
     shards = _shards(found)
@@ -183,10 +188,14 @@ def _for_each(
             disable=None,
         ) as bar,
     ):
-        for size, copied in ahead(pool, work, shards, lead=AT_A_TIME):
-            counts[copied] += 1
-            num_bytes += size if copied else 0
-            bar.update(size)
+        try:
+            for size, copied in ahead(pool, work, shards, lead=AT_A_TIME):
+                counts[copied] += 1
+                num_bytes += size if copied else 0
+                bar.update(size)
+        except BaseException:
+            remote.give_up()  # else the other threads try on for minutes
+            raise
     return Copied(counts[True], counts[False], num_bytes)
 
 

@@ -1,6 +1,5 @@
 """Holding a cache against its own manifest and sidecars, byte by byte."""
 
-import itertools
 import tarfile
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -14,6 +13,9 @@ from shards.files import LocalFiles, file_sha256
 from shards.manifest import Manifest, Product
 from shards.reader import ProductReader
 from shards.sidecar import Sidecar
+from shards.writer import MEMBERS
+
+CHUNK_BYTES = 1 << 20
 
 
 def faults(cache: Path) -> Iterator[tuple[str, list[str]]]:
@@ -82,9 +84,13 @@ def _tar_faults(folder: Path, product: Product, shard: int) -> list[str]:
 
 def _record_faults(reader: ProductReader, shard: int) -> Iterator[str]:
     index = reader.index(shard)
+    wanted = {"prompt"} if "clip_embeds" in reader.expected else set()
     for number in range(index.num_records):
         try:
-            reader.about(shard, number)
+            about = reader.about(shard, number)
+            if "prompt" in wanted and not isinstance(about.get("prompt"), str):
+                where = f"{reader.files.name(reader.folder, shard)}: record {index.key(number)}"
+                yield f"{where}: its JSON holds no prompt"
             tensors = reader.tensors(shard, number)
         except ShardError as error:
             yield str(error)
@@ -111,26 +117,36 @@ def _reference_faults(
 
 
 def _member_faults(folder: Path, card: Sidecar) -> Iterator[str]:
-    """Hold the tar's own headers against the sidecar, which all reading goes by."""
+    """Hold the tar's own headers and padding against the sidecar, which all reading goes by."""
     path = sidecar.tar_path(folder, card.shard)
-    expected = [
-        member
-        for key, (start, size, about_start, about_size) in zip(card.keys, card.spans, strict=True)
-        for member in (
-            (f"{key}.safetensors", start, size),
-            (f"{key}.json", about_start, about_size),
-        )
+    members = [
+        (key + suffix, span[at], span[at + 1])
+        for key, span in zip(card.keys, card.spans, strict=True)
+        for at, suffix in zip((0, 2), MEMBERS, strict=True)
     ]
-    try:
-        with tarfile.open(path, "r:") as tar:
-            found = [(one.name, one.offset_data, one.size) for one in tar if one.isreg()]
-    except tarfile.TarError as error:
-        yield f"{path}: not a tar ({error})"
-        return
-    for want, have in itertools.zip_longest(expected, found):
-        if want != have:
-            yield f"{path}: the sidecar lists {want} where the tar has {have}"
-            return
+    end = 0
+    with path.open("rb") as file:
+        for name, start, size in members:
+            gap = start - tarfile.BLOCKSIZE - end
+            if not 0 <= gap < tarfile.BLOCKSIZE:
+                yield f"{path}: {name} is said to begin at {start}, {gap} bytes behind the last"
+                return
+            file.seek(end)
+            padding, header = file.read(gap), file.read(tarfile.BLOCKSIZE)
+            try:
+                found = tarfile.TarInfo.frombuf(header, "utf-8", "strict")
+            except (tarfile.HeaderError, ValueError) as error:
+                yield f"{path}: no tar header for {name} at {start - len(header)} ({error})"
+                return
+            if (found.name, found.size) != (name, size) or not found.isreg() or any(padding):
+                yield f"{path}: the sidecar lists {name} of {size} bytes, the tar has {found.name}"
+                return
+            end = start + size
+        file.seek(end)
+        rest = card.tar_bytes - end
+        zeros = all(not any(chunk) for chunk in iter(lambda: file.read(CHUNK_BYTES), b""))
+    if card.tar_bytes % tarfile.RECORDSIZE or rest < 2 * tarfile.BLOCKSIZE or not zeros:
+        yield f"{path}: does not end as a tar does, or holds more than the sidecar lists"
 
 
 def _caption_faults(found: Manifest, folder: Path) -> list[str]:
@@ -138,7 +154,7 @@ def _caption_faults(found: Manifest, folder: Path) -> list[str]:
     try:
         if manifest.captions_digest(one for one in loaded if one) == found.captions:
             return []
-    except ShardError:
+    except (ShardError, OSError):
         return []  # reported with its shard
     return [f"{folder}: the sidecars' captions are not those the manifest was written for"]
 

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -199,9 +200,14 @@ def reseal(cache: Path) -> None:
                 hashlib.sha256((cache / folder / f"{shard:06d}.{suffix}").read_bytes()).hexdigest()
                 for shard in range(len(product["shard_records"]))
             ]
-    document["digest"] = "0" * 64
-    text = json.dumps(document)
-    path.write_text(text.replace("0" * 64, hashlib.sha256(text.encode()).hexdigest(), 1))
+    write_manifest(cache, document)
+
+
+def write_manifest(cache: Path, document: dict[str, Any]) -> None:
+    """Write a manifest with the digest that belongs to it."""
+    text = json.dumps({"digest": "0" * 64} | document | {"digest": "0" * 64})
+    seal = hashlib.sha256(text.encode()).hexdigest()
+    (cache / "manifest.json").write_text(text.replace("0" * 64, seal, 1))
 
 
 def free_port() -> int:

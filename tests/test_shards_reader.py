@@ -1,12 +1,14 @@
 """Reading a cache: any record at once, and a clear word where something is not as it should be."""
 
 import gc
+import hashlib
 import json
 import os
 import pickle
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,7 +16,7 @@ import torch
 from shards import manifest, sidecar, verify
 from shards.cache import Cache
 from shards.errors import ShardError
-from tests.conftest import Outcome, reseal
+from tests.conftest import Outcome, reseal, write_manifest
 
 
 @pytest.fixture
@@ -191,6 +193,112 @@ def test_opening_a_cache_checks_that_all_shards_are_there(copy: Path) -> None:
     (copy / "text" / "000002.tar").unlink()
     with pytest.raises(ShardError, match=r"000002\.tar: missing, .* counts on it"):
         Cache(copy)
+
+
+def header(name: bytes, size: bytes, kind: bytes) -> bytes:
+    """A tar header, its checksum right."""
+    mode, owner, time = b"0000644\0", b"0000000\0" * 2, b"00000000000\0"
+    data = name.ljust(100, b"\0") + mode + owner + size + time + b" " * 8 + kind
+    data = data.ljust(512, b"\0")
+    return data[:148] + b"%06o\0 " % sum(data) + data[156:]
+
+
+@pytest.mark.parametrize(
+    ("size", "kind"),
+    [
+        (b"\xff" * 11 + b"\x00", b"0"),  # negative, in base 256
+        (b"77777777777\0", b"0"),
+        (b"00000001000\0", b"x"),  # a pax header
+        (b"00000001000\0", b"2"),  # a symbolic link
+        (b"not a number", b"0"),
+    ],
+)
+def test_hostile_tar_headers_are_listed(copy: Path, size: bytes, kind: bytes) -> None:
+    path = copy / "latents" / "000001.tar"
+    card = sidecar.load(copy / "latents", 1)
+    assert card is not None
+    data = header(f"{card.keys[0]}.safetensors".encode(), size, kind)
+    path.write_bytes(data + path.read_bytes()[512:])
+    document = json.loads((copy / "latents" / "000001.json").read_text())
+    document["sha256"] = hashlib.sha256(path.read_bytes()).hexdigest()
+    (copy / "latents" / "000001.json").write_text(json.dumps(document))
+    reseal(copy)
+    (fault,) = faults(copy)
+    assert "000001.tar" in fault
+    assert "tar header" in fault or "the sidecar lists" in fault
+
+
+def test_bytes_between_records_and_behind_them_are_listed(copy: Path) -> None:
+    path = copy / "latents" / "000001.tar"
+    card = sidecar.load(copy / "latents", 1)
+    assert card is not None
+    whole = path.read_bytes()
+    _, _, start, size = card.spans[0]
+    for at in (start + size, len(whole) - 1):
+        flip(path, at)
+        reseal(copy)
+        (fault,) = faults(copy)
+        assert "000001.tar" in fault
+        path.write_bytes(whole)
+
+
+@pytest.mark.parametrize("folder", ["text", "latents", "conditioning"])
+def test_a_file_in_the_place_of_a_folder(
+    copy: Path, folder: str, command: Callable[..., Outcome]
+) -> None:
+    shutil.rmtree(copy / folder)
+    (copy / folder).write_text("")
+    outcome = command("shards", "verify", copy)
+    assert outcome.exit_code == 1
+    assert f"{copy / folder}" in outcome.output
+    with pytest.raises(ShardError):
+        Cache(copy)
+
+
+def test_strange_names_in_an_incomplete_cache(copy: Path) -> None:
+    (copy / "manifest.json").unlink()
+    for name in ("0 copy.json", "99999999999.json", "000900.json"):
+        (copy / "latents" / name).write_text("")
+    with pytest.raises(ShardError, match=r"latents: 3 finished, missing 000002, .*, 000009;"):
+        manifest.load(copy)
+
+
+def no_records_first(document: dict[str, Any]) -> None:
+    counts = document["text"]["shard_records"]
+    counts[0], counts[1] = 0, counts[0] + counts[1]
+
+
+def one_shard_more(document: dict[str, Any]) -> None:
+    product = document["conditioning"]["conditioning"]
+    for name in ("shard_records", "shard_bytes", "shard_sha256", "sidecar_sha256"):
+        product[name].append(0 if name == "shard_records" else product[name][0])
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (no_records_first, "is not the empty prompt"),
+        (one_shard_more, "has not as many shards as latents"),
+        (lambda d: d["text_spec"].update(t5_width=1 << 30), "Expected `int` <= 65536"),
+        (lambda d: d["text_spec"].update(t5_width=0), "Expected `int` >= 1"),
+        (
+            lambda d: d["text_spec"].update(t5_width=1 << 16, max_sequence_length=1 << 16),
+            "text: a record of 1717",
+        ),
+        (
+            lambda d: d["conditioning_specs"]["conditioning"].update(height=16),
+            r"beside latents \[16, 8, 8\]",
+        ),
+    ],
+)
+def test_manifests_that_contradict_themselves_are_refused(
+    copy: Path, edit: Callable[[dict[str, Any]], object], message: str
+) -> None:
+    document = json.loads((copy / "manifest.json").read_text())
+    edit(document)
+    write_manifest(copy, document)
+    with pytest.raises(ShardError, match=message):
+        Cache(copy).empty_prompt_key()
 
 
 def test_commands(cache: Path, copy: Path, command: Callable[..., Outcome]) -> None:

@@ -18,7 +18,7 @@ import pytest
 import torch
 
 from benchmarks import synthetic
-from shards import remote
+from shards import remote, streaming
 from shards.cache import Cache
 from shards.errors import ConfigError, ShardError
 from shards.order import Order
@@ -219,7 +219,7 @@ def test_what_a_server_does_for_ever_is_refused_with_url_and_reason(
     with pytest.raises(ShardError, match=rf"^{server.url}/latents/000000\.tar: .*({reason})"):
         found.sample(0, 0)
     assert server.asked.count("latents/000000.tar") == times
-    assert not list((tmp_path / "local").rglob("000000.tar.part"))
+    assert not list((tmp_path / "local").rglob("000000.tar.*.part"))
 
 
 def test_a_missing_file_is_named(
@@ -274,7 +274,7 @@ def test_a_half_fetched_file_is_never_used(
     server.misbehave = hangs
     process = subprocess.Popen([sys.executable, "-c", code, server.url, str(tmp_path / "local")])
     deadline = time.monotonic() + 60
-    while not any(p.stat().st_size for p in (tmp_path / "local").rglob("000000.tar.part")):
+    while not any(p.stat().st_size for p in (tmp_path / "local").rglob("000000.tar.*.part")):
         assert time.monotonic() < deadline
         time.sleep(0.01)
     process.kill()
@@ -319,6 +319,83 @@ def test_a_bounded_folder_holds_what_is_read_and_what_comes_next(
     assert max(sizes) <= limit
     fetched = [path for path in server.asked if path.endswith(".tar")]
     assert 60 <= len(fetched) <= 31 * 3  # more than two epochs; nothing came twice in one
+
+
+def test_nothing_else_in_the_local_folder_is_touched(
+    cache: Path, tmp_path: Path, serve: Callable[[Path], Server]
+) -> None:
+    local = tmp_path / "local"
+    for name in ("imagenet/train.tar", "imagenet/000000.tar", "imagenet/000000.json"):
+        (local / name).parent.mkdir(parents=True, exist_ok=True)
+        (local / name).write_bytes(bytes(1000))
+    largest = max(path.stat().st_size for path in cache.rglob("*.tar"))
+    everything(open_remote(serve(cache).url, local, 2 * largest))
+    assert sorted(path.name for path in (local / "imagenet").iterdir()) == [
+        "000000.json",
+        "000000.tar",
+        "train.tar",
+    ]
+    assert tar_bytes(local / "sd3-controlnet-shards") <= 2 * largest
+
+
+def test_reading_ahead_outlives_a_server_that_is_away_for_a_while(
+    tmp_path: Path, serve: Callable[[Path], Server], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(streaming, "POLL_S", 0.05)
+    cache = tmp_path / "cache"
+    synthetic.write_cache(cache, synthetic.TINY, num_shards=6, images_per_shard=4)
+    server = serve(cache)
+    found = open_remote(server.url, tmp_path / "local")
+    server.misbehave = lambda handler, path, *_: path.endswith(".json") and refuses(handler, b"")
+    order = Order(found.conditioning.product.shard_records, seed=0, window=1)
+    with found.following(order, 0):
+        time.sleep(0.3)
+        server.misbehave = lambda *_: False
+        deadline = time.monotonic() + 30
+        while len(list((tmp_path / "local").rglob("*.tar"))) < 3:
+            assert time.monotonic() < deadline, "nothing is read ahead any more"
+            time.sleep(0.05)
+
+
+def test_transfers_end_when_nobody_waits_for_them(
+    cache: Path, tmp_path: Path, serve: Callable[[Path], Server], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(remote, "FIRST_WAIT_S", 60.0)
+    server = serve(cache)
+    server.misbehave = always(lambda h, d: sent(h, d[:1000], len(d)))
+    folder = RemoteFolder(server.url)
+    failed: list[Exception] = []
+
+    def fetch() -> None:
+        try:
+            folder.fetch("latents/000000.tar", tmp_path / "tar", size=10**6, sha256=None)
+        except ShardError as error:
+            failed.append(error)
+
+    thread = threading.Thread(target=fetch)
+    thread.start()
+    while not server.asked:
+        time.sleep(0.01)
+    folder.give_up()
+    thread.join(timeout=20)
+    assert not thread.is_alive()
+    assert "latents/000000.tar" in str(failed[0])
+
+
+def test_damage_in_the_local_folder_is_mended_or_named(
+    cache: Path, tmp_path: Path, serve: Callable[[Path], Server]
+) -> None:
+    server, local = serve(cache), tmp_path / "local"
+    everything(open_remote(server.url, local))
+    for path in local.rglob("*.json"):
+        path.write_bytes(b"{}")
+    assert same(everything(open_remote(server.url, local)), everything(Cache(cache)))
+    (path,) = local.rglob("latents/000000.tar")
+    path.write_bytes(bytes(path.stat().st_size))
+    with pytest.raises(ShardError, match=rf"delete {path}, and it is fetched again"):
+        everything(open_remote(server.url, local))
+    path.unlink()
+    assert same(everything(open_remote(server.url, local)), everything(Cache(cache)))
 
 
 def test_what_was_fetched_is_not_fetched_again(

@@ -1,5 +1,6 @@
 """The settings of stage 2; names and defaults are those of diffusers' train_controlnet_sd3.py."""
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -147,7 +148,7 @@ class TrainConfig:
                 if value is not None and value < least:
                     flag = "--" + name.replace("_", "-")
                     raise ConfigError(f"{flag} {value}: must be at least {least}.")
-        if self.local_cache_gb <= 0:
+        if not 0 < self.local_cache_gb < math.inf:
             raise ConfigError(f"--local-cache-gb {self.local_cache_gb:g}: must be above 0.")
         if self.precondition_outputs not in (0, 1):
             raise ConfigError(

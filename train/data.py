@@ -200,8 +200,8 @@ def loader(
 
     work = ((samples.memory(len(group), pin=pin), group) for group in places)
     with (
-        samples.cache.following(samples.order, places.start),
         ThreadPoolExecutor(max(1, num_workers), "read") as pool,
+        samples.cache.following(samples.order, places.start),
     ):
         lead = BATCHES_AHEAD * num_workers
         for batch, first in ahead(pool, fill, work, lead) if num_workers else map(fill, work):
