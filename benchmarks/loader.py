@@ -236,12 +236,19 @@ def arrow(cache: Cache) -> Callable[[], tuple[int, float]]:
 
 
 def memory(small: Path, large: Path) -> dict[str, float]:
-    """Return the peak of resident memory after an epoch, in MB: each in a process of its own."""
-    code = "import sys; from benchmarks.loader import peak_mb; print(peak_mb(sys.argv[1]))"
+    """Return the peak of resident memory in MB, each in a process of its own.
+
+    As many samples are read from either, so that only the caches' sizes differ.
+    """
+    samples = Cache(large).conditioning.product.num_records
+    code = "import sys; from benchmarks.loader import peak_mb; print(peak_mb(*sys.argv[1:]))"
     peaks = [
         float(
             subprocess.run(
-                [sys.executable, "-c", code, str(cache)], capture_output=True, text=True, check=True
+                [sys.executable, "-c", code, str(cache), str(samples)],
+                capture_output=True,
+                text=True,
+                check=True,
             ).stdout.split()[-1]
         )
         for cache in (small, large)
@@ -249,11 +256,10 @@ def memory(small: Path, large: Path) -> dict[str, float]:
     return {"small_mb": peaks[0], "ten_times_mb": peaks[1], "growth_mb": peaks[1] - peaks[0]}
 
 
-def peak_mb(folder: str) -> float:
-    """Read an epoch as training does; return the peak of resident memory."""
+def peak_mb(folder: str, samples: str) -> float:
+    """Read so many samples as training does; return the peak of resident memory."""
     keep_freed_memory(torch.device("cpu"))
-    cache = Cache(Path(folder))
-    drawn(cache, cache.conditioning.product.num_records)
+    drawn(Cache(Path(folder)), int(samples))
     # getrusage would count what the process was before it became this one.
     status = Path("/proc/self/status").read_text()
     return next(int(line.split()[1]) for line in status.splitlines() if "VmHWM" in line) / 1e3
