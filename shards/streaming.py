@@ -164,6 +164,9 @@ class RemoteFiles:
             if self._windows and self._windows[0][0] <= place:
                 while self._windows and self._windows[0][0] <= place:
                     self._windows.pop(0)
+                needed = frozenset().union(*(files for _, files in self._windows))
+                for shard in self._open.keys() - needed:  # other processes may remove them now
+                    del self._open[shard]
                 self._changed.notify_all()
 
     def _upcoming(
@@ -181,9 +184,9 @@ class RemoteFiles:
                     files = needed(shards)
                 except (ShardError, OSError):
                     stop.wait(POLL_S)  # whoever comes to need these reports what is wrong
-            if stop.is_set():
-                return
             with self._changed:
+                if stop.is_set():
+                    return
                 self._windows.append((end, frozenset(files)))
             yield from files
 
