@@ -5,6 +5,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from PIL import ImageColor
+
+from precompute.images import BACKGROUND
 from shards.checks import check_resolution, check_sequence_length, pair_up
 from shards.errors import ConfigError
 from shards.manifest import CONTROL_NAME, DEFAULT_CONDITIONING
@@ -30,6 +33,9 @@ class PrecomputeConfig:
     cache_dir: Path | None = option(None, help="Where downloaded models are kept.")
     resolution: int = option(
         512, help="Images are resized and centre-cropped to this square, in pixels."
+    )
+    background: str = option(
+        BACKGROUND, help="Colour behind transparent pixels, by name or as #rrggbb."
     )
     max_sequence_length: int = option(
         77, help="T5 tokens a prompt; inference uses the same number."
@@ -80,6 +86,12 @@ class PrecomputeConfig:
         """
         check_resolution(self.resolution)
         check_sequence_length(self.max_sequence_length)
+        try:
+            ImageColor.getrgb(self.background)
+        except ValueError as error:
+            raise ConfigError(
+                f"--background {self.background}: no colour; try white, or #ffffff."
+            ) from error
         for name in ("vae_batch_size", "text_batch_size"):
             if getattr(self, name) < 1:
                 flag = "--" + name.replace("_", "-")

@@ -8,16 +8,23 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import ExifTags, Image, ImageOps
 from torch import Tensor
+
+BACKGROUND = "white"
+LARGEST_ASPECT_DIFFERENCE = 0.01
 
 
 class BadImage(ValueError):
     """An image that cannot be used, and why."""
 
 
-def decode(data: bytes) -> Image.Image:
-    """Return an encoded image in RGB.
+def decode(data: bytes, background: str = BACKGROUND) -> Image.Image:
+    """Return an encoded image in RGB, upright.
+
+    Args:
+        data: a file that Pillow reads, of any mode; one that is rotated by EXIF is turned.
+        background: colour behind transparent pixels, as Pillow's ImageColor knows them.
 
     Raises:
         BadImage: empty, truncated, too large, or no image at all.
@@ -26,7 +33,7 @@ def decode(data: bytes) -> Image.Image:
         raise BadImage("the file is empty")
     try:
         with Image.open(io.BytesIO(data)) as image:
-            return _to_rgb(image)
+            return _to_rgb(ImageOps.exif_transpose(image), background)
     except BadImage:
         raise
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
@@ -35,7 +42,21 @@ def decode(data: bytes) -> Image.Image:
         raise BadImage(f"not a readable image ({reason})") from error
 
 
-def _to_rgb(image: Image.Image) -> Image.Image:
+def size(data: bytes) -> tuple[int, int]:
+    """Return width and height of an encoded image, upright, without decoding its pixels.
+
+    Raises:
+        BadImage: no image.
+    """
+    try:
+        with Image.open(io.BytesIO(data)) as image:
+            turned = image.getexif().get(ExifTags.Base.Orientation, 1) >= 5
+            return image.size[::-1] if turned else image.size
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise BadImage(f"not a readable image ({error})") from error
+
+
+def _to_rgb(image: Image.Image, background: str) -> Image.Image:
     """Return an image in RGB; the upper eight bits of one with sixteen, as a depth map has."""
     if image.mode.startswith("I"):
         values = np.asarray(image).astype(np.int64)
@@ -44,11 +65,18 @@ def _to_rgb(image: Image.Image) -> Image.Image:
         image = Image.fromarray((values >> 8).astype(np.uint8))
     elif image.mode == "F":
         raise BadImage("it holds floating point numbers, of unknown range; save it in 8 or 16 bit")
+    if image.has_transparency_data:
+        layers = Image.new("RGBA", image.size, background), image.convert("RGBA")
+        image = Image.alpha_composite(*layers)
     return image.convert("RGB")
 
 
-def load(path: Path) -> tuple[Image.Image, bytes]:
+def load(path: Path, background: str = BACKGROUND) -> tuple[Image.Image, bytes]:
     """Return the image in a file, in RGB, and the file's bytes.
+
+    Args:
+        path: of the file.
+        background: see `decode`.
 
     Raises:
         BadImage: missing, or as `decode`.
@@ -57,27 +85,39 @@ def load(path: Path) -> tuple[Image.Image, bytes]:
         data = path.read_bytes()
     except OSError as error:
         raise BadImage(error.strerror or str(error)) from error
-    return decode(data), data
+    return decode(data, background), data
 
 
-def fit(image: Image.Image, resolution_px: int) -> Image.Image:
+def fit(image: Image.Image, resolution_px: int, like: tuple[int, int] | None = None) -> Image.Image:
     """Return the image with its shorter side resized to `resolution_px`, then centre-cropped.
 
     Bilinear with antialiasing, and the same rounding as torchvision's Resize and CenterCrop, which
     the diffusers training script uses.
+
+    Args:
+        image: in RGB.
+        resolution_px: sides of what is returned.
+        like: width and height of the image that this one is the conditioning image of; it is
+            brought to the same place as that one, pixel for pixel.
+
+    Raises:
+        BadImage: it has another shape than the image that it belongs to.
     """
-    width, height = image.size
-    short = min(width, height)
-    if short != resolution_px:
-        size = (
-            (resolution_px, int(resolution_px * height / width))
-            if width <= height
-            else (int(resolution_px * width / height), resolution_px)
+    width, height = like or image.size
+    wide, high = image.width * height, image.height * width
+    if abs(wide - high) > LARGEST_ASPECT_DIFFERENCE * min(wide, high):
+        raise BadImage(
+            f"{image.width} x {image.height} pixels, of another shape than its image's "
+            f"{width} x {height}"
         )
-        image = image.resize(size, Image.Resampling.BILINEAR)
-    width, height = image.size
-    left = round((width - resolution_px) / 2)
-    top = round((height - resolution_px) / 2)
+    if width <= height:
+        resized = resolution_px, int(resolution_px * height / width)
+    else:
+        resized = int(resolution_px * width / height), resolution_px
+    if image.size != resized:
+        image = image.resize(resized, Image.Resampling.BILINEAR)
+    left = round((resized[0] - resolution_px) / 2)
+    top = round((resized[1] - resolution_px) / 2)
     return image.crop((left, top, left + resolution_px, top + resolution_px))
 
 

@@ -93,7 +93,11 @@ def prepare(config: PrecomputeConfig) -> Job:
     )
     text_settings = TextSettings(config.max_sequence_length, config.text_dtype, config.cache_dtype)
     latent_settings = LatentSettings(
-        config.resolution, config.posterior, config.vae_dtype, config.cache_dtype
+        config.resolution,
+        config.posterior,
+        config.vae_dtype,
+        config.cache_dtype,
+        config.background,
     )
     texts = text_spec(base, text_settings)
     latents = latent_spec(base, latent_settings, "-1_1")
@@ -204,7 +208,7 @@ def _validation_pairs(config: PrecomputeConfig) -> list[ValidationPair]:
     pairs = []
     for prompt, path in config.validation_pairs():
         try:
-            image, data = images.load(path)
+            image, data = images.load(path, config.background)
         except BadImage as error:
             raise ConfigError(f"--validation-image {path}: {error}.") from error
         pixels = images.to_uint8(images.fit(image, config.resolution))

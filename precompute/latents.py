@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import ImageColor
 from torch import Tensor
 
 from precompute.fingerprint import hash_component
@@ -25,6 +26,7 @@ class LatentSettings:
     posterior: str
     compute_dtype: str
     cache_dtype: str
+    background: str
 
 
 def latent_spec(base: Path, settings: LatentSettings, pixel_range: str) -> LatentSpec:
@@ -59,7 +61,8 @@ def latent_identity(base: Path, variant: str | None, settings: LatentSettings) -
     return {
         "vae": hash_component(base / "vae", variant),
         "resolution_px": settings.resolution_px,
-        "geometry": "resize shorter side, bilinear; centre crop",
+        "geometry": "upright; resize shorter side, bilinear; centre crop",
+        "background": ImageColor.getrgb(settings.background),
         "posterior": settings.posterior,
         "compute_dtype": settings.compute_dtype,
         "cache_dtype": settings.cache_dtype,

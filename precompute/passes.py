@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,6 +23,18 @@ from shards.sidecar import Skipped
 from shards.writer import write_shard
 
 DECODING_THREADS = 4
+
+
+class Picture(NamedTuple):
+    """An image to encode: its name in the source and its hash when the run was planned.
+
+    For a conditioning image also those of the image that it belongs to.
+    """
+
+    name: str
+    planned_hash: str
+    like: str = ""
+    like_hash: str = ""
 
 
 def text_pass(job: Job) -> dict[str, dict[str, Tensor]]:
@@ -114,7 +126,7 @@ def _latent_records(
         else:
             rows.append((index, row))
     bar.update(len(shard.items) - len(rows))
-    files = [(row.row.image, row.image_hash) for _, row in rows]
+    files = [Picture(row.row.image, row.image_hash) for _, row in rows]
     captions = shard.captions(job.prompts)
     for at, tensors in _encode(job, encoder, files, "latent", bar):
         index, row = rows[at]
@@ -148,7 +160,10 @@ def _conditioning_records(
         else:
             rows.append((key, row))
     bar.update(len(shard.items) - len(rows))
-    files = [(row.row.conditioning_image, row.conditioning_hash) for _, row in rows]
+    files = [
+        Picture(row.row.conditioning_image, row.conditioning_hash, row.row.image, row.image_hash)
+        for _, row in rows
+    ]
     for at, tensors in _encode(job, encoder, files, "conditioning_latent", bar):
         key, row = rows[at]
         if isinstance(tensors, str):
@@ -161,7 +176,7 @@ def _conditioning_records(
 def _encode(
     job: Job,
     encoder: LatentEncoder,
-    files: Sequence[tuple[str, str]],
+    files: Sequence[Picture],
     kind: str,
     bar: "tqdm[Any]",
 ) -> Iterator[tuple[int, dict[str, Tensor] | str]]:
@@ -173,7 +188,7 @@ def _encode(
     Args:
         job: says where to read, and the size of pictures and batches.
         encoder: the VAE.
-        files: (name, hash of the bytes when the run was planned) of each image.
+        files: the images.
         kind: `latent` or `conditioning_latent`.
         bar: moves on a batch at a time.
 
@@ -184,13 +199,16 @@ def _encode(
     pixel_range = job.conditioning_spec.pixel_range if kind != "latent" else "-1_1"
 
     def load(index: int) -> Tensor | str:
-        name, planned_hash = files[index]
-        data = _read_again(job, name, planned_hash)
+        picture = files[index]
+        data = _read_again(job, picture.name, picture.planned_hash)
+        like = None
         try:
-            image = images.decode(data)
+            if picture.like:
+                like = images.size(_read_again(job, picture.like, picture.like_hash))
+            image = images.decode(data, job.config.background)
+            return images.to_uint8(images.fit(image, job.config.resolution, like))
         except BadImage as error:
-            return f"{name}: {error}"
-        return images.to_uint8(images.fit(image, job.config.resolution))
+            return f"{picture.name}: {error}"
 
     with ThreadPoolExecutor(DECODING_THREADS) as pool:
         loaded = ahead(pool, load, range(len(files)), lead=2 * size)
@@ -204,7 +222,7 @@ def _encode(
                     tensors = {name: tensor[position] for name, tensor in encoded.items()}
                     yield (
                         at,
-                        tensors if finite(tensors) else f"{files[at][0]}: {kind} is not finite",
+                        tensors if finite(tensors) else f"{files[at].name}: {kind} is not finite",
                     )
             bar.update(len(batch))
 

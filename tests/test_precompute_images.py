@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 import torch
 from diffusers.image_processor import VaeImageProcessor
-from PIL import Image
+from PIL import Image, ImageDraw
 
+from precompute import images
 from precompute.images import BadImage, decode, fit, to_pixels, to_uint8
 
 
@@ -80,3 +81,82 @@ def test_pixels_equal_diffusers_own_preprocessing() -> None:
     assert torch.equal(to_pixels(uint8, "-1_1"), stock)
     unit = VaeImageProcessor(vae_scale_factor=8, do_normalize=False).preprocess(image)
     assert torch.equal(to_pixels(uint8, "0_1"), unit)
+
+
+def half_transparent(mode: str) -> Image.Image:
+    image = Image.new("RGBA", (2, 1), (255, 0, 0, 255))
+    image.putpixel((1, 0), (0, 0, 255, 0))
+    return image.convert(mode) if mode != "P" else image.quantize(4)
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "P", "LA", "PA"])
+@pytest.mark.parametrize(
+    ("background", "expected"), [("white", (255,) * 3), ("#102030", (16, 32, 48))]
+)
+def test_transparent_pixels_show_the_background(
+    mode: str, background: str, expected: tuple[int, int, int]
+) -> None:
+    image = half_transparent("RGBA" if mode == "PA" else mode)
+    decoded = decode(encoded(image), background)
+    assert decoded.getpixel((1, 0)) == expected
+    assert decoded.getpixel((0, 0)) == ((76,) * 3 if mode == "LA" else (255, 0, 0))
+
+
+def test_half_a_colour_is_mixed_with_the_background() -> None:
+    image = Image.new("RGBA", (1, 1), (200, 100, 0, 51))  # one fifth
+    assert decode(encoded(image)).getpixel((0, 0)) == (244, 224, 204)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_photographs_are_turned_upright(orientation: int) -> None:
+    upright = Image.effect_noise((40, 24), 50).convert("RGB")
+    # How a camera stores it: the inverse of what the orientation asks the viewer to do.
+    inverse = {
+        2: Image.Transpose.FLIP_LEFT_RIGHT,
+        3: Image.Transpose.ROTATE_180,
+        4: Image.Transpose.FLIP_TOP_BOTTOM,
+        5: Image.Transpose.TRANSPOSE,
+        6: Image.Transpose.ROTATE_90,
+        7: Image.Transpose.TRANSVERSE,
+        8: Image.Transpose.ROTATE_270,
+    }
+    stored = upright.transpose(inverse[orientation]) if orientation in inverse else upright
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    buffer = io.BytesIO()
+    stored.save(buffer, "PNG", exif=exif)
+    assert np.array_equal(np.array(decode(buffer.getvalue())), np.array(upright))
+    assert images.size(buffer.getvalue()) == upright.size
+
+
+def test_inks_become_colours() -> None:
+    image = Image.new("CMYK", (8, 8), (0, 255, 255, 0))
+    pixel = decode(encoded(image, "TIFF")).getpixel((3, 3))
+    assert pixel == (255, 0, 0)
+
+
+@pytest.mark.parametrize("scale", [0.5, 1, 3])
+def test_a_conditioning_image_comes_to_the_place_of_its_image(scale: float) -> None:
+    size = (200, 120)
+    # A dot where the image has one, drawn in another size.
+    position = (130, 60)
+    conditioning = Image.new("RGB", tuple(int(side * scale) for side in size))
+    box = [int((p + d) * scale) for d in (-10, 10) for p in position]
+    ImageDraw.Draw(conditioning).ellipse(box, "white")
+    whole = Image.new("RGB", size)
+    ImageDraw.Draw(whole).ellipse([p + d for d in (-10, 10) for p in position], "white")
+
+    def centre(image: Image.Image) -> tuple[float, float]:
+        values = np.array(image.convert("L"), float)
+        rows, columns = np.indices(values.shape)
+        return (values * columns).sum() / values.sum(), (values * rows).sum() / values.sum()
+
+    found = fit(conditioning, 64, size)
+    assert found.size == (64, 64)
+    assert centre(found) == pytest.approx(centre(fit(whole, 64)), abs=0.6)
+
+
+def test_a_pair_of_two_shapes_is_refused() -> None:
+    fit(Image.new("RGB", (100, 101)), 64, (512, 512))
+    with pytest.raises(BadImage, match="100 x 102 pixels, of another shape than its image's 51"):
+        fit(Image.new("RGB", (100, 102)), 64, (512, 512))

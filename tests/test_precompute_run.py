@@ -266,6 +266,41 @@ def test_bad_rows_are_left_out_and_named(
         precompute(replace(config, max_bad_fraction=0.4))
 
 
+def test_conditioning_images_of_another_size_and_of_another_shape(
+    fresh: PrecomputeConfig, circles: Path, tmp_path: Path
+) -> None:
+    source = copy_of(circles, tmp_path / "sizes", lambda _: None)
+    for name, size in (("2", (256, 256)), ("4", (512, 300))):
+        path = source / "source" / f"{name}.png"
+        Image.open(path).resize(size).save(path)
+    precompute(replace(fresh, source=source, max_bad_fraction=0.1))
+    found = manifest.load(fresh.output_dir)
+    assert found.latents.num_records == 10
+    assert found.conditioning["conditioning"].num_records == 9
+    card = sidecar.load(fresh.output_dir / "conditioning" / "conditioning", 0)
+    assert card is not None
+    (skipped,) = card.skipped
+    assert skipped.row.startswith("line 5, ")
+    assert "source/4.png: 512 x 300 pixels, of another shape than its image's 512 x 512" in (
+        skipped.reason
+    )
+
+
+def test_another_background_makes_other_latents(
+    fresh: PrecomputeConfig, circles: Path, tmp_path: Path
+) -> None:
+    precompute(fresh)
+    before = manifest.load(fresh.output_dir)
+    precompute(replace(fresh, background="#FFF"))  # the same colour by another name
+    assert manifest.load(fresh.output_dir) == before
+    precompute(replace(fresh, background="black"))
+    after = manifest.load(fresh.output_dir)
+    assert after.latents.fingerprint != before.latents.fingerprint
+    assert after.text == before.text
+    with pytest.raises(ConfigError, match="--background purplish: no colour"):
+        replace(fresh, background="purplish")
+
+
 def test_a_file_that_changes_or_goes_while_working_stops_the_run(
     fresh: PrecomputeConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
