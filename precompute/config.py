@@ -40,6 +40,10 @@ class PrecomputeConfig:
     max_sequence_length: int = option(
         77, help="T5 tokens a prompt; inference uses the same number."
     )
+    max_train_samples: int | None = option(
+        None, help="Encode so many rows at most, chosen by --seed; a larger number keeps those."
+    )
+    seed: int = option(0, help="Of the choice of rows.")
     conditioning_name: str = option(DEFAULT_CONDITIONING, help="Name of this kind of control.")
     conditioning_range: Literal["-1_1", "0_1"] = option(
         "-1_1",
@@ -96,6 +100,8 @@ class PrecomputeConfig:
             if getattr(self, name) < 1:
                 flag = "--" + name.replace("_", "-")
                 raise ConfigError(f"{flag} {getattr(self, name)}: must be at least 1.")
+        if self.max_train_samples is not None and self.max_train_samples < 1:
+            raise ConfigError(f"--max-train-samples {self.max_train_samples}: must be at least 1.")
         if self.shard_mb <= 0:
             raise ConfigError(f"--shard-mb {self.shard_mb:g}: must be above 0.")
         if not 0 <= self.max_bad_fraction <= 1:

@@ -104,7 +104,7 @@ def prepare(config: PrecomputeConfig) -> Job:
     conditioning = latent_spec(base, latent_settings, config.conditioning_range)
     pairs = _validation_pairs(config)
 
-    rows = plan.plan_rows(source)
+    rows = plan.plan_rows(source, plan.chosen(source.rows, config.max_train_samples, config.seed))
     bad = BadRows(len(rows), config.max_bad_fraction)
     bad.add(Skipped(row.row.name, row.first_fault) for row in rows if row.first_fault)
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
+from xxhash import xxh3_64_intdigest
 
 from precompute.fingerprint import hash_bytes
 from precompute.sources import Row, Source
@@ -20,7 +21,7 @@ from shards import sidecar
 from shards.errors import ShardError
 from shards.manifest import digest
 from shards.records import TensorSpec, record_key
-from shards.sidecar import Sidecar
+from shards.sidecar import LARGEST_CAPTIONS, Sidecar
 
 HASHING_THREADS = 8
 SHARD_FILE = re.compile(r"(?P<shard>\d{6})\.(tar|json)(?P<temporary>\.tmp-\d+)?")
@@ -65,28 +66,40 @@ class ShardPlan:
     def captions(self, prompts: dict[str, str]) -> dict[str, list[str]]:
         """Return, for a shard of rows, image key -> keys of the prompts that caption it."""
         return {
-            image_key(self.shard, index, row): [prompts[row.row.prompt]]
+            image_key(self.shard, index, row): [prompts[one] for one in row.row.prompts]
             for index, row in enumerate(self.items)
             if not row.fault
         }
 
 
-def plan_rows(source: Source) -> list[PlannedRow]:
-    """Read and hash all that the source's rows name."""
+def chosen(rows: Sequence[Row], limit: int | None, seed: int) -> Sequence[Row]:
+    """Return at most `limit` rows, in their order.
+
+    The choice is random and nested: with a higher limit these rows are among those chosen.
+    """
+    if limit is None or limit >= len(rows):
+        return rows
+    lots = [(xxh3_64_intdigest(b"%d" % at, seed=seed), at) for at in range(len(rows))]
+    return [rows[at] for at in sorted(at for _, at in sorted(lots)[:limit])]
+
+
+def plan_rows(source: Source, rows: Sequence[Row]) -> list[PlannedRow]:
+    """Read and hash all that rows of a source name."""
     with (
         ThreadPoolExecutor(HASHING_THREADS) as pool,
-        tqdm(total=len(source.rows), unit="row", desc="reading", disable=None) as bar,
+        tqdm(total=len(rows), unit="row", desc="reading", disable=None) as bar,
     ):
-        rows = []
-        for row in pool.map(lambda row: _plan_row(source, row), source.rows):
-            rows.append(row)
+        planned = []
+        for row in pool.map(lambda row: _plan_row(source, row), rows):
+            planned.append(row)
             bar.update()
-        return rows
+        return planned
 
 
 def distinct_prompts(rows: Sequence[PlannedRow]) -> list[str]:
     """Return the empty prompt, then each prompt once, in order of first appearance."""
-    return list(dict.fromkeys(["", *(row.row.prompt for row in rows if not row.fault)]))
+    found = (prompt for row in rows if not row.fault for prompt in row.row.prompts)
+    return list(dict.fromkeys(["", *found]))
 
 
 def plan_text(prompts: Sequence[str], identity: dict[str, Any], size: int) -> list[ShardPlan]:
@@ -208,11 +221,20 @@ def records_per_shard(shard_mb: float, tensors: Mapping[str, TensorSpec]) -> int
 def _plan_row(source: Source, row: Row) -> PlannedRow:
     image_hash, fault = _hash(source, row.image)
     conditioning_hash, conditioning_fault = _hash(source, row.conditioning_image)
-    if not isinstance(row.prompt, str):
-        fault = f"the prompt is not text but {type(row.prompt).__name__}"
-    elif any("\ud800" <= letter <= "\udfff" for letter in row.prompt):
-        fault = "the prompt is not valid text: half of a surrogate pair"
+    fault = _prompt_fault(row.prompts) or fault
     return PlannedRow(row, image_hash, conditioning_hash, fault, conditioning_fault)
+
+
+def _prompt_fault(prompts: list[Any]) -> str:
+    """Return why a row's captions cannot be used; empty if they can."""
+    if not 1 <= len(prompts) <= LARGEST_CAPTIONS:
+        return f"{len(prompts)} captions, 1 to {LARGEST_CAPTIONS} expected"
+    for prompt in prompts:
+        if not isinstance(prompt, str):
+            return f"the prompt is not text but {type(prompt).__name__}"
+        if any("\ud800" <= letter <= "\udfff" for letter in prompt):
+            return "the prompt is not valid text: half of a surrogate pair"
+    return ""
 
 
 def _hash(source: Source, name: str) -> tuple[str, str]:

@@ -25,7 +25,7 @@ class Row:
         line: of prompt.json, from 1.
         image: name of the image in the source.
         conditioning_image: name of the conditioning image in the source.
-        prompt: the caption as found; a bad row's may be no text.
+        prompt: the caption as found, or a list of captions; a bad row's may be no text.
     """
 
     line: int
@@ -37,6 +37,13 @@ class Row:
     def name(self) -> str:
         """What the row is called in reports."""
         return f"line {self.line}, {self.image}"
+
+    @property
+    def prompts(self) -> list[Any]:
+        """The captions, each once."""
+        if not isinstance(self.prompt, list):
+            return [self.prompt]
+        return [one for at, one in enumerate(self.prompt) if one not in self.prompt[:at]]
 
 
 class Source(Protocol):

@@ -20,8 +20,10 @@ from precompute.run import precompute
 from shards import manifest, sidecar, verify
 from shards.cache import Cache
 from shards.errors import ConfigError, ShardError
+from shards.order import Order
 from shards.sidecar import Skipped
 from tests.conftest import NUM_ROWS, PROMPTS, RESOLUTION_PX, TOKENS, Outcome
+from train.data import Samples
 
 
 def rows(source: Path) -> list[dict[str, str]]:
@@ -505,3 +507,53 @@ def test_a_base_without_a_vae_is_refused_before_anything_is_written(
     with pytest.raises(ConfigError, match=r"no vae/ in it; found scheduler/, text_encoder/"):
         precompute(replace(fresh, pretrained_model_name_or_path=str(model)))
     assert not fresh.output_dir.exists()
+
+
+def test_every_caption_of_a_list_is_cached_and_training_draws_one(
+    fresh: PrecomputeConfig, circles: Path, tmp_path: Path
+) -> None:
+    first, second = (row["prompt"] for row in rows(circles)[:2])
+
+    def edit(lines: list[dict[str, object]]) -> None:
+        lines[0]["prompt"] = [first, second, first, "a third"]
+        lines[3]["prompt"] = []
+        lines[4]["prompt"] = ["text", 5]
+
+    source = copy_of(circles, tmp_path / "lists", edit)
+    precompute(replace(fresh, source=source, max_bad_fraction=0.2))
+    found = Cache(fresh.output_dir)
+    _, _, keys = found.sample(0, 0)
+    texts = [found.text.about(*found.text.locate(key))["prompt"] for key in keys]
+    assert texts == [first, second, "a third"]
+    assert found.manifest.num_skipped == 2
+    order = Order(found.conditioning.product.shard_records, seed=0)
+    samples = Samples(found, order, seed=0, proportion_empty_prompts=0.0)
+    places = [p for p in range(400) if order.record(p) == (0, 0)]
+    expected = [found.embeddings(key)["pooled_embeds"] for key in keys]
+    drawn = {
+        next(n for n, one in enumerate(expected) if torch.equal(one, sample["pooled_embeds"]))
+        for sample in (samples[place] for place in places)
+    }
+    assert drawn == {0, 1, 2}
+
+
+def test_a_part_of_the_rows_is_chosen_by_seed_and_grows(
+    fresh: PrecomputeConfig, circles: Path
+) -> None:
+    def images(limit: int, seed: int = 0) -> list[str]:
+        precompute(replace(fresh, max_train_samples=limit, seed=seed))
+        found = Cache(fresh.output_dir).latents
+        return [
+            found.about(shard, index)["image_hash"]
+            for shard, count in enumerate(found.product.shard_records)
+            for index in range(count)
+        ]
+
+    everything = images(10)
+    some = images(4)
+    assert len(some) == 4
+    assert [one for one in everything if one in some] == some
+    assert set(some) < set(images(6))
+    assert set(some) != set(images(4, seed=1))
+    with pytest.raises(ConfigError, match="--max-train-samples 0: must be at least 1"):
+        replace(fresh, max_train_samples=0)
