@@ -51,7 +51,7 @@ def preview(
     for place in range(min(num_samples, product.num_records)):
         key, tensors, prompts = cache.sample(*order.record(place))
         texts = [cache.text.about(*cache.text.locate(one)).get("prompt", "") for one in prompts]
-        captions.append(f"{key}: {' | '.join(map(str, texts))}")
+        captions.append(f"{' | '.join(map(str, texts))} ({key})")
         latents += [tensors["latent"][None], tensors["conditioning_latent"][None]]
     pixels = decode(base, variant, latents, device)
     images = [Image.fromarray(to_bytes(one[0])) for one in pixels[::2]]
