@@ -80,6 +80,7 @@ class PrecomputeConfig:
     max_bad_fraction: float = option(
         0.01, help="Stop when more than this fraction of the rows cannot be used."
     )
+    strict: bool = option(False, help="Stop at the first row that cannot be used.")
     device: str | None = option(None, help="cuda, cuda:1, mps or cpu; the best there is if absent.")
 
     def __post_init__(self) -> None:

@@ -105,7 +105,7 @@ def prepare(config: PrecomputeConfig) -> Job:
     pairs = _validation_pairs(config)
 
     rows = plan.plan_rows(source, plan.chosen(source.rows, config.max_train_samples, config.seed))
-    bad = BadRows(len(rows), config.max_bad_fraction)
+    bad = BadRows(len(rows), 0.0 if config.strict else config.max_bad_fraction)
     bad.add(Skipped(row.row.name, row.first_fault) for row in rows if row.first_fault)
 
     text_id = text_identity(base, config.variant, text_settings)
@@ -169,9 +169,11 @@ class BadRows:
         for one in rows:
             self.reasons.setdefault(one.row, one.reason)
         if len(self.reasons) > self.max_fraction * self.num_rows:
+            strict = "" if self.max_fraction else " (--strict)"
+            bound = f"--max-bad-fraction {self.max_fraction:g}{strict}"
             raise ShardError(
                 f"{len(self.reasons)} of {self.num_rows} rows cannot be used, more than "
-                f"--max-bad-fraction {self.max_fraction:g} allows:\n{self.table()}\n"
+                f"{bound} allows:\n{self.table()}\n"
                 "Mend or remove them, or allow more. Finished shards are kept."
             )
 

@@ -1,9 +1,10 @@
 """The two passes over the data: prompts through the text encoders, images through the VAE."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
+import click
 import torch
 from torch import Tensor
 from tqdm import tqdm
@@ -15,7 +16,7 @@ from precompute.images import BadImage
 from precompute.job import Job, ValidationPair, validation_key
 from precompute.latents import LatentEncoder, finite
 from precompute.plan import PlannedRow, ShardPlan, image_key
-from precompute.text import TextEncoders, require_finite, text_records
+from precompute.text import LongPrompts, TextEncoders, require_finite, text_records
 from shards.ahead import ahead
 from shards.errors import ShardError
 from shards.records import Record
@@ -37,10 +38,14 @@ class Picture(NamedTuple):
     like_hash: str = ""
 
 
-def text_pass(job: Job) -> dict[str, dict[str, Tensor]]:
+def text_pass(job: Job, check: Callable[[], None]) -> dict[str, dict[str, Tensor]]:
     """Write the unfinished text shards; return the embeddings of the validation prompts.
 
     The encoders live in this function alone, so that they are gone when it returns.
+
+    Args:
+        job: what is to be made.
+        check: called after each shard; may end the run.
     """
     todo = job.text.unfinished()
     pairs = [pair for shard in job.validation.unfinished() for pair in shard.items]
@@ -48,16 +53,25 @@ def text_pass(job: Job) -> dict[str, dict[str, Tensor]]:
         return {}
     config = job.config
     encoders = TextEncoders(job.base, job.text_settings, job.device, config.variant)
+    long_prompts = LongPrompts()
     total = sum(len(shard.items) for shard in todo)
     with tqdm(total=total, unit="prompt", desc="text", disable=None) as bar:
         for shard in todo:
             write_shard(
                 job.text.folder,
                 shard.shard,
-                text_records(encoders, shard.shard, shard.items, config.text_batch_size, bar),
+                text_records(
+                    encoders, shard.shard, shard.items, config.text_batch_size, long_prompts, bar
+                ),
                 fingerprint=shard.fingerprint,
                 num_bytes=job.text.num_bytes(shard),
             )
+            check()
+    if long_prompts.count:
+        click.echo(
+            f"  {long_prompts.count} prompts have more T5 tokens than --max-sequence-length "
+            f"{config.max_sequence_length} and were cut; the longest has {long_prompts.most_tokens}"
+        )
     embeds: dict[str, dict[str, Tensor]] = {}
     for pair in pairs:
         one = {name: tensor[0] for name, tensor in encoders.encode([pair.prompt]).items()}
@@ -66,8 +80,16 @@ def text_pass(job: Job) -> dict[str, dict[str, Tensor]]:
     return embeds
 
 
-def latent_pass(job: Job, validation_embeds: dict[str, dict[str, Tensor]]) -> None:
-    """Write the unfinished latent, conditioning and validation shards."""
+def latent_pass(
+    job: Job, validation_embeds: dict[str, dict[str, Tensor]], check: Callable[[], None]
+) -> None:
+    """Write the unfinished latent, conditioning and validation shards.
+
+    Args:
+        job: what is to be made.
+        validation_embeds: see `text_pass`.
+        check: called after each shard; may end the run.
+    """
     latents, conditioning = job.latents.unfinished(), job.conditioning.unfinished()
     validation = job.validation.unfinished()
     if not (latents or conditioning or validation):
@@ -89,6 +111,7 @@ def latent_pass(job: Job, validation_embeds: dict[str, dict[str, Tensor]]) -> No
                 prompts=prompts,
             )
             job.bad.add(skipped)
+            check()
         for shard in conditioning:
             skipped = []
             write_shard(
@@ -100,6 +123,7 @@ def latent_pass(job: Job, validation_embeds: dict[str, dict[str, Tensor]]) -> No
                 skipped=skipped,
             )
             job.bad.add(skipped)
+            check()
     for shard in validation:
         write_shard(
             job.validation.folder,

@@ -9,6 +9,7 @@ import click
 import torch
 
 from precompute.config import PrecomputeConfig
+from precompute.interruption import InterruptedRun, between_shards
 from precompute.job import Job, prepare
 from precompute.passes import latent_pass, text_pass
 from precompute.plan import ShardPlan
@@ -49,10 +50,15 @@ def precompute(config: PrecomputeConfig) -> None:
     if before is not None and _changes_what_is_listed(job, before, todo):
         # What it says is about to be untrue. What it says of other controls is needed at the end.
         (cache / manifest.MANIFEST).rename(cache / manifest.PREVIOUS)
-    validation_embeds = text_pass(job)
-    _free_memory()
-    latent_pass(job, validation_embeds)
-    _free_memory()
+    try:
+        with between_shards() as check:
+            validation_embeds = text_pass(job, check)
+            _free_memory()
+            latent_pass(job, validation_embeds, check)
+            _free_memory()
+    except InterruptedRun as signal:
+        click.echo(f"{cache}: {signal}, ended between shards; the same command goes on from here")
+        raise SystemExit(signal.exit_code) from None
     for card, prompts in _outdated_captions(job):
         write_sidecar(job.latents.folder, dataclasses.replace(card, prompts=prompts))
     for product in products.values():

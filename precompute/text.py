@@ -154,6 +154,11 @@ class TextEncoders:
         dtype = getattr(torch, self.settings.cache_dtype)
         return {name: tensor.to("cpu", dtype) for name, tensor in embeds.items()}
 
+    def num_tokens(self, prompts: Sequence[str]) -> list[int]:
+        """Return how many T5 tokens each prompt has, the end token included."""
+        found = self.t5_tokenizer(list(prompts), truncation=False, verbose=False).input_ids
+        return [len(ids) for ids in found]
+
     def _ids(self, tokenizer: Any, prompts: Sequence[str], length: int) -> Tensor:
         tokens = tokenizer(
             list(prompts),
@@ -166,20 +171,43 @@ class TextEncoders:
         return ids.to(self.device)
 
 
+@dataclass
+class LongPrompts:
+    """How many prompts had more T5 tokens than are kept, and the longest."""
+
+    count: int = 0
+    most_tokens: int = 0
+
+    def add(self, num_tokens: Sequence[int], limit: int) -> None:
+        """Count those of a batch."""
+        self.count += sum(number > limit for number in num_tokens)
+        self.most_tokens = max(self.most_tokens, *num_tokens)
+
+
 def text_records(
     encoders: TextEncoders,
     shard: int,
     prompts: Sequence[str],
     batch_size: int,
+    long_prompts: LongPrompts,
     bar: "tqdm[Any]",
 ) -> Iterator[Record]:
     """Yield the records of a shard's prompts; batches stay within the shard.
+
+    Args:
+        encoders: see there.
+        shard: number of the shard.
+        prompts: all of it.
+        batch_size: prompts encoded at a time.
+        long_prompts: counts those that are cut.
+        bar: moves on a batch at a time.
 
     Raises:
         ShardError: an embedding is not finite, which half precision can cause.
     """
     for rows in batches(range(len(prompts)), batch_size):
         batch = [prompts[row] for row in rows]
+        long_prompts.add(encoders.num_tokens(batch), encoders.settings.max_sequence_length)
         embeds = encoders.encode(batch)
         for at, (row, prompt) in enumerate(zip(rows, batch, strict=True)):
             tensors = {name: tensor[at] for name, tensor in embeds.items()}

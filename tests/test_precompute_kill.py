@@ -1,9 +1,12 @@
-"""Stage 1 killed at any moment: the next run finishes it, to the same bytes."""
+"""Stage 1 killed or interrupted at any moment: the next run finishes it, to the same bytes."""
 
 import multiprocessing
 import os
 import random
 import shutil
+import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -12,6 +15,7 @@ import pytest
 from precompute.config import PrecomputeConfig
 from shards import manifest
 from shards.errors import ShardError
+from tests.conftest import REPOSITORY, flags, run_python
 
 NUM_KILLS = 200
 
@@ -103,3 +107,34 @@ def test_killed_at_any_moment_it_is_finished_to_the_same_bytes(fresh: Precompute
         finish()
         assert files(cache) == expected, f"kill {kill}: other bytes"
     assert unfinished > NUM_KILLS / 2
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_the_run_between_two_shards(
+    fresh: PrecomputeConfig, cache: Path, number: signal.Signals
+) -> None:
+    process = subprocess.Popen(
+        [sys.executable, "-m", "precompute", *flags(fresh)],
+        cwd=REPOSITORY,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    text = fresh.output_dir / "text"
+    deadline = time.monotonic() + 120
+    while not list(text.glob("*.tar*")):
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
+    process.send_signal(number)
+    output, errors = process.communicate(timeout=120)
+    assert process.returncode == 128 + number, errors
+    assert "ending after this shard; once more to end at once" in errors
+    assert "ended between shards; the same command goes on from here" in output
+    assert "Traceback" not in errors
+    assert not list(fresh.output_dir.rglob("*.tmp-*"))
+    tars = sorted(path.stem for path in fresh.output_dir.rglob("*.tar"))
+    assert tars == sorted(path.stem for path in fresh.output_dir.rglob("0*.json"))
+    assert not is_complete(fresh.output_dir)
+    again = run_python("-m", "precompute", *flags(fresh))
+    assert again.returncode == 0
+    assert files(fresh.output_dir) == files(cache)

@@ -13,7 +13,7 @@ import torch
 from diffusers import AutoencoderKL, StableDiffusion3Pipeline
 from diffusers.image_processor import VaeImageProcessor
 from PIL import Image
-from transformers import CLIPTextModelWithProjection, T5EncoderModel
+from transformers import CLIPTextModelWithProjection, T5EncoderModel, T5TokenizerFast
 
 from precompute.config import PrecomputeConfig
 from precompute.run import precompute
@@ -266,6 +266,40 @@ def test_bad_rows_are_left_out_and_named(
     assert all(not faults for _, faults in verify.faults(fresh.output_dir))
     with pytest.raises(ShardError, match=r"5 of 10 rows cannot be used, more than --max-bad-fract"):
         precompute(replace(config, max_bad_fraction=0.4))
+
+
+def test_strict_stops_at_any_bad_row(
+    fresh: PrecomputeConfig, circles: Path, tmp_path: Path
+) -> None:
+    source = copy_of(circles, tmp_path / "bad", lambda _: None)
+    (source / "target" / "5.png").write_bytes(b"")
+    config = replace(fresh, source=source, max_bad_fraction=0.5)
+    with pytest.raises(ShardError, match=r"1 of 10 rows .* 0 \(--strict\) allows"):
+        precompute(replace(config, strict=True))
+    precompute(config)
+
+
+def test_prompts_that_are_cut_are_counted(
+    fresh: PrecomputeConfig, circles: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def edit(lines: list[dict[str, object]]) -> None:
+        lines[1]["prompt"] = "circle " * 300
+        lines[3]["prompt"] = "a circle " * 40
+
+    precompute(replace(fresh, source=copy_of(circles, tmp_path / "long", edit)))
+    output = capsys.readouterr().out
+    tokenizer = T5TokenizerFast.from_pretrained(
+        fresh.pretrained_model_name_or_path, subfolder="tokenizer_3"
+    )
+    longest = len(tokenizer("circle " * 300).input_ids)
+    assert longest > 300
+    prompts = {str(row["prompt"]) for row in rows(tmp_path / "long")}
+    long = [one for one in prompts if len(tokenizer(one).input_ids) > fresh.max_sequence_length]
+    assert len(long) >= 2
+    assert (
+        f"{len(long)} prompts have more T5 tokens than --max-sequence-length 20 and were cut; "
+        f"the longest has {longest}"
+    ) in output
 
 
 def test_conditioning_images_of_another_size_and_of_another_shape(
