@@ -12,7 +12,7 @@ from precompute.config import PrecomputeConfig
 from precompute.fingerprint import hash_bytes
 from precompute.images import BadImage
 from precompute.latents import LatentSettings, latent_identity, latent_spec
-from precompute.plan import ProductPlan, ShardPlan, record_bytes
+from precompute.plan import ProductPlan, ShardPlan
 from precompute.sources import Source, open_source
 from precompute.text import COMPONENTS, TextSettings, text_identity, text_spec
 from shards import manifest
@@ -26,7 +26,7 @@ from shards.manifest import (
     validation_folder,
 )
 from shards.pretrained import find_base
-from shards.records import record_key
+from shards.records import record_bytes, record_key
 from shards.sidecar import Skipped
 
 

@@ -20,7 +20,7 @@ from precompute.text import prompt_key
 from shards import sidecar
 from shards.errors import ShardError
 from shards.manifest import digest
-from shards.records import TensorSpec, record_key
+from shards.records import TensorSpec, record_bytes, record_key
 from shards.sidecar import LARGEST_CAPTIONS, Sidecar
 
 HASHING_THREADS = 8
@@ -206,11 +206,6 @@ class ProductPlan:
         if missing:
             raise ShardError(f"{self.folder}: shards {', '.join(missing)} vanished while working")
         return [one for _, one in found if one is not None]
-
-
-def record_bytes(tensors: Mapping[str, TensorSpec]) -> int:
-    """Return the size of a record's tensors."""
-    return sum(spec.num_bytes for spec in tensors.values())
 
 
 def records_per_shard(shard_mb: float, tensors: Mapping[str, TensorSpec]) -> int:

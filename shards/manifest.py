@@ -16,7 +16,7 @@ from msgspec import Meta
 
 from shards.errors import ShardError
 from shards.plain import FORMAT_VERSION, Count, Digest, decode, read_file
-from shards.records import TensorSpec
+from shards.records import TensorSpec, record_bytes
 from shards.sidecar import Sidecar, sidecar_path
 from shards.writer import write_text
 
@@ -188,7 +188,7 @@ class Manifest:
             if product.num_shards != self.latents.num_shards:
                 raise ValueError(f"conditioning {name!r} has not as many shards as latents")
         for folder, _ in self.products():
-            size = sum(spec.num_bytes for spec in self.tensors(folder).values())
+            size = record_bytes(self.tensors(folder))
             if size > LARGEST_RECORD_BYTES:
                 raise ValueError(f"{folder}: a record of {size} bytes")
 

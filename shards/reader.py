@@ -23,6 +23,7 @@ from shards.records import (
     TensorSpec,
     about_from_bytes,
     place_of,
+    record_bytes,
     tensor_order,
 )
 
@@ -50,7 +51,7 @@ class ProductReader:
         self.folder = folder
         self.product = product
         self.expected = dict(expected)
-        self.data_bytes = sum(spec.num_bytes for spec in expected.values())
+        self.data_bytes = record_bytes(expected)
         largest = max(product.shard_records, default=0)
         self.index = lru_cache(max(2, INDEXED_RECORDS // max(largest, 1)))(self._load_index)
         # The header of the record read last and the order of tensors it tells of. Records of a

@@ -63,6 +63,11 @@ class TensorSpec:
         return f"{list(self.shape)} {str(self.dtype).removeprefix('torch.')}"
 
 
+def record_bytes(tensors: Mapping[str, TensorSpec]) -> int:
+    """Return the size of a record's tensors."""
+    return sum(spec.num_bytes for spec in tensors.values())
+
+
 class _Entry(msgspec.Struct, forbid_unknown_fields=True):
     """A tensor in a safetensors header."""
 

@@ -59,7 +59,6 @@ class RemoteFiles:
 
     def __init__(self, remote: RemoteFolder, cache_dir: Path, limit_bytes: int) -> None:
         self.remote = remote
-        self.cache_dir = cache_dir
         self.limit_bytes = limit_bytes
         data = remote.read(MANIFEST)
         self._manifest = manifest.from_json(data, f"{remote}/{MANIFEST}")
