@@ -7,7 +7,10 @@ from typing import Literal
 
 from PIL import ImageColor
 
+from precompute.buckets import STEP_PX
 from precompute.images import BACKGROUND
+from precompute.part import find_part
+from precompute.sources import SourceSettings
 from shards.checks import check_resolution, check_sequence_length, pair_up
 from shards.errors import ConfigError
 from shards.manifest import CONTROL_NAME, DEFAULT_CONDITIONING
@@ -22,17 +25,40 @@ class PrecomputeConfig:
     goes on.
     """
 
-    source: Path = option(help="fill50k: the folder with prompt.json, or the zip itself.")
     pretrained_model_name_or_path: str = option(
         help="Base model: a diffusers folder or a hub id; only VAE, text encoders and tokenizers "
         "are read."
     )
     output_dir: Path = option(help="The cache's folder.")
+    source: str | None = option(
+        None, help="fill50k: the folder with prompt.json, or the zip itself; or any local data set."
+    )
+    dataset_name: str | None = option(None, help="A data set of the hub by its id, or a folder.")
+    dataset_config_name: str | None = option(None, help="Configuration of the data set.")
+    dataset_revision: str | None = option(None, help="Revision of the data set on the hub.")
+    train_data_dir: str | None = option(
+        None,
+        help="A folder with images and metadata.jsonl, WebDataset tars, Parquet, or whatever else "
+        "the datasets library reads.",
+    )
+    image_column: str = option("image", help="Column of the images.")
+    conditioning_image_column: str = option(
+        "conditioning_image", help="Column of the conditioning images."
+    )
+    caption_column: str = option("text", help="Column of the captions, or of lists of captions.")
     revision: str | None = option(None, help="Revision of the base model on the hub.")
     variant: str | None = option(None, help="Variant of the base model's weight files, e.g. fp16.")
-    cache_dir: Path | None = option(None, help="Where downloaded models are kept.")
+    cache_dir: Path | None = option(None, help="Where downloaded models and data sets are kept.")
     resolution: int = option(
         512, help="Images are resized and centre-cropped to this square, in pixels."
+    )
+    buckets: bool = option(
+        False,
+        help="Give every image the shape nearest its own instead, of about the same area, with "
+        "sides that are multiples of 64.",
+    )
+    random_flip: bool = option(
+        False, help="Have every image, with its conditioning image, a second time, mirrored."
     )
     background: str = option(
         BACKGROUND, help="Colour behind transparent pixels, by name or as #rrggbb."
@@ -44,7 +70,15 @@ class PrecomputeConfig:
         None, help="Encode so many rows at most, chosen by --seed; a larger number keeps those."
     )
     seed: int = option(0, help="Of the choice of rows.")
-    conditioning_name: str = option(DEFAULT_CONDITIONING, help="Name of this kind of control.")
+    conditioning_name: str = option(
+        DEFAULT_CONDITIONING,
+        help="Name of this kind of control; a new one is added to those that the cache holds.",
+    )
+    conditioning_from: str | None = option(
+        None,
+        help="Draw the conditioning images from the images: canny, or package.module:function, "
+        "which takes and returns a PIL image.",
+    )
     conditioning_range: Literal["-1_1", "0_1"] = option(
         "-1_1",
         help="Range of conditioning pixels before the VAE. -1_1 is what the stock pipeline does "
@@ -72,8 +106,17 @@ class PrecomputeConfig:
     text_dtype: Literal["float32", "float16", "bfloat16"] = option(
         "float16", help="Number format the text encoders compute in."
     )
-    vae_batch_size: int = option(8, help="Images encoded at a time.")
-    text_batch_size: int = option(32, help="Prompts encoded at a time.")
+    vae_batch_size: int | Literal["auto"] = option(
+        8, help="Images encoded at a time; auto: as many as the GPU's memory takes."
+    )
+    text_batch_size: int | Literal["auto"] = option(
+        32, help="Prompts encoded at a time; auto likewise."
+    )
+    allow_tf32: bool = option(True, help="Let the GPU multiply float32 in TensorFloat-32.")
+    compile: bool = option(False, help="Compile the encoders with torch.compile.")
+    dataloader_num_workers: int = option(
+        4, help="Threads that decode and resize images ahead of the VAE."
+    )
     shard_mb: float = option(
         128.0, help="Shards hold as many records as fit this size, in 10^6 bytes."
     )
@@ -81,6 +124,14 @@ class PrecomputeConfig:
         0.01, help="Stop when more than this fraction of the rows cannot be used."
     )
     strict: bool = option(False, help="Stop at the first row that cannot be used.")
+    part: str | None = option(
+        None,
+        help="i/n: make only the i-th of n parts, counted from 0; for machines and jobs that know "
+        "nothing of each other.",
+    )
+    dry_run: bool = option(
+        False, help="Say what would be made, its size and the time it takes, and write nothing."
+    )
     device: str | None = option(None, help="cuda, cuda:1, mps or cpu; the best there is if absent.")
 
     def __post_init__(self) -> None:
@@ -97,10 +148,17 @@ class PrecomputeConfig:
             raise ConfigError(
                 f"--background {self.background}: no colour; try white, or #ffffff."
             ) from error
-        for name in ("vae_batch_size", "text_batch_size"):
-            if getattr(self, name) < 1:
+        for name in ("vae_batch_size", "text_batch_size", "dataloader_num_workers"):
+            value = getattr(self, name)
+            if value != "auto" and value < 1:
                 flag = "--" + name.replace("_", "-")
-                raise ConfigError(f"{flag} {getattr(self, name)}: must be at least 1.")
+                raise ConfigError(f"{flag} {value}: must be at least 1.")
+        if self.buckets and self.resolution % STEP_PX:
+            raise ConfigError(
+                f"--resolution {self.resolution}: with --buckets it must be a multiple of "
+                f"{STEP_PX}; try {max(1, round(self.resolution / STEP_PX)) * STEP_PX}."
+            )
+        find_part(self.part, {})
         if self.max_train_samples is not None and self.max_train_samples < 1:
             raise ConfigError(f"--max-train-samples {self.max_train_samples}: must be at least 1.")
         if self.shard_mb <= 0:
@@ -113,6 +171,21 @@ class PrecomputeConfig:
                 "it names a folder."
             )
         self.validation_pairs()
+
+    def source_settings(self) -> SourceSettings:
+        """Return where the rows come from."""
+        return SourceSettings(
+            source=self.source,
+            dataset_name=self.dataset_name,
+            dataset_config_name=self.dataset_config_name,
+            dataset_revision=self.dataset_revision,
+            train_data_dir=self.train_data_dir,
+            image_column=self.image_column,
+            conditioning_image_column=self.conditioning_image_column,
+            caption_column=self.caption_column,
+            cache_dir=self.cache_dir,
+            wants_conditioning=self.conditioning_from is None,
+        )
 
     def validation_pairs(self) -> list[tuple[str, Path]]:
         """Return the (prompt, conditioning image) pairs that training will draw.

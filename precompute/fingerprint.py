@@ -9,6 +9,7 @@ from pathlib import Path
 
 import xxhash
 
+from precompute.remembered import Content, Remembered, file_version
 from shards.pretrained import component_variant
 
 CHUNK_BYTES = 1 << 22
@@ -21,12 +22,13 @@ def hash_bytes(data: bytes) -> str:
     return xxhash.xxh3_128_hexdigest(data)
 
 
-def hash_component(folder: Path, variant: str | None) -> str:
+def hash_component(folder: Path, variant: str | None, remembered: Remembered) -> str:
     """Return a digest of a model component: its weights and tokenizer files and its configuration.
 
     Args:
         folder: e.g. `<base>/vae`.
         variant: whose weight files count, where the component has them; else those of none.
+        remembered: digests of files that were hashed before.
     """
     digest = xxhash.xxh3_128()
     variant = component_variant(folder, variant)
@@ -34,12 +36,12 @@ def hash_component(folder: Path, variant: str | None) -> str:
         if path.suffix == ".safetensors":
             if f".{variant}" in path.name if variant else path.name.count(".") == 1:
                 digest.update(b"weights")
-                _hash_file(path, digest)
+                digest.update(_hash_file(path, remembered))
         elif path.name == "config.json":
             digest.update(_behaviour(path))
         elif path.suffix in {".json", ".txt", ".model"} and "index" not in path.name:
             digest.update(path.name.encode())
-            _hash_file(path, digest)
+            digest.update(_hash_file(path, remembered))
     return digest.hexdigest()
 
 
@@ -53,7 +55,14 @@ def _behaviour(config: Path) -> bytes:
     return json.dumps(kept, sort_keys=True).encode()
 
 
-def _hash_file(path: Path, digest: "xxhash.xxh3_128") -> None:
+def _hash_file(path: Path, remembered: Remembered) -> bytes:
+    version = file_version(path)
+    (known,) = remembered.find([version])
+    if known is not None:
+        return known.digest
+    digest = xxhash.xxh3_128()
     with path.open("rb") as file:
         while chunk := file.read(CHUNK_BYTES):
             digest.update(chunk)
+    remembered.add(version, Content(digest.digest()))
+    return digest.digest()

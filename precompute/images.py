@@ -4,6 +4,7 @@ Axes: 3 colours, H x W pixels.
 """
 
 import io
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -88,15 +89,17 @@ def load(path: Path, background: str = BACKGROUND) -> tuple[Image.Image, bytes]:
     return decode(data, background), data
 
 
-def fit(image: Image.Image, resolution_px: int, like: tuple[int, int] | None = None) -> Image.Image:
-    """Return the image with its shorter side resized to `resolution_px`, then centre-cropped.
+def fit(
+    image: Image.Image, size_px: int | tuple[int, int], like: tuple[int, int] | None = None
+) -> Image.Image:
+    """Return the image resized to just cover `size_px`, then centre-cropped to it.
 
-    Bilinear with antialiasing, and the same rounding as torchvision's Resize and CenterCrop, which
-    the diffusers training script uses.
+    Bilinear with antialiasing, and for a square the same rounding as torchvision's Resize and
+    CenterCrop, which the diffusers training script uses.
 
     Args:
         image: in RGB.
-        resolution_px: sides of what is returned.
+        size_px: width and height of what is returned, or the sides of a square.
         like: width and height of the image that this one is the conditioning image of; it is
             brought to the same place as that one, pixel for pixel.
 
@@ -110,15 +113,33 @@ def fit(image: Image.Image, resolution_px: int, like: tuple[int, int] | None = N
             f"{image.width} x {image.height} pixels, of another shape than its image's "
             f"{width} x {height}"
         )
-    if width <= height:
-        resized = resolution_px, int(resolution_px * height / width)
+    to_width, to_height = (size_px, size_px) if isinstance(size_px, int) else size_px
+    if width * to_height <= height * to_width:
+        resized = to_width, int(to_width * height / width)
     else:
-        resized = int(resolution_px * width / height), resolution_px
+        resized = int(to_height * width / height), to_height
     if image.size != resized:
         image = image.resize(resized, Image.Resampling.BILINEAR)
-    left = round((resized[0] - resolution_px) / 2)
-    top = round((resized[1] - resolution_px) / 2)
-    return image.crop((left, top, left + resolution_px, top + resolution_px))
+    left = round((resized[0] - to_width) / 2)
+    top = round((resized[1] - to_height) / 2)
+    return image.crop((left, top, left + to_width, top + to_height))
+
+
+def annotated(image: Image.Image, annotator: Callable[[Image.Image], Image.Image]) -> Image.Image:
+    """Return the conditioning image that a function draws from a fitted image, of its size.
+
+    Raises:
+        BadImage: the function fails, or returns no image of the same shape.
+    """
+    try:
+        drawn = annotator(image)
+    except Exception as error:  # whatever the user's own code raises
+        raise BadImage(
+            f"no conditioning image from it ({type(error).__name__}: {error})"
+        ) from error
+    if not isinstance(drawn, Image.Image):
+        raise BadImage(f"the conditioning image drawn from it is {type(drawn).__name__}, no image")
+    return fit(_to_rgb(drawn, "black"), image.size, like=image.size)
 
 
 def to_uint8(image: Image.Image) -> Tensor:

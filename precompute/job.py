@@ -1,69 +1,91 @@
 """A precompute job: everything that is known and checked before the first byte is written."""
 
-from collections.abc import Iterable
+import os
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
+from typing import Any
 
+import click
+import numpy as np
 import torch
 from torch import Tensor
 
 from precompute import images, plan
+from precompute.annotators import Annotator, find_annotator
+from precompute.buckets import bucket_shapes, nearest_buckets
 from precompute.config import PrecomputeConfig
 from precompute.fingerprint import hash_bytes
 from precompute.images import BadImage
+from precompute.inventory import (
+    Inventory,
+    chosen,
+    digest_hex,
+    digests_of,
+    prompt_digest,
+    take_inventory,
+)
 from precompute.latents import LatentSettings, latent_identity, latent_spec
-from precompute.plan import ProductPlan, ShardPlan
-from precompute.sources import Source, open_source
+from precompute.layout import arrange, items_of_slots
+from precompute.part import Part, find_part
+from precompute.plan import ProductPlan, Prompts, ShardPlan
+from precompute.previous import layouts_before, why_made
+from precompute.remembered import Remembered
+from precompute.sources import Kind, Source, open_source
 from precompute.text import COMPONENTS, TextSettings, text_identity, text_spec
-from shards import manifest
+from shards import manifest, seal
 from shards.device import pick_device
 from shards.errors import ConfigError, ShardError
-from shards.manifest import (
-    LatentSpec,
-    TextSpec,
-    conditioning_folder,
-    digest,
-    validation_folder,
-)
+from shards.manifest import LatentSpec, TextSpec, conditioning_folder, validation_folder
 from shards.pretrained import find_base
-from shards.records import record_bytes, record_key
+from shards.provenance import versions
+from shards.records import record_bytes
 from shards.sidecar import Skipped
+
+HASHES = "hashes.npy"
 
 
 @dataclass(frozen=True)
 class ValidationPair:
-    """A prompt and its conditioning image, fitted, [3, H, W] in 0 to 255."""
+    """A prompt and its conditioning image, fitted to a bucket, [3, H, W] in 0 to 255."""
 
     prompt: str
     image_hash: str
+    bucket: int
     conditioning_image: Tensor
-
-    @property
-    def key(self) -> str:
-        """The content part of the pair's record key."""
-        return digest([self.prompt, self.image_hash])
 
 
 @dataclass(frozen=True)
 class Job:
-    """What is to be made, from what, with what."""
+    """What is to be made, from what, with what; and which part of it here."""
 
     config: PrecomputeConfig
+    part: Part
     source: Source
+    remembered: Remembered
     base: Path
     device: torch.device
     bad: "BadRows"
+    annotator: Annotator | None
     text_settings: TextSettings
     latent_settings: LatentSettings
     text_spec: TextSpec
     latent_spec: LatentSpec
     conditioning_spec: LatentSpec
-    text_identity: str
-    prompts: dict[str, str]
+    inventory: Inventory
+    prompts: Prompts
+    text_addresses: Any
+    pairs: list[ValidationPair]
     text: ProductPlan
     latents: ProductPlan
     conditioning: ProductPlan
     validation: ProductPlan
+
+    @cached_property
+    def reasons(self) -> dict[str, str]:
+        """Why shards have to be made, by folder."""
+        return why_made(self.config.output_dir, self.products())
 
     def products(self) -> dict[str, ProductPlan]:
         """Return the product plans by folder name, in the order they are made."""
@@ -74,6 +96,118 @@ class Job:
             validation_folder(self.config.conditioning_name): self.validation,
         }
 
+    def todo(self, product: ProductPlan) -> list[int]:
+        """Return the shards of this part that are not on disk as planned."""
+        return [
+            shard
+            for shard in range(product.num_shards)
+            if self.part.has(shard) and product.finished(shard) is None
+        ]
+
+    @property
+    def quiet(self) -> bool | None:
+        """Whether this worker leaves talking to another; None lets tqdm see for itself."""
+        return None if self.part.leads or self.config.part is not None else True
+
+    def say(self, text: str) -> None:
+        """Print a line, once for all workers of a launch."""
+        if not self.quiet:
+            click.echo(text)
+
+    @property
+    def copies(self) -> int:
+        """How many images each row gives: 2 with its mirror."""
+        return 2 if self.config.random_flip else 1
+
+    def row_of(self, item: int) -> int:
+        """Return the row of the inventory that an image is of."""
+        return item // self.copies
+
+    def is_mirrored(self, item: int) -> bool:
+        """Tell whether an image is the mirror of its row's."""
+        return item % self.copies == 1
+
+    def row_name(self, item: int) -> str:
+        """Return what an image's row is called in reports."""
+        (row,) = self.source.rows([int(self.inventory.rows[self.row_of(item)])])
+        return row.name
+
+    def file_name(self, row: int, kind: Kind) -> str:
+        """Return what a row's image, or conditioning image, is called."""
+        (found,) = self.source.rows([int(self.inventory.rows[row])])
+        name = found.image if kind == "image" else found.conditioning_image
+        return name or f"{found.where}, {kind}"
+
+    def prompt(self, item: int) -> str:
+        """Return a prompt of the text product.
+
+        Raises:
+            ShardError: the source has another there than when the run was planned.
+        """
+        caption = int(self.prompts.first[item]) - 1
+        if caption < 0:
+            return ""
+        row = int(np.searchsorted(self.inventory.caption_ends, caption, side="right")) - 1
+        (found,) = self.source.rows([int(self.inventory.rows[row])])
+        prompts = found.prompts
+        number = caption - int(self.inventory.caption_ends[row])
+        prompt = prompts[number] if number < len(prompts) else None
+        if not isinstance(prompt, str) or prompt_digest(prompt).hex() != digest_hex(
+            self.prompts.digests[item]
+        ):
+            raise ShardError(
+                f"{found.name}: its caption was changed while precompute was running; run again, "
+                "finished shards are kept"
+            )
+        return prompt
+
+    def about(self, product: ProductPlan, item: int) -> dict[str, Any]:
+        """Return the JSON member of an image's or a conditioning image's record."""
+        about = plan.about_image(product.contents[:, :2], item, self.copies)
+        if product is self.conditioning:
+            about["conditioning_hash"] = digest_hex(product.contents[item, 2:])
+        return about
+
+    def captions(self, shard: ShardPlan) -> dict[str, list[str]]:
+        """Return, for a shard of latents, the keys of the prompts by that of the image."""
+        ends = self.inventory.caption_ends
+        found = {}
+        for at, item in enumerate(shard.items):
+            row = self.row_of(int(item))
+            numbers = self.prompts.numbers[ends[row] : ends[row + 1]]
+            found[shard.key(at, self.latents.ids)] = [
+                plan.key(*map(int, self.text_addresses[number])) for number in numbers
+            ]
+        return found
+
+    def pairs_of(self, shard: int) -> list[ValidationPair]:
+        """Return the validation pairs of a shard."""
+        return [self.pairs[int(item)] for item in self.validation.shard(shard).items]
+
+    def sealing_plan(self) -> seal.Plan:
+        """Return what the cache must hold to be complete."""
+        return seal.Plan(
+            products={
+                folder: seal.PlannedProduct(
+                    dict(product.identity),
+                    list(product.fingerprints),
+                    list(product.captions),
+                    [] if product is self.text else product.layout.buckets.tolist(),
+                )
+                for folder, product in self.products().items()
+            },
+            conditioning_name=self.config.conditioning_name,
+            text_spec=self.text_spec,
+            latent_spec=self.latent_spec,
+            conditioning_spec=self.conditioning_spec,
+            buckets=self.latent_settings.grids(self.latent_spec.vae_scale_factor),
+            made_by={
+                "base": self.config.pretrained_model_name_or_path,
+                "revision": self.config.revision,
+                "versions": versions(),
+            },
+        )
+
 
 def prepare(config: PrecomputeConfig) -> Job:
     """Open and check the source and the base model, hash what they hold, and plan the shards.
@@ -82,8 +216,18 @@ def prepare(config: PrecomputeConfig) -> Job:
         ConfigError: the source or base model cannot be used.
         ShardError: too many of the source's files are missing.
     """
-    _check_output(config.output_dir)
-    source = open_source(config.source)
+    cache = config.output_dir
+    _check_output(cache)
+    part = find_part(config.part, os.environ)
+    annotator, drawn = (
+        find_annotator(config.conditioning_from)
+        if config.conditioning_from
+        else (
+            None,
+            [],
+        )
+    )
+    source = open_source(config.source_settings())
     base = find_base(
         config.pretrained_model_name_or_path,
         (*COMPONENTS, "vae"),
@@ -92,8 +236,10 @@ def prepare(config: PrecomputeConfig) -> Job:
         cache_dir=config.cache_dir,
     )
     text_settings = TextSettings(config.max_sequence_length, config.text_dtype, config.cache_dtype)
+    side = config.resolution
     latent_settings = LatentSettings(
-        config.resolution,
+        side,
+        bucket_shapes(side) if config.buckets else [(side, side)],
         config.posterior,
         config.vae_dtype,
         config.cache_dtype,
@@ -102,47 +248,75 @@ def prepare(config: PrecomputeConfig) -> Job:
     texts = text_spec(base, text_settings)
     latents = latent_spec(base, latent_settings, "-1_1")
     conditioning = latent_spec(base, latent_settings, config.conditioning_range)
-    pairs = _validation_pairs(config)
+    pairs = _validation_pairs(config, latent_settings.shapes)
+    remembered = Remembered(cache / HASHES, keep=not config.dry_run)
+    text_id = text_identity(base, config.variant, text_settings, remembered)
+    latent_id = latent_identity(base, config.variant, latent_settings, remembered)
+    control_id = {**latent_id, "conditioning_range": config.conditioning_range, "drawn_by": drawn}
 
-    rows = plan.plan_rows(source, plan.chosen(source.rows, config.max_train_samples, config.seed))
+    rows = chosen(len(source), config.max_train_samples, config.seed)
+    inventory = take_inventory(source, rows, remembered, conditioning=annotator is None)
     bad = BadRows(len(rows), 0.0 if config.strict else config.max_bad_fraction)
-    bad.add(Skipped(row.row.name, row.first_fault) for row in rows if row.first_fault)
+    bad.add(_bad_rows(source, inventory))
 
-    text_id = text_identity(base, config.variant, text_settings)
-    latent_id = latent_identity(base, config.variant, latent_settings)
-    text, latent = texts.tensors(), latents.tensors("latent")
-    text_size = plan.records_per_shard(config.shard_mb, text)
-    latent_size = plan.records_per_shard(config.shard_mb, latent)
-    text_shards = plan.plan_text(plan.distinct_prompts(rows), text_id, text_size)
-    cache = config.output_dir
+    grids = latent_settings.grids(latents.vae_scale_factor)
+    before = layouts_before(cache, {"text": text_id, "latents": latent_id})
+    prompts = plan.distinct_prompts(inventory)
+    text = plan.plan_text(
+        cache / "text", prompts, text_id, texts.tensors(), config.shard_mb, before["text"]
+    )
+    copies = 2 if config.random_flip else 1
+    contents = plan.image_contents(inventory, mirrored=config.random_flip)
+    latent = plan.plan_latents(
+        cache / "latents",
+        contents,
+        np.repeat(nearest_buckets(inventory.sizes, latent_settings.shapes), copies),
+        latent_id,
+        [latents.tensors("latent", grid) for grid in grids],
+        config.shard_mb,
+        before["latents"],
+    )
+    captions = plan.captions_of_shards(latent, inventory, prompts, text)
+    latent = plan.with_captions(latent, captions)
+    name = config.conditioning_name
+    control = plan.plan_conditioning(
+        cache / conditioning_folder(name),
+        latent,
+        np.repeat(inventory.conditionings, copies, axis=0),
+        control_id,
+    )
+    pair_bytes = [
+        record_bytes(texts.tensors())
+        + record_bytes(latents.tensors("latent", grid))
+        + 3 * shape[0] * shape[1]
+        for grid, shape in zip(grids, latent_settings.shapes, strict=True)
+    ]
     return Job(
         config=config,
+        part=part,
         source=source,
+        remembered=remembered,
         base=base,
         device=pick_device(config.device),
         bad=bad,
+        annotator=annotator,
         text_settings=text_settings,
         latent_settings=latent_settings,
         text_spec=texts,
         latent_spec=latents,
         conditioning_spec=conditioning,
-        text_identity=digest(text_id),
-        prompts=plan.prompt_keys(text_shards),
-        text=ProductPlan(cache / "text", text_shards, record_bytes(text)),
-        latents=ProductPlan(
-            cache / "latents",
-            plan.plan_latents(rows, latent_id, latent_size),
-            record_bytes(latent),
-        ),
-        conditioning=ProductPlan(
-            cache / conditioning_folder(config.conditioning_name),
-            plan.plan_conditioning(rows, latent_id, config.conditioning_range, latent_size),
-            record_bytes(latent),
-        ),
-        validation=ProductPlan(
-            cache / validation_folder(config.conditioning_name),
-            _plan_validation(pairs, [text_id, latent_id, config.conditioning_range]),
-            record_bytes(text) + record_bytes(latent) + 3 * config.resolution**2,
+        inventory=inventory,
+        prompts=prompts,
+        text_addresses=plan.text_addresses(text),
+        pairs=pairs,
+        text=text,
+        latents=latent,
+        conditioning=control,
+        validation=_plan_validation(
+            cache / validation_folder(name),
+            pairs,
+            {"text": text_id, "conditioning": control_id},
+            pair_bytes,
         ),
     )
 
@@ -184,6 +358,13 @@ class BadRows:
         return "\n".join([*lines, f"  … and {more} more"] if more > 0 else lines)
 
 
+def _bad_rows(source: Source, inventory: Inventory) -> Iterable[Skipped]:
+    faults = inventory.conditioning_faults | inventory.faults
+    numbers = sorted(faults)
+    rows = source.rows([int(inventory.rows[number]) for number in numbers])
+    return [Skipped(row.name, faults[number]) for number, row in zip(numbers, rows, strict=True)]
+
+
 def _check_output(cache: Path) -> None:
     """Refuse to write among files that are not a cache's."""
     ours = {
@@ -194,6 +375,9 @@ def _check_output(cache: Path) -> None:
         manifest.RUN,
         manifest.MANIFEST,
         manifest.PREVIOUS,
+        seal.PLAN,
+        HASHES,
+        f"{HASHES}.lock",
     }
     if cache.is_dir():
         strange = sorted(
@@ -206,24 +390,32 @@ def _check_output(cache: Path) -> None:
             )
 
 
-def _validation_pairs(config: PrecomputeConfig) -> list[ValidationPair]:
+def _validation_pairs(
+    config: PrecomputeConfig, shapes: list[tuple[int, int]]
+) -> list[ValidationPair]:
     pairs = []
     for prompt, path in config.validation_pairs():
         try:
             image, data = images.load(path, config.background)
         except BadImage as error:
             raise ConfigError(f"--validation-image {path}: {error}.") from error
-        pixels = images.to_uint8(images.fit(image, config.resolution))
-        pairs.append(ValidationPair(prompt, hash_bytes(data), pixels))
+        bucket = int(nearest_buckets(np.array([image.size], np.int32), shapes)[0])
+        pixels = images.to_uint8(images.fit(image, shapes[bucket]))
+        pairs.append(ValidationPair(prompt, hash_bytes(data), bucket, pixels))
     return pairs
 
 
-def _plan_validation(pairs: list[ValidationPair], identity: list[object]) -> list[ShardPlan]:
-    if not pairs:
-        return []
-    return [ShardPlan(0, pairs, digest([identity, [pair.key for pair in pairs]]))]
-
-
-def validation_key(row: int, pair: ValidationPair) -> str:
-    """Return the key of a validation pair's record."""
-    return record_key(0, row, pair.key)
+def _plan_validation(
+    folder: Path,
+    pairs: list[ValidationPair],
+    identity: Mapping[str, Any],
+    pair_bytes: list[int],
+) -> ProductPlan:
+    """Return the plan of the validation pairs: a shard for each bucket that they are in."""
+    contents = digests_of(f"{pair.image_hash} {pair.prompt}" for pair in pairs)
+    buckets = np.array([pair.bucket for pair in pairs], np.int64)
+    sizes = [max(1, int((buckets == bucket).sum())) for bucket in range(len(pair_bytes))]
+    layout, slots = arrange(contents[:, 0], buckets, sizes)
+    return ProductPlan(
+        folder, identity, layout, items_of_slots(layout, slots), contents, pair_bytes
+    )

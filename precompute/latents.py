@@ -11,22 +11,45 @@ import torch
 from PIL import ImageColor
 from torch import Tensor
 
+from precompute.batch_size import BatchSize, in_parts
 from precompute.fingerprint import hash_component
 from precompute.images import to_pixels
+from precompute.remembered import Remembered
+from shards.device import OnItsWay
 from shards.errors import ConfigError
 from shards.manifest import LatentSpec
 from shards.pretrained import component_variant, read_config
 
+# Above this a whole picture's activations take more memory than many cards have.
+TILED_ABOVE_PX = 1024
+
 
 @dataclass(frozen=True)
 class LatentSettings:
-    """What determines the latent of an image, besides the weights."""
+    """What determines the latent of an image, besides the weights.
+
+    Attributes:
+        resolution_px: of the square, or whose square the buckets' area is.
+        shapes: width and height of each bucket, in pixels.
+    """
 
     resolution_px: int
+    shapes: list[tuple[int, int]]
     posterior: str
     compute_dtype: str
     cache_dtype: str
     background: str
+
+    @property
+    def tiled(self) -> bool:
+        """Whether the VAE takes a picture in overlapping tiles."""
+        return self.resolution_px > TILED_ABOVE_PX
+
+    def grids(self, vae_scale_factor: int) -> list[tuple[int, int]]:
+        """Return height and width of the latents of each bucket."""
+        return [
+            (height // vae_scale_factor, width // vae_scale_factor) for width, height in self.shapes
+        ]
 
 
 def latent_spec(base: Path, settings: LatentSettings, pixel_range: str) -> LatentSpec:
@@ -40,8 +63,6 @@ def latent_spec(base: Path, settings: LatentSettings, pixel_range: str) -> Laten
         factor = 2 ** (len(config["block_out_channels"]) - 1)
         return LatentSpec(
             latent_channels=int(config["latent_channels"]),
-            height=settings.resolution_px // factor,
-            width=settings.resolution_px // factor,
             vae_scale_factor=factor,
             scaling_factor=float(config["scaling_factor"]),
             shift_factor=float(config["shift_factor"]),
@@ -56,13 +77,17 @@ def latent_spec(base: Path, settings: LatentSettings, pixel_range: str) -> Laten
         ) from error
 
 
-def latent_identity(base: Path, variant: str | None, settings: LatentSettings) -> dict[str, Any]:
+def latent_identity(
+    base: Path, variant: str | None, settings: LatentSettings, remembered: Remembered
+) -> dict[str, Any]:
     """Return everything that the bytes of a latent record depend on, but for the image."""
     return {
-        "vae": hash_component(base / "vae", variant),
-        "resolution_px": settings.resolution_px,
-        "geometry": "upright; resize shorter side, bilinear; centre crop",
-        "background": ImageColor.getrgb(settings.background),
+        "vae": hash_component(base / "vae", variant, remembered),
+        "resolution": settings.resolution_px,
+        "buckets": [list(shape) for shape in settings.shapes],
+        "geometry": "upright; resize to cover, bilinear; centre crop",
+        "tiled": settings.tiled,
+        "background": list(ImageColor.getrgb(settings.background)),
         "posterior": settings.posterior,
         "compute_dtype": settings.compute_dtype,
         "cache_dtype": settings.cache_dtype,
@@ -77,10 +102,17 @@ class LatentEncoder:
         settings: number formats and what to keep of the posterior.
         device: where it runs.
         variant: variant of the weight files.
+        compiled: whether torch compiles it.
     """
 
     def __init__(
-        self, base: Path, settings: LatentSettings, device: torch.device, variant: str | None
+        self,
+        base: Path,
+        settings: LatentSettings,
+        device: torch.device,
+        variant: str | None,
+        *,
+        compiled: bool = False,
     ) -> None:
         from diffusers import AutoencoderKL
 
@@ -94,29 +126,39 @@ class LatentEncoder:
             variant=component_variant(base / "vae", variant),
             dtype=self.dtype,
             use_safetensors=True,
+            device_map={"": str(device)},  # straight to where it runs
         )
         vae.decoder = None
-        self.vae = vae.to(device).eval()
+        if settings.tiled:
+            vae.enable_tiling()
+        if compiled:
+            vae.encoder = torch.compile(vae.encoder, dynamic=False)
+        self.vae = vae.eval()
 
     @torch.no_grad()
-    def encode(self, uint8: Tensor, pixel_range: str, name: str) -> dict[str, Tensor]:
+    def encode(self, uint8: Tensor, pixel_range: str, name: str, size: BatchSize) -> OnItsWay:
         """Return the latents of images, raw as the VAE gives them: not shifted, not scaled.
 
         Args:
             uint8: [B, 3, H, W], 0 to 255.
             pixel_range: see `precompute.images.to_pixels`.
             name: of the tensor, `latent` or `conditioning_latent`.
+            size: how many of them go through the VAE at once.
 
         Returns:
-            `<name>` [B, C, h, w], and `<name>_std` where the cache keeps it; on the CPU, in the
-            cache's number format.
+            `<name>` [B, C, h, w], and `<name>_std` where the cache keeps it; on their way to the
+            CPU, in the cache's number format.
         """
-        pixels = to_pixels(uint8.to(self.device), pixel_range).to(self.dtype)
-        posterior = self.vae.encode(pixels).latent_dist
-        tensors = {name: posterior.mean}
-        if self.posterior == "mean_std":
-            tensors[f"{name}_std"] = posterior.std
-        return {key: tensor.to("cpu", self.cache_dtype) for key, tensor in tensors.items()}
+
+        def compute(part: Tensor) -> dict[str, Tensor]:
+            pixels = to_pixels(part.to(self.device, non_blocking=True), pixel_range)
+            posterior = self.vae.encode(pixels.to(self.dtype)).latent_dist
+            tensors = {name: posterior.mean}
+            if self.posterior == "mean_std":
+                tensors[f"{name}_std"] = posterior.std
+            return tensors
+
+        return OnItsWay(in_parts(compute, [uint8], size), self.cache_dtype)
 
 
 def finite(tensors: dict[str, Tensor]) -> bool:

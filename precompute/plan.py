@@ -1,244 +1,325 @@
-"""The plan: which rows and prompts go into which shard, and which finished shards may stay.
+"""The plan: which prompts and images go into which shard, and which shards on disk may stay.
 
-A shard is a pure function of its rows, so the plan decides by fingerprints alone.
+A shard is a pure function of what stands in its slots, so the plan decides by fingerprints alone.
+Axes: N rows of the inventory, P captions, D distinct prompts, S slots.
 """
 
+import hashlib
 import re
 import time
-from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-from xxhash import xxh3_64_intdigest
+import numpy as np
+from xxhash import xxh3_128_digest
 
-from precompute.fingerprint import hash_bytes
-from precompute.sources import Row, Source
-from precompute.text import prompt_key
+from precompute.inventory import Inventory, digest_hex, digests_of
+from precompute.layout import EMPTY, Ids, Layout, Numbers, arrange, first_of_each, items_of_slots
 from shards import sidecar
-from shards.errors import ShardError
 from shards.manifest import digest
-from shards.records import TensorSpec, record_bytes, record_key
-from shards.sidecar import LARGEST_CAPTIONS, Sidecar
+from shards.records import TensorSpec, record_bytes
+from shards.sidecar import Summary
 
-HASHING_THREADS = 8
-SHARD_FILE = re.compile(r"(?P<shard>\d{6})\.(tar|json)(?P<temporary>\.tmp-\d+)?")
+SHARD_FILE = re.compile(r"(?P<shard>\d{6,9})\.(tar|json)(?P<temporary>\.tmp-[0-9a-f]+)?")
 # A shard is written in minutes, and its file's time moves on all the while.
 ABANDONED_AFTER_S = 3600
 # Two tar headers, padding, a safetensors header and JSON.
 RECORD_OVERHEAD_BYTES = 2560
-
-
-@dataclass(frozen=True)
-class PlannedRow:
-    """A row with the digests of what it names.
-
-    Attributes:
-        row: as found in the source.
-        image_hash: of the image's bytes; empty if there are none.
-        conditioning_hash: of the conditioning image's bytes; empty if there are none.
-        fault: why the row cannot be used, as far as reading it shows; empty if it can.
-        conditioning_fault: why its conditioning image cannot be used, likewise.
-    """
-
-    row: Row
-    image_hash: str
-    conditioning_hash: str
-    fault: str
-    conditioning_fault: str
-
-    @property
-    def first_fault(self) -> str:
-        """Why the row cannot be used, for either reason; empty if it can."""
-        return self.fault or self.conditioning_fault
+# Encoders take full batches, of powers of two, from large shards.
+LARGE_SHARD, WHOLE_BATCHES = 64, 32
+# The digest of a mirrored image is its own with these bits turned.
+MIRROR = np.frombuffer(xxh3_128_digest(b"mirrored"), ">u8").astype(np.uint64)
 
 
 @dataclass(frozen=True)
 class ShardPlan:
-    """A shard to be: its number, its rows or prompts, and the fingerprint it must have."""
+    """A shard to be.
+
+    Attributes:
+        shard: its number.
+        bucket: of its images; 0 for text.
+        rows: the slots of it that hold items, ascending.
+        items: number of the item in each of these.
+        fingerprint: that it must have.
+        captions: digest of which prompts caption its images; empty but for latents.
+    """
 
     shard: int
-    items: Sequence[Any]
+    bucket: int
+    rows: Numbers
+    items: Numbers
     fingerprint: str
+    captions: str
 
-    def captions(self, prompts: dict[str, str]) -> dict[str, list[str]]:
-        """Return, for a shard of rows, image key -> keys of the prompts that caption it."""
-        return {
-            image_key(self.shard, index, row): [prompts[one] for one in row.row.prompts]
-            for index, row in enumerate(self.items)
-            if not row.fault
-        }
-
-
-def chosen(rows: Sequence[Row], limit: int | None, seed: int) -> Sequence[Row]:
-    """Return at most `limit` rows, in their order.
-
-    The choice is random and nested: with a higher limit these rows are among those chosen.
-    """
-    if limit is None or limit >= len(rows):
-        return rows
-    lots = [(xxh3_64_intdigest(b"%d" % at, seed=seed), at) for at in range(len(rows))]
-    return [rows[at] for at in sorted(at for _, at in sorted(lots)[:limit])]
-
-
-def plan_rows(source: Source, rows: Sequence[Row]) -> list[PlannedRow]:
-    """Read and hash all that rows of a source name."""
-    with (
-        ThreadPoolExecutor(HASHING_THREADS) as pool,
-        tqdm(total=len(rows), unit="row", desc="reading", disable=None) as bar,
-    ):
-        planned = []
-        for row in pool.map(lambda row: _plan_row(source, row), rows):
-            planned.append(row)
-            bar.update()
-        return planned
-
-
-def distinct_prompts(rows: Sequence[PlannedRow]) -> list[str]:
-    """Return the empty prompt, then each prompt once, in order of first appearance."""
-    found = (prompt for row in rows if not row.fault for prompt in row.row.prompts)
-    return list(dict.fromkeys(["", *found]))
-
-
-def plan_text(prompts: Sequence[str], identity: dict[str, Any], size: int) -> list[ShardPlan]:
-    """Return the text shards for prompts, `size` to a shard."""
-    return [
-        ShardPlan(shard, items, digest([identity, list(items)]))
-        for shard, items in _split(prompts, size)
-    ]
-
-
-def plan_latents(
-    rows: Sequence[PlannedRow], identity: dict[str, Any], size: int
-) -> list[ShardPlan]:
-    """Return the latent shards for rows, `size` to a shard."""
-    return [
-        ShardPlan(shard, items, digest([identity, [[r.image_hash, r.fault] for r in items]]))
-        for shard, items in _split(rows, size)
-    ]
-
-
-def plan_conditioning(
-    rows: Sequence[PlannedRow], identity: dict[str, Any], pixel_range: str, size: int
-) -> list[ShardPlan]:
-    """Return the conditioning shards for rows, numbered as the latents are."""
-    return [
-        ShardPlan(
-            shard,
-            items,
-            digest(
-                [
-                    identity,
-                    pixel_range,
-                    [[r.image_hash, r.fault, r.conditioning_hash] for r in items],
-                ]
-            ),
-        )
-        for shard, items in _split(rows, size)
-    ]
-
-
-def prompt_keys(plans: Sequence[ShardPlan]) -> dict[str, str]:
-    """Return prompt -> key of its text record."""
-    return {
-        prompt: prompt_key(plan.shard, row, prompt)
-        for plan in plans
-        for row, prompt in enumerate(plan.items)
-    }
-
-
-def image_key(shard: int, row: int, planned: PlannedRow) -> str:
-    """Return the key of an image's latent and conditioning records."""
-    return record_key(shard, row, planned.image_hash)
+    def key(self, at: int, ids: Ids) -> str:
+        """Return the key of the record of item `items[at]`."""
+        return key(self.shard, int(self.rows[at]), ids[self.items[at]])
 
 
 @dataclass(frozen=True)
 class ProductPlan:
-    """The shards of one product, the folder they go into, and the size of a record's tensors."""
+    """The shards of one product.
+
+    Attributes:
+        folder: they go into.
+        identity: what a record's bytes depend on besides its content; plain JSON values.
+        layout: where the items stand.
+        items: number of the item in each slot, [S]; -1 where there is none.
+        contents: all that each item's bytes depend on, as digests, [items, 2 or 4]; the first 64
+            bits are the item's id.
+        record_bytes: size of a record's tensors, by bucket.
+        captions: see `ShardPlan`; by shard, or none.
+    """
 
     folder: Path
-    shards: list[ShardPlan]
-    record_bytes: int
+    identity: Mapping[str, Any]
+    layout: Layout
+    items: Numbers
+    contents: Ids
+    record_bytes: Sequence[int]
+    captions: Sequence[str] = ()
 
-    def num_bytes(self, plan: ShardPlan) -> int:
+    @property
+    def num_shards(self) -> int:
+        """How many shards there are to be."""
+        return self.layout.num_shards
+
+    @property
+    def num_records(self) -> int:
+        """How many records there are to be, if every row can be used."""
+        return len(self.contents)
+
+    @property
+    def num_bytes(self) -> int:
+        """About how much the product takes on disk."""
+        return sum(self.shard_bytes(self.shard(shard)) for shard in range(self.num_shards))
+
+    @property
+    def ids(self) -> Ids:
+        """Return the id of each item."""
+        return self.contents[:, 0]
+
+    @cached_property
+    def identity_digest(self) -> str:
+        """What sidecars tell the identity by."""
+        return digest(self.identity)
+
+    @cached_property
+    def fingerprints(self) -> list[str]:
+        """Return the fingerprint of each shard."""
+        return [self._fingerprint(shard) for shard in range(self.num_shards)]
+
+    def _fingerprint(self, shard: int) -> str:
+        rows, items = self._slots(shard)
+        return array_digest(self.identity_digest.encode(), rows, self.contents[items])
+
+    def _slots(self, shard: int) -> tuple[Numbers, Numbers]:
+        items = self.items[self.layout.slots(shard)]
+        rows = np.flatnonzero(items >= 0)
+        return rows, items[rows]
+
+    def shard(self, shard: int) -> ShardPlan:
+        """Return the plan of one shard."""
+        return ShardPlan(
+            shard,
+            int(self.layout.buckets[shard]),
+            *self._slots(shard),
+            self.fingerprints[shard],
+            self.captions[shard] if self.captions else "",
+        )
+
+    def shard_bytes(self, plan: ShardPlan) -> int:
         """Return about how large a planned shard will be."""
-        return len(plan.items) * (self.record_bytes + RECORD_OVERHEAD_BYTES)
+        return len(plan.items) * (self.record_bytes[plan.bucket] + RECORD_OVERHEAD_BYTES)
 
-    def finished(self, plan: ShardPlan) -> Sidecar | None:
-        """Return the sidecar of a planned shard if the shard on disk is the planned one."""
-        try:
-            found = sidecar.load(self.folder, plan.shard)
-        except ShardError:
-            return None  # damaged or of an older format: to be made again
-        if found is None or found.fingerprint != plan.fingerprint:
-            return None
-        path = sidecar.tar_path(self.folder, plan.shard)
-        return found if path.is_file() and path.stat().st_size == found.tar_bytes else None
+    def finished(self, shard: int) -> Summary | None:
+        """Return what the sidecar of a shard says if the shard on disk is the planned one.
 
-    def unfinished(self) -> list[ShardPlan]:
-        """Return the planned shards that are not on disk as planned."""
-        return [plan for plan in self.shards if self.finished(plan) is None]
+        Its captions may be others: they are in the sidecar alone.
+        """
+        found = sidecar.summary(self.folder, shard)
+        as_planned = found is not None and found.fingerprint == self.fingerprints[shard]
+        return found if as_planned else None
 
-    def surplus(self) -> list[Path]:
-        """Return shards beyond the plan, and temporary files that nobody writes to any more."""
-        found = []
-        for path in self.folder.glob("*"):
+    def surplus(self) -> Iterator[Path]:
+        """Yield shards beyond the plan, and temporary files that nobody writes to any more."""
+        for path in sorted(self.folder.glob("*")):
             name = SHARD_FILE.fullmatch(path.name)
             if name is None:
                 continue
             if name["temporary"]:
                 if time.time() - path.stat().st_mtime > ABANDONED_AFTER_S:
-                    found.append(path)
-            elif int(name["shard"]) >= len(self.shards):
-                found.append(path)
-        return sorted(found)
+                    yield path
+            elif int(name["shard"]) >= self.num_shards:
+                yield path
 
-    def sidecars(self) -> list[Sidecar]:
-        """Return the sidecars of all shards.
 
-        Raises:
-            ShardError: one is not there as planned.
-        """
-        found = [(plan, self.finished(plan)) for plan in self.shards]
-        missing = [f"{plan.shard:06d}" for plan, one in found if one is None]
-        if missing:
-            raise ShardError(f"{self.folder}: shards {', '.join(missing)} vanished while working")
-        return [one for _, one in found if one is not None]
+@dataclass(frozen=True)
+class Prompts:
+    """The distinct prompts of an inventory; the empty one is the first.
+
+    Attributes:
+        digests: of each, [D, 2].
+        first: the caption that each is, [D], counted from 1; 0 for the empty prompt.
+        numbers: which of them each caption is, [P].
+    """
+
+    digests: Ids
+    first: Numbers
+    numbers: Numbers
+
+    def __len__(self) -> int:
+        """Return D."""
+        return len(self.first)
+
+
+def distinct_prompts(inventory: Inventory) -> Prompts:
+    """Return the empty prompt, then each prompt once, in order of first appearance."""
+    captions = np.concatenate([digests_of(iter([""])), inventory.captions])
+    first, numbers = first_of_each(captions)
+    return Prompts(captions[first], first, numbers[1:])
+
+
+def plan_text(
+    folder: Path,
+    prompts: Prompts,
+    identity: Mapping[str, Any],
+    tensors: Mapping[str, TensorSpec],
+    shard_mb: float,
+    before: Layout = EMPTY,
+) -> ProductPlan:
+    """Return the plan of the text product.
+
+    Args:
+        folder: of the product.
+        prompts: all there are to be.
+        identity: see `ProductPlan`.
+        tensors: of a record.
+        shard_mb: size of a shard, in 10^6 bytes.
+        before: the layout to start from.
+    """
+    sizes = [records_per_shard(shard_mb, tensors)]
+    layout, slots = arrange(prompts.digests[:, 0], np.zeros(len(prompts), np.int64), sizes, before)
+    items = items_of_slots(layout, slots)
+    return ProductPlan(folder, identity, layout, items, prompts.digests, [record_bytes(tensors)])
+
+
+def image_contents(inventory: Inventory, *, mirrored: bool) -> Ids:
+    """Return what each latent is of, [N, 2]; [2 N, 2] where each row is followed by its mirror."""
+    if not mirrored:
+        return inventory.images
+    return np.stack([inventory.images, inventory.images ^ MIRROR], axis=1).reshape(-1, 2)
+
+
+def plan_latents(
+    folder: Path,
+    contents: Ids,
+    buckets: Numbers,
+    identity: Mapping[str, Any],
+    tensors: Sequence[Mapping[str, TensorSpec]],
+    shard_mb: float,
+    before: Layout = EMPTY,
+) -> ProductPlan:
+    """Return the plan of the latents.
+
+    Args:
+        folder: of the product.
+        contents: see `image_contents`.
+        buckets: of each.
+        identity: see `ProductPlan`.
+        tensors: of a record, by bucket.
+        shard_mb: size of a shard, in 10^6 bytes.
+        before: the layout to start from.
+    """
+    sizes = [records_per_shard(shard_mb, one) for one in tensors]
+    layout, slots = arrange(contents[:, 0], buckets, sizes, before)
+    items = items_of_slots(layout, slots)
+    return ProductPlan(
+        folder, identity, layout, items, contents, [record_bytes(one) for one in tensors]
+    )
+
+
+def plan_conditioning(
+    folder: Path, latents: ProductPlan, controls: Ids, identity: Mapping[str, Any]
+) -> ProductPlan:
+    """Return the plan of the conditioning latents, which stand as the latents do.
+
+    Args:
+        folder: of the product.
+        latents: their plan.
+        controls: digests of the conditioning images, [N, 2], one for each latent.
+        identity: see `ProductPlan`.
+    """
+    contents = np.concatenate([latents.contents, controls], axis=1)
+    return ProductPlan(
+        folder, identity, latents.layout, latents.items, contents, latents.record_bytes
+    )
+
+
+def with_captions(latents: ProductPlan, captions: Sequence[str]) -> ProductPlan:
+    """Return the plan of the latents with what `captions_of_shards` found."""
+    return replace(latents, captions=captions)
+
+
+def captions_of_shards(
+    latents: ProductPlan, inventory: Inventory, prompts: Prompts, text: ProductPlan
+) -> list[str]:
+    """Return for each shard of latents a digest of which prompts caption its images."""
+    addresses = text_addresses(text)
+    copies = latents.num_records // max(len(inventory), 1)
+    found = []
+    for shard in range(latents.num_shards):
+        plan = latents.shard(shard)
+        rows = plan.items // copies
+        starts, ends = inventory.caption_ends[rows], inventory.caption_ends[rows + 1]
+        counts = ends - starts
+        # Where the captions of these rows lie, one row's after the other's.
+        skipped = np.repeat(starts - np.cumsum(counts) + counts, counts)
+        numbers = prompts.numbers[skipped + np.arange(counts.sum())]
+        found.append(array_digest(b"captions", plan.rows, counts, addresses[numbers]))
+    return found
+
+
+def text_addresses(text: ProductPlan) -> Numbers:
+    """Return shard, row and id of each prompt's record, [D, 3]."""
+    slots = np.empty(text.num_records, np.int64)
+    occupied = np.flatnonzero(text.items >= 0)
+    slots[text.items[occupied]] = occupied
+    shards, rows = text.layout.places(slots)
+    return np.stack([shards, rows, text.ids.astype(np.int64)], axis=1)
+
+
+def key(shard: int, row: int, item_id: Any) -> str:
+    """Return the key of the record in a slot."""
+    return f"{shard:06d}-{row:05d}-{int(item_id) % (1 << 64):016x}"  # arrays hold it signed
+
+
+def about_image(contents: Ids, item: int, copies: int) -> dict[str, Any]:
+    """Return what a latent's JSON member says of its image.
+
+    Args:
+        contents: see `image_contents`.
+        item: number of the latent.
+        copies: 2 where each row is followed by its mirror.
+    """
+    if copies == 2 and item % 2:
+        return {"image_hash": digest_hex(contents[item] ^ MIRROR), "mirrored": True}
+    return {"image_hash": digest_hex(contents[item])}
 
 
 def records_per_shard(shard_mb: float, tensors: Mapping[str, TensorSpec]) -> int:
-    """Return how many records fit a shard; at least one."""
-    return max(1, int(shard_mb * 1e6 / record_bytes(tensors)))
+    """Return how many records fit a shard; at least one, and whole batches where they are many."""
+    count = max(1, int(shard_mb * 1e6 / record_bytes(tensors)))
+    return count if count < LARGE_SHARD else count - count % WHOLE_BATCHES
 
 
-def _plan_row(source: Source, row: Row) -> PlannedRow:
-    image_hash, fault = _hash(source, row.image)
-    conditioning_hash, conditioning_fault = _hash(source, row.conditioning_image)
-    fault = _prompt_fault(row.prompts) or fault
-    return PlannedRow(row, image_hash, conditioning_hash, fault, conditioning_fault)
-
-
-def _prompt_fault(prompts: list[Any]) -> str:
-    """Return why a row's captions cannot be used; empty if they can."""
-    if not 1 <= len(prompts) <= LARGEST_CAPTIONS:
-        return f"{len(prompts)} captions, 1 to {LARGEST_CAPTIONS} expected"
-    for prompt in prompts:
-        if not isinstance(prompt, str):
-            return f"the prompt is not text but {type(prompt).__name__}"
-        if any("\ud800" <= letter <= "\udfff" for letter in prompt):
-            return "the prompt is not valid text: half of a surrogate pair"
-    return ""
-
-
-def _hash(source: Source, name: str) -> tuple[str, str]:
-    try:
-        return hash_bytes(source.read(name)), ""
-    except OSError as error:
-        return "", f"{name}: {error.strerror or error}"
-
-
-def _split(items: Sequence[Any], size: int) -> list[tuple[int, Sequence[Any]]]:
-    starts = range(0, len(items), size)
-    return [(shard, items[start : start + size]) for shard, start in enumerate(starts)]
+def array_digest(start: bytes, *arrays: Any) -> str:
+    """Return a digest of arrays of 64-bit numbers."""
+    found = hashlib.sha256(start)
+    for one in arrays:
+        found.update(b"%d " % one.size)
+        found.update(np.ascontiguousarray(one).astype("<i8", copy=False).tobytes())
+    return found.hexdigest()[:32]

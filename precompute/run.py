@@ -3,23 +3,23 @@
 import contextlib
 import dataclasses
 import gc
-from pathlib import Path
+import time
+from collections.abc import Mapping
 
-import click
 import torch
 
 from precompute.config import PrecomputeConfig
 from precompute.interruption import InterruptedRun, between_shards
 from precompute.job import Job, prepare
 from precompute.passes import latent_pass, text_pass
-from precompute.plan import ShardPlan
-from shards import manifest
+from precompute.previous import layout_arrays
+from precompute.stream import Busy
+from precompute.trial import dry_run
+from shards import manifest, seal, sidecar
 from shards.device import keep_freed_memory
-from shards.errors import ShardError
-from shards.manifest import Manifest, product_of
-from shards.provenance import versions, write_run
-from shards.sidecar import Sidecar
-from shards.writer import write_sidecar
+from shards.manifest import Manifest
+from shards.provenance import write_run
+from shards.writer import require_space, write_sidecar
 
 
 def precompute(config: PrecomputeConfig) -> None:
@@ -28,127 +28,127 @@ def precompute(config: PrecomputeConfig) -> None:
     Raises:
         ConfigError: see `prepare`.
         ShardError: too many bad rows; finished shards are kept.
-        OSError: the cache cannot be written; likewise.
+        OSError: the cache cannot be written, or there is no room for it; likewise.
     """
-    cache = config.output_dir
-    click.echo(f"precompute: reading {config.source}")
     job = prepare(config)
     keep_freed_memory(job.device)
-    products = job.products()
-    todo = {folder: product.unfinished() for folder, product in products.items()}
-    before = _manifest_before(cache)
-    for folder, product in products.items():
-        records = sum(len(shard.items) for shard in product.shards)
-        kept = len(product.shards) - len(todo[folder])
-        click.echo(
-            f"  {folder}: {records} records in {len(product.shards)} shards, "
-            f"{kept} kept, {len(todo[folder])} to make"
-        )
+    torch.backends.cuda.matmul.allow_tf32 = config.allow_tf32
+    torch.backends.cudnn.allow_tf32 = config.allow_tf32
+    if config.dry_run:
+        dry_run(job)
+        return
+    cache = config.output_dir
+    todo = {folder: job.todo(product) for folder, product in job.products().items()}
+    before = seal.previous_manifest(cache)
+    say_what_is_to_do(job, todo)
     _count_bad_rows_of_kept_shards(job)
-
+    missing = sum(
+        product.shard_bytes(product.shard(shard))
+        for folder, product in job.products().items()
+        for shard in todo[folder]
+    )
     cache.mkdir(parents=True, exist_ok=True)
+    require_space(cache, missing)
+    plan = job.sealing_plan()
+    seal.write_plan(cache, plan, layout_arrays({"text": job.text, "latents": job.latents}))
     if before is not None and _changes_what_is_listed(job, before, todo):
         # What it says is about to be untrue. What it says of other controls is needed at the end.
-        (cache / manifest.MANIFEST).rename(cache / manifest.PREVIOUS)
+        with contextlib.suppress(FileNotFoundError):  # another worker was first
+            (cache / manifest.MANIFEST).rename(cache / manifest.PREVIOUS)
+    busy, start = Busy(), time.perf_counter()
     try:
         with between_shards() as check:
-            validation_embeds = text_pass(job, check)
+            validation_embeds = text_pass(job, check, busy)
             _free_memory()
-            latent_pass(job, validation_embeds, check)
+            latent_pass(job, validation_embeds, check, busy)
             _free_memory()
     except InterruptedRun as signal:
-        click.echo(f"{cache}: {signal}, ended between shards; the same command goes on from here")
+        job.say(f"{cache}: {signal}, ended between shards; the same command goes on from here")
         raise SystemExit(signal.exit_code) from None
-    for card, prompts in _outdated_captions(job):
-        write_sidecar(job.latents.folder, dataclasses.replace(card, prompts=prompts))
-    for product in products.values():
+    if busy.seconds:
+        share = busy.seconds / (time.perf_counter() - start)
+        job.say(f"  encoders computed {share:.0%} of the time")
+    _renew_captions(job)
+    _finish(job, plan, before)
+
+
+def _finish(job: Job, plan: seal.Plan, before: Manifest | None) -> None:
+    """Seal the cache, if this worker finds every shard there."""
+    cache = job.config.output_dir
+    missing = plan.missing(cache)
+    if missing:
+        job.say(
+            f"{cache}: part {job.part} is done; {seal.what_is_missing(plan, missing)}. "
+            "Whichever part is last completes the cache; where the parts lie on several disks, "
+            f"copy them into one folder and run python -m shards seal."
+        )
+        return
+    was_complete = (cache / manifest.MANIFEST).is_file()
+    for product in job.products().values():
         for path in product.surplus():
-            path.unlink()
-    now = _new_manifest(job, before)
-    if now == before and (cache / manifest.MANIFEST).is_file():
-        click.echo(f"{cache}: already complete, nothing to do")
-    else:
-        fingerprints = {folder: product.fingerprint for folder, product in now.products()}
-        write_run(cache, "precompute", config, fingerprints=fingerprints)
-        manifest.write(cache, now)
-        (cache / manifest.PREVIOUS).unlink(missing_ok=True)
-        _report(job, now, before)
+            path.unlink(missing_ok=True)
+    now = seal.seal(cache, plan)
+    if was_complete and now == before:
+        job.say(f"{cache}: already complete, nothing to do")
+        return
+    fingerprints = {folder: product.fingerprint for folder, product in now.products()}
+    write_run(cache, "precompute", job.config, fingerprints=fingerprints)
+    _report(job, now, before)
+
+
+def say_what_is_to_do(job: Job, todo: Mapping[str, list[int]]) -> None:
+    """Say in a line a product what is kept, what is made and why."""
+    for folder, product in job.products().items():
+        mine = [shard for shard in range(product.num_shards) if job.part.has(shard)]
+        kept = len(mine) - len(todo[folder])
+        why = f" ({job.reasons[folder]})" if todo[folder] and job.reasons.get(folder) else ""
+        part = "" if job.part.count == 1 else f" of part {job.part}"
+        job.say(
+            f"  {folder}: {product.num_records} records in {product.num_shards} shards{part}, "
+            f"{kept} kept, {len(todo[folder])} to make{why}"
+        )
 
 
 def _count_bad_rows_of_kept_shards(job: Job) -> None:
     for product in (job.latents, job.conditioning):
-        for shard in product.shards:
+        for shard in range(product.num_shards):
             card = product.finished(shard)
             job.bad.add(card.skipped if card else [])
 
 
-def _outdated_captions(job: Job) -> list[tuple[Sidecar, list[list[str]]]]:
-    """Return kept latent shards that point at other prompts than they should, and at which.
+def _renew_captions(job: Job) -> None:
+    """Have this part's kept latent shards point at the prompts that caption them now.
 
     Their tars stay as they are.
     """
-    outdated = []
-    for shard in job.latents.shards:
-        card = job.latents.finished(shard)
+    for shard in _outdated_captions(job):
+        card = sidecar.load(job.latents.folder, shard)
         if card is not None:
-            captions = shard.captions(job.prompts)
+            plan = job.latents.shard(shard)
+            captions = job.captions(plan)
             prompts = [captions[key] for key in card.keys]
-            if prompts != card.prompts:
-                outdated.append((card, prompts))
-    return outdated
+            new = dataclasses.replace(card, prompts=prompts, captions=plan.captions)
+            write_sidecar(job.latents.folder, new)
 
 
-def _manifest_before(cache: Path) -> Manifest | None:
-    """Return the manifest of the cache as it was last complete, if it ever was."""
-    for name in (manifest.MANIFEST, manifest.PREVIOUS):
-        if (cache / name).is_file():
-            with contextlib.suppress(ShardError):
-                return manifest.load(cache, name)
-    return None
+def _outdated_captions(job: Job) -> list[int]:
+    """Return kept latent shards of this part that point at other prompts than they should."""
+    found = []
+    for shard, captions in enumerate(job.latents.captions):
+        card = job.latents.finished(shard) if job.part.has(shard) else None
+        if card is not None and card.captions != captions:
+            found.append(shard)
+    return found
 
 
-def _changes_what_is_listed(job: Job, before: Manifest, todo: dict[str, list[ShardPlan]]) -> bool:
+def _changes_what_is_listed(job: Job, before: Manifest, todo: Mapping[str, list[int]]) -> bool:
     """Tell whether the work ahead touches a product that the present manifest vouches for."""
     if not (job.config.output_dir / manifest.MANIFEST).is_file():
         return False
     listed = dict(before.products())
     return bool(_outdated_captions(job)) or any(
-        folder in listed and (todo[folder] or listed[folder].num_shards != len(product.shards))
+        folder in listed and (todo[folder] or listed[folder].num_shards != product.num_shards)
         for folder, product in job.products().items()
-    )
-
-
-def _new_manifest(job: Job, before: Manifest | None) -> Manifest:
-    """Return the manifest of the finished cache.
-
-    Other controls stay in it if they were made for these latents, and their validation pairs if
-    they were encoded as the prompts now are; else they must be made again.
-    """
-    text, latents, conditioning, validation = (
-        product_of(one.folder, one.sidecars()) for one in job.products().values()
-    )
-    name = job.config.conditioning_name
-    others = before if before and before.latents.fingerprint == latents.fingerprint else None
-    pairs = dict(others.validation) if others else {}
-    if others and others.text_identity != job.text_identity:
-        pairs = {other: product_of(Path(), []) for other in pairs}
-    return Manifest(
-        text=text,
-        text_spec=job.text_spec,
-        text_identity=job.text_identity,
-        latents=latents,
-        latent_spec=job.latent_spec,
-        conditioning=(others.conditioning if others else {}) | {name: conditioning},
-        conditioning_specs=(others.conditioning_specs if others else {})
-        | {name: job.conditioning_spec},
-        validation=pairs | {name: validation},
-        captions=manifest.captions_digest(job.latents.sidecars()),
-        num_skipped=len(job.bad.reasons),
-        made_by={
-            "base": job.config.pretrained_model_name_or_path,
-            "revision": job.config.revision,
-            "versions": versions(),
-        },
     )
 
 
@@ -156,14 +156,14 @@ def _report(job: Job, now: Manifest, before: Manifest | None) -> None:
     for other in before.conditioning if before else ():
         lost = before and before.validation[other].num_records
         if other not in now.conditioning:
-            click.echo(f"conditioning {other!r} was made for other latents: make it again")
+            job.say(f"conditioning {other!r} was made for other latents: make it again")
         elif lost and not now.validation[other].num_records:
-            click.echo(f"validation pairs of {other!r} had other text encoders: make them again")
+            job.say(f"validation pairs of {other!r} had other text encoders: make them again")
     if job.bad.reasons:
-        click.echo(f"{len(job.bad.reasons)} rows were left out:\n{job.bad.table()}")
+        job.say(f"{len(job.bad.reasons)} rows were left out:\n{job.bad.table()}")
     size = sum(product.num_bytes for _, product in now.products())
     per_prompt = now.latents.num_records / max(now.text.num_records - 1, 1)
-    click.echo(
+    job.say(
         f"{job.config.output_dir}: complete, {now.latents.num_records} images, "
         f"{now.text.num_records} prompts ({per_prompt:.1f} images each), {size / 1e6:.1f} MB"
     )

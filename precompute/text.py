@@ -4,21 +4,21 @@ Axes: B prompts, T tokens, W embedding width. What is computed is what the stock
 StableDiffusion3Pipeline.encode_prompt computes, less the zeros it pads CLIP's width with.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
-from precompute.batching import batches
-from precompute.fingerprint import hash_bytes, hash_component
+from precompute.batch_size import BatchSize, in_parts
+from precompute.fingerprint import hash_component
+from precompute.remembered import Remembered
+from shards.device import OnItsWay
 from shards.errors import ConfigError, ShardError
 from shards.manifest import TextSpec
 from shards.pretrained import component_variant, read_config
-from shards.records import Record, record_key
 
 CLIP_COMPONENTS = (("tokenizer", "text_encoder"), ("tokenizer_2", "text_encoder_2"))
 T5_COMPONENTS = ("tokenizer_3", "text_encoder_3")
@@ -76,19 +76,31 @@ def clip_tokens(base: Path) -> int:
     return int(tokenizer.model_max_length)
 
 
-def text_identity(base: Path, variant: str | None, settings: TextSettings) -> dict[str, Any]:
+def text_identity(
+    base: Path, variant: str | None, settings: TextSettings, remembered: Remembered
+) -> dict[str, Any]:
     """Return everything that the bytes of a text record depend on, but for the prompt."""
     return {
-        "components": {name: hash_component(base / name, variant) for name in COMPONENTS},
+        **{name: hash_component(base / name, variant, remembered) for name in COMPONENTS},
         "max_sequence_length": settings.max_sequence_length,
         "compute_dtype": settings.compute_dtype,
         "cache_dtype": settings.cache_dtype,
     }
 
 
-def prompt_key(shard: int, row: int, prompt: str) -> str:
-    """Return the key of a prompt's text record."""
-    return record_key(shard, row, hash_bytes(prompt.encode()))
+@dataclass(frozen=True)
+class Tokens:
+    """A batch of prompts, tokenized.
+
+    Attributes:
+        clip: ids for each CLIP encoder, [B, T].
+        t5: ids for T5, [B, T].
+        t5_lengths: how many T5 tokens each prompt has, the end token included, uncut.
+    """
+
+    clip: list[Tensor]
+    t5: Tensor
+    t5_lengths: list[int]
 
 
 class TextEncoders:
@@ -99,10 +111,17 @@ class TextEncoders:
         settings: token length and number formats.
         device: where they run.
         variant: variant of the weight files.
+        compiled: whether torch compiles them.
     """
 
     def __init__(
-        self, base: Path, settings: TextSettings, device: torch.device, variant: str | None
+        self,
+        base: Path,
+        settings: TextSettings,
+        device: torch.device,
+        variant: str | None,
+        *,
+        compiled: bool = False,
     ) -> None:
         from transformers import (
             CLIPTextModelWithProjection,
@@ -122,8 +141,11 @@ class TextEncoders:
                 variant=component_variant(base / name, variant),
                 dtype=dtype,
                 use_safetensors=True,
+                # Straight to where they run: one copy, at no time two.
+                device_map={"": str(device)},
             )
-            return model.to(device).eval()
+            model.eval()
+            return torch.compile(model, dynamic=False) if compiled else model
 
         self.tokenizers = [
             CLIPTokenizer.from_pretrained(base, subfolder=name) for name, _ in CLIP_COMPONENTS
@@ -132,32 +154,41 @@ class TextEncoders:
         self.t5_tokenizer = T5TokenizerFast.from_pretrained(base, subfolder=T5_COMPONENTS[0])
         self.t5 = load(T5EncoderModel, T5_COMPONENTS[1])
 
+    def tokenize(self, prompts: Sequence[str]) -> Tokens:
+        """Return the tokens of a batch of prompts; not for two threads at once."""
+        length = self.tokenizers[0].model_max_length
+        uncut = self.t5_tokenizer(list(prompts), truncation=False, verbose=False).input_ids
+        return Tokens(
+            clip=[self._ids(tokenizer, prompts, length) for tokenizer in self.tokenizers],
+            t5=self._ids(self.t5_tokenizer, prompts, self.settings.max_sequence_length),
+            t5_lengths=[len(ids) for ids in uncut],
+        )
+
     @torch.no_grad()
-    def encode(self, prompts: Sequence[str]) -> dict[str, Tensor]:
+    def encode(self, tokens: Tokens, size: BatchSize) -> OnItsWay:
         """Return `clip_embeds` [B, T, W], `t5_embeds` [B, T, W] and `pooled_embeds` [B, W].
 
-        They are on the CPU, in the cache's number format.
+        They are on their way to the CPU, in the cache's number format.
+
+        Args:
+            tokens: of the prompts.
+            size: how many of them go through the encoders at once.
         """
-        length = self.tokenizers[0].model_max_length
+        embeds = in_parts(self._embeds, [tokens.t5, *tokens.clip], size)
+        return OnItsWay(embeds, getattr(torch, self.settings.cache_dtype))
+
+    def _embeds(self, t5: Tensor, *clip: Tensor) -> dict[str, Tensor]:
         hidden, pooled = [], []
-        for tokenizer, clip in zip(self.tokenizers, self.clips, strict=True):
-            output = clip(self._ids(tokenizer, prompts, length), output_hidden_states=True)
+        for ids, encoder in zip(clip, self.clips, strict=True):
+            output = encoder(ids.to(self.device, non_blocking=True), output_hidden_states=True)
             # The projection of the end token, and the last but one layer: SD3's choice.
             pooled.append(output[0])
             hidden.append(output.hidden_states[-2])
-        ids = self._ids(self.t5_tokenizer, prompts, self.settings.max_sequence_length)
-        embeds = {
+        return {
             "clip_embeds": torch.cat(hidden, dim=-1),
-            "t5_embeds": self.t5(ids)[0],
+            "t5_embeds": self.t5(t5.to(self.device, non_blocking=True))[0],
             "pooled_embeds": torch.cat(pooled, dim=-1),
         }
-        dtype = getattr(torch, self.settings.cache_dtype)
-        return {name: tensor.to("cpu", dtype) for name, tensor in embeds.items()}
-
-    def num_tokens(self, prompts: Sequence[str]) -> list[int]:
-        """Return how many T5 tokens each prompt has, the end token included."""
-        found = self.t5_tokenizer(list(prompts), truncation=False, verbose=False).input_ids
-        return [len(ids) for ids in found]
 
     def _ids(self, tokenizer: Any, prompts: Sequence[str], length: int) -> Tensor:
         tokens = tokenizer(
@@ -168,7 +199,7 @@ class TextEncoders:
             return_tensors="pt",
         )
         ids: Tensor = tokens.input_ids
-        return ids.to(self.device)
+        return ids.pin_memory() if self.device.type == "cuda" else ids
 
 
 @dataclass
@@ -178,42 +209,10 @@ class LongPrompts:
     count: int = 0
     most_tokens: int = 0
 
-    def add(self, num_tokens: Sequence[int], limit: int) -> None:
-        """Count those of a batch."""
-        self.count += sum(number > limit for number in num_tokens)
-        self.most_tokens = max(self.most_tokens, *num_tokens)
-
-
-def text_records(
-    encoders: TextEncoders,
-    shard: int,
-    prompts: Sequence[str],
-    batch_size: int,
-    long_prompts: LongPrompts,
-    bar: "tqdm[Any]",
-) -> Iterator[Record]:
-    """Yield the records of a shard's prompts; batches stay within the shard.
-
-    Args:
-        encoders: see there.
-        shard: number of the shard.
-        prompts: all of it.
-        batch_size: prompts encoded at a time.
-        long_prompts: counts those that are cut.
-        bar: moves on a batch at a time.
-
-    Raises:
-        ShardError: an embedding is not finite, which half precision can cause.
-    """
-    for rows in batches(range(len(prompts)), batch_size):
-        batch = [prompts[row] for row in rows]
-        long_prompts.add(encoders.num_tokens(batch), encoders.settings.max_sequence_length)
-        embeds = encoders.encode(batch)
-        for at, (row, prompt) in enumerate(zip(rows, batch, strict=True)):
-            tensors = {name: tensor[at] for name, tensor in embeds.items()}
-            require_finite(tensors, prompt)
-            yield Record(prompt_key(shard, row, prompt), tensors, {"prompt": prompt})
-        bar.update(len(batch))
+    def add(self, num_tokens: int, limit: int) -> None:
+        """Count a prompt if it is one."""
+        self.count += num_tokens > limit
+        self.most_tokens = max(self.most_tokens, num_tokens)
 
 
 def require_finite(tensors: dict[str, Tensor], prompt: str) -> None:

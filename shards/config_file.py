@@ -8,6 +8,8 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from shards.errors import ConfigError
 
+# A setting that is a number, or left to the program.
+NUMBER_OR_WORD = (int | Literal["auto"],)
 SECTIONS = ("demo", "circles", "precompute", "train", "infer", "score")
 
 
@@ -48,6 +50,10 @@ def _checked(value: Any, hint: Any, where: str) -> Any:
         if not isinstance(value, list):
             raise ConfigError(f"{where}: expected a list, found {value!r}.")
         return tuple(_checked(item, kind, where) for item in value)
+    if kind in NUMBER_OR_WORD:
+        if value == "auto":
+            return value
+        kind = int
     choices = get_args(kind) if get_origin(kind) is Literal else None
     expected = type(choices[0]) if choices else str if kind is Path else kind
     # TOML tells 1 from 1.0 and from true; only an integer where a float is meant is harmless.
@@ -69,6 +75,6 @@ def unwrap(hint: Any) -> tuple[bool, Any]:
     """Return (repeatable, element type) of a field's annotation."""
     if get_origin(hint) is tuple:
         return True, get_args(hint)[0]
-    if get_origin(hint) in (types.UnionType, Union):
+    if get_origin(hint) in (types.UnionType, Union) and hint not in NUMBER_OR_WORD:
         (hint,) = (arg for arg in get_args(hint) if arg is not type(None))
     return False, hint

@@ -41,3 +41,33 @@ def keep_freed_memory(device: torch.device) -> None:
         libc = ctypes.CDLL("libc.so.6")
         libc.mallopt(M_MMAP_MAX, 0)
         libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
+
+
+class OnItsWay:
+    """Tensors that are being copied to the host, while the device goes on computing.
+
+    Args:
+        tensors: on the device.
+        dtype: that the copies shall have.
+    """
+
+    def __init__(self, tensors: dict[str, torch.Tensor], dtype: torch.dtype) -> None:
+        self._copied: torch.cuda.Event | None = None
+        converted = {name: tensor.to(dtype) for name, tensor in tensors.items()}
+        if any(tensor.is_cuda for tensor in converted.values()):
+            self._tensors = {
+                name: torch.empty_like(tensor, device="cpu", pin_memory=True).copy_(
+                    tensor, non_blocking=True
+                )
+                for name, tensor in converted.items()
+            }
+            self._copied = torch.cuda.Event()
+            self._copied.record()
+        else:
+            self._tensors = {name: tensor.cpu() for name, tensor in converted.items()}
+
+    def wait(self) -> dict[str, torch.Tensor]:
+        """Return the copies once they are there."""
+        if self._copied is not None:
+            self._copied.synchronize()
+        return self._tensors

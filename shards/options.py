@@ -14,7 +14,7 @@ from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 import click
 from safetensors import SafetensorError
 
-from shards.config_file import read_section, unwrap
+from shards.config_file import NUMBER_OR_WORD, read_section, unwrap
 from shards.errors import ConfigError, ShardError
 
 Config = TypeVar("Config")
@@ -169,7 +169,21 @@ def _click_option(field: dataclasses.Field[Any], hint: Any) -> click.Option:
     )
 
 
+class _NumberOrAuto(click.ParamType):
+    """A whole number, or `auto`."""
+
+    name = "integer|auto"
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> int | str:
+        """Return the number, or `auto`."""
+        return "auto" if value == "auto" else int(click.INT.convert(value, param, ctx))
+
+
 def _click_type(kind: Any) -> Any:
+    if kind in NUMBER_OR_WORD:
+        return _NumberOrAuto()
     if get_origin(kind) is Literal:
         return click.Choice([str(choice) for choice in get_args(kind)])
     if kind is Path:

@@ -7,7 +7,7 @@ import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgspec
 import safetensors.torch
@@ -44,6 +44,14 @@ class Record:
     key: str
     tensors: dict[str, Tensor]
     about: dict[str, Any]
+
+
+class Members(NamedTuple):
+    """A record as the bytes of its two tar members."""
+
+    key: str
+    tensors: bytes
+    about: bytes
 
 
 @dataclass(frozen=True)
@@ -98,11 +106,15 @@ def place_of(key: str) -> tuple[int, int]:
     return int(shard), int(row)
 
 
-def to_bytes(record: Record) -> tuple[bytes, bytes]:
-    """Return the contents of the record's two tar members; equal records give equal bytes."""
+def to_members(record: Record) -> Members:
+    """Return the record's two tar members; equal records give equal bytes."""
     tensors = {name: tensor.contiguous() for name, tensor in record.tensors.items()}
-    about = json.dumps(record.about, ensure_ascii=False, sort_keys=True)
-    return safetensors.torch.save(tensors), about.encode()
+    return Members(record.key, safetensors.torch.save(tensors), about_to_bytes(record.about))
+
+
+def about_to_bytes(about: dict[str, Any]) -> bytes:
+    """Return the content of a `.json` member."""
+    return json.dumps(about, ensure_ascii=False, sort_keys=True).encode()
 
 
 def tensor_order(header: bytes, expected: Mapping[str, TensorSpec]) -> tuple[str, ...]:

@@ -16,6 +16,7 @@ from shards.records import KEY
 Span = Annotated[list[Count], Meta(min_length=4, max_length=4)]
 LARGEST_CAPTIONS = 256
 CHECKSUMS = r"[0-9a-f]{32}"
+REMEDY = "delete it and run precompute again"
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,8 @@ class Sidecar:
     Attributes:
         shard: number of the shard in its product.
         fingerprint: digest of everything that determines the tar's bytes.
+        identity: digest of what a record's bytes depend on besides what it is of; a record of the
+            same content and identity may be taken over into a new shard.
         tar_bytes: size of the tar.
         sha256: of the tar.
         keys: the records' keys, in tar order.
@@ -42,17 +45,20 @@ class Sidecar:
             digits each, so that every read can be checked.
         prompts: for each latent record the keys of the text records that caption it; empty for
             other products. It is not part of the tar, so that a new caption leaves latents alone.
+        captions: digest of what `prompts` was made from; empty for other products.
         skipped: source rows of this shard that were left out.
     """
 
     shard: Count
     fingerprint: str
+    identity: str
     tar_bytes: Count
     sha256: Digest
     keys: list[str]
     spans: list[Span]
     checksums: list[str]
     prompts: list[list[str]]
+    captions: str
     skipped: list[Skipped]
     format_version: int = FORMAT_VERSION
 
@@ -92,6 +98,18 @@ class Sidecar:
         return len(self.keys)
 
 
+@dataclass(frozen=True)
+class Summary:
+    """What tells whether a shard is as planned, without the lists that have an entry a record."""
+
+    shard: Count
+    fingerprint: str
+    identity: str
+    tar_bytes: Count
+    captions: str
+    skipped: list[Skipped]
+
+
 def _check_all(strings: list[str], pattern: str, what: str) -> None:
     """Refuse strings of another form; one look at all of them, since there are many."""
     joined = "".join(f"{one}\n" for one in strings)
@@ -122,12 +140,31 @@ def load(folder: Path, shard: int) -> Sidecar | None:
     Raises:
         ShardError: there is one, but it is damaged or of another format version.
     """
-    path = sidecar_path(folder, shard)
+    data = _read(folder, shard)
+    return None if data is None else from_json(data, shard, sidecar_path(folder, shard))
+
+
+def summary(folder: Path, shard: int) -> Summary | None:
+    """Return what a shard's sidecar says in short, or None where it is not there or no use.
+
+    None also where its tar is missing or has another size.
+    """
     try:
-        data = read_file(path)
+        data = _read(folder, shard)
+        if data is None:
+            return None
+        found = decode(data, Summary, sidecar_path(folder, shard), REMEDY)
+        size = tar_path(folder, shard).stat().st_size
+    except (ShardError, OSError):
+        return None
+    return found if (found.shard, found.tar_bytes) == (shard, size) else None
+
+
+def _read(folder: Path, shard: int) -> bytes | None:
+    try:
+        return read_file(sidecar_path(folder, shard))
     except FileNotFoundError:
         return None
-    return from_json(data, shard, path)
 
 
 def from_json(data: bytes, shard: int, where: object) -> Sidecar:
@@ -141,7 +178,7 @@ def from_json(data: bytes, shard: int, where: object) -> Sidecar:
     Raises:
         ShardError: it is damaged, of another shard or of another format version.
     """
-    found = decode(data, Sidecar, where, "delete it and run precompute again")
+    found = decode(data, Sidecar, where, REMEDY)
     if found.shard != shard:
         raise ShardError(f"{where}: the sidecar of shard {found.shard:06d} under another's name")
     return found

@@ -9,6 +9,7 @@ import errno
 import hashlib
 import io
 import os
+import secrets
 import shutil
 import tarfile
 from collections.abc import Iterable, Iterator
@@ -18,7 +19,7 @@ from typing import IO, Any
 from xxhash import xxh3_64_hexdigest
 
 from shards.errors import ShardError
-from shards.records import Record, to_bytes
+from shards.records import Members, Record, to_members
 from shards.sidecar import Sidecar, Skipped, sidecar_path, tar_path, to_json
 
 MEMBERS = (".safetensors", ".json")
@@ -46,14 +47,18 @@ class _HashingFile(io.RawIOBase):
 def write_shard(
     folder: Path,
     shard: int,
-    records: Iterable[Record],
+    records: Iterable[Record | Members],
     *,
     fingerprint: str,
+    identity: str = "",
     skipped: list[Skipped] | None = None,
     prompts: list[list[str]] | None = None,
+    captions: str = "",
     num_bytes: int = 0,
 ) -> Sidecar:
-    """Write a shard's tar and then its sidecar, replacing both at once where they exist.
+    """Write a shard's tar and then its sidecar.
+
+    Where there is such a shard it stands until the new tar is whole.
 
     Args:
         folder: the product's folder; made if missing.
@@ -61,8 +66,10 @@ def write_shard(
         records: consumed one by one; a list that is still being filled (`skipped`, `prompts`) is
             read after the last of them.
         fingerprint: digest of everything that determines the tar's bytes.
+        identity: see `Sidecar`.
         skipped: rows left out.
         prompts: for latents, the text records that caption each record.
+        captions: see `Sidecar`.
         num_bytes: about how large the tar will be; it is not begun where that does not fit.
 
     Raises:
@@ -70,10 +77,6 @@ def write_shard(
         OSError: the disk is full or the folder cannot be written; finished shards stay.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    # The old sidecar must not vouch for the new tar.
-    with contextlib.suppress(FileNotFoundError):
-        sidecar_path(folder, shard).unlink()
-        _sync_folder(folder)
     keys: list[str] = []
     spans: list[list[int]] = []
     checksums: list[str] = []
@@ -82,13 +85,13 @@ def write_shard(
         hashing = _HashingFile(file)
         with tarfile.open(fileobj=hashing, mode="w", format=tarfile.USTAR_FORMAT) as tar:
             for record in records:
-                members = to_bytes(record)
-                keys.append(record.key)
+                key, *members = record if isinstance(record, Members) else to_members(record)
+                keys.append(key)
                 spans.append(
                     [
                         number
                         for kind, data in zip(MEMBERS, members, strict=True)
-                        for number in _add(tar, record.key + kind, data)
+                        for number in _add(tar, key + kind, data)
                     ]
                 )
                 checksums.append("".join(map(xxh3_64_hexdigest, members)))
@@ -96,16 +99,22 @@ def write_shard(
             sidecar = Sidecar(
                 shard=shard,
                 fingerprint=fingerprint,
+                identity=identity,
                 tar_bytes=file.tell(),
                 sha256=hashing.sha256.hexdigest(),
                 keys=keys,
                 spans=spans,
                 checksums=checksums,
                 prompts=prompts or [],
+                captions=captions,
                 skipped=skipped or [],
             )
         except ValueError as error:
             raise ShardError(f"{path}: {error}") from error
+        # The old sidecar must not vouch for the new tar.
+        with contextlib.suppress(FileNotFoundError):
+            sidecar_path(folder, shard).unlink()
+            _sync_folder(folder)
     write_sidecar(folder, sidecar)
     return sidecar
 
@@ -134,7 +143,8 @@ def atomic_file(path: Path, num_bytes: int = 0) -> Iterator[IO[bytes]]:
     Raises:
         OSError: it cannot be written, or will not fit; with the path and the space needed.
     """
-    temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
+    # No other process has this name, on this machine or another that shares the disk.
+    temporary = path.with_name(f"{path.name}.tmp-{secrets.token_hex(6)}")
     try:
         if num_bytes > shutil.disk_usage(path.parent).free:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -149,6 +159,17 @@ def atomic_file(path: Path, num_bytes: int = 0) -> Iterator[IO[bytes]]:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+def require_space(folder: Path, num_bytes: int) -> None:
+    """Refuse to begin what does not fit the disk.
+
+    Raises:
+        OSError: with the folder and the space needed.
+    """
+    if num_bytes > shutil.disk_usage(folder).free:
+        error = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        raise cannot_write(folder / "…", error, num_bytes)
 
 
 def move_into_place(temporary: Path, path: Path) -> None:
