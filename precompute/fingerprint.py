@@ -9,7 +9,8 @@ from pathlib import Path
 
 import xxhash
 
-from precompute.remembered import Content, Remembered, file_version
+from precompute.files import file_version
+from precompute.remembered import Content, Remembered
 from shards.pretrained import component_variant
 
 CHUNK_BYTES = 1 << 22
@@ -56,7 +57,7 @@ def _behaviour(config: Path) -> bytes:
 
 
 def _hash_file(path: Path, remembered: Remembered) -> bytes:
-    version = file_version(path)
+    version = file_version(path.absolute())
     (known,) = remembered.find([version])
     if known is not None:
         return known.digest

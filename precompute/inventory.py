@@ -1,6 +1,6 @@
 """The inventory: the rows of a source by the digests of what they name.
 
-Ten million rows fit the memory of a laptop: arrays, never an object a row. Axes: N rows, P captions.
+Ten million rows fit a laptop's memory: arrays, never an object a row. Axes: N rows, P captions.
 """
 
 import contextlib

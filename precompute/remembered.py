@@ -11,29 +11,11 @@ from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from xxhash import xxh3_128_digest
 
 from shards.writer import atomic_file
 
 SAVE_EVERY_S = 60.0
-SETTLED_AFTER_S = 2.0
 ENTRY = np.dtype([("version", ">u8", 2), ("digest", ">u8", 2), ("width", "<u4"), ("height", "<u4")])
-
-
-def file_version(path: Path) -> bytes | None:
-    """Return a digest of a file's path, size and times, without reading it.
-
-    None where it is missing, or was changed so lately that its time may not move if it changes
-    again.
-    """
-    try:
-        found = path.stat()
-    except (OSError, ValueError):
-        return None
-    if time.time() - max(found.st_mtime, found.st_ctime) < SETTLED_AFTER_S:
-        return None
-    times = f"{found.st_size} {found.st_mtime_ns} {found.st_ctime_ns}"
-    return xxh3_128_digest(f"{times} {path.absolute()}".encode(errors="surrogateescape"))
 
 
 class Content(NamedTuple):
