@@ -18,7 +18,7 @@ from shards.seal import read_plan
 
 def layout_arrays(products: Mapping[str, ProductPlan]) -> dict[str, NDArray[Any]]:
     """Return layouts as a cache's plan keeps them; see `layouts_before`."""
-    arrays = {}
+    arrays: dict[str, NDArray[Any]] = {}
     for name, product in products.items():
         arrays[f"{name}.ids"] = product.layout.ids
         arrays[f"{name}.starts"] = product.layout.starts

@@ -1,7 +1,7 @@
 """Preparing items ahead of time, in threads, in order."""
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TypeVar
 
@@ -11,7 +11,7 @@ Result = TypeVar("Result")
 
 def ahead(
     pool: ThreadPoolExecutor, work: Callable[[Item], Result], items: Iterable[Item], lead: int
-) -> Iterator[Result]:
+) -> Generator[Result, None, None]:
     """Yield work(item) for each item, computed up to `lead` items ahead of the consumer.
 
     Items are taken in the consumer's thread. When the consumer stops, work not begun is dropped.

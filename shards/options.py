@@ -169,21 +169,17 @@ def _click_option(field: dataclasses.Field[Any], hint: Any) -> click.Option:
     )
 
 
-class _NumberOrAuto(click.ParamType):
-    """A whole number, or `auto`."""
-
-    name = "integer|auto"
-
-    def convert(
-        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
-    ) -> int | str:
-        """Return the number, or `auto`."""
-        return "auto" if value == "auto" else int(click.INT.convert(value, param, ctx))
+def integer_or_auto(value: str) -> int | str:
+    """Return a number, or `auto`; click shows the name of this function in the help."""
+    try:
+        return value if value == "auto" else int(value)
+    except ValueError as error:
+        raise click.BadParameter(f"{value!r} is neither a whole number nor auto.") from error
 
 
 def _click_type(kind: Any) -> Any:
     if kind in NUMBER_OR_WORD:
-        return _NumberOrAuto()
+        return integer_or_auto
     if get_origin(kind) is Literal:
         return click.Choice([str(choice) for choice in get_args(kind)])
     if kind is Path:
