@@ -219,6 +219,7 @@ def prepare(config: PrecomputeConfig) -> Job:
     cache = config.output_dir
     _check_output(cache)
     part = find_part(config.part, os.environ)
+    device = pick_device(config.device or _device_of_this_process())
     annotator, drawn = (
         find_annotator(config.conditioning_from)
         if config.conditioning_from
@@ -297,7 +298,7 @@ def prepare(config: PrecomputeConfig) -> Job:
         source=source,
         remembered=remembered,
         base=base,
-        device=pick_device(config.device),
+        device=device,
         bad=bad,
         annotator=annotator,
         text_settings=text_settings,
@@ -363,6 +364,12 @@ def _bad_rows(source: Source, inventory: Inventory) -> Iterable[Skipped]:
     numbers = sorted(faults)
     rows = source.rows([int(inventory.rows[number]) for number in numbers])
     return [Skipped(row.name, faults[number]) for number, row in zip(numbers, rows, strict=True)]
+
+
+def _device_of_this_process() -> str | None:
+    """Return the GPU of a process that `accelerate launch` started beside others, or None."""
+    local_rank = os.environ.get("LOCAL_RANK")
+    return f"cuda:{local_rank}" if local_rank and torch.cuda.is_available() else None
 
 
 def _check_output(cache: Path) -> None:

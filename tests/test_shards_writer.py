@@ -18,7 +18,7 @@ from precompute.run import precompute
 from shards import sidecar
 from shards.errors import ShardError
 from shards.plain import LARGEST_FILE_BYTES
-from shards.records import Record, place_of, record_key
+from shards.records import Record, place_of, record_key, to_members
 from shards.writer import atomic_file, write_shard
 from tests.conftest import flags, run_python
 
@@ -86,17 +86,41 @@ def test_a_record_that_fails_leaves_no_shard(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_rewritten_shard_is_unfinished_until_its_new_sidecar(tmp_path: Path) -> None:
+def test_the_old_shard_stands_until_the_new_tar_is_whole(tmp_path: Path) -> None:
     write_shard(tmp_path, 7, records(), fingerprint="old")
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
 
-    def watching() -> object:
+    def failing() -> object:
         yield records()[0]
-        assert sidecar.load(tmp_path, 7) is None
+        assert {name: (tmp_path / name).read_bytes() for name in before} == before
+        raise RuntimeError("no more")
 
-    write_shard(tmp_path, 7, watching(), fingerprint="new")
+    with pytest.raises(RuntimeError, match="no more"):
+        write_shard(tmp_path, 7, failing(), fingerprint="new")
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+    write_shard(tmp_path, 7, records(2), fingerprint="new")
     found = sidecar.load(tmp_path, 7)
     assert found is not None
-    assert found.fingerprint == "new"
+    assert (found.fingerprint, found.num_records) == ("new", 2)
+
+
+def test_a_record_is_taken_over_byte_for_byte(tmp_path: Path) -> None:
+    written = write_shard(tmp_path / "a", 7, records(), fingerprint="f")
+    members = [to_members(record) for record in records()]
+    assert write_shard(tmp_path / "b", 7, members, fingerprint="f") == written
+
+
+def test_a_summary_says_what_the_sidecar_says_while_its_tar_is_there(tmp_path: Path) -> None:
+    assert sidecar.summary(tmp_path, 7) is None
+    card = write_shard(tmp_path, 7, records(), fingerprint="f", identity="i", captions="c")
+    found = sidecar.summary(tmp_path, 7)
+    assert found is not None
+    assert vars(found) == {name: getattr(card, name) for name in vars(found)}
+    tar = tmp_path / "000007.tar"
+    tar.write_bytes(tar.read_bytes()[:-1])
+    assert sidecar.summary(tmp_path, 7) is None
+    tar.unlink()
+    assert sidecar.summary(tmp_path, 7) is None
 
 
 def test_two_records_with_one_key_are_refused(tmp_path: Path) -> None:
