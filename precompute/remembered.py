@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from shards.writer import atomic_file
 
 SAVE_EVERY_S = 60.0
-ENTRY = np.dtype([("version", ">u8", 2), ("digest", ">u8", 2), ("width", "<u4"), ("height", "<u4")])
+ENTRY = np.dtype([("version", "<u8", 2), ("digest", "<u8", 2), ("width", "<u4"), ("height", "<u4")])
 
 
 class Content(NamedTuple):
@@ -66,7 +66,7 @@ class Remembered:
             places = np.searchsorted(self._firsts, wanted[:, 0].astype(np.uint64))
             entries = self._entries[np.minimum(places, len(self._entries) - 1)]
             same = (entries["version"] == wanted).all(axis=1)
-            digests = np.ascontiguousarray(entries["digest"]).tobytes()
+            digests = entries["digest"].astype(">u8").tobytes()
             sizes = zip(entries["width"].tolist(), entries["height"].tolist(), strict=True)
             for row, (at, size) in enumerate(zip(asked, sizes, strict=True)):
                 if same[row]:
