@@ -1,4 +1,4 @@
-"""`python -m shards info|verify|preview|pull|push`: look into a cache, check it, carry it about."""
+"""`python -m shards info|seal|verify|preview|pull|push`: look into a cache, check it, carry it about."""
 
 import dataclasses
 import json
@@ -8,7 +8,7 @@ from typing import Any
 import click
 from tqdm import tqdm
 
-from shards import manifest, transfer, verify
+from shards import manifest, seal, transfer, verify
 from shards.cache import Cache
 from shards.device import pick_device
 from shards.errors import ConfigError
@@ -33,7 +33,7 @@ LOCAL_CACHE = click.option(
 
 @click.group(context_settings=CONTEXT)
 def main() -> None:
-    """Look into a cache, check it, and copy it from or to a URL."""
+    """Look into a cache, complete it, check it, and copy it from or to a URL."""
 
 
 @main.command()
@@ -72,6 +72,16 @@ def info(cache: str, by_shard: bool, as_json: bool) -> None:
                 f"{row['shard']:36s} {row['records']:8d} records {row['bytes'] / 1e6:10.1f} MB   "
                 f"sha256 {row['sha256']}"
             )
+
+
+@main.command("seal")
+@click.argument("cache", type=click.Path(path_type=Path))
+def seal_parts(cache: Path) -> None:
+    """Complete CACHE, whose parts were made apart and copied into one folder."""
+    with user_errors():
+        plan, _ = seal.read_plan(cache)
+        found = seal.seal(cache, plan)
+    click.echo(f"{cache}: complete, {found.latents.num_records} images")
 
 
 @main.command("verify")
