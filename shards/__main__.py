@@ -1,4 +1,4 @@
-"""`python -m shards info|seal|verify|preview|pull|push`: look into a cache, check it, carry it about."""
+"""`python -m shards info|seal|verify|preview|pull|push`: look into a cache, check it, carry it."""
 
 import dataclasses
 import json

@@ -95,7 +95,7 @@ def write_plan(cache: Path, plan: Plan, arrays: Mapping[str, NDArray[Any]]) -> N
         plan: what it is to hold.
         arrays: what stage 1 wants to find again.
     """
-    text = json.dumps(dataclasses.asdict(plan), ensure_ascii=False, sort_keys=True)
+    text = json.dumps(dataclasses.asdict(plan), ensure_ascii=False)
     data = safetensors.numpy.save(dict(arrays), metadata={"plan": text})
     path = cache / PLAN
     with contextlib.suppress(OSError):

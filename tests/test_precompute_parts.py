@@ -1,4 +1,4 @@
-"""Many workers: each makes its part, in any order, and the cache is the one that one worker makes."""
+"""Many workers: each makes its part, and the cache is the one that a single worker makes."""
 
 import shutil
 import subprocess
@@ -100,7 +100,7 @@ def test_changes_are_made_in_parts_as_well(
 def test_accelerate_launch_gives_the_bytes_of_one_process(
     cache: Path, fresh: PrecomputeConfig, count: int
 ) -> None:
-    launch = ("-m", "accelerate.commands.launch", "--cpu", "--multi_gpu", "--num_machines", 1)
+    launch = ("-m", "accelerate.commands.launch", "--multi_gpu", "--num_machines", 1)
     launch = (*launch, "--num_processes", count, "--main_process_port", free_port())
     launch = (*launch, "--mixed_precision", "no", "--dynamo_backend", "no", "-m", "precompute")
     done = run_python(*launch, *flags(fresh), OMP_NUM_THREADS="1")
