@@ -96,18 +96,40 @@ def test_changes_are_made_in_parts_as_well(
     assert manifest.load(shared).latents.shard_records == [8, 2]
 
 
+def launch(config: PrecomputeConfig, num_processes: int) -> str:
+    """Precompute under `accelerate launch`; return what it prints.
+
+    With one thread each: a CPU's number of threads decides in which order it adds up.
+    """
+    several = ("--multi_gpu",) if num_processes > 1 else ()
+    done = run_python(
+        *("-m", "accelerate.commands.launch", *several, "--num_machines", 1),
+        *("--num_processes", num_processes, "--main_process_port", free_port()),
+        *("--mixed_precision", "no", "--dynamo_backend", "no", "-m", "precompute", *flags(config)),
+        OMP_NUM_THREADS="1",
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def one_process(
+    precompute_config: PrecomputeConfig, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, bytes]:
+    """The files of the cache that one launched process makes."""
+    folder = tmp_path_factory.mktemp("one") / "cache"
+    launch(replace(precompute_config, output_dir=folder), 1)
+    return files(folder)
+
+
 @pytest.mark.parametrize("count", [2, pytest.param(3, marks=pytest.mark.slow)])
 def test_accelerate_launch_gives_the_bytes_of_one_process(
-    cache: Path, fresh: PrecomputeConfig, count: int
+    one_process: dict[str, bytes], fresh: PrecomputeConfig, count: int
 ) -> None:
-    launch = ("-m", "accelerate.commands.launch", "--multi_gpu", "--num_machines", 1)
-    launch = (*launch, "--num_processes", count, "--main_process_port", free_port())
-    launch = (*launch, "--mixed_precision", "no", "--dynamo_backend", "no", "-m", "precompute")
-    done = run_python(*launch, *flags(fresh), OMP_NUM_THREADS="1")
-    assert done.returncode == 0, done.stderr
-    assert files(fresh.output_dir) == files(cache)
+    said = launch(fresh, count)
+    assert files(fresh.output_dir) == one_process
     # One speaks for all.
-    assert done.stdout.count("latents: 10 records in 2 shards") == 1
+    assert said.count("latents: 10 records in 2 shards") == 1
 
 
 @pytest.mark.slow
