@@ -26,14 +26,17 @@ def load_hub(settings: SourceSettings, name: str, where: str) -> "Dataset":
         ConfigError: unknown, gated, out of reach, or `datasets` cannot read it.
     """
     from datasets import load_dataset
-    from datasets.exceptions import DatasetNotFoundError
-    from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError
+    from datasets.data_files import EmptyDatasetError
+    from datasets.exceptions import DataFilesNotFoundError, DatasetNotFoundError
+    from huggingface_hub.errors import GatedRepoError
 
-    revision = settings.dataset_revision or (PARQUET_REVISION if _is_script(name) else None)
+    config, revision, data_dir = settings.dataset_config_name, settings.dataset_revision, None
+    if revision is None and _is_script(name):  # the conversion has a folder for each configuration
+        config, revision, data_dir = None, PARQUET_REVISION, config
     cache_dir = None if settings.cache_dir is None else str(settings.cache_dir)
     try:
         loaded = load_dataset(
-            name, settings.dataset_config_name, revision=revision, cache_dir=cache_dir
+            name, config, data_dir=data_dir, revision=revision, cache_dir=cache_dir
         )
     except (DatasetNotFoundError, GatedRepoError) as error:
         text = str(error)
@@ -52,7 +55,9 @@ def load_hub(settings: SourceSettings, name: str, where: str) -> "Dataset":
             f"{where}: no such folder here and no such data set on the hub "
             "(or it is private: `hf auth login`)."
         ) from error
-    except (ConnectionError, LocalEntryNotFoundError) as error:
+    except (EmptyDatasetError, DataFilesNotFoundError) as error:
+        raise ConfigError(f"{where}: `datasets` finds no data in it.") from error
+    except (ConnectionError, FileNotFoundError) as error:
         raise ConfigError(
             f"{where}: no such folder here, and the hub could not be reached "
             f"({type(error).__name__}). Check the name and the network."
