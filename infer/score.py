@@ -22,7 +22,7 @@ from infer.discs import Color, Measured, caption_colors, measure, outlined_disc
 from infer.pipeline import COMPONENTS, Convention, control_image, find_convention, load_pipeline
 from infer.statistics import Summary, summarize
 from precompute import images
-from precompute.sources import Row, Source, open_source
+from precompute.sources import Row, Source, SourceSettings, open_source
 from shards.errors import ConfigError
 from shards.options import as_dict
 from shards.provenance import write_run
@@ -69,8 +69,8 @@ def score(config: ScoreConfig) -> None:
         ConfigError: the source holds something other than circles, or as `load_pipeline`.
         OSError: the output cannot be written.
     """
-    source = open_source(config.source)
-    rows = source.rows[: config.num_samples]
+    source = open_source(SourceSettings(source=str(config.source)))
+    rows = source.rows(range(min(config.num_samples, len(source))))
     samples = [_sample(number, row, source) for number, row in enumerate(rows)]
     pipeline = load_pipeline(config)
     alone = StableDiffusion3Pipeline(**{name: getattr(pipeline, name) for name in COMPONENTS})
@@ -108,11 +108,11 @@ def _sample(number: int, row: Row, source: Source) -> Sample:
     """
     try:
         color, background = caption_colors(str(row.prompt))
-        conditioning = images.decode(source.read(row.conditioning_image))
+        conditioning = images.decode(source.read(number, "conditioning_image"))
         outlined_disc(conditioning)
     except (ValueError, OSError) as error:
         raise ConfigError(
-            f"--source, line {row.line}: {error}. score measures circles: "
+            f"--source, {row.where}: {error}. score measures circles: "
             '"<colour> circle with <colour> background" and a light outline on black.'
         ) from error
     return Sample(number, str(row.prompt), conditioning, color, background)

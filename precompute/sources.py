@@ -1,34 +1,28 @@
-"""Data sets to encode: rows of names, and the bytes behind a name.
+"""Data sets to encode: rows of names and captions, and the bytes of their images."""
 
-fill50k's layout, as its authors published it: a folder or zip with `prompt.json`, one JSON object
-a line, {"source": conditioning image, "target": image, "prompt": caption}.
-"""
-
-import json
-import zipfile
-import zlib
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 from shards.errors import ConfigError
+from shards.pretrained import is_hub_id
 
-PROMPTS = "prompt.json"
-FIELDS = ("source", "target", "prompt")
+Kind = Literal["image", "conditioning_image"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Row:
     """One sample of a source.
 
     Attributes:
-        line: of prompt.json, from 1.
-        image: name of the image in the source.
-        conditioning_image: name of the conditioning image in the source.
+        where: which row it is, for people: `line 3`, from 1, or `row 17`, from 0.
+        image: what the image is called; a file name where there is one, or empty.
+        conditioning_image: likewise; empty where the source has none.
         prompt: the caption as found, or a list of captions; a bad row's may be no text.
     """
 
-    line: int
+    where: str
     image: str
     conditioning_image: str
     prompt: Any
@@ -36,7 +30,7 @@ class Row:
     @property
     def name(self) -> str:
         """What the row is called in reports."""
-        return f"line {self.line}, {self.image}"
+        return f"{self.where}, {self.image}" if self.image else self.where
 
     @property
     def prompts(self) -> list[Any]:
@@ -47,113 +41,105 @@ class Row:
 
 
 class Source(Protocol):
-    """Rows, and a way to read what they name; reading is safe from several threads."""
+    """Rows by number, and the bytes of their images; safe to use from several threads.
 
-    rows: list[Row]
+    No row is kept as an object: ten million fit into memory.
 
-    def read(self, name: str) -> bytes:
-        """Return the bytes of an image.
+    Attributes:
+        has_conditioning_images: whether the rows name a conditioning image.
+    """
+
+    has_conditioning_images: bool
+
+    def __len__(self) -> int:
+        """Return the number of rows."""
+        ...
+
+    def rows(self, indices: Sequence[int]) -> Iterator[Row]:
+        """Return the rows of these numbers, from 0, in this order."""
+        ...
+
+    def read(self, index: int, kind: Kind) -> bytes:
+        """Return the bytes of a row's image.
 
         Raises:
-            OSError: missing or unreadable.
+            OSError: missing, unreadable or not a file; the reason is for people.
+        """
+        ...
+
+    def version(self, index: int, kind: Kind) -> bytes | None:
+        """Return 16 bytes that change whenever the image's bytes may have changed.
+
+        Found without reading the image; None where that cannot be told.
         """
         ...
 
 
-class Folder:
-    """fill50k, unpacked."""
+@dataclass(frozen=True)
+class SourceSettings:
+    """Where the rows come from; exactly one of the first two and `train_data_dir` is given.
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.rows = parse_rows((path / PROMPTS).read_bytes(), str(path / PROMPTS))
+    Attributes:
+        source: fill50k as folder or zip, or a local data set.
+        dataset_name: a hub id, or a local data set.
+        dataset_config_name: which of the data set's configurations.
+        dataset_revision: branch, tag or commit on the hub.
+        train_data_dir: a local data set.
+        image_column: name of the column with the images.
+        conditioning_image_column: name of the column with the conditioning images.
+        caption_column: name of the column with the captions.
+        cache_dir: where `datasets` keeps what it downloads and converts.
+        wants_conditioning: False where conditioning images are drawn from the images; those that
+            the source may have are then passed over.
+    """
 
-    def read(self, name: str) -> bytes:
-        """Return the bytes of an image."""
-        try:
-            return (self.path / name).read_bytes()
-        except ValueError as error:  # a NUL in the name
-            raise OSError(str(error)) from error
-
-
-class Zip:
-    """fill50k as downloaded; read in place, unpacked nowhere."""
-
-    def __init__(self, path: Path, prompts: str) -> None:
-        self.archive = zipfile.ZipFile(path)
-        self.prefix = prompts.removesuffix(PROMPTS)
-        self.rows = parse_rows(self.archive.read(prompts), f"{path}: {prompts}")
-
-    def read(self, name: str) -> bytes:
-        """Return the bytes of an image."""
-        try:
-            return self.archive.read(self.prefix + name)
-        except KeyError as error:
-            raise OSError("no such file in the zip") from error
-        # Damaged, encrypted or compressed in a way that Python does not know.
-        except (zipfile.BadZipFile, zlib.error, RuntimeError, NotImplementedError) as error:
-            raise OSError(str(error)) from error
+    source: str | None = None
+    dataset_name: str | None = None
+    dataset_config_name: str | None = None
+    dataset_revision: str | None = None
+    train_data_dir: str | None = None
+    image_column: str = "image"
+    conditioning_image_column: str = "conditioning_image"
+    caption_column: str = "text"
+    cache_dir: Path | None = None
+    wants_conditioning: bool = True
 
 
-def open_source(path: Path) -> Source:
-    """Return the data set at a path.
+def open_source(settings: SourceSettings) -> Source:
+    """Return the data set that the settings name.
 
     Raises:
-        ConfigError: nothing there, not fill50k, or a broken line in its prompt.json.
+        ConfigError: none or several are named, nothing is there, it cannot be read, or it lacks
+            a column.
     """
-    if path.is_dir():
-        if (path / PROMPTS).is_file():
-            return Folder(path)
-        inner = sorted(path.glob(f"*/{PROMPTS}"))
-        hint = f" Did you mean {inner[0].parent}?" if inner else ""
-        raise ConfigError(f"--source {path}: not fill50k, no {PROMPTS} in this folder.{hint}")
+    from precompute import fill50k, tables  # which need the above
+
+    flag, name = _place(settings)
+    where, path = f"{flag} {name}", Path(name)
     if not path.exists():
+        if flag == "--dataset-name" and is_hub_id(name):
+            return tables.open_hub(settings, name, where)
+        hub = ", and not a hub id (owner/name)" if flag == "--dataset-name" else ""
         raise ConfigError(
-            f"--source {path}: no such file or folder. Expected fill50k: the folder with {PROMPTS},"
-            " or its zip."
+            f"{where}: no such file or folder{hub}. Expected fill50k: the folder with "
+            f"{fill50k.PROMPTS}, or its zip; or a folder that `datasets` can load."
         )
-    try:
-        with zipfile.ZipFile(path) as archive:
-            names = [
-                name
-                for name in archive.namelist()
-                if name.rpartition("/")[2] == PROMPTS and not name.startswith("__MACOSX/")
-            ]
-    except zipfile.BadZipFile as error:
+    if fill50k.is_fill50k(path):
+        return fill50k.open_fill50k(path, where, settings.wants_conditioning)
+    return tables.open_local(settings, path, where)
+
+
+def _place(settings: SourceSettings) -> tuple[str, str]:
+    """Return the flag that names the data set, and the name."""
+    named = [
+        (f"--{field.replace('_', '-')}", value)
+        for field in ("source", "dataset_name", "train_data_dir")
+        if (value := getattr(settings, field)) is not None
+    ]
+    if len(named) != 1:
+        found = " and ".join(flag for flag, _ in named) or "none of them"
         raise ConfigError(
-            f"--source {path}: neither a folder nor a whole zip ({error})."
-        ) from error
-    if not names:
-        raise ConfigError(f"--source {path}: not fill50k, no {PROMPTS} in this zip.")
-    return Zip(path, min(names, key=len))
-
-
-def parse_rows(data: bytes, where: str) -> list[Row]:
-    """Return the rows of a prompt.json.
-
-    Args:
-        data: its bytes, one JSON object a line; empty lines are passed over.
-        where: its name, for errors.
-
-    Raises:
-        ConfigError: no rows, or a line that is not such an object, with its number.
-    """
-    rows: list[Row] = []
-    for number, line in enumerate(data.splitlines(), start=1):
-        if not line.strip():
-            continue
-        try:
-            entry = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise ConfigError(f"{where}, line {number}: not JSON ({error}).") from error
-        missing = [name for name in FIELDS if not isinstance(entry, dict) or name not in entry]
-        if missing:
-            raise ConfigError(
-                f'{where}, line {number}: expected {{"source": …, "target": …, "prompt": …}}, '
-                f"no {', '.join(missing)}."
-            )
-        if not (isinstance(entry["source"], str) and isinstance(entry["target"], str)):
-            raise ConfigError(f"{where}, line {number}: source and target must be file names.")
-        rows.append(Row(number, entry["target"], entry["source"], entry["prompt"]))
-    if not rows:
-        raise ConfigError(f"{where}: holds no rows.")
-    return rows
+            "give one of --source, --dataset-name and --train-data-dir, which say where the rows "
+            f"come from; found {found}."
+        )
+    return named[0]
