@@ -110,7 +110,8 @@ def prepare(config: PrecomputeConfig) -> Job:
 
     text_id = text_identity(base, config.variant, text_settings)
     latent_id = latent_identity(base, config.variant, latent_settings)
-    text, latent = texts.tensors(), latents.tensors("latent")
+    side = config.resolution // latents.vae_scale_factor
+    text, latent = texts.tensors(), latents.tensors("latent", (side, side))
     text_size = plan.records_per_shard(config.shard_mb, text)
     latent_size = plan.records_per_shard(config.shard_mb, latent)
     text_shards = plan.plan_text(plan.distinct_prompts(rows), text_id, text_size)

@@ -40,8 +40,6 @@ def latent_spec(base: Path, settings: LatentSettings, pixel_range: str) -> Laten
         factor = 2 ** (len(config["block_out_channels"]) - 1)
         return LatentSpec(
             latent_channels=int(config["latent_channels"]),
-            height=settings.resolution_px // factor,
-            width=settings.resolution_px // factor,
             vae_scale_factor=factor,
             scaling_factor=float(config["scaling_factor"]),
             shift_factor=float(config["shift_factor"]),

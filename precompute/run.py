@@ -124,8 +124,11 @@ def _new_manifest(job: Job, before: Manifest | None) -> Manifest:
     Other controls stay in it if they were made for these latents, and their validation pairs if
     they were encoded as the prompts now are; else they must be made again.
     """
-    text, latents, conditioning, validation = (
-        product_of(one.folder, one.sidecars()) for one in job.products().values()
+    side = job.config.resolution // job.latent_spec.vae_scale_factor
+    text = product_of(job.text.folder, job.text.sidecars())
+    latents, conditioning, validation = (
+        product_of(one.folder, one.sidecars(), [0] * len(one.shards))
+        for one in (job.latents, job.conditioning, job.validation)
     )
     name = job.config.conditioning_name
     others = before if before and before.latents.fingerprint == latents.fingerprint else None
@@ -136,6 +139,7 @@ def _new_manifest(job: Job, before: Manifest | None) -> Manifest:
         text=text,
         text_spec=job.text_spec,
         text_identity=job.text_identity,
+        buckets=[(side, side)],
         latents=latents,
         latent_spec=job.latent_spec,
         conditioning=(others.conditioning if others else {}) | {name: conditioning},
