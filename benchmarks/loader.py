@@ -106,7 +106,7 @@ def report(figures: dict[str, Any]) -> None:
 def speed(cache: Path, images: int) -> dict[str, dict[str, float]]:
     """Return GB/s and samples/s by reader; the medians of some rounds, taken in turn."""
     found = Cache(cache)
-    sample_bytes = sum(spec.num_bytes for spec in found.batch_tensors().values())
+    sample_bytes = sum(spec.num_bytes for spec in found.batch_tensors(0).values())
     files = sorted(path for path in cache.rglob("*.tar"))
     contestants: dict[str, Callable[[], tuple[int, float]]] = {
         "raw": lambda: (raw(files), images),
@@ -147,7 +147,7 @@ def raw(files: list[Path]) -> int:
 def ours(cache: Cache, images: int, threads: int) -> int:
     """Read an epoch in batches, shuffled; return how many samples that were."""
     order = Order(cache.conditioning.product.shard_records, seed=0)
-    specs = cache.batch_tensors()
+    specs = cache.batch_tensors(0)
 
     def read(work: tuple[int, dict[str, Tensor]]) -> dict[str, Tensor]:
         first, batch = work
@@ -331,7 +331,8 @@ def _multiplied(template: Path, folder: Path, product: Product, num_shards: int)
     cards: Iterator[sidecar.Sidecar] = itertools.chain(
         [first], (one for shard in range(1, num_shards) if (one := sidecar.load(folder, shard)))
     )
-    return manifest.product_of(folder, list(cards))
+    buckets = [] if folder.name == "text" else [0] * num_shards
+    return manifest.product_of(folder, list(cards), buckets)
 
 
 if __name__ == "__main__":

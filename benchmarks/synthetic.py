@@ -1,6 +1,6 @@
 """A cache of random numbers in the true format, of any size: for measurements and for tests."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from shards import manifest
-from shards.manifest import LatentSpec, Manifest, TextSpec, product_of
+from shards.manifest import Bucket, LatentSpec, Manifest, TextSpec, product_of
 from shards.records import Record, TensorSpec, record_key
 from shards.writer import write_shard
 
@@ -39,16 +39,20 @@ class Shape:
 
     def latent_spec(self) -> LatentSpec:
         """Return what a latent record holds."""
-        return LatentSpec(
-            16, self.side, self.side, 8, 1.5305, 0.0609, "mean", "-1_1", dtype="bfloat16"
-        )
+        return LatentSpec(16, 8, 1.5305, 0.0609, "mean", "-1_1", dtype="bfloat16")
 
 
 TINY = Shape(side=4, tokens=4, clip_width=8, t5_width=16, pooled_width=8)
 
 
 def write_cache(
-    folder: Path, shape: Shape, num_shards: int, images_per_shard: int, *, seed: int = 0
+    folder: Path,
+    shape: Shape,
+    num_shards: int,
+    images_per_shard: int,
+    *,
+    seed: int = 0,
+    buckets: Sequence[Bucket] = (),
 ) -> None:
     """Write a complete cache in which every image has a prompt of its own.
 
@@ -58,8 +62,11 @@ def write_cache(
         num_shards: of latents, conditioning and text each; text has one more.
         images_per_shard: images, conditioning images and prompts.
         seed: of the numbers.
+        buckets: latent grids, which the shards have in turn; by default the shape's square alone.
     """
     text, latent = shape.text_spec(), shape.latent_spec()
+    grids = list(buckets) or [(shape.side, shape.side)]
+    shard_buckets = [shard % len(grids) for shard in range(num_shards)]
     generator = torch.Generator().manual_seed(seed)
 
     def drawn(specs: dict[str, TensorSpec]) -> dict[str, Tensor]:
@@ -71,7 +78,8 @@ def write_cache(
     def key(shard: int, row: int, number: int) -> str:
         return record_key(shard, row, f"{number:016x}")
 
-    def records(shard: int, specs: dict[str, TensorSpec]) -> Iterator[Record]:
+    def records(shard: int, name: str) -> Iterator[Record]:
+        specs = latent.tensors(name, grids[shard_buckets[shard]])
         for row in range(images_per_shard):
             number = shard * images_per_shard + row
             yield Record(key(shard, row, number), drawn(specs), {"image_hash": f"{number:032x}"})
@@ -90,16 +98,15 @@ def write_cache(
         write_shard(
             folder / "latents",
             shard,
-            records(shard, latent.tensors("latent")),
+            records(shard, "latent"),
             fingerprint="0",
             prompts=[[key(shard + 1, row, row)] for row in range(images_per_shard)],
         )
         for shard in range(num_shards)
     ]
-    control = latent.tensors("conditioning_latent")
     controls = folder / "conditioning" / "conditioning"
     conditioning = [
-        write_shard(controls, shard, records(shard, control), fingerprint="0")
+        write_shard(controls, shard, records(shard, "conditioning_latent"), fingerprint="0")
         for shard in range(num_shards)
     ]
     manifest.write(
@@ -108,9 +115,10 @@ def write_cache(
             text=product_of(folder / "text", texts),
             text_spec=text,
             text_identity="0",
-            latents=product_of(folder / "latents", latents),
+            buckets=grids,
+            latents=product_of(folder / "latents", latents, shard_buckets),
             latent_spec=latent,
-            conditioning={"conditioning": product_of(controls, conditioning)},
+            conditioning={"conditioning": product_of(controls, conditioning, shard_buckets)},
             conditioning_specs={"conditioning": latent},
             validation={"conditioning": product_of(folder, [])},
             captions=manifest.captions_digest(latents),

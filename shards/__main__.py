@@ -57,10 +57,10 @@ def info(cache: str, by_shard: bool, as_json: bool) -> None:
         f"text: CLIP [{text.clip_tokens}, {text.clip_width}], T5 [{text.max_sequence_length}, "
         f"{text.t5_width}], pooled [{text.pooled_width}], {text.dtype}"
     )
-    click.echo(
-        f"latents: [{latent.latent_channels}, {latent.height}, {latent.width}], "
-        f"posterior {latent.posterior}, {latent.dtype}"
-    )
+    about = f"posterior {latent.posterior}, {latent.dtype}"
+    for (height, width), images in zip(found.buckets, found.bucket_records(), strict=True):
+        count = f", {images} images" if len(found.buckets) > 1 else ""
+        click.echo(f"latents: [{latent.latent_channels}, {height}, {width}]{count}, {about}")
     for name, spec in found.conditioning_specs.items():
         click.echo(f"conditioning {name!r}: pixels encoded in {spec.pixel_range}")
     click.echo(f"rows skipped: {found.num_skipped}")
@@ -225,6 +225,10 @@ def _summary(found: Manifest, by_shard: bool) -> dict[str, Any]:
         "format_version": found.format_version,
         "products": products,
         "text_spec": dataclasses.asdict(found.text_spec),
+        "buckets": [
+            {"height": height, "width": width, "images": images}
+            for (height, width), images in zip(found.buckets, found.bucket_records(), strict=True)
+        ],
         "latent_spec": dataclasses.asdict(found.latent_spec),
         "conditioning_specs": {
             name: dataclasses.asdict(spec) for name, spec in found.conditioning_specs.items()

@@ -75,7 +75,7 @@ class Cache:
 
     def _reader(self, folder: str) -> ProductReader:
         product = dict(self.manifest.products())[folder]
-        return ProductReader(self.files, folder, product, self.manifest.tensors(folder))
+        return ProductReader(self.files, folder, product, self.manifest.expected(folder))
 
     @contextlib.contextmanager
     def following(self, order: Order, place: int) -> Iterator[None]:
@@ -154,10 +154,10 @@ class Cache:
             raise ShardError(f"{self.files}: the image {key} has no caption")
         return Pair(key, (shard, index), (latent_shard, latent_index), prompts)
 
-    def batch_tensors(self) -> dict[str, TensorSpec]:
-        """Return the tensors of one sample, by name; see `read`."""
+    def batch_tensors(self, bucket: int) -> dict[str, TensorSpec]:
+        """Return the tensors of one sample of a bucket, by name; see `read`."""
         readers = (self.latents, self.conditioning, self.text)
-        return {name: spec for reader in readers for name, spec in reader.expected.items()}
+        return {name: spec for reader in readers for name, spec in reader.expected[bucket].items()}
 
     def read(
         self, batch: Mapping[str, Tensor], pairs: Sequence[Pair], prompts: Sequence[str]
@@ -168,7 +168,7 @@ class Cache:
 
         Args:
             batch: contiguous CPU tensors [B, ...] of what `batch_tensors` says.
-            pairs: B samples.
+            pairs: B samples, all of that bucket.
             prompts: key of the text record that goes with each.
 
         Raises:
@@ -183,7 +183,7 @@ class Cache:
             if source == row:
                 self.text.read_into(*self.text.locate(prompt), rows, row)
             else:
-                for name in self.text.expected:
+                for name in self.text.expected[0]:
                     rows[name][row] = rows[name][source]
 
     def sample(self, shard: int, index: int) -> tuple[str, dict[str, Tensor], list[str]]:

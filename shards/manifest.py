@@ -4,6 +4,7 @@ import dataclasses
 import hashlib
 import itertools
 import json
+import math
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -34,6 +35,9 @@ Posterior = Annotated[str, Meta(pattern=r"^(mean|mean_std)\Z")]
 PixelRange = Annotated[str, Meta(pattern=r"^(-1_1|0_1)\Z")]
 # Of a tensor's axes.
 Size = Annotated[int, Meta(ge=1, le=1 << 16)]
+LARGEST_BUCKETS = 1024
+# Height and width of a latent grid.
+Bucket = tuple[Size, Size]
 # Of tensors; SD3's largest take 4 MB. Nobody's manifest shall make a reader ask for all memory.
 LARGEST_RECORD_BYTES = 1 << 30
 NO_DIGEST = b"0" * 64
@@ -64,11 +68,10 @@ class TextSpec:
 
 @dataclass(frozen=True)
 class LatentSpec:
-    """Shape and meaning of a latent or conditioning latent [latent_channels, height, width].
+    """Meaning of a latent or conditioning latent [latent_channels, height, width] of any bucket.
 
     Attributes:
-        height: rows of the latent grid.
-        width: columns of the latent grid.
+        latent_channels: of the VAE.
         vae_scale_factor: pixels a grid cell.
         scaling_factor: to be applied in training as (latent - shift_factor) * scaling_factor.
         shift_factor: see `scaling_factor`.
@@ -79,8 +82,6 @@ class LatentSpec:
     """
 
     latent_channels: Size
-    height: Size
-    width: Size
     vae_scale_factor: Size
     scaling_factor: float
     shift_factor: float
@@ -88,9 +89,9 @@ class LatentSpec:
     pixel_range: PixelRange
     dtype: DType
 
-    def tensors(self, name: str) -> dict[str, TensorSpec]:
-        """Return what a record of latents called `name` holds."""
-        shape = (self.latent_channels, self.height, self.width)
+    def tensors(self, name: str, bucket: Bucket) -> dict[str, TensorSpec]:
+        """Return what a record of latents called `name` holds in a bucket."""
+        shape = (self.latent_channels, *bucket)
         names = [name, f"{name}_std"] if self.posterior == "mean_std" else [name]
         return dict.fromkeys(names, TensorSpec(shape, getattr(torch, self.dtype)))
 
@@ -106,6 +107,7 @@ class Product:
         shard_bytes: size of each tar.
         shard_sha256: of each tar.
         sidecar_sha256: of each sidecar.
+        shard_buckets: which of the manifest's buckets each shard's records are of; empty for text.
     """
 
     fingerprint: str
@@ -114,6 +116,7 @@ class Product:
     shard_bytes: list[Count]
     shard_sha256: list[Digest]
     sidecar_sha256: list[Digest]
+    shard_buckets: list[Count]
 
     def __post_init__(self) -> None:
         """Refuse lists that do not go together.
@@ -127,6 +130,8 @@ class Product:
             raise ValueError(f"{counts} shards with records, bytes, sha256, sidecars")
         if sum(self.shard_records) != self.num_records:
             raise ValueError(f"{sum(self.shard_records)} records, not {self.num_records}")
+        if self.shard_buckets and len(self.shard_buckets) != self.num_shards:
+            raise ValueError(f"{self.num_shards} shards, {len(self.shard_buckets)} shard_buckets")
 
     @property
     def num_shards(self) -> int:
@@ -147,10 +152,11 @@ class Manifest:
         text: records of distinct prompts.
         text_spec: their shapes.
         text_identity: digest of encoders, token lengths and number formats.
+        buckets: the shapes that latents come in, one a shard; one alone where all are alike.
         latents: records of images.
-        latent_spec: their shapes.
+        latent_spec: what they are.
         conditioning: records of conditioning images, by name of the control.
-        conditioning_specs: their shapes, by the same names.
+        conditioning_specs: what they are, by the same names.
         validation: records of validation pairs, shaped as text and conditioning records are, by
             the same names.
         captions: digest of which prompts caption which image; see `captions_digest`.
@@ -161,6 +167,7 @@ class Manifest:
     text: Product
     text_spec: TextSpec
     text_identity: str
+    buckets: Annotated[list[Bucket], Meta(min_length=1, max_length=LARGEST_BUCKETS)]
     latents: Product
     latent_spec: LatentSpec
     conditioning: dict[Name, Product]
@@ -181,37 +188,64 @@ class Manifest:
         if names != set(self.conditioning_specs) or names != set(self.validation):
             raise ValueError("conditioning, conditioning_specs and validation name other controls")
         for name, spec in self.conditioning_specs.items():
-            ours, latents = spec.tensors(""), self.latent_spec.tensors("")
+            ours = spec.tensors("", self.buckets[0])
+            latents = self.latent_spec.tensors("", self.buckets[0])
             if ours[""].shape != latents[""].shape:
                 raise ValueError(f"conditioning {name!r} {ours['']} beside latents {latents['']}")
         for name, product in self.conditioning.items():
             if product.num_shards != self.latents.num_shards:
                 raise ValueError(f"conditioning {name!r} has not as many shards as latents")
-        for folder, _ in self.products():
-            size = record_bytes(self.tensors(folder))
+            if product.shard_buckets != self.latents.shard_buckets:
+                raise ValueError(f"conditioning {name!r} has other shard_buckets than latents")
+        largest = max(range(len(self.buckets)), key=lambda at: math.prod(self.buckets[at]))
+        for folder, product in self.products():
+            expected = 0 if folder == "text" else product.num_shards
+            if len(product.shard_buckets) != expected:
+                found = len(product.shard_buckets)
+                raise ValueError(f"{folder}: {found} shard_buckets, {expected} expected")
+            if max(product.shard_buckets, default=0) >= len(self.buckets):
+                raise ValueError(
+                    f"{folder}: shard_buckets up to {max(product.shard_buckets)}, "
+                    f"of {len(self.buckets)} buckets"
+                )
+            size = record_bytes(self.tensors(folder, largest))
             if size > LARGEST_RECORD_BYTES:
                 raise ValueError(f"{folder}: a record of {size} bytes")
 
-    def tensors(self, folder: str) -> dict[str, TensorSpec]:
-        """Return what each record of a product holds.
+    def tensors(self, folder: str, bucket: int = 0) -> dict[str, TensorSpec]:
+        """Return what each record of a product's shards of a bucket holds.
 
         Args:
             folder: the product's, relative to the cache; see `products`.
+            bucket: which of `buckets`; of no account for text.
         """
         if folder == "text":
             return self.text_spec.tensors()
         if folder == "latents":
-            return self.latent_spec.tensors("latent")
+            return self.latent_spec.tensors("latent", self.buckets[bucket])
         kind, _, name = folder.partition("/")
         spec = self.conditioning_specs[name]
         if kind == "conditioning":
-            return spec.tensors("conditioning_latent")
-        pixels = (3, spec.height * spec.vae_scale_factor, spec.width * spec.vae_scale_factor)
+            return spec.tensors("conditioning_latent", self.buckets[bucket])
+        height, width = (cells * spec.vae_scale_factor for cells in self.buckets[bucket])
         return {
             **self.text_spec.tensors(),
-            **spec.tensors("conditioning_latent"),
-            "conditioning_image": TensorSpec(pixels, torch.uint8),
+            **spec.tensors("conditioning_latent", self.buckets[bucket]),
+            "conditioning_image": TensorSpec((3, height, width), torch.uint8),
         }
+
+    def expected(self, folder: str) -> list[dict[str, TensorSpec]]:
+        """Return what each record of a product holds, by bucket."""
+        return [self.tensors(folder, bucket) for bucket in range(len(self.buckets))]
+
+    def bucket_records(self) -> list[int]:
+        """Return how many images each bucket has."""
+        counts = [0] * len(self.buckets)
+        for bucket, records in zip(
+            self.latents.shard_buckets, self.latents.shard_records, strict=True
+        ):
+            counts[bucket] += records
+        return counts
 
     def fingerprints(self, conditioning_name: str) -> dict[str, str]:
         """Return the digests of all that training on one control reads, its order included."""
@@ -254,23 +288,32 @@ def digest(value: Any) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:32]
 
 
-def product_of(folder: Path, sidecars: Sequence[Sidecar]) -> Product:
+def product_of(
+    folder: Path, sidecars: Iterable[Sidecar], shard_buckets: Sequence[int] = ()
+) -> Product:
     """Return the manifest's entry for a product whose shards are all finished.
 
     Args:
         folder: the product's.
-        sidecars: of all its shards, in order, as they stand in the folder.
+        sidecars: of all its shards, in order, as they stand in the folder; gone through once.
+        shard_buckets: of all its shards; none for text.
     """
+    fingerprints, records, sizes, digests, sidecar_digests = [], [], [], [], []
+    for one in sidecars:
+        fingerprints.append(one.fingerprint)
+        records.append(one.num_records)
+        sizes.append(one.tar_bytes)
+        digests.append(one.sha256)
+        data = read_file(sidecar_path(folder, one.shard))
+        sidecar_digests.append(hashlib.sha256(data).hexdigest())
     return Product(
-        fingerprint=digest([one.fingerprint for one in sidecars]),
-        num_records=sum(one.num_records for one in sidecars),
-        shard_records=[one.num_records for one in sidecars],
-        shard_bytes=[one.tar_bytes for one in sidecars],
-        shard_sha256=[one.sha256 for one in sidecars],
-        sidecar_sha256=[
-            hashlib.sha256(read_file(sidecar_path(folder, one.shard))).hexdigest()
-            for one in sidecars
-        ],
+        fingerprint=digest(fingerprints),
+        num_records=sum(records),
+        shard_records=records,
+        shard_bytes=sizes,
+        shard_sha256=digests,
+        sidecar_sha256=sidecar_digests,
+        shard_buckets=list(shard_buckets),
     )
 
 

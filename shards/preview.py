@@ -27,7 +27,8 @@ def preview(
     Args:
         cache: opened for reading.
         base: model folder with the VAE that the cache was made with.
-        num_samples: at most; those that a training run with this seed begins with.
+        num_samples: at most; those that a training run with this seed begins with, where the
+            cache has one bucket.
         seed: of the choice.
         device: where to decode.
         variant: of the VAE's weight files.

@@ -1,7 +1,7 @@
 """Reading a product: any record of any shard with one `preadv`, in any order, from any thread."""
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -41,26 +41,34 @@ class ProductReader:
         files: where the cache is.
         folder: the product's, relative to the cache.
         product: the manifest's entry.
-        expected: what each record holds.
+        expected: what each record holds, by bucket.
     """
 
     def __init__(
-        self, files: Files, folder: str, product: Product, expected: Mapping[str, TensorSpec]
+        self,
+        files: Files,
+        folder: str,
+        product: Product,
+        expected: Sequence[Mapping[str, TensorSpec]],
     ) -> None:
         self.files = files
         self.folder = folder
         self.product = product
-        self.expected = dict(expected)
-        self.data_bytes = record_bytes(expected)
+        self.expected = [dict(specs) for specs in expected]
+        self._data_bytes = [record_bytes(specs) for specs in expected]
         largest = max(product.shard_records, default=0)
         self.index = lru_cache(max(2, INDEXED_RECORDS // max(largest, 1)))(self._load_index)
-        # The header of the record read last and the order of tensors it tells of. Records of a
-        # product have equal headers, so it need be parsed but once; see `read_into`.
-        self._header: tuple[bytes, tuple[str, ...]] | None = None
+        # By bucket, the header of the record read last and the order of tensors it tells of.
+        # Records of a bucket have equal headers, so it need be parsed but once; see `read_into`.
+        self._headers: dict[int, tuple[bytes, tuple[str, ...]]] = {}
 
     def __reduce__(self) -> tuple[type["ProductReader"], tuple[Any, ...]]:
         """What was read stays behind when a reader travels to a spawned worker."""
         return ProductReader, (self.files, self.folder, self.product, self.expected)
+
+    def bucket(self, shard: int) -> int:
+        """Return which bucket the records of a shard are of; 0 for text."""
+        return self.product.shard_buckets[shard] if self.product.shard_buckets else 0
 
     def read_into(
         self, shard: int, index: int, batch: Mapping[str, NDArray[np.uint8]], row: int
@@ -77,8 +85,9 @@ class ProductReader:
             ShardError: the shard is missing, or the record is damaged or not as the manifest says.
         """
         start, size, expected = self.index(shard).tensors(index)
-        header, order = self._header or self._read_header(shard, index)
-        if len(header) + self.data_bytes != size:
+        bucket = self.bucket(shard)
+        header, order = self._headers.get(bucket) or self._read_header(shard, index)
+        if len(header) + self._data_bytes[bucket] != size:
             header, order = self._read_header(shard, index)
         scratch = bytearray(len(header))
         for _ in range(2):
@@ -100,7 +109,8 @@ class ProductReader:
             ShardError: as `read_into`.
         """
         found = {
-            name: torch.empty(spec.shape, dtype=spec.dtype) for name, spec in self.expected.items()
+            name: torch.empty(spec.shape, dtype=spec.dtype)
+            for name, spec in self.expected[self.bucket(shard)].items()
         }
         self.read_into(shard, index, {name: byte_rows(one[None]) for name, one in found.items()}, 0)
         return found
@@ -156,6 +166,7 @@ class ProductReader:
     def _read_header(self, shard: int, index: int) -> tuple[bytes, tuple[str, ...]]:
         """Read and check a record's header; it becomes what the next are expected to have."""
         start, size, _ = self.index(shard).tensors(index)
+        bucket = self.bucket(shard)
         length = bytearray(LENGTH_BYTES)
         if size < LENGTH_BYTES:
             raise self._damaged(shard, index, f"a record of {size} bytes")
@@ -166,14 +177,14 @@ class ProductReader:
         header = bytearray(header_bytes)
         self._read(shard, start, header_bytes, [header])
         try:
-            order = tensor_order(bytes(header), self.expected)
+            order = tensor_order(bytes(header), self.expected[bucket])
         except ValueError as error:
             raise self._damaged(shard, index, str(error)) from error
-        if len(header) + self.data_bytes != size:
-            expected = header_bytes + self.data_bytes
+        expected = header_bytes + self._data_bytes[bucket]
+        if expected != size:
             raise self._damaged(shard, index, f"{expected} bytes expected, {size} found")
-        self._header = bytes(header), order
-        return self._header
+        self._headers[bucket] = bytes(header), order
+        return self._headers[bucket]
 
     def _read(self, shard: int, start: int, size: int, buffers: list[Any]) -> None:
         try:

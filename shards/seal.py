@@ -182,7 +182,7 @@ def _manifest(cache: Path, plan: Plan, before: Manifest | None) -> Manifest:
 
     products = {
         folder: product_of(
-            cache / folder, list(seen(_sidecars(cache / folder, planned))), planned.shard_buckets
+            cache / folder, seen(_sidecars(cache / folder, planned)), planned.shard_buckets
         )
         for folder, planned in plan.products.items()
     }

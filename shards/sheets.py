@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from shards.writer import atomic_file
 
@@ -33,7 +33,9 @@ def contact_sheet(
     for index, (pictures, caption) in enumerate(rows):
         top = line + MARGIN_PX + index * row_height
         for number, picture in enumerate(pictures):
-            cell = picture.convert("RGB").resize((CELL_PX, CELL_PX), Image.Resampling.LANCZOS)
+            cell = ImageOps.pad(
+                picture.convert("RGB"), (CELL_PX, CELL_PX), Image.Resampling.LANCZOS, "white"
+            )
             sheet.paste(cell, (MARGIN_PX + number * column, top))
         shown = " ".join(caption[:1000].split())[:300]  # no more than a line holds
         while shown and pen.textlength(shown, font) > size[0] - 2 * MARGIN_PX:

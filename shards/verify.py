@@ -31,7 +31,7 @@ def faults(cache: Path) -> Iterator[tuple[str, list[str]]]:
     files = LocalFiles(cache)
     found = files.manifest()
     readers = {
-        folder: ProductReader(files, folder, product, found.tensors(folder))
+        folder: ProductReader(files, folder, product, found.expected(folder))
         for folder, product in found.products()
     }
     tasks = [
@@ -84,7 +84,7 @@ def _tar_faults(folder: Path, product: Product, shard: int) -> list[str]:
 
 def _record_faults(reader: ProductReader, shard: int) -> Iterator[str]:
     index = reader.index(shard)
-    wanted = {"prompt"} if "clip_embeds" in reader.expected else set()
+    wanted = {"prompt"} if "clip_embeds" in reader.expected[0] else set()
     for number in range(index.num_records):
         try:
             about = reader.about(shard, number)

@@ -22,6 +22,7 @@ from PIL import Image
 os.environ["HF_HUB_OFFLINE"] = "1"  # read at the first import of huggingface_hub
 
 import demo.base
+from benchmarks.synthetic import Shape, write_cache
 from demo.circles import circles as draw
 from demo.circles import write_circles
 from precompute.config import PrecomputeConfig
@@ -36,6 +37,9 @@ NUM_ROWS = 10
 TOKENS = 20
 # Two prompts of (24 * 80 + 20 * 96 + 80) floats, eight latents of 16 * 8 * 8 floats.
 SHARD_MB = 0.0333
+# Records of the second and the third are of equal size.
+BUCKETS = [(8, 8), (4, 12), (12, 4)]
+BUCKETED = Shape(side=8, tokens=TOKENS, clip_width=80, t5_width=96, pooled_width=80)
 PROMPTS = (
     "tomato circle with pale turquoise background",
     "royal blue circle with lemon chiffon background",
@@ -119,6 +123,14 @@ def cache(precompute_config: PrecomputeConfig) -> Path:
     """A complete cache of the circles."""
     precompute(precompute_config)
     return precompute_config.output_dir
+
+
+@pytest.fixture(scope="session")
+def bucketed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """35 samples of random numbers in 7 shards of three shapes, that the miniature base takes."""
+    folder = tmp_path_factory.mktemp("bucketed") / "cache"
+    write_cache(folder, BUCKETED, num_shards=7, images_per_shard=5, buckets=BUCKETS)
+    return folder
 
 
 @pytest.fixture

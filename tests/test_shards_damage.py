@@ -196,8 +196,11 @@ def check_damages(cache: Path, tmp_path: Path, seeds: range) -> dict[str, int]:
     return outcomes
 
 
-def test_damages_are_refused_found_or_harmless(cache: Path, tmp_path: Path) -> None:
-    outcomes = check_damages(cache, tmp_path, range(60))
+@pytest.mark.parametrize("kind", ["cache", "bucketed"])
+def test_damages_are_refused_found_or_harmless(
+    kind: str, request: pytest.FixtureRequest, tmp_path: Path
+) -> None:
+    outcomes = check_damages(request.getfixturevalue(kind), tmp_path, range(60))
     assert outcomes["refused"] > 10
 
 

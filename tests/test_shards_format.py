@@ -1,10 +1,12 @@
 """docs/shard-format.md is enough to write a reader: this one uses none of the package's code."""
 
 import hashlib
+import itertools
 import json
 import math
 import re
 import struct
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,8 @@ import xxhash
 from shards.cache import Cache
 from shards.order import Order
 
-DTYPES = {"U8": np.uint8, "F16": np.float16, "F32": np.float32}
+# Numpy has no bfloat16; its bits will do.
+DTYPES = {"U8": np.uint8, "F16": np.float16, "BF16": np.int16, "F32": np.float32}
 
 
 class Page:
@@ -62,40 +65,58 @@ class Page:
         shard = int(key.split("-")[0])
         return shard, self.sidecar(folder, shard)["keys"].index(key)
 
-    def order(self, seed: int, window: int | None, place: int) -> tuple[int, int]:
-        sizes = self.product(f"conditioning/{self.name}")["shard_records"]
-        epoch, place = divmod(place, sum(sizes))
-
-        def xxh(text: str, key: int = 0) -> int:
-            return xxhash.xxh3_64_intdigest(text.encode("ascii"), seed=key)
-
-        def key(number: int) -> int:
-            return xxh(f"{seed}/{epoch}/{number}")
-
-        shards = sorted(range(len(sizes)), key=lambda shard: xxh(str(shard), key(0)))
+    def order(self, seed: int, window: int | None, group: int) -> Iterator[tuple[int, int]]:
+        """Yield the samples of places 0, 1, 2, …"""
+        product = self.product(f"conditioning/{self.name}")
+        sizes, buckets = product["shard_records"], product["shard_buckets"]
         w = window or len(sizes)
-        for b in range(math.ceil(len(shards) / w)):
-            samples = [(k, i) for k in shards[b * w : (b + 1) * w] for i in range(sizes[k])]
-            if place < len(samples):
-                break
-            place -= len(samples)
-        m = len(samples)
-        a = math.ceil(math.sqrt(m))
-        c = math.ceil(m / a)
-        q = place
-        while True:
-            left, right = q % a, q // a
-            for r in range(16):
-                modulus = c if r % 2 else a
-                left, right = right, (left + xxh(f"{r} {right}", key(b + 1))) % modulus
-            q = a * right + left
-            if q < m:
-                return samples[q]
+        for epoch in itertools.count():
+
+            def key(*numbers: int, epoch: int = epoch) -> int:
+                return xxh("/".join(map(str, (seed, epoch, *numbers))))
+
+            shards = sorted(range(len(sizes)), key=lambda shard: xxh(str(shard), key(0)))
+            for b in range(math.ceil(len(shards) / w)):
+                mixed = shards[b * w : (b + 1) * w]
+                samples = [(k, i) for k in mixed for i in range(sizes[k])]
+                if len(set(buckets)) == 1:
+                    for q in range(len(samples)):
+                        yield samples[feistel(q, len(samples), key(b + 1))]
+                    continue
+                groups = []
+                for c in sorted(set(buckets)):
+                    its = [(k, i) for k, i in samples if buckets[k] == c]
+                    for j in range(math.ceil(len(its) / group)):
+                        rows = [(j * group + row) % len(its) for row in range(group)]
+                        groups.append([its[feistel(r, len(its), key(b + 1, c))] for r in rows])
+                for t in range(len(groups)):
+                    yield from groups[feistel(t, len(groups), key(b + 1))]
 
 
-def test_the_page_is_enough_to_read_every_sample(cache: Path) -> None:
-    page, ours = Page(cache, "conditioning"), Cache(cache)
-    for shard, count in enumerate(page.product("conditioning/conditioning")["shard_records"]):
+def xxh(text: str, key: int = 0) -> int:
+    return xxhash.xxh3_64_intdigest(text.encode("ascii"), seed=key)
+
+
+def feistel(q: int, m: int, key: int) -> int:
+    a = math.ceil(math.sqrt(m))
+    c = math.ceil(m / a)
+    while True:
+        left, right = q % a, q // a
+        for r in range(16):
+            modulus = c if r % 2 else a
+            left, right = right, (left + xxh(f"{r} {right}", key)) % modulus
+        q = a * right + left
+        if q < m:
+            return q
+
+
+@pytest.mark.parametrize("kind", ["cache", "bucketed"])
+def test_the_page_is_enough_to_read_every_sample(kind: str, request: pytest.FixtureRequest) -> None:
+    folder: Path = request.getfixturevalue(kind)
+    page, ours = Page(folder, "conditioning"), Cache(folder)
+    product = page.product("conditioning/conditioning")
+    for shard, count in enumerate(product["shard_records"]):
+        grid = page.manifest["buckets"][product["shard_buckets"][shard]]
         for index in range(count):
             expected = ours.sample(shard, index)[1]
             key = page.sidecar("conditioning/conditioning", shard)["keys"][index]
@@ -106,13 +127,26 @@ def test_the_page_is_enough_to_read_every_sample(cache: Path) -> None:
             found |= page.record("text", *page.find("text", prompts[0]))
             expected |= ours.embeddings(prompts[0])
             assert found.keys() == expected.keys()
+            assert list(found["latent"].shape) == [16, *grid]
             for name, values in expected.items():
-                assert torch.equal(torch.from_numpy(found[name].copy()), values)
+                bits = values.view(torch.int16) if values.dtype == torch.bfloat16 else values
+                assert torch.equal(torch.from_numpy(found[name].copy()), bits)
 
 
-@pytest.mark.parametrize("window", [None, 1, 2])
-def test_the_page_is_enough_to_know_the_order(cache: Path, window: int | None) -> None:
-    page = Page(cache, "conditioning")
-    order = Order(page.product("conditioning/conditioning")["shard_records"], seed=7, window=window)
-    for place in range(35):
-        assert page.order(7, window, place) == order.record(place)
+@pytest.mark.parametrize("group", [1, 4, 16])
+@pytest.mark.parametrize("window", [None, 1, 2, 3])
+@pytest.mark.parametrize("kind", ["cache", "bucketed"])
+def test_the_page_is_enough_to_know_the_order(
+    kind: str, window: int | None, group: int, request: pytest.FixtureRequest
+) -> None:
+    page = Page(request.getfixturevalue(kind), "conditioning")
+    product = page.product("conditioning/conditioning")
+    order = Order(
+        product["shard_records"],
+        seed=7,
+        window=window,
+        shard_buckets=product["shard_buckets"],
+        group=group,
+    )
+    expected = list(itertools.islice(page.order(7, window, group), 300))
+    assert [order.record(place) for place in range(300)] == expected

@@ -2,7 +2,8 @@
 
 import pickle
 from collections import Counter
-from itertools import islice
+from concurrent.futures import ThreadPoolExecutor
+from itertools import islice, pairwise
 
 import numpy as np
 import pytest
@@ -13,9 +14,21 @@ from hypothesis import strategies as st
 from shards.order import Order, permuted
 
 SIZES = st.lists(st.integers(0, 7), min_size=1, max_size=9).filter(lambda sizes: sum(sizes) > 0)
+BUCKETED = st.lists(st.tuples(st.integers(0, 7), st.integers(0, 3)), min_size=1, max_size=9).filter(
+    lambda shards: sum(size for size, _ in shards) > 0
+)
+WINDOW = st.none() | st.integers(1, 12)
 
 
-@given(sizes=SIZES, seed=st.integers(0, 2**40), window=st.none() | st.integers(1, 12))
+def bucketed(
+    shards: list[tuple[int, int]], seed: int, window: int | None = None, group: int = 4
+) -> Order:
+    """An order of shards that are given as (records, bucket)."""
+    sizes, buckets = zip(*shards, strict=True)
+    return Order(sizes, seed=seed, window=window, shard_buckets=buckets, group=group)
+
+
+@given(sizes=SIZES, seed=st.integers(0, 2**40), window=WINDOW)
 def test_each_record_comes_once_an_epoch(sizes: list[int], seed: int, window: int | None) -> None:
     order = Order(sizes, seed=seed, window=window)
     everything = [(shard, index) for shard, size in enumerate(sizes) for index in range(size)]
@@ -107,3 +120,104 @@ def test_an_order_travels_to_a_worker() -> None:
     order.record(3)
     again = pickle.loads(pickle.dumps(order))
     assert [again.record(p) for p in range(14)] == [order.record(p) for p in range(14)]
+
+
+@given(
+    shards=BUCKETED,
+    seed=st.integers(0, 2**40),
+    window=WINDOW,
+    ranks=st.integers(1, 16),
+    batch_size=st.integers(1, 3),
+    accumulation=st.integers(1, 2),
+)
+@settings(deadline=None)
+def test_every_step_is_of_one_bucket_and_every_record_comes(
+    shards: list[tuple[int, int]],
+    seed: int,
+    window: int | None,
+    ranks: int,
+    batch_size: int,
+    accumulation: int,
+) -> None:
+    step = ranks * batch_size * accumulation
+    order = bucketed(shards, seed, window, step)
+    if len({bucket for _, bucket in shards}) == 1:
+        step = 1  # every record exactly once
+    place = 0
+    for epoch in range(2):
+        met: list[int] = []
+        for end, mixed in order.windows(place):
+            records = [order.record(one) for one in range(place, end)]
+            for first in range(0, len(records), step):
+                assert len({shards[shard][1] for shard, _ in records[first : first + step]}) == 1
+            times = Counter(records)
+            for bucket in {shards[shard][1] for shard in mixed}:
+                its = [(k, i) for k in mixed if shards[k][1] == bucket for i in range(shards[k][0])]
+                filled = sum(times[one] for one in its)
+                assert filled == -(-len(its) // step) * step
+                # Wrapping around: none comes twice as long as another waits for its turn.
+                for one in its:
+                    assert times[one] in (filled // len(its), -(-filled // len(its)))
+            assert set(times) == {(k, i) for k in mixed for i in range(shards[k][0])}
+            met += mixed
+            place = end
+            if place == order.start(epoch + 1):
+                break
+        # A window without a record has no place, so that it may not be seen.
+        assert len(met) == len(set(met))
+        assert {k for k, (size, _) in enumerate(shards) if size} <= set(met)
+        assert order.epochs(place) == epoch + 1
+
+
+@given(shards=BUCKETED, seed=st.integers(0, 2**40), window=WINDOW, data=st.data())
+def test_a_place_among_buckets_needs_no_history(
+    shards: list[tuple[int, int]], seed: int, window: int | None, data: st.DataObject
+) -> None:
+    order = bucketed(shards, seed, window)
+    places = order.start(3)
+    expected = [order.record(one) for one in range(places)]
+    place = data.draw(st.integers(0, places - 1))
+    assert bucketed(shards, seed, window).record(place) == expected[place]
+    epoch, place_in_epoch = order.epoch(place)
+    assert order.start(epoch) + place_in_epoch == place < order.start(epoch + 1)
+
+
+@given(
+    sizes=SIZES,
+    seed=st.integers(0, 2**40),
+    window=WINDOW,
+    bucket=st.integers(0, 3),
+    group=st.integers(1, 16),
+)
+def test_one_bucket_changes_nothing(
+    sizes: list[int], seed: int, window: int | None, bucket: int, group: int
+) -> None:
+    plain = Order(sizes, seed=seed, window=window)
+    order = bucketed([(size, bucket) for size in sizes], seed, window, group)
+    places = range(2 * sum(sizes))
+    assert [order.record(one) for one in places] == [plain.record(one) for one in places]
+    assert [order.epoch(one) for one in places] == [divmod(one, sum(sizes)) for one in places]
+    assert order.group == 1
+
+
+def test_buckets_come_in_turns_that_seed_and_epoch_change() -> None:
+    # Three buckets of 40 groups each: runs of one bucket are short, 1.5 groups on average.
+    order = bucketed([(40, k % 3) for k in range(12)], seed=0)
+    turns = [order.record(4 * group)[0] % 3 for group in range(240)]
+    changes = sum(one != other for one, other in pairwise(turns[:120]))
+    assert changes == pytest.approx(119 * 2 / 3, abs=5 * (119 * 2 / 9) ** 0.5)
+    assert turns[:120] != turns[120:]
+    other = bucketed([(40, k % 3) for k in range(12)], seed=1)
+    assert turns[:120] != [other.record(4 * group)[0] % 3 for group in range(120)]
+
+
+def test_threads_and_workers_see_the_same_buckets() -> None:
+    shards = [(3 + k % 5, k % 3) for k in range(20)]
+    order = bucketed(shards, seed=5, window=4)
+    places = list(range(0, order.start(40), 7))
+    expected = [order.record(place) for place in places]
+    again = pickle.loads(pickle.dumps(order))
+    assert [again.record(place) for place in places] == expected
+    fresh = bucketed(shards, seed=5, window=4)
+    with ThreadPoolExecutor(8) as pool:
+        assert list(pool.map(fresh.record, places[::-1])) == expected[::-1]

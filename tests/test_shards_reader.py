@@ -5,6 +5,7 @@ import hashlib
 import json
 import os
 import pickle
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -16,7 +17,7 @@ import torch
 from shards import manifest, sidecar, verify
 from shards.cache import Cache
 from shards.errors import ShardError
-from tests.conftest import Outcome, reseal, write_manifest
+from tests.conftest import BUCKETS, Outcome, reseal, write_manifest
 
 
 @pytest.fixture
@@ -270,8 +271,14 @@ def no_records_first(document: dict[str, Any]) -> None:
 
 def one_shard_more(document: dict[str, Any]) -> None:
     product = document["conditioning"]["conditioning"]
-    for name in ("shard_records", "shard_bytes", "shard_sha256", "sidecar_sha256"):
-        product[name].append(0 if name == "shard_records" else product[name][0])
+    for name in ("shard_bytes", "shard_sha256", "sidecar_sha256", "shard_buckets"):
+        product[name].append(product[name][0])
+    product["shard_records"].append(0)
+
+
+def bucket_beyond(document: dict[str, Any]) -> None:
+    for product in (document["latents"], document["conditioning"]["conditioning"]):
+        product["shard_buckets"][1] = 1
 
 
 @pytest.mark.parametrize(
@@ -285,9 +292,29 @@ def one_shard_more(document: dict[str, Any]) -> None:
             lambda d: d["text_spec"].update(t5_width=1 << 16, max_sequence_length=1 << 16),
             "text: a record of 1717",
         ),
+        (lambda d: d.pop("buckets"), "missing required field `buckets`"),
+        (lambda d: d.update(buckets=[]), "Expected `array` of length >= 1"),
+        (lambda d: d.update(buckets=[[8, 0]]), "Expected `int` >= 1"),
+        # 16 channels of 65,536 x 257 float32 numbers.
+        (lambda d: d["buckets"].append([1 << 16, 257]), "latents: a record of 1077936128 bytes"),
+        (bucket_beyond, "latents: shard_buckets up to 1, of 1 buckets"),
         (
-            lambda d: d["conditioning_specs"]["conditioning"].update(height=16),
-            r"beside latents \[16, 8, 8\]",
+            lambda d: d["conditioning"]["conditioning"]["shard_buckets"].__setitem__(0, 1),
+            "conditioning 'conditioning' has other shard_buckets than latents",
+        ),
+        (lambda d: d["latents"].pop("shard_buckets"), "missing required field `shard_buckets`"),
+        (
+            lambda d: d["validation"]["conditioning"].update(shard_buckets=[]),
+            "validation/conditioning: 0 shard_buckets, 1 expected",
+        ),
+        (lambda d: d["latents"]["shard_buckets"].append(0), "2 shards, 3 shard_buckets"),
+        (
+            lambda d: d["text"].update(shard_buckets=[0] * len(d["text"]["shard_records"])),
+            "text: 6 shard_buckets, 0 expected",
+        ),
+        (
+            lambda d: d["conditioning_specs"]["conditioning"].update(latent_channels=4),
+            r"'conditioning' \[4, 8, 8\] float32 beside latents \[16, 8, 8\]",
         ),
     ],
 )
@@ -299,6 +326,59 @@ def test_manifests_that_contradict_themselves_are_refused(
     write_manifest(copy, document)
     with pytest.raises(ShardError, match=message):
         Cache(copy).empty_prompt_key()
+
+
+def test_records_are_of_their_shards_bucket(bucketed: Path, tmp_path: Path) -> None:
+    found = Cache(bucketed)
+    for shard in range(7):
+        for index in range(5):
+            _, tensors, prompts = found.sample(shard, index)
+            assert tensors["latent"].shape == (16, *BUCKETS[shard % 3])
+            assert tensors["conditioning_latent"].shape == (16, *BUCKETS[shard % 3])
+            assert found.embeddings(prompts[0])["t5_embeds"].shape == (20, 96)
+    assert faults(bucketed) == []
+    # Of equal size, with headers of equal length: only the shapes tell.
+    copy = tmp_path / "cache"
+    shutil.copytree(bucketed, copy)
+    document = json.loads((copy / "manifest.json").read_text())
+    for product in (document["latents"], document["conditioning"]["conditioning"]):
+        product["shard_buckets"][1:3] = [2, 1]
+    write_manifest(copy, document)
+    wrong = Cache(copy)
+    message = r"latent expected \[16, 12, 4\] bfloat16, found \[16, 4, 12\]"
+    for _ in range(2):  # whatever was read before
+        wrong.sample(4, 0)
+        wrong.sample(5, 0)
+        with pytest.raises(ShardError, match=rf"000001\.tar: record .*: {message}"):
+            wrong.sample(1, 0)
+    listed = faults(copy)
+    assert len(listed) == 2 * 2 * 5
+    assert re.search(message, listed[0])
+
+
+def test_a_batch_is_read_into_the_memory_of_its_bucket(bucketed: Path) -> None:
+    found = Cache(bucketed)
+    for bucket, shards in enumerate(([0, 3], [1, 4], [2, 5])):
+        specs = found.batch_tensors(bucket)
+        batch = {name: torch.empty((2, *one.shape), dtype=one.dtype) for name, one in specs.items()}
+        pairs = [found.pair(shard, 2) for shard in shards]
+        found.read(batch, pairs, [pair.prompts[0] for pair in pairs])
+        for row, pair in enumerate(pairs):
+            expected = found.sample(*pair.conditioning)[1] | found.embeddings(pair.prompts[0])
+            assert batch.keys() == expected.keys()
+            assert all(torch.equal(batch[name][row], one) for name, one in expected.items())
+
+
+def test_info_lists_the_buckets(bucketed: Path, command: Callable[..., Outcome]) -> None:
+    output = command("shards", "info", bucketed).output
+    for line in ("[16, 8, 8], 15 images", "[16, 4, 12], 10 images", "[16, 12, 4], 10 images"):
+        assert f"latents: {line}, posterior mean, bfloat16" in output
+    values = json.loads(command("shards", "info", bucketed, "--json").output)
+    assert values["buckets"] == [
+        {"height": 8, "width": 8, "images": 15},
+        {"height": 4, "width": 12, "images": 10},
+        {"height": 12, "width": 4, "images": 10},
+    ]
 
 
 def test_commands(cache: Path, copy: Path, command: Callable[..., Outcome]) -> None:

@@ -291,17 +291,26 @@ def tar_bytes(folder: Path) -> int:
     return total
 
 
+@pytest.mark.parametrize("buckets", [[(4, 4)], [(2, 6), (6, 2)]])
 def test_a_bounded_folder_holds_what_is_read_and_what_comes_next(
-    tmp_path: Path, serve: Callable[[Path], Server]
+    tmp_path: Path, serve: Callable[[Path], Server], buckets: list[tuple[int, int]]
 ) -> None:
     cache, local = tmp_path / "cache", tmp_path / "local"
-    synthetic.write_cache(cache, synthetic.TINY, num_shards=10, images_per_shard=12)
+    synthetic.write_cache(
+        cache, synthetic.TINY, num_shards=10, images_per_shard=12, buckets=buckets
+    )
     server, here = serve(cache), Cache(cache)
     products = (here.text.product, here.latents.product, here.conditioning.product)
     # Room for five of ten shards of images with their prompts: two windows, and one to spare.
     limit = sum(product.num_bytes for product in products) // 2
     found = open_remote(server.url, local, limit)
-    order = Order(found.conditioning.product.shard_records, seed=0, window=2)
+    order = Order(
+        found.conditioning.product.shard_records,
+        seed=0,
+        window=2,
+        shard_buckets=found.conditioning.product.shard_buckets,
+        group=2,
+    )
 
     def batches(one: Cache, count: int) -> list[torch.Tensor]:
         ours = Samples(one, order, seed=0, proportion_empty_prompts=0.0)

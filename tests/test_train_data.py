@@ -15,6 +15,7 @@ from precompute.run import precompute
 from shards.cache import Cache
 from shards.order import Order
 from shards.reader import ProductReader
+from tests.conftest import BUCKETS
 from train.data import RankBatches, Samples, loader, prompt_embeds
 
 
@@ -139,6 +140,73 @@ def test_resumed_on_other_ranks_and_workers_the_sequence_goes_on(
     seen = [order.record(one) for one in range(start, start + 35)]
     if start % 35 == 0:
         assert len(set(seen)) == 35
+
+
+@given(
+    phases=st.lists(
+        st.tuples(
+            st.sampled_from([(1, 16), (2, 8), (4, 4), (4, 2), (8, 2), (16, 1), (8, 1), (2, 2)]),
+            st.integers(0, 3),
+            st.integers(1, 3),
+        ),
+        min_size=1,
+        max_size=3,
+    ),
+    start=st.integers(0, 6),
+    window=st.none() | st.integers(1, 8),
+)
+@settings(max_examples=20, deadline=None)
+def test_batches_are_of_one_bucket_however_a_step_is_shared_out(
+    bucketed: Path,
+    phases: list[tuple[tuple[int, int], int, int]],
+    start: int,
+    window: int | None,
+) -> None:
+    found = Cache(bucketed)
+    product = found.conditioning.product
+    group = 16  # ranks x batch size x accumulated batches
+    order = Order(
+        product.shard_records,
+        seed=3,
+        window=window,
+        shard_buckets=product.shard_buckets,
+        group=group,
+    )
+    ours = Samples(found, order, seed=3, proportion_empty_prompts=0.2)
+    place = start * group
+    for (ranks, batch_size), workers, steps in phases:
+        accumulation = group // (ranks * batch_size)
+        shapes = []
+        for rank in range(ranks):
+            places = RankBatches(place, batch_size=batch_size, rank=rank, num_ranks=ranks)
+            reading = loader(ours, places, num_workers=workers, pin=False)
+            mine = []
+            for number, batch in enumerate(islice(reading, steps * accumulation)):
+                first = place + (number * ranks + rank) * batch_size
+                mine.append(batch.latent.shape[1:])
+                assert batch.noise.shape == batch.latent.shape == batch.conditioning_latent.shape
+                for row in range(batch_size):
+                    _, tensors, _ = found.sample(*order.record(first + row))
+                    assert torch.equal(batch.latent[row], tensors["latent"])
+                    expected = tensors["conditioning_latent"]
+                    assert torch.equal(batch.conditioning_latent[row], expected)
+                    assert torch.equal(batch.noise[row], ours[first + row]["noise"])
+                    assert torch.equal(batch.t5_embeds[row], ours[first + row]["t5_embeds"])
+            reading.close()
+            shapes.append(mine)
+        for step in range(steps):
+            batches = slice(step * accumulation, (step + 1) * accumulation)
+            (shape,) = {one for mine in shapes for one in mine[batches]}
+            assert shape == (16, *BUCKETS[ours.bucket(place + step * group)])
+        place += group * steps
+
+
+def test_places_of_two_buckets_are_no_batch(bucketed: Path) -> None:
+    ours = samples(bucketed)  # in an order that knows of no buckets
+    buckets = [ours.bucket(place) for place in range(35)]
+    other = next(place for place in range(35) if buckets[place] != buckets[0])
+    with pytest.raises(AssertionError):
+        ours.fill(ours.memory(2, buckets[0]), [0, other])
 
 
 def test_a_prompt_that_comes_again_is_read_once(

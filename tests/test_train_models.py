@@ -4,6 +4,7 @@ import json
 import logging
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -121,6 +122,33 @@ def test_stock_diffusers_loads_the_saved_controlnet_without_a_word(
     assert loaded.config[DATA_KEY]["conditioning_range"] == "-1_1"
     for name, tensor in loaded.state_dict().items():
         assert torch.equal(tensor, controlnet.state_dict()[name])
+
+
+def test_the_saved_controlnet_says_which_shapes_it_was_trained_on(bucketed: Path) -> None:
+    found = Cache(bucketed)
+    data = models.data_entry(found.manifest, found.conditioning_spec)
+    assert (data["height"], data["width"]) == (64, 64)
+    assert data["buckets"] == [(64, 64), (32, 96), (96, 32)]
+    wide = replace(found.manifest, buckets=[(4, 12), (8, 6), (6, 8)])
+    data = models.data_entry(wide, found.conditioning_spec)
+    assert (data["height"], data["width"]) == (64, 48)
+
+
+def test_every_bucket_is_held_against_the_base(base: Path, bucketed: Path, tmp_path: Path) -> None:
+    shutil.copytree(base / "transformer", tmp_path / "transformer")
+    found = manifest.load(bucketed)
+    check_base(tmp_path, found)
+    path = tmp_path / "transformer" / "config.json"
+    config = json.loads(path.read_text())
+    path.write_text(json.dumps(config | {"pos_embed_max_size": 4}))
+    with pytest.raises(ConfigError) as caught:
+        check_base(tmp_path, found)
+    assert "8 x 8 " not in str(caught.value)
+    for grid in ("4 x 12", "12 x 4"):
+        assert re.search(rf"pos_embed_max_size\) +{grid} +at most 8", str(caught.value))
+    path.write_text(json.dumps(config | {"patch_size": 8}))
+    with pytest.raises(ConfigError, match=r"patch_size\) +4 x 12 +multiples of 8"):
+        check_base(tmp_path, found)
 
 
 @pytest.mark.parametrize(

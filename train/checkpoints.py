@@ -27,6 +27,7 @@ class TrainState:
         place: samples consumed; the next one's number in the run's order.
         seed: of the order and all draws.
         shuffle_window: of the order.
+        bucket_group: of the order: how many samples in a row are of one bucket.
         fingerprints: of the data that the order refers to; see `Manifest.fingerprints`.
     """
 
@@ -34,6 +35,7 @@ class TrainState:
     place: int
     seed: int
     shuffle_window: int | None
+    bucket_group: int
     fingerprints: dict[str, str]
 
 

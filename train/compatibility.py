@@ -34,11 +34,12 @@ def check_base(base: Path, manifest: Manifest) -> None:
     wrong = [row for row in rows if row[1] != row[2]]
     if text.clip_width > joint:
         wrong.append(("CLIP width (joint_attention_dim)", text.clip_width, f"at most {joint}"))
-    side = f"{latent.height} x {latent.width}"
-    if max(latent.height, latent.width) > patch * largest:
-        wrong.append(("latent grid (pos_embed_max_size)", side, f"at most {patch * largest}"))
-    if latent.height % patch or latent.width % patch:
-        wrong.append(("latent grid (patch_size)", side, f"multiples of {patch}"))
+    for height, width in manifest.buckets:
+        grid = f"{height} x {width}"
+        if max(height, width) > patch * largest:
+            wrong.append(("latent grid (pos_embed_max_size)", grid, f"at most {patch * largest}"))
+        if height % patch or width % patch:
+            wrong.append(("latent grid (patch_size)", grid, f"multiples of {patch}"))
     if has_component(base, "vae"):
         wrong += _vae_rows(latent, read_config(base, "vae"))
     if wrong:
@@ -59,6 +60,7 @@ def check_same_order(checkpoint: Path, found: TrainState, wanted: TrainState) ->
     rows: list[Row] = [
         ("--seed", found.seed, wanted.seed),
         ("--shuffle-window", found.shuffle_window, wanted.shuffle_window),
+        ("samples a step, all of one bucket", found.bucket_group, wanted.bucket_group),
         *((name, found.fingerprints.get(name), wanted.fingerprints.get(name)) for name in names),
     ]
     wrong = [row for row in rows if row[1] != row[2]]

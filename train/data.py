@@ -62,10 +62,12 @@ class Memory:
         records: what is read, by name in the records, [B, ...].
         draws: what is drawn, by name in `Batch`; where the cache holds means and deviations,
             also the latents that are sampled from them.
+        bucket: whose shapes these are.
     """
 
     records: dict[str, Tensor]
     draws: dict[str, Tensor]
+    bucket: int
 
 
 class Samples(Dataset[dict[str, Tensor]]):
@@ -85,14 +87,10 @@ class Samples(Dataset[dict[str, Tensor]]):
         self.order = order
         self.seed = seed
         self.proportion_empty_prompts = proportion_empty_prompts
-        self.tensors = cache.batch_tensors()
         sampled = ("latent", "conditioning_latent")
+        names = cache.batch_tensors(0).keys()
         # What has the shape of a latent and is drawn, in the order of drawing.
-        self.drawn = [
-            "noise",
-            *(name for name in sampled if f"{name}_std" in self.tensors),
-        ]
-        self.latent_shape = self.tensors["latent"].shape
+        self.drawn = ["noise", *(name for name in sampled if f"{name}_std" in names)]
         self.empty_prompt = cache.empty_prompt_key()
 
     def __getitem__(self, place: int) -> dict[str, Tensor]:
@@ -101,18 +99,26 @@ class Samples(Dataset[dict[str, Tensor]]):
         Raises:
             ShardError: a record is missing or damaged.
         """
-        batch = self.fill(self.memory(1), [place])
+        batch = self.fill(self.memory(1, self.bucket(place)), [place])
         return {name: value[0] for name, value in vars(batch).items()}
 
-    def memory(self, count: int, *, pin: bool = False) -> Memory:
+    def bucket(self, place: int) -> int:
+        """Return which bucket the sample at a place is of."""
+        shard, _ = self.order.record(place)
+        return self.cache.conditioning.bucket(shard)
+
+    def memory(self, count: int, bucket: int = 0, *, pin: bool = False) -> Memory:
         """Return memory for a batch of `count` samples.
 
         Args:
             count: samples.
+            bucket: that they are of.
             pin: take pinned memory. Torch keeps what is freed of it for the next batch, and gives
                 it out again only when copies from it are done.
         """
-        draws = dict.fromkeys(self.drawn, TensorSpec(self.latent_shape, torch.float32))
+        tensors = self.cache.batch_tensors(bucket)
+        latent = TensorSpec(tensors["latent"].shape, torch.float32)
+        draws = dict.fromkeys(self.drawn, latent)
         draws |= dict.fromkeys(("uniform", "normal"), TensorSpec((), torch.float32))
 
         def empty(specs: dict[str, TensorSpec]) -> dict[str, Tensor]:
@@ -121,13 +127,13 @@ class Samples(Dataset[dict[str, Tensor]]):
                 for name, spec in specs.items()
             }
 
-        return Memory(empty(self.tensors), empty(draws))
+        return Memory(empty(tensors), empty(draws), bucket)
 
     def fill(self, memory: Memory, places: Sequence[int]) -> Batch:
         """Read and draw the samples at some places.
 
         Args:
-            memory: for as many samples as there are places.
+            memory: for as many samples as there are places, of their bucket.
             places: their numbers in the run's order.
 
         Raises:
@@ -137,6 +143,7 @@ class Samples(Dataset[dict[str, Tensor]]):
         pairs, prompts = [], []
         for row, place in enumerate(places):
             pair = self.cache.pair(*self.order.record(place))
+            assert self.cache.conditioning.bucket(pair.conditioning[0]) == memory.bucket
             # Philox is counter-based: any place's stream is there at once and overlaps no other.
             rng = np.random.Generator(np.random.Philox(key=[self.seed, place]))
             draws["uniform"][row], draws["normal"][row] = rng.random(), rng.standard_normal()
@@ -198,7 +205,9 @@ def loader(
         memory, group = work
         return samples.fill(memory, group), group[0]
 
-    work = ((samples.memory(len(group), pin=pin), group) for group in places)
+    work = (
+        (samples.memory(len(group), samples.bucket(group[0]), pin=pin), group) for group in places
+    )
     with (
         ThreadPoolExecutor(max(1, num_workers), "read") as pool,
         samples.cache.following(samples.order, places.start),

@@ -136,12 +136,19 @@ def freeze_unused(controlnet: SD3ControlNetModel) -> None:
 
 
 def data_entry(manifest: Manifest, conditioning: LatentSpec) -> dict[str, Any]:
-    """Return what inference must know of the data a ControlNet was trained on."""
+    """Return what inference must know of the data a ControlNet was trained on.
+
+    Its `height` and `width` are of the bucket that is nearest to a square, in pixels.
+    """
+    factor = conditioning.vae_scale_factor
+    sizes = [(height * factor, width * factor) for height, width in manifest.buckets]
+    height, width = min(sizes, key=lambda size: max(size) / min(size))
     return {
         "max_sequence_length": manifest.text_spec.max_sequence_length,
         "conditioning_range": conditioning.pixel_range,
-        "height": conditioning.height * conditioning.vae_scale_factor,
-        "width": conditioning.width * conditioning.vae_scale_factor,
+        "height": height,
+        "width": width,
+        "buckets": sizes,
         "latents_fingerprint": manifest.latents.fingerprint,
         "text_fingerprint": manifest.text.fingerprint,
     }

@@ -33,8 +33,8 @@ def train(config: TrainConfig) -> None:
         ShardError: the cache is incomplete or damaged.
         OSError: the output cannot be written.
     """
-    inputs = setup.find_inputs(config)
     accelerator = setup.make_accelerator(config)
+    inputs = setup.find_inputs(config, accelerator.num_processes)
     torch.manual_seed(config.seed)
     torch.backends.cuda.matmul.allow_tf32 = config.allow_tf32
     torch.backends.cudnn.allow_tf32 = config.allow_tf32
@@ -57,9 +57,8 @@ def train(config: TrainConfig) -> None:
         transformer.enable_gradient_checkpointing()
     transformer.to(accelerator.device)
 
-    micro_samples = config.train_batch_size * accelerator.num_processes
-    step_samples = micro_samples * config.gradient_accumulation_steps
-    num_steps = setup.num_train_steps(config, inputs.order.num_records, step_samples)
+    step_samples = setup.samples_a_step(config, accelerator.num_processes)
+    num_steps = setup.num_train_steps(config, inputs.order, step_samples)
     trained = [parameter for parameter in controlnet.parameters() if parameter.requires_grad]
     optimizer = setup.make_optimizer(config, trained, step_samples)
     schedule = setup.make_schedule(config, optimizer, num_steps)
@@ -122,7 +121,7 @@ def _loop(
         samples, places, num_workers=config.dataloader_num_workers, pin=device.type == "cuda"
     )
     accumulation = config.gradient_accumulation_steps
-    step_samples = config.train_batch_size * accelerator.num_processes * accumulation
+    step_samples = setup.samples_a_step(config, accelerator.num_processes)
     loss_sum, losses = torch.zeros((), device=device), 0
     bar = tqdm(
         total=num_steps,
@@ -153,7 +152,7 @@ def _loop(
             mean = accelerator.reduce(loss_sum / losses, reduction="mean").item()
             lr = schedule.get_last_lr()[0]
             accelerator.log(
-                {"loss": mean, "lr": lr, "epoch": state.place / inputs.order.num_records},
+                {"loss": mean, "lr": lr, "epoch": inputs.order.epochs(state.place)},
                 step=state.step,
             )
             bar.set_postfix(loss=f"{mean:.4f}", lr=f"{lr:.2g}")
@@ -183,9 +182,9 @@ def _validate(
     mine = numbered[accelerator.process_index :: accelerator.num_processes]
     negative = validation.negative_embeds(inputs.cache)
     scheduler = models.load_scheduler(inputs.base)
-    shape = (config.num_validation_images, spec.latent_channels, spec.height, spec.width)
     latents = []
     for number, pair in mine:
+        shape = (config.num_validation_images, *pair.conditioning_latent.shape)
         generator = torch.Generator().manual_seed(config.seed + number)
         latents.append(
             validation.sample(
@@ -235,8 +234,12 @@ def _announce(
 ) -> None:
     millions = sum(p.numel() for p in controlnet.parameters() if p.requires_grad) / 1e6
     start = f"resuming {inputs.checkpoint}" if inputs.checkpoint else "starting anew"
+    order = inputs.order
+    buckets = ""
+    if order.several_buckets:
+        buckets = f" in {len(set(order.buckets))} buckets, filled up to {order.start(1)} an epoch"
     click.echo(
-        f"train: {inputs.order.num_records} samples, {num_steps} steps of {step_samples}, "
+        f"train: {order.num_records} samples{buckets}, {num_steps} steps of {step_samples}, "
         f"{millions:.1f} M parameters to train, {start}"
     )
     if config.validation_steps > 0 and not inputs.validates:

@@ -53,8 +53,12 @@ class Inputs:
     state: TrainState
 
 
-def find_inputs(config: TrainConfig) -> Inputs:
+def find_inputs(config: TrainConfig, num_processes: int) -> Inputs:
     """Open and check everything the run reads, before any weights are loaded.
+
+    Args:
+        config: names it.
+        num_processes: that train together.
 
     Raises:
         ShardError: the cache is missing, incomplete or damaged.
@@ -92,20 +96,27 @@ def find_inputs(config: TrainConfig) -> Inputs:
         else find_controlnet(named, "--controlnet-model-name-or-path", cache_dir=config.cache_dir)
     )
 
+    product = cache.conditioning.product
+    order = Order(
+        product.shard_records,
+        seed=config.seed,
+        window=config.shuffle_window,
+        shard_buckets=product.shard_buckets,
+        group=samples_a_step(config, num_processes),
+    )
     checkpoint = checkpoints.choose(config.output_dir, config.resume_from_checkpoint)
     start = TrainState(
         step=0,
         place=0,
         seed=config.seed,
         shuffle_window=config.shuffle_window,
+        bucket_group=order.group,
         fingerprints=cache.manifest.fingerprints(config.conditioning_name),
     )
     state = start
     if checkpoint is not None:
         state = checkpoints.read_state(checkpoint)
         check_same_order(checkpoint, state, start)
-    shard_records = cache.conditioning.product.shard_records
-    order = Order(shard_records, seed=config.seed, window=config.shuffle_window)
     return Inputs(cache, base, controlnet, order, validates, checkpoint, state)
 
 
@@ -140,17 +151,22 @@ def make_accelerator(config: TrainConfig) -> Accelerator:
     return accelerator
 
 
-def num_train_steps(config: TrainConfig, num_samples: int, step_samples: int) -> int:
+def samples_a_step(config: TrainConfig, num_processes: int) -> int:
+    """Return how many samples an optimiser step takes, on all processes."""
+    return config.train_batch_size * num_processes * config.gradient_accumulation_steps
+
+
+def num_train_steps(config: TrainConfig, order: Order, step_samples: int) -> int:
     """Return how many optimiser steps the run has.
 
     Args:
         config: says so outright, or in epochs.
-        num_samples: in the cache.
+        order: says how many places these have.
         step_samples: consumed by an optimiser step, on all processes.
     """
     if config.max_train_steps is not None:
         return config.max_train_steps
-    return math.ceil(config.num_train_epochs * num_samples / step_samples)
+    return math.ceil(order.start(config.num_train_epochs) / step_samples)
 
 
 def peak_learning_rate(config: TrainConfig, step_samples: int) -> float:
