@@ -340,7 +340,7 @@ def test_another_background_makes_other_latents(
 def test_a_file_that_changes_or_goes_while_working_stops_the_run(
     fresh: PrecomputeConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from precompute.sources import Folder
+    from precompute.fill50k import Folder
 
     original = Folder.read
     for second, message in (
@@ -349,10 +349,12 @@ def test_a_file_that_changes_or_goes_while_working_stops_the_run(
     ):
         seen: list[str] = []
 
-        def read(self: Folder, name: str, second: object = second, seen: list[str] = seen) -> bytes:
-            data = original(self, name)
-            if name != "target/3.png" or name not in seen:
-                seen.append(name)
+        def read(
+            self: Folder, index: int, kind: str, second: object = second, seen: list[str] = seen
+        ) -> bytes:
+            data = original(self, index, kind)
+            if (index, kind) != (3, "image") or kind not in seen:
+                seen += [kind] if index == 3 else []
                 return data
             if second is None:
                 raise OSError(5, "Input/output error")
