@@ -58,7 +58,11 @@ def find_columns(dataset: "Dataset", settings: SourceSettings, where: str) -> Co
         name, flag = getattr(settings, option), f"--{option.replace('_', '-')}"
         if name not in types:
             obvious = _holds_bytes if holds is _holds_images else _holds_text
-            others = [one for one in types if one not in named and obvious(types[one])]
+            others = [
+                one
+                for one in types
+                if one not in named and not one.startswith("__") and obvious(types[one])
+            ]
             hint = f"Did you mean {flag} {others[0]}?" if len(others) == 1 else f"Name it: {flag}."
             if not any(map(_holds_text, types.values())):
                 hint = METADATA_HINT

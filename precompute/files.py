@@ -38,9 +38,10 @@ def file_version(path: str | Path) -> bytes | None:
         None if there is no such file, or if it changed so lately that its times do not tell.
     """
     try:
-        return stat_version(os.stat(path), str(path))  # noqa: PTH116
+        found = os.stat(path)  # noqa: PTH116
     except (OSError, ValueError):
         return None
+    return stat_version(found, str(path)) if stat.S_ISREG(found.st_mode) else None
 
 
 def stat_version(found: os.stat_result, *names: str) -> bytes | None:

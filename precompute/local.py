@@ -10,8 +10,10 @@ from shards.errors import ConfigError
 if TYPE_CHECKING:
     from datasets import Dataset
 
-# An image folder's table, and the `datasets` builder that reads it.
-METADATA = {"metadata.jsonl": "json", "metadata.csv": "csv", "metadata.parquet": "parquet"}
+# What an image folder's table is called, and how other tables' names end.
+METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
+TABLES = (".jsonl", ".json", ".csv", ".tsv", ".parquet")
+NO_TABLES = ("dataset_infos.json", "dataset_info.json")
 FILE_NAME = "file_name"
 LONGEST_REASON = 300
 
@@ -38,29 +40,30 @@ def load_local(settings: SourceSettings, path: Path, where: str) -> tuple["Datas
     try:
         if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
             return pick_split(load_from_disk(str(path)), where), folder
-        if (metadata := _metadata(path)) is not None:
-            builder = METADATA[metadata.name]
-            loaded = load_dataset(builder, data_files=str(metadata), cache_dir=cache_dir)
-            return _with_image_columns(pick_split(loaded, where)), metadata.parent
+        table = _only_table(path) if settings.dataset_config_name is None else None
+        inner = sorted(path.glob(f"*/{PROMPTS}"))
+        if table is None and inner:
+            raise ConfigError(
+                f"{where}: not fill50k, no {PROMPTS} in this folder. Did you mean "
+                f"{inner[0].parent}?"
+            )
         loaded = load_dataset(
             str(folder),
             settings.dataset_config_name,
-            data_files=None if folder == path else path.name,
+            data_files=None if table is None else table.name,
             cache_dir=cache_dir,
         )
     except ConfigError:
         raise
     except (EmptyDatasetError, DataFilesNotFoundError) as error:
-        inner = sorted(folder.glob(f"*/{PROMPTS}"))
-        hint = f" Did you mean {inner[0].parent}?" if inner else ""
         kind = f"not fill50k, no {PROMPTS} in this folder" if path.is_dir() else "not a zip"
         raise ConfigError(
             f"{where}: {kind}; and `datasets` finds no data in it "
-            f"(images with metadata.jsonl, Parquet, WebDataset tars, …).{hint}"
+            "(images with metadata.jsonl, Parquet, WebDataset tars, …)."
         ) from error
     except Exception as error:  # its builders raise whatever the libraries beneath them raise
         raise ConfigError(f"{where}: `datasets` cannot read it: {reason(error)}") from error
-    return pick_split(loaded, where), folder
+    return _with_image_columns(pick_split(loaded, where)), folder
 
 
 def pick_split(loaded: Any, where: str) -> "Dataset":
@@ -84,19 +87,21 @@ def reason(error: BaseException) -> str:
     return text if len(text) <= LONGEST_REASON else f"{text[:LONGEST_REASON]} …"
 
 
-def _metadata(path: Path) -> Path | None:
-    """Return the one table of an image folder; None if there is none, or one for each folder.
+def _only_table(path: Path) -> Path | None:
+    """Return the one file that lists a data set's rows; None if there is none, or several.
 
-    `datasets` would list every image of such a folder, and refuse names with `..`, captions of
-    mixed types and images that are missing.
+    Left alone, `datasets` takes a table beside more images for one of the images' belongings;
+    and of an image folder with metadata.jsonl it would list every file, and refuse names with
+    `..` and captions of mixed types.
     """
-    found = [
-        folder / name
-        for folder in (path, path / "train")
-        for name in METADATA
-        if (folder / name).is_file()
-    ]
-    return found[0] if len(found) == 1 else None
+    if path.is_file():
+        return path
+    folders = [path, *(one for one in path.iterdir() if one.is_dir())]
+    metadata = [folder / name for folder in folders for name in METADATA]
+    if found := [one for one in metadata if one.is_file()]:
+        return found[0] if len(found) == 1 and found[0].parent == path else None
+    tables = [one for one in path.iterdir() if one.suffix in TABLES and one.name not in NO_TABLES]
+    return tables[0] if len(tables) == 1 else None
 
 
 def _with_image_columns(dataset: "Dataset") -> "Dataset":
