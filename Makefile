@@ -4,7 +4,7 @@
 PYTHON ?= python3
 VENV   ?= .venv
 CONFIG ?= configs/demo.toml
-# What runs stage 2; on several GPUs: LAUNCH="accelerate launch --num_processes 8"
+# What runs stages 1 and 2; on several GPUs: LAUNCH="accelerate launch --num_processes 8"
 LAUNCH ?= python
 ARGS   ?=
 
@@ -53,7 +53,7 @@ circles: setup  ## The demo's data set
 	$(RUN) python -m demo.circles --config "$(CONFIG)"
 
 precompute: setup $(if $(IS_DEMO),$(if $(SOURCE),,circles))  ## Stage 1: encode SOURCE with BASE's encoders into CACHE
-	$(RUN) python -m precompute --config "$(CONFIG)" $(SOURCE_FLAG) $(BASE_FLAG) $(CACHE_OUT_FLAG) $(ARGS)
+	$(RUN) $(LAUNCH) -m precompute --config "$(CONFIG)" $(SOURCE_FLAG) $(BASE_FLAG) $(CACHE_OUT_FLAG) $(ARGS)
 
 train: setup  ## Stage 2: train a ControlNet for BASE from CACHE into OUTPUT
 	$(RUN) $(LAUNCH) -m train --config "$(CONFIG)" $(BASE_FLAG) $(CACHE_IN_FLAG) $(OUTPUT_FLAG) $(ARGS)

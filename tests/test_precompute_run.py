@@ -13,10 +13,10 @@ import torch
 from diffusers import AutoencoderKL, StableDiffusion3Pipeline
 from diffusers.image_processor import VaeImageProcessor
 from PIL import Image
-from precompute.fill50k import Folder
 from transformers import CLIPTextModelWithProjection, T5EncoderModel, T5TokenizerFast
 
 from precompute.config import PrecomputeConfig
+from precompute.fill50k import Folder
 from precompute.run import precompute
 from precompute.sources import Kind
 from shards import manifest, sidecar, verify
