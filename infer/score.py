@@ -22,7 +22,8 @@ from infer.discs import Color, Measured, caption_colors, measure, outlined_disc
 from infer.pipeline import COMPONENTS, Convention, control_image, find_convention, load_pipeline
 from infer.statistics import Summary, summarize
 from precompute import images
-from precompute.sources import Row, Source, SourceSettings, open_source
+from precompute.opening import open_source
+from precompute.sources import Row, Source, SourceSettings
 from shards.errors import ConfigError
 from shards.options import as_dict
 from shards.provenance import write_run

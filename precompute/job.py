@@ -28,11 +28,12 @@ from precompute.inventory import (
 )
 from precompute.latents import LatentSettings, latent_identity, latent_spec
 from precompute.layout import arrange, items_of_slots
+from precompute.opening import open_source
 from precompute.part import Part, find_part
 from precompute.plan import ProductPlan, Prompts, ShardPlan
 from precompute.previous import layouts_before, why_made
 from precompute.remembered import Remembered
-from precompute.sources import Kind, Source, open_source
+from precompute.sources import Kind, Source
 from precompute.text import COMPONENTS, TextSettings, text_identity, text_spec
 from shards import manifest, seal
 from shards.device import pick_device

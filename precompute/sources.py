@@ -5,9 +5,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
-from shards.errors import ConfigError
-from shards.pretrained import is_hub_id
-
 Kind = Literal["image", "conditioning_image"]
 
 
@@ -103,43 +100,3 @@ class SourceSettings:
     caption_column: str = "text"
     cache_dir: Path | None = None
     wants_conditioning: bool = True
-
-
-def open_source(settings: SourceSettings) -> Source:
-    """Return the data set that the settings name.
-
-    Raises:
-        ConfigError: none or several are named, nothing is there, it cannot be read, or it lacks
-            a column.
-    """
-    from precompute import fill50k, tables  # which need the above
-
-    flag, name = _place(settings)
-    where, path = f"{flag} {name}", Path(name)
-    if not path.exists():
-        if flag == "--dataset-name" and is_hub_id(name):
-            return tables.open_hub(settings, name, where)
-        hub = ", and not a hub id (owner/name)" if flag == "--dataset-name" else ""
-        raise ConfigError(
-            f"{where}: no such file or folder{hub}. Expected fill50k: the folder with "
-            f"{fill50k.PROMPTS}, or its zip; or a folder that `datasets` can load."
-        )
-    if fill50k.is_fill50k(path):
-        return fill50k.open_fill50k(path, where, settings.wants_conditioning)
-    return tables.open_local(settings, path, where)
-
-
-def _place(settings: SourceSettings) -> tuple[str, str]:
-    """Return the flag that names the data set, and the name."""
-    named = [
-        (f"--{field.replace('_', '-')}", value)
-        for field in ("source", "dataset_name", "train_data_dir")
-        if (value := getattr(settings, field)) is not None
-    ]
-    if len(named) != 1:
-        found = " and ".join(flag for flag, _ in named) or "none of them"
-        raise ConfigError(
-            "give one of --source, --dataset-name and --train-data-dir, which say where the rows "
-            f"come from; found {found}."
-        )
-    return named[0]

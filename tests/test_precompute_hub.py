@@ -20,7 +20,8 @@ CONVERSION = "refs/convert/parquet"
 SCRIPT, SEVERAL, LONELY, GATED = "fusing/fill50k", "some/several", "some/lonely", "some/gated"
 OPEN = """
 import json, sys
-from precompute.sources import SourceSettings, open_source
+from precompute.opening import open_source
+from precompute.sources import SourceSettings
 from shards.errors import ConfigError
 try:
     source = open_source(SourceSettings(**json.loads(sys.argv[1])))

@@ -3,6 +3,7 @@
 import multiprocessing
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -35,12 +36,12 @@ def run_alone(config: PrecomputeConfig) -> None:
 def files(folder: Path) -> dict[str, bytes]:
     """Return name -> bytes of a cache's files, without what was left half-written.
 
-    And without run.json, which tells of the run rather than of the cache.
+    And without those that tell of the run, or of the source, rather than of the cache.
     """
     return {
         path.relative_to(folder).as_posix(): path.read_bytes()
         for path in folder.rglob("*")
-        if path.is_file() and ".tmp-" not in path.name and path.name != "run.json"
+        if path.is_file() and not re.search(r"\.tmp-|^run\.json|^hashes\.npy", path.name)
     }
 
 

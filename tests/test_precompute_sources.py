@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 
 from precompute import files
-from precompute.sources import Row, Source, SourceSettings, open_source
+from precompute.opening import open_source
+from precompute.sources import Row, Source, SourceSettings
 from shards.errors import ConfigError
 
 LINE = {"source": "source/0.png", "target": "target/0.png", "prompt": "a circle"}

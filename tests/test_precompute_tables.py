@@ -17,7 +17,8 @@ import pytest
 from PIL import Image
 
 from precompute import files
-from precompute.sources import Source, SourceSettings, open_source
+from precompute.opening import open_source
+from precompute.sources import Source, SourceSettings
 from shards.errors import ConfigError
 
 NUM_ROWS = 3

@@ -9,6 +9,7 @@ import pytest
 from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError
 
 from precompute.fingerprint import hash_component
+from precompute.remembered import Remembered
 from shards.errors import ConfigError
 from shards.pretrained import component_variant, find_base, find_controlnet
 
@@ -107,17 +108,22 @@ def test_a_controlnet_folder_is_told_from_its_run_folder(tmp_path: Path) -> None
 
 
 def test_a_fingerprint_counts_weights_not_names(base: Path, tmp_path: Path) -> None:
-    before = hash_component(base / "vae", None)
+    remembered = Remembered(tmp_path / "hashes.npy")
+
+    def hashed(folder: Path, variant: str | None = None) -> str:
+        return hash_component(folder, variant, remembered)
+
+    before = hashed(base / "vae")
     copy = tmp_path / "renamed"
     shutil.copytree(base / "vae", copy)
     config = copy / "config.json"
     config.write_text(config.read_text().replace("0.42", "0.99").replace("{", '{"_name": "x",', 1))
-    assert hash_component(copy, None) == before
+    assert hashed(copy) == before
     (copy / "model.fp16.safetensors").write_bytes(b"other weights")
-    assert hash_component(copy, None) == before
-    assert hash_component(copy, "fp16") != before
+    assert hashed(copy) == before
+    assert hashed(copy, "fp16") != before
     weights = copy / "diffusion_pytorch_model.safetensors"
     data = bytearray(weights.read_bytes())
     data[-1] ^= 1
     weights.write_bytes(data)
-    assert hash_component(copy, None) != before
+    assert hashed(copy) != before
