@@ -9,21 +9,21 @@ from numpy.typing import NDArray
 from precompute.layout import Numbers
 
 STEP_PX = 64
-LARGEST_ASPECT = 3.0
+LARGEST_ASPECT = 4.0
 
 
 def bucket_shapes(resolution_px: int) -> list[tuple[int, int]]:
     """Return the shapes whose sides are multiples of 64 and whose area is nearest resolution².
 
-    One for each width, from tall to wide, none more than three times as long as wide.
+    One for each shorter side, upright and lying, from tall to wide; none is more than four times
+    as long as wide.
     """
-    area = resolution_px**2
-    shapes = []
-    for width in range(STEP_PX, int(resolution_px * LARGEST_ASPECT), STEP_PX):
-        height = max(1, round(area / width / STEP_PX)) * STEP_PX
-        if 1 / LARGEST_ASPECT <= width / height <= LARGEST_ASPECT:
-            shapes.append((width, height))
-    return shapes
+    shapes = set()
+    for short in range(STEP_PX, resolution_px + 1, STEP_PX):
+        long = max(short, round(resolution_px**2 / short / STEP_PX) * STEP_PX)
+        if long <= LARGEST_ASPECT * short:
+            shapes |= {(short, long), (long, short)}
+    return sorted(shapes, key=lambda shape: shape[0] / shape[1])
 
 
 def nearest_buckets(sizes: NDArray[np.int32], shapes: list[tuple[int, int]]) -> Numbers:
