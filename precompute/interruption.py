@@ -8,6 +8,8 @@ from typing import Any
 
 import click
 
+Check = Callable[[], None]
+
 
 class InterruptedRun(Exception):
     """The user or the system wants the run to end; what is finished is kept."""
@@ -18,7 +20,7 @@ class InterruptedRun(Exception):
 
 
 @contextlib.contextmanager
-def between_shards() -> Iterator[Callable[[], None]]:
+def between_shards() -> Iterator[Check]:
     """Give a function to call between shards, which ends the run if a signal has come.
 
     A second signal does what it would without this. Outside the main thread, where Python takes no

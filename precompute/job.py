@@ -1,7 +1,6 @@
 """A precompute job: everything that is known and checked before the first byte is written."""
 
 import os
-from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -10,25 +9,22 @@ from typing import Any
 import click
 import numpy as np
 import torch
-from torch import Tensor
 
-from precompute import images, plan
+from precompute import plan
 from precompute.annotators import Annotator, find_annotator
+from precompute.bad_rows import BadRows, bad_rows
 from precompute.buckets import bucket_shapes, nearest_buckets
 from precompute.config import PrecomputeConfig
-from precompute.fingerprint import hash_bytes
-from precompute.images import BadImage
 from precompute.inventory import (
     Inventory,
     chosen,
     digest_hex,
-    digests_of,
     prompt_digest,
     take_inventory,
 )
 from precompute.latents import LatentSettings, latent_identity, latent_spec
-from precompute.layout import arrange, items_of_slots
 from precompute.opening import open_source
+from precompute.pairs import ValidationPair, find_pairs, plan_validation
 from precompute.part import Part, find_part
 from precompute.plan import ProductPlan, Prompts, ShardPlan
 from precompute.previous import layouts_before, why_made
@@ -42,19 +38,8 @@ from shards.manifest import LatentSpec, TextSpec, conditioning_folder, validatio
 from shards.pretrained import find_base
 from shards.provenance import versions
 from shards.records import record_bytes
-from shards.sidecar import Skipped
 
 HASHES = "hashes.npy"
-
-
-@dataclass(frozen=True)
-class ValidationPair:
-    """A prompt and its conditioning image, fitted to a bucket, [3, H, W] in 0 to 255."""
-
-    prompt: str
-    image_hash: str
-    bucket: int
-    conditioning_image: Tensor
 
 
 @dataclass(frozen=True)
@@ -67,7 +52,7 @@ class Job:
     remembered: Remembered
     base: Path
     device: torch.device
-    bad: "BadRows"
+    bad: BadRows
     annotator: Annotator | None
     text_settings: TextSettings
     latent_settings: LatentSettings
@@ -250,7 +235,7 @@ def prepare(config: PrecomputeConfig) -> Job:
     texts = text_spec(base, text_settings)
     latents = latent_spec(base, latent_settings, "-1_1")
     conditioning = latent_spec(base, latent_settings, config.conditioning_range)
-    pairs = _validation_pairs(config, latent_settings.shapes)
+    pairs = find_pairs(config, latent_settings.shapes)
     remembered = Remembered(cache / HASHES, keep=not config.dry_run)
     text_id = text_identity(base, config.variant, text_settings, remembered)
     latent_id = latent_identity(base, config.variant, latent_settings, remembered)
@@ -259,7 +244,7 @@ def prepare(config: PrecomputeConfig) -> Job:
     rows = chosen(len(source), config.max_train_samples, config.seed)
     inventory = take_inventory(source, rows, remembered, conditioning=annotator is None)
     bad = BadRows(len(rows), 0.0 if config.strict else config.max_bad_fraction)
-    bad.add(_bad_rows(source, inventory))
+    bad.add(bad_rows(source, inventory))
 
     grids = latent_settings.grids(latents.vae_scale_factor)
     before = layouts_before(cache, {"text": text_id, "latents": latent_id})
@@ -314,57 +299,13 @@ def prepare(config: PrecomputeConfig) -> Job:
         text=text,
         latents=latent,
         conditioning=control,
-        validation=_plan_validation(
+        validation=plan_validation(
             cache / validation_folder(name),
             pairs,
             {"text": text_id, "conditioning": control_id},
             pair_bytes,
         ),
     )
-
-
-class BadRows:
-    """The rows that had to be left out, and the bound on their number.
-
-    Args:
-        num_rows: of the source.
-        max_fraction: how many of them may be bad.
-    """
-
-    def __init__(self, num_rows: int, max_fraction: float) -> None:
-        self.num_rows = num_rows
-        self.max_fraction = max_fraction
-        self.reasons: dict[str, str] = {}
-
-    def add(self, rows: Iterable[Skipped]) -> None:
-        """Count rows, each once.
-
-        Raises:
-            ShardError: more are bad than the settings allow; with the first of them.
-        """
-        for one in rows:
-            self.reasons.setdefault(one.row, one.reason)
-        if len(self.reasons) > self.max_fraction * self.num_rows:
-            strict = "" if self.max_fraction else " (--strict)"
-            bound = f"--max-bad-fraction {self.max_fraction:g}{strict}"
-            raise ShardError(
-                f"{len(self.reasons)} of {self.num_rows} rows cannot be used, more than "
-                f"{bound} allows:\n{self.table()}\n"
-                "Mend or remove them, or allow more. Finished shards are kept."
-            )
-
-    def table(self, limit: int = 20) -> str:
-        """Return a line a row, the first `limit` of them."""
-        lines = [f"  {row}: {reason}" for row, reason in list(self.reasons.items())[:limit]]
-        more = len(self.reasons) - limit
-        return "\n".join([*lines, f"  … and {more} more"] if more > 0 else lines)
-
-
-def _bad_rows(source: Source, inventory: Inventory) -> Iterable[Skipped]:
-    faults = inventory.conditioning_faults | inventory.faults
-    numbers = sorted(faults)
-    rows = source.rows([int(inventory.rows[number]) for number in numbers])
-    return [Skipped(row.name, faults[number]) for number, row in zip(numbers, rows, strict=True)]
 
 
 def _device_of_this_process() -> str | None:
@@ -396,34 +337,3 @@ def _check_output(cache: Path) -> None:
                 f"--output-dir {cache}: not a cache, it holds {', '.join(strange[:4])}; "
                 "give a new or empty folder, or a cache."
             )
-
-
-def _validation_pairs(
-    config: PrecomputeConfig, shapes: list[tuple[int, int]]
-) -> list[ValidationPair]:
-    pairs = []
-    for prompt, path in config.validation_pairs():
-        try:
-            image, data = images.load(path, config.background)
-        except BadImage as error:
-            raise ConfigError(f"--validation-image {path}: {error}.") from error
-        bucket = int(nearest_buckets(np.array([image.size], np.int32), shapes)[0])
-        pixels = images.to_uint8(images.fit(image, shapes[bucket]))
-        pairs.append(ValidationPair(prompt, hash_bytes(data), bucket, pixels))
-    return pairs
-
-
-def _plan_validation(
-    folder: Path,
-    pairs: list[ValidationPair],
-    identity: Mapping[str, Any],
-    pair_bytes: list[int],
-) -> ProductPlan:
-    """Return the plan of the validation pairs: a shard for each bucket that they are in."""
-    contents = digests_of(f"{pair.image_hash} {pair.prompt}" for pair in pairs)
-    buckets = np.array([pair.bucket for pair in pairs], np.int64)
-    sizes = [max(1, int((buckets == bucket).sum())) for bucket in range(len(pair_bytes))]
-    layout, slots = arrange(contents[:, 0], buckets, sizes)
-    return ProductPlan(
-        folder, identity, layout, items_of_slots(layout, slots), contents, pair_bytes
-    )

@@ -11,9 +11,10 @@ import torch
 from precompute.config import PrecomputeConfig
 from precompute.interruption import InterruptedRun, between_shards
 from precompute.job import Job, prepare
-from precompute.passes import latent_pass, text_pass
+from precompute.latent_pass import latent_pass
 from precompute.previous import layout_arrays
 from precompute.stream import Busy
+from precompute.text_pass import text_pass
 from precompute.trial import dry_run
 from shards import manifest, seal, sidecar
 from shards.device import keep_freed_memory

@@ -14,63 +14,22 @@ import itertools
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
-from typing import IO, Any, Generic, NamedTuple, TypeVar
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
 
-from xxhash import xxh3_64_hexdigest
+from tqdm import tqdm
 
 from precompute.batch_size import BatchSize
-from precompute.plan import ProductPlan, ShardPlan
+from precompute.work import Work
 from shards import sidecar
 from shards.ahead import ahead
 from shards.device import OnItsWay
 from shards.errors import ShardError
-from shards.records import Members, about_to_bytes
-from shards.sidecar import Skipped
+from shards.records import Members, Record
 
 Loaded = TypeVar("Loaded")
 # Encoded batches that may wait while a full shard is being committed.
 BATCHES_AHEAD = 8
-
-
-class Kept(NamedTuple):
-    """A record in the shard on disk: where its two members lie, and their checksums."""
-
-    key: str
-    span: tuple[int, ...]
-    checksums: str
-
-    def read(self, tar: IO[bytes]) -> Members | None:
-        """Return the record's members, or None if they are damaged."""
-        parts = []
-        for start, size in (self.span[:2], self.span[2:]):
-            tar.seek(start)
-            parts.append(tar.read(size))
-        intact = "".join(map(xxh3_64_hexdigest, parts)) == self.checksums
-        return Members(self.key, parts[0], parts[1]) if intact else None
-
-
-@dataclass(eq=False)
-class Work:
-    """A shard in the making.
-
-    Attributes:
-        product: that it is of.
-        plan: what it is to hold.
-        keys: of its items' records.
-        abouts: of its items' records, the JSON members.
-        kept: records that the shard on disk has already, by position among the items.
-        wanted: positions of the items that are to be encoded; the others are kept or left out.
-        skipped: rows left out so far.
-    """
-
-    product: ProductPlan
-    plan: ShardPlan
-    keys: list[str]
-    abouts: list[bytes]
-    kept: dict[int, Kept] = field(default_factory=dict)
-    wanted: set[int] = field(default_factory=set)
-    skipped: list[Skipped] = field(default_factory=list)
 
 
 @dataclass(eq=False)
@@ -117,50 +76,6 @@ class Busy:
         self.seconds += time.perf_counter() - start
 
 
-def prepare_work(product: ProductPlan, shard: int, about: Callable[[int], dict[str, Any]]) -> Work:
-    """Return a shard's work, with what the shard on disk has already.
-
-    Args:
-        product: that it is of.
-        shard: its number.
-        about: the JSON member of an item's record.
-    """
-    plan = product.shard(shard)
-    ids = product.ids
-    work = Work(
-        product,
-        plan,
-        keys=[plan.key(at, ids) for at in range(len(plan.items))],
-        abouts=[about_to_bytes(about(int(item))) for item in plan.items],
-    )
-    work.kept = _kept(work)
-    work.wanted = set(range(len(plan.items))) - work.kept.keys()
-    return work
-
-
-def _kept(work: Work) -> dict[int, Kept]:
-    """Return the records of the shard on disk that are as those to be made."""
-    product = work.product
-    folder, shard = product.folder, work.plan.shard
-    try:
-        card = sidecar.load(folder, shard)
-        if card is None or card.identity != product.identity_digest:
-            return {}
-        positions = {key: at for at, key in enumerate(work.keys)}
-        kept = {}
-        with sidecar.tar_path(folder, shard).open("rb") as tar:
-            for key, span, checksums in zip(card.keys, card.spans, card.checksums, strict=True):
-                at = positions.get(key)
-                if at is not None:
-                    one = Kept(key, tuple(span), checksums)
-                    members = one.read(tar)
-                    if members is not None and members.about == work.abouts[at]:
-                        kept[at] = one
-    except (ShardError, OSError):
-        return {}  # damaged: all of it is made again
-    return kept
-
-
 def batches_of(work: Work, size: int) -> Iterator[Batch]:
     """Yield a shard's batches; at least one, which may be empty.
 
@@ -179,9 +94,8 @@ def batches_of(work: Work, size: int) -> Iterator[Batch]:
 def encode_ahead(
     works: Iterable[Work],
     load: Callable[[Batch], Loaded],
-    encode: Callable[[Loaded], OnItsWay],
+    encode: Callable[[Loaded], OnItsWay | None],
     *,
-    is_empty: Callable[[Loaded], bool],
     batch_size: BatchSize,
     num_threads: int,
     busy: Busy,
@@ -191,8 +105,8 @@ def encode_ahead(
     Args:
         works: the shards to make.
         load: reads what a batch needs; called in threads.
-        encode: computes; called in a thread of its own.
-        is_empty: whether there is nothing to encode in what was loaded.
+        encode: computes, or returns None where nothing of what was loaded is to be encoded; called
+            in a thread of its own.
         batch_size: of the encoder.
         num_threads: that load.
         busy: counts the time spent encoding.
@@ -203,8 +117,6 @@ def encode_ahead(
 
     def encoding(found: tuple[Batch, Loaded]) -> Encoded[Loaded]:
         batch, loaded = found
-        if is_empty(loaded):
-            return Encoded(batch, loaded, None)
         with busy():
             return Encoded(batch, loaded, encode(loaded))
 
@@ -216,3 +128,39 @@ def encode_ahead(
         contextlib.closing(ahead(encoder, encoding, loaded, BATCHES_AHEAD)) as encoded,
     ):
         yield from itertools.groupby(encoded, key=lambda one: one.batch.work)
+
+
+def in_order(
+    encoded: Iterator[Encoded[Any]],
+    records: Callable[[Encoded[Any]], Iterator[Record]],
+    bar: "tqdm[Any]",
+) -> Iterator[Record | Members]:
+    """Yield the records of a shard by their rows, those that are kept in between.
+
+    Args:
+        encoded: the shard's batches.
+        records: makes records of a batch.
+        bar: moves on a batch at a time.
+
+    Raises:
+        ShardError: a record that was to be kept is damaged.
+    """
+    with contextlib.ExitStack() as tar_of_old:
+        tar = None
+        for found in encoded:
+            work = found.batch.work
+            made = {record.key: record for record in records(found)}
+            for at in found.batch.positions:
+                if at in work.kept:
+                    tar = tar or tar_of_old.enter_context(
+                        sidecar.tar_path(work.product.folder, work.plan.shard).open("rb")
+                    )
+                    members = work.kept[at].read(tar)
+                    if members is None:
+                        raise ShardError(
+                            f"{tar.name}: changed while precompute was running; run again"
+                        )
+                    yield members
+                elif work.keys[at] in made:
+                    yield made[work.keys[at]]
+            bar.update(len(found.batch.positions))

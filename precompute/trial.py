@@ -10,10 +10,10 @@ from pathlib import Path
 import click
 import torch
 
+from precompute import latent_pass, text_pass
 from precompute.batch_size import BatchSize
 from precompute.job import Job
 from precompute.latents import LatentEncoder
-from precompute.passes import USUAL_TEXT_BATCH, USUAL_VAE_BATCH
 from precompute.plan import ProductPlan
 from precompute.text import TextEncoders
 
@@ -106,7 +106,7 @@ def _records(product: ProductPlan, shards: list[int]) -> int:
 def _time_text(job: Job) -> tuple[float, int]:
     """Return seconds a prompt and the peak of memory, in bytes."""
     config = job.config
-    size = USUAL_TEXT_BATCH if config.text_batch_size == "auto" else config.text_batch_size
+    size = text_pass.USUAL_BATCH if config.text_batch_size == "auto" else config.text_batch_size
     encoders = TextEncoders(job.base, job.text_settings, job.device, config.variant)
     prompts = [job.prompt(item % len(job.prompts)) for item in range(size)]
     return _timed(
@@ -117,7 +117,7 @@ def _time_text(job: Job) -> tuple[float, int]:
 def _time_latents(job: Job) -> tuple[float, int]:
     """Return seconds an image and the peak of memory, in bytes."""
     config = job.config
-    size = USUAL_VAE_BATCH if config.vae_batch_size == "auto" else config.vae_batch_size
+    size = latent_pass.USUAL_BATCH if config.vae_batch_size == "auto" else config.vae_batch_size
     encoder = LatentEncoder(job.base, job.latent_settings, job.device, config.variant)
     width, height = max(job.latent_settings.shapes, key=lambda shape: shape[0] * shape[1])
     pixels = torch.zeros(size, 3, height, width, dtype=torch.uint8)

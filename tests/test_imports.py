@@ -12,7 +12,7 @@ ALLOWED = {
     "shards": set(),
     "precompute": {"shards"},
     "train": {"shards"},
-    "infer": {"shards", "precompute.images", "precompute.sources"},
+    "infer": {"shards", "precompute.images", "precompute.opening", "precompute.sources"},
     "demo": {"shards", "precompute", "train", "infer"},
 }
 

@@ -10,14 +10,15 @@ from typing import Any
 
 import pytest
 from PIL import Image
-from precompute.fill50k import Folder
 
 from demo.circles import circles as draw
 from demo.circles import write_circles
 from precompute.config import PrecomputeConfig
+from precompute.fill50k import Folder
 from precompute.latents import LatentEncoder
 from precompute.run import precompute
 from precompute.text import TextEncoders
+from precompute.work import prepare_work
 from shards import manifest, sidecar, verify
 from shards.cache import Cache
 from tests.conftest import NUM_ROWS, SHARD_MB
@@ -32,9 +33,7 @@ class Encoded:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.records: dict[str, int] = {}
-        import precompute.passes as passes
-
-        original = passes.prepare_work
+        original = prepare_work
 
         def counting(product: Any, shard: int, about: Any) -> Any:
             work = original(product, shard, about)
@@ -43,7 +42,8 @@ class Encoded:
             self.records[kind] = self.records.get(kind, 0) + len(work.wanted)
             return work
 
-        monkeypatch.setattr(passes, "prepare_work", counting)
+        monkeypatch.setattr("precompute.text_pass.prepare_work", counting)
+        monkeypatch.setattr("precompute.latent_pass.prepare_work", counting)
 
     def taken(self) -> dict[str, int]:
         found, self.records = self.records, {}
