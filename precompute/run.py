@@ -56,7 +56,7 @@ def precompute(config: PrecomputeConfig) -> None:
         # What it says is about to be untrue. What it says of other controls is needed at the end.
         with contextlib.suppress(FileNotFoundError):  # another worker was first
             (cache / manifest.MANIFEST).rename(cache / manifest.PREVIOUS)
-    busy, start = Busy(), time.perf_counter()
+    busy = Busy(job.device)
     try:
         with between_shards() as check:
             validation_embeds = text_pass(job, check, busy)
@@ -67,7 +67,7 @@ def precompute(config: PrecomputeConfig) -> None:
         job.say(f"{cache}: {signal}, ended between shards; the same command goes on from here")
         raise SystemExit(signal.exit_code) from None
     if busy.seconds:
-        share = busy.seconds / (time.perf_counter() - start)
+        share = busy.seconds / (time.perf_counter() - busy.began)
         job.say(f"  encoders computed {share:.0%} of the time")
     _renew_captions(job)
     _finish(job, plan, before)

@@ -12,11 +12,13 @@ zeros. So a record that stands where it stood is taken over from the old shard, 
 import contextlib
 import itertools
 import time
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
+import torch
 from tqdm import tqdm
 
 from precompute.batch_size import BatchSize
@@ -63,17 +65,50 @@ class Encoded(Generic[Loaded]):
 
 
 class Busy:
-    """How long encoders computed, in seconds."""
+    """How long encoders computed.
 
-    def __init__(self) -> None:
-        self.seconds = 0.0
+    Args:
+        device: where they do; a GPU's own clock counts there.
+
+    Attributes:
+        began: when the first of them did, by `time.perf_counter`; 0 before.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.began = 0.0
+        self._seconds = 0.0
+        self._running: deque[tuple[torch.cuda.Event, torch.cuda.Event]] = deque()
 
     @contextlib.contextmanager
     def __call__(self) -> Iterator[None]:
-        """Count the time until the block ends."""
+        """Count the time until what the block asks for is computed."""
         start = time.perf_counter()
+        self.began = self.began or start
+        if self.device.type != "cuda":
+            yield
+            self._seconds += time.perf_counter() - start
+            return
+        events = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        events[0].record()
         yield
-        self.seconds += time.perf_counter() - start
+        events[1].record()
+        self._running.append(events)
+        while self._running[0][1].query() and len(self._running) > 1:
+            self._count_first()
+
+    def _count_first(self) -> None:
+        first, last = self._running.popleft()
+        self._seconds += first.elapsed_time(last) / 1000
+
+    @property
+    def seconds(self) -> float:
+        """How long they have computed so far."""
+        if self._running:
+            torch.cuda.synchronize(self.device)
+        while self._running:
+            self._count_first()
+        return self._seconds
 
 
 def batches_of(work: Work, size: int) -> Iterator[Batch]:

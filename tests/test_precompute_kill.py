@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,7 @@ from shards.errors import ShardError
 from tests.conftest import REPOSITORY, flags, run_python
 
 NUM_KILLS = 200
+NUM_KILLS_OF_WORKERS = 30
 
 
 def run_alone(config: PrecomputeConfig) -> None:
@@ -53,61 +55,103 @@ def is_complete(folder: Path) -> bool:
     return True
 
 
-@pytest.mark.slow
-def test_killed_at_any_moment_it_is_finished_to_the_same_bytes(fresh: PrecomputeConfig) -> None:
-    # Forked from a process that has imported everything and run nothing: a second a run.
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["precompute.run", "demo.base", "demo.vae"])
-    cache = fresh.output_dir
+class Workers:
+    """Workers of one cache, each with its part."""
 
-    def start() -> multiprocessing.process.BaseProcess:
-        process = context.Process(target=run_alone, args=(fresh,))
-        process.start()
-        return process
+    def __init__(self, config: PrecomputeConfig) -> None:
+        # Forked from a process that has imported everything and run nothing: a second a run.
+        self.context = multiprocessing.get_context("forkserver")
+        self.context.set_forkserver_preload(["precompute.run", "demo.base", "demo.vae"])
+        self.config = config
+        self.processes: list[multiprocessing.process.BaseProcess] = []
 
-    def finish() -> float:
-        """Run to the end; return how long writing took, in seconds."""
-        process = start()
-        begun = written_from(process)
-        process.join()
-        assert process.exitcode == 0
+    def start(self, count: int = 1) -> None:
+        """Start so many, and return when the first byte is written."""
+        parts = [f"{index}/{count}" for index in range(count)] if count > 1 else [None]
+        self.processes = [
+            self.context.Process(target=run_alone, args=(replace(self.config, part=part),))
+            for part in parts
+        ]
+        for process in self.processes:
+            process.start()
+        while not self.config.output_dir.exists() and self.processes[0].is_alive():
+            time.sleep(0.001)
+
+    def kill(self) -> None:
+        for process in self.processes:
+            process.kill()
+        for process in self.processes:
+            process.join()
+
+    def finish(self, count: int = 1) -> float:
+        """Run to the end; return how long it took from the first byte on, in seconds."""
+        self.start(count)
+        begun = time.monotonic()
+        for process in self.processes:
+            process.join()
+            assert process.exitcode == 0
         return time.monotonic() - begun
 
-    def written_from(process: multiprocessing.process.BaseProcess) -> float:
-        """Wait for the first byte; return when that was."""
-        while not cache.exists() and process.is_alive():
-            time.sleep(0.001)
-        return time.monotonic()
 
-    finish()
+def check_what_is_left(cache: Path, expected: dict[str, bytes], kill: int) -> bool:
+    """What counts as finished is whole; return whether all of it is."""
+    left = files(cache)
+    complete = is_complete(cache)
+    if complete:
+        assert left == expected, f"kill {kill}: passes for complete"
+    for name, data in left.items():
+        if name.endswith(".json"):
+            tar = name.replace(".json", ".tar")
+            assert data == expected[name], f"kill {kill}: {name}"
+            assert name == "manifest.json" or left[tar] == expected[tar], f"kill {kill}: {tar}"
+    return complete
+
+
+@pytest.mark.slow
+def test_killed_at_any_moment_it_is_finished_to_the_same_bytes(fresh: PrecomputeConfig) -> None:
+    workers, cache = Workers(fresh), fresh.output_dir
+    workers.finish()
     expected = files(cache)
     shutil.rmtree(cache)
-    duration_s = finish()
+    duration_s = workers.finish()
     assert files(cache) == expected
 
     rng = random.Random(0)
     unfinished = 0
     for kill in range(NUM_KILLS):
         shutil.rmtree(cache)
-        process = start()
-        written_from(process)
+        workers.start()
         time.sleep(rng.uniform(0, duration_s))
-        process.kill()
-        process.join()
-        # What counts as finished is whole; what does not is no cache.
-        left = files(cache)
-        complete = is_complete(cache)
-        unfinished += not complete
-        if complete:
-            assert left == expected, f"kill {kill}: passes for complete"
-        for name, data in left.items():
-            if name.endswith(".json"):
-                tar = name.replace(".json", ".tar")
-                assert data == expected[name], f"kill {kill}: {name}"
-                assert name == "manifest.json" or left[tar] == expected[tar], f"kill {kill}: {tar}"
-        finish()
+        workers.kill()
+        unfinished += not check_what_is_left(cache, expected, kill)
+        workers.finish()
         assert files(cache) == expected, f"kill {kill}: other bytes"
     assert unfinished > NUM_KILLS / 2
+
+
+@pytest.mark.slow
+def test_many_workers_killed_again_and_again_end_at_the_same_bytes(
+    fresh: PrecomputeConfig,
+) -> None:
+    workers, cache = Workers(fresh), fresh.output_dir
+    workers.finish()
+    expected = files(cache)
+    shutil.rmtree(cache)
+    duration_s = workers.finish()
+    shutil.rmtree(cache)
+
+    rng = random.Random(1)
+    resumed = 0
+    for kill in range(NUM_KILLS_OF_WORKERS):
+        resumed += cache.exists()
+        workers.start(rng.randint(1, 4))
+        time.sleep(rng.uniform(0, duration_s))
+        workers.kill()
+        if check_what_is_left(cache, expected, kill):
+            shutil.rmtree(cache)
+    workers.finish(rng.randint(1, 4))
+    assert files(cache) == expected
+    assert resumed > NUM_KILLS_OF_WORKERS / 2
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

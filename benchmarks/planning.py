@@ -1,0 +1,204 @@
+"""`python -m benchmarks.planning`: how long planning takes, and how much memory.
+
+Rows are made up as they are asked for: every image and conditioning image is another one, four
+captions of five are distinct. Their digests are remembered, as on every run but the first, which
+reads every file. Planned are SD3's records at 1024 px; then once more, from the plan of before,
+with the first hundredth of the rows changed. Nothing is encoded.
+"""
+
+import json
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import click
+import numpy as np
+from xxhash import xxh3_128_digest
+
+from benchmarks.synthetic import Shape
+from precompute import plan
+from precompute.inventory import take_inventory
+from precompute.layout import EMPTY, Layout
+from precompute.plan import ProductPlan
+from precompute.previous import layout_arrays
+from precompute.remembered import ENTRY, Remembered
+from precompute.sources import Kind, Row
+from shards.options import CONTEXT
+from shards.provenance import commit, machine, versions
+from shards.writer import write_text
+
+SD3_1024PX = Shape(side=128)
+GRID = (128, 128)
+SHARD_MB = 128.0
+DISTINCT = 0.8
+CHANGED = 100  # the first of so many parts of the rows
+
+
+class MadeUpRows:
+    """A source of any length.
+
+    Args:
+        num_rows: how long it is.
+        edition: another one has other contents in the first hundredth of its rows.
+    """
+
+    has_conditioning_images = True
+
+    def __init__(self, num_rows: int, edition: int = 0) -> None:
+        self.num_rows = num_rows
+        self.num_captions = int(num_rows * DISTINCT)
+        self.edition = edition
+
+    def __len__(self) -> int:
+        """Return the number of rows."""
+        return self.num_rows
+
+    def _changed(self, index: int) -> str:
+        return f" ({self.edition})" if self.edition and index < self.num_rows // CHANGED else ""
+
+    def rows(self, indices: Sequence[int]) -> Iterator[Row]:
+        """Return the rows of these numbers."""
+        for index in indices:
+            number = index % self.num_captions
+            caption = f"caption {number} of a photograph of something{self._changed(number)}"
+            yield Row(f"row {index}", f"images/{index}.jpg", f"edges/{index}.png", caption)
+
+    def read(self, index: int, kind: Kind) -> bytes:
+        """Never asked for: everything is remembered."""
+        raise AssertionError(f"row {index}: {kind} is not remembered")
+
+    def version(self, index: int, kind: Kind) -> bytes | None:
+        """Return what stands for path, size and time."""
+        return xxh3_128_digest(f"{kind[0]} {index}{self._changed(index)}".encode())
+
+
+def remember(path: Path, source: MadeUpRows) -> None:
+    """Write the digests of all images of a source, as a run that read them would have."""
+    kinds: tuple[Kind, ...] = ("image", "conditioning_image")
+    found = [source.version(index, kind) or b"" for kind in kinds for index in range(len(source))]
+    entries = np.zeros(len(found), ENTRY)
+    entries["version"] = np.frombuffer(b"".join(found), ">u8").reshape(-1, 2)
+    entries["digest"] = entries["version"] ^ np.uint64(0x5555555555555555)
+    entries["width"] = entries["height"] = 1024
+    np.save(path, entries[np.lexsort((entries["version"][:, 1], entries["version"][:, 0]))])
+
+
+def planned(
+    source: MadeUpRows, folder: Path, before: dict[str, Layout]
+) -> tuple[dict[str, ProductPlan], dict[str, float]]:
+    """Return the plans of text, latents and conditioning, and the seconds that each part took."""
+    seconds: dict[str, float] = {}
+    start = time.perf_counter()
+
+    def lap(name: str) -> None:
+        nonlocal start
+        seconds[name], start = time.perf_counter() - start, time.perf_counter()
+
+    remembered = Remembered(folder / f"hashes{source.edition}.npy", keep=False)
+    inventory = take_inventory(source, range(len(source)), remembered, conditioning=True)
+    lap("inventory")
+    prompts = plan.distinct_prompts(inventory)
+    lap("distinct prompts")
+    text = plan.plan_text(
+        folder, prompts, {"": 0}, SD3_1024PX.text_spec().tensors(), SHARD_MB, before["text"]
+    )
+    latents = plan.plan_latents(
+        folder,
+        plan.image_contents(inventory, mirrored=False),
+        np.zeros(len(inventory), np.int64),
+        {"": 0},
+        [SD3_1024PX.latent_spec().tensors("latent", GRID)],
+        SHARD_MB,
+        before["latents"],
+    )
+    lap("layout")
+    captions = plan.captions_of_shards(latents, inventory, prompts, text)
+    latents = plan.with_captions(latents, captions)
+    control = plan.plan_conditioning(folder, latents, inventory.conditionings, {"": 1})
+    products = {"text": text, "latents": latents, "conditioning": control}
+    for product in products.values():
+        assert len(product.fingerprints) == product.num_shards
+    layout_arrays({"text": text, "latents": latents})
+    lap("fingerprints")
+    return products, seconds
+
+
+def measure(num_rows: int, folder: Path) -> dict[str, Any]:
+    """Plan twice; return what it took."""
+    fresh, seconds = planned(
+        MadeUpRows(num_rows), folder, dict.fromkeys(("text", "latents"), EMPTY)
+    )
+    found: dict[str, Any] = {
+        "rows": num_rows,
+        "prompts": fresh["text"].num_records,
+        "shards": {name: product.num_shards for name, product in fresh.items()},
+        "seconds": seconds,
+        "total_s": sum(seconds.values()),
+        "peak_gb": _peak_gb(),
+    }
+    before = {name: fresh[name].layout for name in ("text", "latents")}
+    fingerprints = {name: product.fingerprints for name, product in fresh.items()}
+    del fresh
+    again, seconds = planned(MadeUpRows(num_rows, edition=1), folder, before)
+    found["again_s"] = sum(seconds.values())
+    found["again_peak_gb"] = _peak_gb()
+    found["again_same_shards"] = {
+        name: sum(
+            one == other
+            for one, other in zip(fingerprints[name], product.fingerprints, strict=False)
+        )
+        for name, product in again.items()
+    }
+    return found
+
+
+def _peak_gb() -> float:
+    """Return the peak of this process's own memory; pages of mapped files are the system's."""
+    status = Path("/proc/self/status").read_text()
+    if "RssAnon" not in status:
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
+    return next(int(line.split()[1]) for line in status.splitlines() if "VmHWM" in line) / 1e6
+
+
+@click.command(context_settings=CONTEXT)
+@click.option("--rows", default=10_000_000, show_default=True)
+@click.option("--folder", type=click.Path(path_type=Path), hidden=True)
+@click.option(
+    "--json",
+    "results",
+    type=click.Path(path_type=Path),
+    default=Path("benchmarks/results/planning.json"),
+    show_default=True,
+)
+def main(rows: int, folder: Path | None, results: Path) -> None:
+    """Measure the planning of ROWS rows."""
+    if folder is not None:  # in a process of its own, whose memory is planning's alone
+        click.echo(json.dumps(measure(rows, folder)))
+        return
+    with tempfile.TemporaryDirectory() as name:
+        for edition in (0, 1):
+            remember(Path(name) / f"hashes{edition}.npy", MadeUpRows(rows, edition))
+        arguments = ("-m", "benchmarks.planning", "--rows", str(rows), "--folder", name)
+        done = subprocess.run([sys.executable, *arguments], stdout=subprocess.PIPE, check=True)
+    found = json.loads(done.stdout)
+    figures = {**found, "machine": machine(), "versions": versions(), "commit": commit()}
+    write_text(results, json.dumps(figures, indent=1, sort_keys=True) + "\n")
+    for part, seconds in found["seconds"].items():
+        click.echo(f"{part:18s} {seconds:7.1f} s")
+    click.echo(
+        f"{rows} rows, {found['prompts']} prompts, {found['shards']} shards: "
+        f"{found['total_s']:.1f} s, {found['peak_gb']:.2f} GB"
+    )
+    click.echo(
+        f"again, the first of {CHANGED} parts changed: {found['again_s']:.1f} s, "
+        f"{found['again_peak_gb']:.2f} GB; shards as they were: {found['again_same_shards']}"
+    )
+
+
+if __name__ == "__main__":
+    main(prog_name="python -m benchmarks.planning")
