@@ -118,7 +118,7 @@ def report(figures: dict[str, Any]) -> None:
     for resolution, found in figures["bytes"].items():
         click.echo(f"{resolution} px, bytes a sample:")
         for name, size in found.items():
-            click.echo(f"  {name:52s} {size:12.0f}")
+            click.echo(f"  {name:52s} {size:12.0f}" if size > 10 else f"  {name:52s} {size:12.3f}")
 
 
 def speed(config: PrecomputeConfig) -> dict[str, dict[str, float]]:
