@@ -38,6 +38,7 @@ from shards.manifest import LatentSpec, TextSpec, conditioning_folder, validatio
 from shards.pretrained import find_base
 from shards.provenance import versions
 from shards.records import record_bytes
+from shards.sidecar import Summary
 
 HASHES = "hashes.npy"
 
@@ -82,12 +83,26 @@ class Job:
             validation_folder(self.config.conditioning_name): self.validation,
         }
 
+    @cached_property
+    def found(self) -> dict[Path, list[Summary | None]]:
+        """What was on disk as planned when this was first asked for, by product's folder."""
+        return {
+            product.folder: [product.finished(shard) for shard in range(product.num_shards)]
+            for product in self.products().values()
+        }
+
     def todo(self, product: ProductPlan) -> list[int]:
-        """Return the shards of this part that are not on disk as planned."""
+        """Return the shards of this part that were not on disk as planned."""
+        shards = enumerate(self.found[product.folder])
+        return [shard for shard, card in shards if card is None and self.part.has(shard)]
+
+    def outdated_captions(self) -> list[int]:
+        """Return kept latent shards of this part that point at other prompts than they should."""
+        shards = zip(self.found[self.latents.folder], self.latents.captions, strict=True)
         return [
             shard
-            for shard in range(product.num_shards)
-            if self.part.has(shard) and product.finished(shard) is None
+            for shard, (card, captions) in enumerate(shards)
+            if card is not None and card.captions != captions and self.part.has(shard)
         ]
 
     @property

@@ -6,6 +6,7 @@ import gc
 import time
 from collections.abc import Mapping
 
+import click
 import torch
 
 from precompute.config import PrecomputeConfig
@@ -78,10 +79,10 @@ def _finish(job: Job, plan: seal.Plan, before: Manifest | None) -> None:
     cache = job.config.output_dir
     missing = plan.missing(cache)
     if missing:
-        job.say(
+        click.echo(
             f"{cache}: part {job.part} is done; {seal.what_is_missing(plan, missing)}. "
             "Whichever part is last completes the cache; where the parts lie on several disks, "
-            f"copy them into one folder and run python -m shards seal."
+            "copy them into one folder and run python -m shards seal."
         )
         return
     was_complete = (cache / manifest.MANIFEST).is_file()
@@ -112,8 +113,7 @@ def say_what_is_to_do(job: Job, todo: Mapping[str, list[int]]) -> None:
 
 def _count_bad_rows_of_kept_shards(job: Job) -> None:
     for product in (job.latents, job.conditioning):
-        for shard in range(product.num_shards):
-            card = product.finished(shard)
+        for card in job.found[product.folder]:
             job.bad.add(card.skipped if card else [])
 
 
@@ -122,7 +122,7 @@ def _renew_captions(job: Job) -> None:
 
     Their tars stay as they are.
     """
-    for shard in _outdated_captions(job):
+    for shard in job.outdated_captions():
         card = sidecar.load(job.latents.folder, shard)
         if card is not None:
             plan = job.latents.shard(shard)
@@ -132,22 +132,12 @@ def _renew_captions(job: Job) -> None:
             write_sidecar(job.latents.folder, new)
 
 
-def _outdated_captions(job: Job) -> list[int]:
-    """Return kept latent shards of this part that point at other prompts than they should."""
-    found = []
-    for shard, captions in enumerate(job.latents.captions):
-        card = job.latents.finished(shard) if job.part.has(shard) else None
-        if card is not None and card.captions != captions:
-            found.append(shard)
-    return found
-
-
 def _changes_what_is_listed(job: Job, before: Manifest, todo: Mapping[str, list[int]]) -> bool:
     """Tell whether the work ahead touches a product that the present manifest vouches for."""
     if not (job.config.output_dir / manifest.MANIFEST).is_file():
         return False
     listed = dict(before.products())
-    return bool(_outdated_captions(job)) or any(
+    return bool(job.outdated_captions()) or any(
         folder in listed and (todo[folder] or listed[folder].num_shards != product.num_shards)
         for folder, product in job.products().items()
     )
@@ -157,14 +147,14 @@ def _report(job: Job, now: Manifest, before: Manifest | None) -> None:
     for other in before.conditioning if before else ():
         lost = before and before.validation[other].num_records
         if other not in now.conditioning:
-            job.say(f"conditioning {other!r} was made for other latents: make it again")
+            click.echo(f"conditioning {other!r} was made for other latents: make it again")
         elif lost and not now.validation[other].num_records:
-            job.say(f"validation pairs of {other!r} had other text encoders: make them again")
+            click.echo(f"validation pairs of {other!r} had other text encoders: make them again")
     if job.bad.reasons:
-        job.say(f"{len(job.bad.reasons)} rows were left out:\n{job.bad.table()}")
+        click.echo(f"{len(job.bad.reasons)} rows were left out:\n{job.bad.table()}")
     size = sum(product.num_bytes for _, product in now.products())
     per_prompt = now.latents.num_records / max(now.text.num_records - 1, 1)
-    job.say(
+    click.echo(
         f"{job.config.output_dir}: complete, {now.latents.num_records} images, "
         f"{now.text.num_records} prompts ({per_prompt:.1f} images each), {size / 1e6:.1f} MB"
     )

@@ -168,8 +168,7 @@ def require_space(folder: Path, num_bytes: int) -> None:
         OSError: with the folder and the space needed.
     """
     if num_bytes > shutil.disk_usage(folder).free:
-        error = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        raise cannot_write(folder / "…", error, num_bytes)
+        raise cannot_write(folder, OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), num_bytes)
 
 
 def move_into_place(temporary: Path, path: Path) -> None:
@@ -191,7 +190,7 @@ def cannot_write(path: Path, error: OSError, num_bytes: int) -> OSError:
     if error.errno in DISK_FULL:
         needed = f"about {num_bytes / 1e6:.1f} MB needed, " if num_bytes else ""
         with contextlib.suppress(OSError):
-            free = shutil.disk_usage(path.parent).free
+            free = shutil.disk_usage(path if path.is_dir() else path.parent).free
             reason += f" ({needed}{free / 1e6:.1f} MB free); make room and run again"
     return OSError(error.errno, f"cannot write: {reason}", str(path))
 

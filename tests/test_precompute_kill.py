@@ -145,7 +145,7 @@ def test_many_workers_killed_again_and_again_end_at_the_same_bytes(
     for kill in range(NUM_KILLS_OF_WORKERS):
         resumed += cache.exists()
         workers.start(rng.randint(1, 4))
-        time.sleep(rng.uniform(0, duration_s))
+        time.sleep(rng.uniform(0, 2 * duration_s))  # they share the cores
         workers.kill()
         if check_what_is_left(cache, expected, kill):
             shutil.rmtree(cache)
