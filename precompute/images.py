@@ -51,8 +51,9 @@ def size(data: bytes) -> tuple[int, int]:
     """
     try:
         with Image.open(io.BytesIO(data)) as image:
-            turned = image.getexif().get(ExifTags.Base.Orientation, 1) >= 5
-            return image.size[::-1] if turned else image.size
+            turned = image.getexif().get(ExifTags.Base.Orientation, 1) in range(5, 9)
+            # Pillow says of a TIFF, and of no other, what it is once it has been turned.
+            return image.size[::-1] if turned and image.format != "TIFF" else image.size
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise BadImage(f"not a readable image ({error})") from error
 

@@ -107,8 +107,9 @@ def test_half_a_colour_is_mixed_with_the_background() -> None:
     assert decode(encoded(image)).getpixel((0, 0)) == (244, 224, 204)
 
 
+@pytest.mark.parametrize("kind", ["PNG", "TIFF"])
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_photographs_are_turned_upright(orientation: int) -> None:
+def test_photographs_are_turned_upright(orientation: int, kind: str) -> None:
     upright = Image.effect_noise((40, 24), 50).convert("RGB")
     # How a camera stores it: the inverse of what the orientation asks the viewer to do.
     inverse = {
@@ -124,7 +125,7 @@ def test_photographs_are_turned_upright(orientation: int) -> None:
     exif = Image.Exif()
     exif[0x0112] = orientation
     buffer = io.BytesIO()
-    stored.save(buffer, "PNG", exif=exif)
+    stored.save(buffer, kind, exif=exif)
     assert np.array_equal(np.array(decode(buffer.getvalue())), np.array(upright))
     assert images.size(buffer.getvalue()) == upright.size
 
