@@ -35,12 +35,10 @@ def decode(data: bytes, background: str = BACKGROUND) -> Image.Image:
     try:
         with Image.open(io.BytesIO(data)) as image:
             return _to_rgb(ImageOps.exif_transpose(image), background)
-    except BadImage:
+    except (BadImage, MemoryError):
         raise
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        # Pillow names the BytesIO, which means nothing to a user.
-        reason = str(error).partition(" <_io.BytesIO")[0]
-        raise BadImage(f"not a readable image ({reason})") from error
+    except Exception as error:
+        raise _unreadable(error) from error
 
 
 def size(data: bytes) -> tuple[int, int]:
@@ -54,8 +52,17 @@ def size(data: bytes) -> tuple[int, int]:
             turned = image.getexif().get(ExifTags.Base.Orientation, 1) in range(5, 9)
             # Pillow says of a TIFF, and of no other, what it is once it has been turned.
             return image.size[::-1] if turned and image.format != "TIFF" else image.size
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise BadImage(f"not a readable image ({error})") from error
+    except MemoryError:
+        raise
+    except Exception as error:
+        raise _unreadable(error) from error
+
+
+def _unreadable(error: Exception) -> BadImage:
+    """Return what to say of an image that Pillow fails on, be it with an error of any kind."""
+    # Pillow names the BytesIO, which means nothing to a user.
+    reason = str(error).partition(" <_io.BytesIO")[0]
+    return BadImage(f"not a readable image ({reason or type(error).__name__})")
 
 
 def _to_rgb(image: Image.Image, background: str) -> Image.Image:

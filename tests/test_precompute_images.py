@@ -37,6 +37,16 @@ def test_what_is_no_image_says_why(data: bytes, reason: str) -> None:
     assert str(caught.value).startswith(reason)
 
 
+def test_whatever_pillow_raises_is_a_bad_image() -> None:
+    data = bytearray(encoded(Image.new("RGB", (8, 8)), "DDS"))
+    data[80:84] = bytes(4)  # flags that tell the format of the pixels
+    with pytest.raises(NotImplementedError):
+        Image.open(io.BytesIO(data))
+    for read in (decode, images.size):
+        with pytest.raises(BadImage, match=r"^not a readable image \(Unknown pixel format flags 0"):
+            read(bytes(data))
+
+
 def test_sixteen_bits_become_eight() -> None:
     values = np.arange(0, 1 << 16, 97, dtype=np.uint16)[: 25 * 25].reshape(25, 25) * 2
     pixels = np.array(decode(encoded(Image.fromarray(values))))
