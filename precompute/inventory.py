@@ -19,7 +19,7 @@ from precompute import images
 from precompute.images import BadImage
 from precompute.layout import Ids, Numbers
 from precompute.remembered import Content, Remembered
-from precompute.sources import Kind, Row, Source
+from precompute.sources import Kind, Row, Source, printable
 from shards.sidecar import LARGEST_CAPTIONS
 
 HASHING_THREADS = 8
@@ -132,12 +132,12 @@ class _Growing:
         number = len(self.ends) - 1
         captions, fault = _captions(row)
         if not fault and isinstance(picture, str):
-            fault = f"{row.image}: {picture}" if row.image else picture
+            fault = f"{printable(row.image)}: {picture}" if row.image else picture
         if fault:
             self.faults[number] = fault
             captions = b""
         elif isinstance(control, str):
-            name = row.conditioning_image
+            name = printable(row.conditioning_image)
             self.conditioning_faults[number] = f"{name}: {control}" if name else control
         image = NO_CONTENT if isinstance(picture, str) else picture
         self.images += _fault_digest(fault) if fault else image.digest

@@ -29,7 +29,7 @@ from precompute.part import Part, find_part
 from precompute.plan import ProductPlan, Prompts, ShardPlan
 from precompute.previous import layouts_before, why_made
 from precompute.remembered import Remembered
-from precompute.sources import Kind, Source
+from precompute.sources import Kind, Source, printable
 from precompute.text import COMPONENTS, TextSettings, text_identity, text_spec
 from shards import manifest, seal
 from shards.device import pick_device
@@ -137,7 +137,7 @@ class Job:
         """Return what a row's image, or conditioning image, is called."""
         (found,) = self.source.rows([int(self.inventory.rows[row])])
         name = found.image if kind == "image" else found.conditioning_image
-        return name or f"{found.where}, {kind}"
+        return printable(name) or f"{found.where}, {kind}"
 
     def prompt(self, item: int) -> str:
         """Return a prompt of the text product.

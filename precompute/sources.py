@@ -27,7 +27,7 @@ class Row:
     @property
     def name(self) -> str:
         """What the row is called in reports."""
-        return f"{self.where}, {self.image}" if self.image else self.where
+        return f"{self.where}, {printable(self.image)}" if self.image else self.where
 
     @property
     def prompts(self) -> list[Any]:
@@ -35,6 +35,11 @@ class Row:
         if not isinstance(self.prompt, list):
             return [self.prompt]
         return [one for at, one in enumerate(self.prompt) if one not in self.prompt[:at]]
+
+
+def printable(name: str) -> str:
+    r"""Return a file name as it can be printed: bytes that are no UTF-8 are written as \udcff."""
+    return name.encode("utf-8", "backslashreplace").decode()
 
 
 class Source(Protocol):

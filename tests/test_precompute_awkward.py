@@ -135,6 +135,7 @@ def image_cases() -> list[Case]:
         Case("dangling.png", lambda path: path.symlink_to("nowhere.png"), reason="No such file"),
         Case("missing.png", None, reason="No such file"),
         Case("nul\0.png", None, reason="not a file name"),
+        Case("half-\ud83d.png", None, reason="not a file name"),
         Case("shape.png", saved(rgb), rgb, reason="of another shape", conditioning=(100, 120)),
     ]
 
@@ -309,7 +310,8 @@ def test_bad_rows_are_named_with_their_reasons(
             assert card is not None
             reasons |= {one.row: one.reason for one in card.skipped}
     for number, case in bad:
-        row = f"line {number + 1}, target/{case.name}"
+        name = case.name.replace("\ud83d", r"\ud83d")
+        row = f"line {number + 1}, target/{name}"
         assert re.search(case.reason, reasons[row]), (row, reasons[row])
     assert len(reasons) == len(bad)
     assert all(not faults for _, faults in verify.faults(made.output_dir))
