@@ -29,7 +29,8 @@ class BadRows:
         """
         for one in rows:
             self.reasons.setdefault(one.row, one.reason)
-        if len(self.reasons) > self.max_fraction * self.num_rows:
+        # Divided, not multiplied: 0.29 * 100 is less than 29.
+        if self.reasons and len(self.reasons) / self.num_rows > self.max_fraction:
             strict = "" if self.max_fraction else " (--strict)"
             bound = f"--max-bad-fraction {self.max_fraction:g}{strict}"
             raise ShardError(

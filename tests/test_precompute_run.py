@@ -15,6 +15,7 @@ from diffusers.image_processor import VaeImageProcessor
 from PIL import Image
 from transformers import CLIPTextModelWithProjection, T5EncoderModel, T5TokenizerFast
 
+from precompute.bad_rows import BadRows
 from precompute.config import PrecomputeConfig
 from precompute.fill50k import Folder
 from precompute.run import precompute
@@ -286,6 +287,17 @@ def test_strict_stops_at_any_bad_row(
     with pytest.raises(ShardError, match=r"1 of 10 rows .* 0 \(--strict\) allows"):
         precompute(replace(config, strict=True))
     precompute(config)
+
+
+def test_the_bound_on_bad_rows_is_met_exactly() -> None:
+    # As the user types it, of a hundred rows; 0.29 * 100 is 28.999999999999996.
+    for number in range(101):
+        skipped = [Skipped(f"line {row}", "") for row in range(number + 1)]
+        bad = BadRows(100, float(f"{number / 100:.2f}"))
+        bad.add(skipped[:-1])
+        if number < 100:
+            with pytest.raises(ShardError, match=f"{number + 1} of 100 rows cannot be used"):
+                bad.add(skipped)
 
 
 def test_prompts_that_are_cut_are_counted(
