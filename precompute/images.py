@@ -14,6 +14,8 @@ from torch import Tensor
 
 BACKGROUND = "white"
 LARGEST_ASPECT_DIFFERENCE = 0.01
+# 0.4 GB in RGB; at 1024 pixels, of an image 128 times as long as wide.
+LARGEST_RESIZED_PX = 1 << 27
 
 
 class BadImage(ValueError):
@@ -112,7 +114,8 @@ def fit(
             brought to the same place as that one, pixel for pixel.
 
     Raises:
-        BadImage: it has another shape than the image that it belongs to.
+        BadImage: it has another shape than the image that it belongs to, or is so long and thin
+            that it would fill the memory.
     """
     width, height = like or image.size
     wide, high = image.width * height, image.height * width
@@ -126,6 +129,8 @@ def fit(
         resized = to_width, int(to_width * height / width)
     else:
         resized = int(to_height * width / height), to_height
+    if resized[0] * resized[1] > LARGEST_RESIZED_PX:
+        raise BadImage(f"{width} x {height} pixels, too long and thin for {to_width} x {to_height}")
     if image.size != resized:
         image = image.resize(resized, Image.Resampling.BILINEAR)
     left = round((resized[0] - to_width) / 2)

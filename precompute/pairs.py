@@ -43,10 +43,10 @@ def find_pairs(config: PrecomputeConfig, shapes: list[tuple[int, int]]) -> list[
     for prompt, path in config.validation_pairs():
         try:
             image, data = images.load(path, config.background)
+            bucket = int(nearest_buckets(np.array([image.size], np.int32), shapes)[0])
+            pixels = images.to_uint8(images.fit(image, shapes[bucket]))
         except BadImage as error:
             raise ConfigError(f"--validation-image {path}: {error}.") from error
-        bucket = int(nearest_buckets(np.array([image.size], np.int32), shapes)[0])
-        pixels = images.to_uint8(images.fit(image, shapes[bucket]))
         pairs.append(ValidationPair(prompt, hash_bytes(data), bucket, pixels))
     return pairs
 

@@ -123,6 +123,11 @@ def image_cases() -> list[Case]:
         Case("nearly.png", saved(rgb), rgb, conditioning=(200, 201)),
         Case("wide.png", saved(Image.fromarray(grain(1280, 64))), Image.fromarray(grain(1, 1))),
         Case("dot.png", saved(Image.fromarray(grain(1, 1))), Image.fromarray(grain(1, 1))),
+        Case(
+            "thread.png",
+            saved(Image.new("RGB", (40_000, 1))),
+            reason="40000 x 1 pixels, too long and thin for 64 x 64",
+        ),
         Case("empty.png", written(b""), reason="the file is empty"),
         Case("half.png", written(png(rgb)[:2000]), reason="not a readable image"),
         Case("half.jpg", written(jpeg.getvalue()[:900]), reason="not a readable image"),

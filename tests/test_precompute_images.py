@@ -84,6 +84,14 @@ def test_fit_resizes_the_shorter_side_and_crops_the_middle(
     assert np.array_equal(np.array(fit(image, 64)), np.array(expected))
 
 
+def test_long_thin_images_do_not_fill_the_memory() -> None:
+    # Resized to a height of 2^6 it has 2^17 * 2^6 pixels, to one of 2^10 2^21 * 2^10.
+    fit(Image.new("RGB", (1 << 11, 1)), 64)
+    with pytest.raises(BadImage, match=r"2048 x 1 pixels, too long and thin for 1024 x 1024"):
+        fit(Image.new("RGB", (1 << 11, 1)), 1024)
+    assert fit(Image.new("RGB", (1, 100)), (64, 256)).size == (64, 256)
+
+
 def test_pixels_equal_diffusers_own_preprocessing() -> None:
     image = Image.effect_noise((64, 64), 90).convert("RGB")
     uint8 = to_uint8(image)[None]
