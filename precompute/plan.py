@@ -24,6 +24,7 @@ from shards.records import TensorSpec, record_bytes
 from shards.sidecar import Summary
 
 SHARD_FILE = re.compile(r"(?P<shard>\d{6,9})\.(tar|json)(?P<temporary>\.tmp-[0-9a-f]+)?")
+TEMPORARY_FILE = re.compile(r"[a-z.]+\.tmp-[0-9a-f]+")
 # A shard is written in minutes, and its file's time moves on all the while.
 ABANDONED_AFTER_S = 3600
 # Two tar headers, padding, a safetensors header and JSON.
@@ -151,10 +152,27 @@ class ProductPlan:
             if name is None:
                 continue
             if name["temporary"]:
-                if time.time() - path.stat().st_mtime > ABANDONED_AFTER_S:
+                if _is_abandoned(path):
                     yield path
             elif int(name["shard"]) >= self.num_shards:
                 yield path
+
+
+def abandoned_files(cache: Path) -> list[Path]:
+    """Return what killed workers left half-written beside the products: digests, plans."""
+    return [
+        path
+        for path in cache.glob("*.tmp-*")
+        if TEMPORARY_FILE.fullmatch(path.name) and _is_abandoned(path)
+    ]
+
+
+def _is_abandoned(temporary: Path) -> bool:
+    """Tell whether nobody writes to a temporary file any more."""
+    try:
+        return time.time() - temporary.stat().st_mtime > ABANDONED_AFTER_S
+    except FileNotFoundError:  # another worker has just finished it
+        return False
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from precompute.config import PrecomputeConfig
 from precompute.interruption import InterruptedRun, between_shards
 from precompute.job import Job, prepare
 from precompute.latent_pass import latent_pass
+from precompute.plan import abandoned_files
 from precompute.previous import layout_arrays
 from precompute.stream import Busy
 from precompute.text_pass import text_pass
@@ -89,6 +90,8 @@ def _finish(job: Job, plan: seal.Plan, before: Manifest | None) -> None:
     for product in job.products().values():
         for path in product.surplus():
             path.unlink(missing_ok=True)
+    for path in abandoned_files(cache):
+        path.unlink(missing_ok=True)
     now = seal.seal(cache, plan)
     if was_complete and now == before:
         job.say(f"{cache}: already complete, nothing to do")

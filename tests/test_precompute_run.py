@@ -431,14 +431,16 @@ def test_other_controls_survive_an_interruption(
 def test_files_of_others_are_left_alone(fresh: PrecomputeConfig) -> None:
     (fresh.output_dir / "text").mkdir(parents=True)
     mine = [fresh.output_dir / "text" / name for name in ("captions.json", "000099.jsonl")]
-    stale = fresh.output_dir / "text" / "000001.tar.tmp-12"
-    busy = fresh.output_dir / "text" / "000001.tar.tmp-13"
-    for path in (*mine, stale, busy):
+    names = ("text/000001.tar", "hashes.npy", "plan.safetensors", "manifest.json")
+    stale = [fresh.output_dir / f"{name}.tmp-12" for name in names]
+    busy = [fresh.output_dir / f"{name}.tmp-13" for name in names]
+    for path in (*mine, *stale, *busy):
         path.write_text("x")
-    os.utime(stale, (0, 0))
+    for path in stale:
+        os.utime(path, (0, 0))
     precompute(fresh)
-    assert all(path.exists() for path in (*mine, busy))
-    assert not stale.exists()
+    assert all(path.exists() for path in (*mine, *busy))
+    assert not any(path.exists() for path in stale)
     strange = fresh.output_dir.parent / "strange"
     strange.mkdir()
     (strange / "thesis.tex").write_text("x")
