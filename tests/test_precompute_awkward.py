@@ -1,5 +1,6 @@
 """Awkward rows: each is encoded as anyone would by hand, or left out with a reason."""
 
+import contextlib
 import io
 import json
 import re
@@ -17,13 +18,18 @@ from diffusers.image_processor import VaeImageProcessor
 from PIL import Image, ImageOps
 
 from precompute.config import PrecomputeConfig
+from precompute.latents import LatentEncoder
 from precompute.run import precompute
+from precompute.text import TextEncoders
 from shards import manifest, sidecar, verify
 from shards.cache import Cache
 from shards.errors import ShardError
 from tests.conftest import RESOLUTION_PX
 
 BACKGROUND = "#2060a0"
+SHARD_LATENTS = 8  # of the settings' shard_mb
+TABLE_LINES = 20
+ROTATE_RIGHT = Image.Transpose.ROTATE_270
 Picture = Image.Image
 rng = np.random.default_rng(5)
 
@@ -39,7 +45,8 @@ class Case:
     Attributes:
         name: of the image file.
         write: makes the image file; None leaves none.
-        by_hand: the picture in RGB that should be encoded; None where the row is bad.
+        by_hand: the picture in RGB that should be encoded, or would but for its conditioning
+            image; None where no image is to be had.
         reason: pattern of why it is bad.
         prompt: its caption, or captions.
         conditioning: size of the conditioning image.
@@ -94,11 +101,17 @@ def image_cases() -> list[Case]:
     cmyk = io.BytesIO()
     rgb.convert("CMYK").save(cmyk, "jpeg", quality=95)
     frames = [rgb.quantize(32), grey.quantize(32)]
+    one, other = Image.fromarray(grain()), Image.fromarray(grain())
+    sideways = Image.fromarray(grain(128, 64))
+    flags = io.BytesIO()
+    rgb.save(flags, "dds")
+    unknown = flags.getvalue()[:80] + bytes(4) + flags.getvalue()[84:]  # the pixels' format
     huge = bytearray(png(rgb))
     huge[16:24] = (60_000).to_bytes(4, "big") * 2  # width and height, with a wrong checksum
     return [
         Case("plain.png", saved(rgb), rgb),
         Case("turned.jpg", written(jpeg.getvalue()), ImageOps.exif_transpose(Image.open(jpeg))),
+        Case("turned.tiff", saved(sideways, exif=exif), sideways.transpose(ROTATE_RIGHT)),
         Case("palette.png", saved(palette), palette.convert("RGB")),
         Case("clear.png", saved(clear, transparency=3), over_background(clear_rgba)),
         Case("grey.png", saved(grey), grey.convert("RGB")),
@@ -121,6 +134,7 @@ def image_cases() -> list[Case]:
         Case("scan.tiff", saved(rgb), rgb),
         Case("other-size.png", saved(rgb), rgb, conditioning=(240, 240)),
         Case("nearly.png", saved(rgb), rgb, conditioning=(200, 201)),
+        Case("one-percent.png", saved(rgb), rgb, conditioning=(200, 202)),
         Case("wide.png", saved(Image.fromarray(grain(1280, 64))), Image.fromarray(grain(1, 1))),
         Case("dot.png", saved(Image.fromarray(grain(1, 1))), Image.fromarray(grain(1, 1))),
         Case(
@@ -133,6 +147,7 @@ def image_cases() -> list[Case]:
         Case("half.jpg", written(jpeg.getvalue()[:900]), reason="not a readable image"),
         Case("page.png", written(b"<!DOCTYPE html><html></html>"), reason="not a readable image"),
         Case("huge.png", written(bytes(huge)), reason="not a readable image"),
+        Case("unknown.dds", written(unknown), reason="not a readable image"),
         Case(
             "float.tiff", saved(Image.fromarray(deep.astype(np.float32))), reason="floating point"
         ),
@@ -141,7 +156,9 @@ def image_cases() -> list[Case]:
         Case("missing.png", None, reason="No such file"),
         Case("nul\0.png", None, reason="not a file name"),
         Case("half-\ud83d.png", None, reason="not a file name"),
-        Case("shape.png", saved(rgb), rgb, reason="of another shape", conditioning=(100, 120)),
+        Case("shape.png", saved(one), one, reason="of another shape", conditioning=(100, 120)),
+        Case("over.png", saved(other), other, reason="of another shape", conditioning=(198, 200)),
+        Case("plain.png", None, rgb),  # a second time
     ]
 
 
@@ -246,8 +263,14 @@ def config(
 
 @pytest.fixture(scope="module")
 def made(config: PrecomputeConfig, cases: list[Case]) -> PrecomputeConfig:
-    precompute(config)
+    with said_file(config).open("w") as file, contextlib.redirect_stdout(file):
+        precompute(config)
     return config
+
+
+def said_file(config: PrecomputeConfig) -> Path:
+    """Return where the first run's output went."""
+    return config.output_dir.with_name("said.txt")
 
 
 def is_good(case: Case) -> bool:
@@ -302,38 +325,54 @@ def test_good_rows_hold_what_the_stock_vae_gives(
             )
 
 
-def test_bad_rows_are_named_with_their_reasons(
-    made: PrecomputeConfig, cases: list[Case], capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_bad_rows_are_named_with_their_reasons(made: PrecomputeConfig, cases: list[Case]) -> None:
     found = manifest.load(made.output_dir)
     bad = [(number, case) for number, case in enumerate(cases) if not is_good(case)]
     assert found.num_skipped == len(bad)
-    reasons = {}
-    for folder in ("latents", "conditioning/conditioning"):
-        for shard in range(found.latents.num_shards):
-            card = sidecar.load(made.output_dir / folder, shard)
-            assert card is not None
-            reasons |= {one.row: one.reason for one in card.skipped}
+    said = said_file(made).read_text().splitlines()
+    assert f"{len(bad)} rows were left out:" in said
+    table = said[said.index(f"{len(bad)} rows were left out:") + 1 :]
+    lines = 0
     for number, case in bad:
         name = case.name.replace("\ud83d", r"\ud83d")
         row = f"line {number + 1}, target/{name}"
+        # Each row has a slot, so a shard's rows are those of its eight.
+        reasons = {}
+        for folder in ("latents", "conditioning/conditioning"):
+            card = sidecar.load(made.output_dir / folder, number // SHARD_LATENTS)
+            assert card is not None
+            reasons |= {one.row: one.reason for one in card.skipped}
         assert re.search(case.reason, reasons[row]), (row, reasons[row])
-    assert len(reasons) == len(bad)
+        lines += f"  {row}: {reasons[row]}" in table
+    assert lines == TABLE_LINES
+    assert f"  … and {len(bad) - TABLE_LINES} more" in table
     assert all(not faults for _, faults in verify.faults(made.output_dir))
-    capsys.readouterr()
     # A row whose conditioning image is bad has a latent and is no sample.
-    assert found.latents.num_records == found.conditioning["conditioning"].num_records + 1
+    only_latents = sum(case.by_hand is not None for _, case in bad)
+    num_samples = found.conditioning["conditioning"].num_records
+    assert num_samples == len(cases) - len(bad)
+    assert found.latents.num_records == num_samples + only_latents
 
 
 def test_the_bound_and_strict(made: PrecomputeConfig, cases: list[Case], tmp_path: Path) -> None:
+    bad, rows = sum(not is_good(case) for case in cases), len(cases)
+    precompute(replace(made, max_bad_fraction=bad / rows))
+    with pytest.raises(ShardError, match=f"{bad} of {rows} rows cannot be used, more than"):
+        precompute(replace(made, max_bad_fraction=(bad - 1) / rows))
     with pytest.raises(ShardError, match=r"rows cannot be used, more than --max-bad-fraction 0\.1"):
         precompute(replace(made, output_dir=tmp_path / "a", max_bad_fraction=0.1))
     with pytest.raises(ShardError, match=r"--max-bad-fraction 0 \(--strict\)"):
         precompute(replace(made, output_dir=tmp_path / "b", strict=True))
+    for folder in ("a", "b"):
+        assert not list((tmp_path / folder).rglob("*.tar"))
 
 
 def test_taking_bad_rows_out_encodes_nothing(
-    made: PrecomputeConfig, cases: list[Case], source: Path, tmp_path: Path
+    made: PrecomputeConfig,
+    cases: list[Case],
+    source: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     cleaned = tmp_path / "cleaned"
     shutil.copytree(source, cleaned, symlinks=True)
@@ -343,18 +382,37 @@ def test_taking_bad_rows_out_encodes_nothing(
     cache = tmp_path / "cache"
     shutil.copytree(made.output_dir, cache)
 
-    def records(folder: Path) -> dict[str, str]:
-        return {
+    def never(*_: object) -> None:
+        raise AssertionError("nothing is new")
+
+    monkeypatch.setattr(LatentEncoder, "encode", never)
+    monkeypatch.setattr(TextEncoders, "encode", never)
+    precompute(replace(made, source=str(cleaned), output_dir=cache))
+    assert manifest.load(cache).num_skipped == 0
+    # Shards behind the last good row are gone. Of the others those change that held a latent
+    # without a conditioning latent, and lose no other record.
+    last = max(number for number, case in enumerate(cases) if is_good(case))
+    gone = [number for number, case in enumerate(cases) if case.by_hand and not is_good(case)]
+    changed = {number // SHARD_LATENTS for number in gone}
+    num_shards = last // SHARD_LATENTS + 1
+    assert changed < set(range(num_shards))
+    for folder in ("latents", "conditioning/conditioning"):
+        tars = [path.name for path in sorted((cache / folder).glob("*.tar"))]
+        assert tars == [f"{shard:06d}.tar" for shard in range(num_shards)]
+        for shard in range(num_shards):
+            old, new = (
+                sidecar.tar_path(one / folder, shard).read_bytes()
+                for one in (made.output_dir, cache)
+            )
+            assert (old != new) == (folder == "latents" and shard in changed)
+    before, after = (
+        {
             key: sums
-            for shard in range(manifest.load(folder).latents.num_shards)
-            if (card := sidecar.load(folder / "latents", shard))
+            for shard in range(num_shards)
+            if (card := sidecar.load(one / "latents", shard))
             for key, sums in zip(card.keys, card.checksums, strict=True)
         }
-
-    before = records(cache)
-    precompute(replace(made, source=str(cleaned), output_dir=cache))
-    after = records(cache)
-    assert manifest.load(cache).num_skipped == 0
-    gone = [case for case in cases if case.by_hand and not is_good(case)]
-    assert len(before) - len(after) == len(gone) == 1
+        for one in (made.output_dir, cache)
+    )
     assert after.items() <= before.items()
+    assert len(before) - len(after) == len(gone) == 2
