@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,6 +13,7 @@ import torch
 from diffusers import AutoencoderKL
 from diffusers.image_processor import VaeImageProcessor
 from PIL import Image, ImageOps
+from xxhash import xxh3_128_hexdigest
 
 from precompute.buckets import bucket_shapes, nearest_buckets
 from precompute.config import PrecomputeConfig
@@ -19,6 +21,7 @@ from precompute.run import precompute
 from shards import manifest, sidecar, verify
 from shards.cache import Cache
 from shards.errors import ConfigError
+from tests.conftest import REPOSITORY, flags, run_python
 from train.config import TrainConfig
 from train.run import train
 
@@ -161,6 +164,38 @@ def test_a_row_of_another_shape_adds_a_shard_and_touches_no_other(
             assert path.read_bytes() == data
 
 
+def test_the_first_row_of_a_shape_adds_a_shard_and_touches_no_other(
+    config: PrecomputeConfig, tmp_path: Path
+) -> None:
+    source = tmp_path / "no tall ones"
+    write_source(source, [size for size, bucket in SIZES.items() if bucket != 0])
+    wide = replace(config, source=str(source))
+    precompute(wide)
+
+    def tars() -> dict[Path, tuple[int, bytes]]:
+        return {
+            path: (path.stat().st_mtime_ns, path.read_bytes())
+            for product in ("latents", "conditioning")
+            for path in config.output_dir.rglob(f"{product}/**/*.tar")
+        }
+
+    before, buckets = tars(), manifest.load(config.output_dir).latents.shard_buckets
+    assert set(buckets) == {1, 2}
+    write_source(source, [(100, 310)], first=len(SIZES))
+    precompute(wide)
+    after, found = tars(), manifest.load(config.output_dir)
+    assert found.latents.shard_buckets == [*buckets, 0]
+    assert found.conditioning["conditioning"].shard_buckets == [*buckets, 0]
+    assert before.items() <= after.items()
+    assert len(after) - len(before) == 2
+    cached = Cache(config.output_dir)
+    for shard, bucket in enumerate(found.latents.shard_buckets):
+        width, height = SHAPES[bucket]
+        for index in range(found.latents.shard_records[shard]):
+            for tensor in cached.sample(shard, index)[1].values():
+                assert tensor.shape == (16, height // 8, width // 8)
+
+
 def test_training_on_buckets(
     config: PrecomputeConfig, train_config: TrainConfig, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -181,6 +216,20 @@ def test_mirrors_are_rows_of_their_own(
             picture = by_hand(image, SHAPES[bucket])
             close(plain[name], encoded(base, picture))
             close(mirror[name], encoded(base, ImageOps.mirror(picture)))
+    # Of each image two records, with keys of their own, that tell which image and which of both.
+    found = Cache(config.output_dir)
+    keys, halves = set(), []
+    for shard, count in enumerate(found.manifest.latents.shard_records):
+        for index in range(count):
+            keys.add(found.sample(shard, index)[0].rpartition("-")[2])
+            about = found.latents.about(shard, index)
+            halves.append((about["image_hash"], about.get("mirrored", False)))
+    hashes = {
+        xxh3_128_hexdigest((tmp_path / "source" / f"{number}.png").read_bytes())
+        for number in range(len(SIZES))
+    }
+    assert len(keys) == 2 * len(SIZES)
+    assert sorted(halves) == sorted((one, flip) for one in hashes for flip in (False, True))
 
 
 def test_canny_is_opencvs(config: PrecomputeConfig, base: Path, tmp_path: Path) -> None:
@@ -269,6 +318,39 @@ def test_a_changed_annotator_draws_again(
     said = capsys.readouterr().out
     assert "6 records in 3 shards, 0 kept, 3 to make (drawn_by was" in said
     assert {path: path.stat().st_mtime_ns for path in latents} == latents
+
+
+def test_a_changed_annotator_leaves_other_controls_alone(
+    config: PrecomputeConfig, base: Path, tmp_path: Path
+) -> None:
+    module = tmp_path / "turning.py"
+    module.write_text("def turned(image):\n    return image\n")
+    precompute(config)
+    turned = replace(config, conditioning_from="turning:turned", conditioning_name="turned")
+
+    def run() -> None:  # in a process of its own, which imports what the module is now
+        path = os.pathsep.join([str(tmp_path), str(REPOSITORY)])
+        outcome = run_python("-m", "precompute", *flags(turned), PYTHONPATH=path)
+        assert outcome.returncode == 0, outcome.stderr
+
+    def others() -> dict[Path, int]:
+        return {
+            path: path.stat().st_mtime_ns
+            for path in config.output_dir.rglob("*.tar")
+            if "turned" not in path.parts
+        }
+
+    run()
+    before = others()
+    module.write_text("def turned(image):\n    return image.rotate(180)\n")
+    run()
+    assert others() == before
+    cached = samples(turned)
+    for number, bucket in enumerate(SIZES.values()):
+        image = Image.open(tmp_path / "source" / f"{number}.png").convert("RGB")
+        picture = by_hand(image, SHAPES[bucket]).transpose(Image.Transpose.ROTATE_180)
+        close(cached[f"number {number}"][0]["conditioning_latent"], encoded(base, picture))
+    assert all(not faults for _, faults in verify.faults(config.output_dir))
 
 
 @pytest.mark.parametrize(
