@@ -17,17 +17,20 @@ import pytest
 from precompute.config import PrecomputeConfig
 from shards import manifest
 from shards.errors import ShardError
+from shards.seal import PLAN
 from tests.conftest import REPOSITORY, flags, run_python
 
 NUM_KILLS = 200
 NUM_KILLS_OF_WORKERS = 30
+KINDS = ("parts", "ranks", "machines")
 
 
-def run_alone(config: PrecomputeConfig) -> None:
+def run_alone(config: PrecomputeConfig, environment: dict[str, str]) -> None:
     import torch
 
     from precompute.run import precompute
 
+    os.environ |= environment
     torch.set_num_threads(1)
     with Path(os.devnull).open("w") as nowhere:
         os.dup2(nowhere.fileno(), 1)
@@ -55,6 +58,27 @@ def is_complete(folder: Path) -> bool:
     return True
 
 
+def shares(count: int, kind: str) -> list[tuple[str | None, dict[str, str]]]:
+    """Return `--part` and the environment of so many workers that share a cache.
+
+    Args:
+        count: of workers.
+        kind: `parts`, or `ranks` as `accelerate launch` gives them, or two `machines` with ranks on
+            each where the count is even.
+    """
+    if kind == "parts":
+        return [(f"{index}/{count}" if count > 1 else None, {}) for index in range(count)]
+    machines = 2 if kind == "machines" and count % 2 == 0 else 1
+    ranks = count // machines
+    return [
+        (
+            f"{index // ranks}/{machines}" if machines > 1 else None,
+            {"RANK": str(index % ranks), "WORLD_SIZE": str(ranks)},
+        )
+        for index in range(count)
+    ]
+
+
 class Workers:
     """Workers of one cache, each with its part."""
 
@@ -65,12 +89,13 @@ class Workers:
         self.config = config
         self.processes: list[multiprocessing.process.BaseProcess] = []
 
-    def start(self, count: int = 1) -> None:
-        """Start so many, and return when the first byte is written."""
-        parts = [f"{index}/{count}" for index in range(count)] if count > 1 else [None]
+    def start(self, count: int = 1, kind: str = "parts") -> None:
+        """Start so many, and return when the first byte is written; see `shares`."""
         self.processes = [
-            self.context.Process(target=run_alone, args=(replace(self.config, part=part),))
-            for part in parts
+            self.context.Process(
+                target=run_alone, args=(replace(self.config, part=part), environment)
+            )
+            for part, environment in shares(count, kind)
         ]
         for process in self.processes:
             process.start()
@@ -83,9 +108,9 @@ class Workers:
         for process in self.processes:
             process.join()
 
-    def finish(self, count: int = 1) -> float:
+    def finish(self, count: int = 1, kind: str = "parts") -> float:
         """Run to the end; return how long it took from the first byte on, in seconds."""
-        self.start(count)
+        self.start(count, kind)
         begun = time.monotonic()
         for process in self.processes:
             process.join()
@@ -144,14 +169,26 @@ def test_many_workers_killed_again_and_again_end_at_the_same_bytes(
     resumed = 0
     for kill in range(NUM_KILLS_OF_WORKERS):
         resumed += cache.exists()
-        workers.start(rng.randint(1, 4))
-        time.sleep(rng.uniform(0, 2 * duration_s))  # they share the cores
+        workers.start(rng.randint(1, 4), rng.choice(KINDS))
+        time.sleep(rng.uniform(0, duration_s))
         workers.kill()
         if check_what_is_left(cache, expected, kill):
             shutil.rmtree(cache)
-    workers.finish(rng.randint(1, 4))
+    # Of what kills leave half-written, that goes in the end which is older than an hour.
+    young, old = "000000000001", "000000000002"
+    for name in ("text/000000.tar", "latents/000001.json", "hashes.npy", PLAN, manifest.MANIFEST):
+        (cache / name).parent.mkdir(parents=True, exist_ok=True)
+        for path in (cache / f"{name}.tmp-{young}", cache / f"{name}.tmp-{old}"):
+            path.write_bytes(b"half")
+    hour_ago = time.time() - 3601
+    for path in cache.rglob("*.tmp-*"):
+        if not path.name.endswith(young):
+            os.utime(path, (hour_ago, hour_ago))
+    workers.finish(rng.randint(1, 4), rng.choice(KINDS))
+    assert len(list(cache.rglob("*.tmp-*"))) == len(list(cache.rglob(f"*.tmp-{young}"))) == 5
     assert files(cache) == expected
-    assert resumed > NUM_KILLS_OF_WORKERS / 2
+    assert PLAN in expected
+    assert resumed > NUM_KILLS_OF_WORKERS / 3
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
