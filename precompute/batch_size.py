@@ -72,5 +72,6 @@ def in_parts(
         except torch.OutOfMemoryError:
             if not size.may_shrink or size.now == 1:
                 raise
-            size.now //= 2
-            torch.cuda.empty_cache()
+        # Behind the handler: the error's traceback holds the tensors of the attempt.
+        size.now //= 2
+        torch.cuda.empty_cache()

@@ -1,6 +1,9 @@
 """--dry-run, the space that is needed, and the size of batches."""
 
+import json
 import re
+import shutil
+import weakref
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -58,6 +61,37 @@ def test_a_dry_run_of_a_finished_cache_has_nothing_to_make(
     assert "prompts at" not in said
 
 
+def test_a_dry_run_over_a_cache_that_lacks_a_row(
+    cache: Path,
+    fresh: PrecomputeConfig,
+    circles: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    source = tmp_path / "one more"
+    shutil.copytree(circles, source)
+    shutil.copy(source / "target" / "0.png", source / "target" / "new.png")
+    with (source / "prompt.json").open("a") as file:
+        row = {"source": "source/1.png", "target": "target/new.png", "prompt": "a new one"}
+        file.write("\n" + json.dumps(row))
+    shutil.copytree(cache, fresh.output_dir)
+    before = {path: path.stat().st_mtime_ns for path in fresh.output_dir.rglob("*")}
+    free_mb = shutil.disk_usage(fresh.output_dir).free / 1e6
+    precompute(replace(fresh, source=str(source), dry_run=True))
+    assert {path: path.stat().st_mtime_ns for path in fresh.output_dir.rglob("*")} == before
+    said = capsys.readouterr().out
+    assert f"{NUM_ROWS + 1} rows, {NUM_ROWS + 1} captions, {NUM_ROWS + 2} distinct" in said
+    # The last of six shards of two prompts has room for one; of eight images two shards hold ten,
+    # and three of eleven go into the second, with as many conditioning images.
+    for name, shards, to_make in (("text", 6, 1), ("latents", 2, 1)):
+        assert re.search(rf"^ *{name} +\d+ +{shards} +{to_make} ", said, re.MULTILINE), said
+    needed = 2 * (TEXT_BYTES + RECORD_OVERHEAD_BYTES) + 6 * (LATENT_BYTES + RECORD_OVERHEAD_BYTES)
+    found = re.search(r"^disk: ([\d.]+) MB needed, ([\d.]+) MB free at ", said, re.MULTILINE)
+    assert found is not None
+    assert found[1] == f"{needed / 1e6:.1f}"
+    assert float(found[2]) == pytest.approx(free_mb, rel=0.05)
+
+
 def test_what_does_not_fit_the_disk_is_not_begun(
     fresh: PrecomputeConfig,
     command: Callable[..., Outcome],
@@ -106,6 +140,27 @@ def test_batches_step_back_where_memory_is_full() -> None:
         in_parts(doubled(0, seen), [batch], size)
     with pytest.raises(torch.OutOfMemoryError):
         in_parts(doubled(3, seen), [batch], BatchSize(8))
+
+
+def test_what_failed_is_gone_before_memory_is_given_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[weakref.ref[Tensor]] = []
+    alive: list[int] = []
+
+    def compute(part: Tensor) -> dict[str, Tensor]:
+        activations = part.clone()
+        made.append(weakref.ref(activations))
+        if len(made) == 2:  # the second part of the first attempt
+            raise torch.OutOfMemoryError("full")
+        return {"same": activations}
+
+    def count() -> None:
+        alive.append(sum(one() is not None for one in made))
+
+    monkeypatch.setattr(torch.cuda, "empty_cache", count)
+    batch = torch.arange(8.0).reshape(8, 1)
+    found = in_parts(compute, [batch], BatchSize(4, may_shrink=True))
+    assert torch.equal(found["same"], batch)
+    assert alive == [0]
 
 
 def test_the_size_of_batches_is_as_told_or_the_usual_one_on_a_cpu() -> None:
