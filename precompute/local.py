@@ -8,7 +8,7 @@ from precompute.sources import SourceSettings
 from shards.errors import ConfigError
 
 if TYPE_CHECKING:
-    from datasets import Dataset
+    from datasets import Dataset, DatasetBuilder
 
 # What an image folder's table is called, and how other tables' names end.
 METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
@@ -16,6 +16,7 @@ TABLES = (".jsonl", ".json", ".csv", ".tsv", ".parquet")
 NO_TABLES = ("dataset_infos.json", "dataset_info.json")
 FILE_NAME = "file_name"
 LONGEST_REASON = 300
+IMAGE_FOLDER = "imagefolder"
 
 
 def load_local(settings: SourceSettings, path: Path, where: str) -> tuple["Dataset", Path]:
@@ -29,7 +30,12 @@ def load_local(settings: SourceSettings, path: Path, where: str) -> tuple["Datas
     Raises:
         ConfigError: `datasets` cannot read it, or it has several splits and none is `train`.
     """
-    from datasets import load_dataset, load_from_disk
+    from datasets import (
+        concatenate_datasets,
+        load_dataset,
+        load_dataset_builder,
+        load_from_disk,
+    )
     from datasets.data_files import EmptyDatasetError
     from datasets.exceptions import DataFilesNotFoundError
 
@@ -47,12 +53,20 @@ def load_local(settings: SourceSettings, path: Path, where: str) -> tuple["Datas
                 f"{where}: not fill50k, no {PROMPTS} in this folder. Did you mean "
                 f"{inner[0].parent}?"
             )
-        loaded = load_dataset(
+        builder = load_dataset_builder(
             str(folder),
             settings.dataset_config_name,
             data_files=None if table is None else table.name,
             cache_dir=cache_dir,
         )
+        if builder.name == IMAGE_FOLDER and len(lists := _lists_of_images(builder, where)) > 1:
+            parts = [
+                load_dataset(IMAGE_FOLDER, data_files=one, split="train", cache_dir=cache_dir)
+                for one in lists
+            ]
+            return concatenate_datasets(parts), folder
+        builder.download_and_prepare()
+        loaded = builder.as_dataset()
     except ConfigError:
         raise
     except (EmptyDatasetError, DataFilesNotFoundError) as error:
@@ -66,8 +80,12 @@ def load_local(settings: SourceSettings, path: Path, where: str) -> tuple["Datas
     return _with_image_columns(pick_split(loaded, where)), folder
 
 
-def pick_split(loaded: Any, where: str) -> "Dataset":
-    """Return the split called `train`, or the only one.
+def pick_split(loaded: Any, where: str) -> Any:
+    """Return what belongs to the split called `train`, or to the only one.
+
+    Args:
+        loaded: a mapping from splits' names, or what has no splits, which is returned as it is.
+        where: the data set as the user named it, for errors.
 
     Raises:
         ConfigError: several splits, and none is `train`.
@@ -75,7 +93,7 @@ def pick_split(loaded: Any, where: str) -> "Dataset":
     if not isinstance(loaded, dict):
         return loaded
     if "train" in loaded or len(loaded) == 1:
-        return loaded.get("train") or next(iter(loaded.values()))
+        return loaded["train" if "train" in loaded else next(iter(loaded))]
     raise ConfigError(f"{where}: no split 'train'; it has {', '.join(map(str, loaded))}.")
 
 
@@ -102,6 +120,16 @@ def _only_table(path: Path) -> Path | None:
         return found[0] if len(found) == 1 and found[0].parent == path else None
     tables = [one for one in path.iterdir() if one.suffix in TABLES and one.name not in NO_TABLES]
     return tables[0] if len(tables) == 1 else None
+
+
+def _lists_of_images(builder: "DatasetBuilder", where: str) -> list[str]:
+    """Return the files that list an image folder's rows, in the order of their paths.
+
+    `datasets` itself would keep several tables in a set, and so put their rows in another order
+    with every process.
+    """
+    files = pick_split(builder.config.data_files or {}, where)
+    return sorted(one for one in files if Path(one).name in METADATA)
 
 
 def _with_image_columns(dataset: "Dataset") -> "Dataset":

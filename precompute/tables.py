@@ -94,6 +94,8 @@ class Table:
         path = self._path(index, kind)
         if not path:
             raise OSError("the row has no image")
+        if path.startswith("zip://"):
+            raise OSError("lies in an archive; unpack it beside its table first")
         if "://" in path:
             raise OSError("is an address, not a file; images are not downloaded one by one")
         if self.folder is None and not os.path.isabs(path):  # noqa: PTH117

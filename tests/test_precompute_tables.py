@@ -95,7 +95,7 @@ def write_csv_folder(folder: Path) -> None:
 
 
 def write_inner_folders(folder: Path) -> None:
-    """A metadata.jsonl for each folder of images, which is for `datasets` to put together."""
+    """A metadata.jsonl for each folder of images; read in the order of their paths."""
     for half, numbers in (("train", [0]), ("train/more", [1, 2])):
         (folder / half).mkdir()
         for number in numbers:
