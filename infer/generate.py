@@ -1,5 +1,7 @@
 """Drawing one picture after the other with the stock StableDiffusion3ControlNetPipeline."""
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import click
@@ -24,14 +26,17 @@ def generate(config: GenerateConfig) -> None:
         ConfigError: an image cannot be read, or base model and ControlNet do not go together.
         OSError: the output cannot be written; finished pictures are kept.
     """
-    pairs = [(prompt, path, _load(path)) for prompt, path in config.pairs()]
+    loaded = [(prompt, path, _load(path)) for prompt, path in config.pairs()]
     pipeline = load_pipeline(config)
     convention = find_convention(config, pipeline)
+    pairs = [
+        (prompt, _checked(path, partial(images.fit, image, convention.resolution_px)))
+        for prompt, path, image in loaded
+    ]
     config.output_dir.mkdir(parents=True, exist_ok=True)
     write_run(config.output_dir, "infer", config)
     rows = []
-    for number, (prompt, _, image) in enumerate(tqdm(pairs, unit="picture", disable=None)):
-        conditioning = images.fit(image, convention.resolution_px)
+    for number, (prompt, conditioning) in enumerate(tqdm(pairs, unit="picture", disable=None)):
         picture = draw(pipeline, prompt, conditioning, convention, config)
         path = config.output_dir / f"{number:03d}.png"
         save_png(path, picture)
@@ -71,7 +76,11 @@ def draw(
 
 
 def _load(path: Any) -> Image.Image:
+    return _checked(path, lambda: images.load(path)[0])
+
+
+def _checked(path: Any, prepare: Callable[[], Image.Image]) -> Image.Image:
     try:
-        return images.load(path)[0]
+        return prepare()
     except BadImage as error:
         raise ConfigError(f"--image {path}: {error}.") from error

@@ -145,6 +145,17 @@ def test_bad_input_ends_in_one_line(
     assert not config.output_dir.exists()
 
 
+def test_a_thin_line_of_an_image_ends_in_one_line(
+    config: GenerateConfig, command: Callable[..., Outcome], tmp_path: Path
+) -> None:
+    thin = tmp_path / "thin.png"
+    Image.new("1", (1, 60_000)).save(thin)
+    outcome = command("infer", "generate", *flags(replace(config, image=(thin, thin))))
+    assert outcome.exit_code == 2
+    assert f"--image {thin}: " in outcome.output
+    assert not config.output_dir.exists()
+
+
 def test_a_controlnet_for_another_base_is_refused(
     config: GenerateConfig, controlnet: Path, tmp_path: Path
 ) -> None:
