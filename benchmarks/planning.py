@@ -107,10 +107,12 @@ def planned(
     text = plan.plan_text(
         folder, prompts, {"": 0}, SD3_1024PX.text_spec().tensors(), SHARD_MB, before["text"]
     )
+    none_held_out = np.zeros(len(inventory), bool)
     latents = plan.plan_latents(
         folder,
-        plan.image_contents(inventory, mirrored=False),
+        plan.image_contents(inventory, none_held_out, mirrored=False),
         np.zeros(len(inventory), np.int64),
+        none_held_out,
         {"": 0},
         [SD3_1024PX.latent_spec().tensors("latent", GRID)],
         SHARD_MB,

@@ -69,7 +69,7 @@ class PrecomputeConfig:
     max_train_samples: int | None = option(
         None, help="Encode so many rows at most, chosen by --seed; a larger number keeps those."
     )
-    seed: int = option(0, help="Of the choice of rows.")
+    seed: int = option(0, help="Of the choices of rows.")
     conditioning_name: str = option(
         DEFAULT_CONDITIONING,
         help="Name of this kind of control; a new one is added to those that the cache holds.",
@@ -96,6 +96,11 @@ class PrecomputeConfig:
         (),
         help="Conditioning images of the validation pairs; repeatable. One prompt goes with "
         "all images, or one image with all prompts.",
+    )
+    validation_rows: int = option(
+        0,
+        help="Hold out so many rows, chosen by --seed; training measures its loss on them and "
+        "does not learn from them.",
     )
     cache_dtype: Literal["float16", "bfloat16", "float32"] = option(
         "float16", help="Number format of everything stored."
@@ -161,6 +166,8 @@ class PrecomputeConfig:
         find_part(self.part, {})
         if self.max_train_samples is not None and self.max_train_samples < 1:
             raise ConfigError(f"--max-train-samples {self.max_train_samples}: must be at least 1.")
+        if self.validation_rows < 0:
+            raise ConfigError(f"--validation-rows {self.validation_rows}: must be at least 0.")
         if self.shard_mb <= 0:
             raise ConfigError(f"--shard-mb {self.shard_mb:g}: must be above 0.")
         if not 0 <= self.max_bad_fraction <= 1:

@@ -9,12 +9,14 @@ from typing import Any
 import click
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from precompute import plan
 from precompute.annotators import Annotator, find_annotator
 from precompute.bad_rows import BadRows, bad_rows
 from precompute.buckets import bucket_shapes, nearest_buckets
 from precompute.config import PrecomputeConfig
+from precompute.held_out import held_out_rows
 from precompute.inventory import (
     Inventory,
     chosen,
@@ -61,6 +63,7 @@ class Job:
     latent_spec: LatentSpec
     conditioning_spec: LatentSpec
     inventory: Inventory
+    held_out: NDArray[np.bool_]
     prompts: Prompts
     text_addresses: Any
     pairs: list[ValidationPair]
@@ -164,7 +167,11 @@ class Job:
 
     def about(self, product: ProductPlan, item: int) -> dict[str, Any]:
         """Return the JSON member of an image's or a conditioning image's record."""
-        about = plan.about_image(product.contents[:, :2], item, self.copies)
+        about = plan.about_image(
+            product.contents[item, :2],
+            mirrored=self.is_mirrored(item),
+            held_out=bool(self.held_out[self.row_of(item)]),
+        )
         if product is self.conditioning:
             about["conditioning_hash"] = digest_hex(product.contents[item, 2:])
         return about
@@ -193,7 +200,7 @@ class Job:
                     dict(product.identity),
                     list(product.fingerprints),
                     list(product.captions),
-                    [] if product is self.text else product.layout.buckets.tolist(),
+                    [] if product is self.text else product.buckets,
                 )
                 for folder, product in self.products().items()
             },
@@ -202,6 +209,7 @@ class Job:
             latent_spec=self.latent_spec,
             conditioning_spec=self.conditioning_spec,
             buckets=self.latent_settings.grids(self.latent_spec.vae_scale_factor),
+            held_out=self.latents.held_out,
             made_by={
                 "base": self.config.pretrained_model_name_or_path,
                 "revision": self.config.revision,
@@ -261,6 +269,7 @@ def prepare(config: PrecomputeConfig) -> Job:
     bad = BadRows(len(rows), 0.0 if config.strict else config.max_bad_fraction)
     bad.add(bad_rows(source, inventory))
 
+    held_out = held_out_rows(inventory, config.validation_rows, config.seed)
     grids = latent_settings.grids(latents.vae_scale_factor)
     before = layouts_before(cache, {"text": text_id, "latents": latent_id})
     prompts = plan.distinct_prompts(inventory)
@@ -268,11 +277,12 @@ def prepare(config: PrecomputeConfig) -> Job:
         cache / "text", prompts, text_id, texts.tensors(), config.shard_mb, before["text"]
     )
     copies = 2 if config.random_flip else 1
-    contents = plan.image_contents(inventory, mirrored=config.random_flip)
+    contents = plan.image_contents(inventory, held_out, mirrored=config.random_flip)
     latent = plan.plan_latents(
         cache / "latents",
         contents,
         np.repeat(nearest_buckets(inventory.sizes, latent_settings.shapes), copies),
+        np.repeat(held_out, copies),
         latent_id,
         [latents.tensors("latent", grid) for grid in grids],
         config.shard_mb,
@@ -308,6 +318,7 @@ def prepare(config: PrecomputeConfig) -> Job:
         latent_spec=latents,
         conditioning_spec=conditioning,
         inventory=inventory,
+        held_out=held_out,
         prompts=prompts,
         text_addresses=plan.text_addresses(text),
         pairs=pairs,

@@ -14,8 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from xxhash import xxh3_128_digest
 
+from precompute.held_out import HELD_OUT
 from precompute.inventory import Inventory, digest_hex, digests_of
 from precompute.layout import EMPTY, Ids, Layout, Numbers, arrange, first_of_each, items_of_slots
 from shards import sidecar
@@ -67,7 +69,8 @@ class ProductPlan:
     Attributes:
         folder: they go into.
         identity: what a record's bytes depend on besides its content; plain JSON values.
-        layout: where the items stand.
+        layout: where the items stand; its buckets from `len(record_bytes)` on are those of shards
+            that are held out of training.
         items: number of the item in each slot, [S]; -1 where there is none.
         contents: all that each item's bytes depend on, as digests, [items, 2 or 4]; the first 64
             bits are the item's id.
@@ -87,6 +90,16 @@ class ProductPlan:
     def num_shards(self) -> int:
         """How many shards there are to be."""
         return self.layout.num_shards
+
+    @cached_property
+    def buckets(self) -> list[int]:
+        """Return the bucket of each shard."""
+        return [int(bucket) for bucket in self.layout.buckets % len(self.record_bytes)]
+
+    @property
+    def held_out(self) -> list[int]:
+        """Return the shards that are held out of training."""
+        return np.flatnonzero(self.layout.buckets >= len(self.record_bytes)).tolist()
 
     @property
     def num_records(self) -> int:
@@ -126,7 +139,7 @@ class ProductPlan:
         """Return the plan of one shard."""
         return ShardPlan(
             shard,
-            int(self.layout.buckets[shard]),
+            self.buckets[shard],
             *self._slots(shard),
             self.fingerprints[shard],
             self.captions[shard] if self.captions else "",
@@ -225,17 +238,25 @@ def plan_text(
     return ProductPlan(folder, identity, layout, items, prompts.digests, [record_bytes(tensors)])
 
 
-def image_contents(inventory: Inventory, *, mirrored: bool) -> Ids:
-    """Return what each latent is of, [N, 2]; [2 N, 2] where each row is followed by its mirror."""
+def image_contents(inventory: Inventory, held_out: NDArray[np.bool_], *, mirrored: bool) -> Ids:
+    """Return what each latent is of, [N, 2]; [2 N, 2] where each row is followed by its mirror.
+
+    Args:
+        inventory: of all rows.
+        held_out: which of them are, [N].
+        mirrored: whether there are mirrors.
+    """
+    contents = np.where(held_out[:, None], inventory.images ^ HELD_OUT, inventory.images)
     if not mirrored:
-        return inventory.images
-    return np.stack([inventory.images, inventory.images ^ MIRROR], axis=1).reshape(-1, 2)
+        return contents
+    return np.stack([contents, contents ^ MIRROR], axis=1).reshape(-1, 2)
 
 
 def plan_latents(
     folder: Path,
     contents: Ids,
     buckets: Numbers,
+    held_out: NDArray[np.bool_],
     identity: Mapping[str, Any],
     tensors: Sequence[Mapping[str, TensorSpec]],
     shard_mb: float,
@@ -247,13 +268,15 @@ def plan_latents(
         folder: of the product.
         contents: see `image_contents`.
         buckets: of each.
+        held_out: which of them are held out of training; they get shards of their own.
         identity: see `ProductPlan`.
         tensors: of a record, by bucket.
         shard_mb: size of a shard, in 10^6 bytes.
         before: the layout to start from.
     """
     sizes = [records_per_shard(shard_mb, one) for one in tensors]
-    layout, slots = arrange(contents[:, 0], buckets, sizes, before)
+    places = buckets + len(sizes) * held_out
+    layout, slots = arrange(contents[:, 0], places, [*sizes, *sizes], before)
     items = items_of_slots(layout, slots)
     return ProductPlan(
         folder, identity, layout, items, contents, [record_bytes(one) for one in tensors]
@@ -315,17 +338,20 @@ def key(shard: int, row: int, item_id: Any) -> str:
     return f"{shard:06d}-{row:05d}-{int(item_id) % (1 << 64):016x}"  # arrays hold it signed
 
 
-def about_image(contents: Ids, item: int, copies: int) -> dict[str, Any]:
+def about_image(content: Any, *, mirrored: bool, held_out: bool) -> dict[str, Any]:
     """Return what a latent's JSON member says of its image.
 
     Args:
-        contents: see `image_contents`.
-        item: number of the latent.
-        copies: 2 where each row is followed by its mirror.
+        content: see `image_contents`, [2].
+        mirrored: whether it is a mirror.
+        held_out: whether it is held out of training.
     """
-    if copies == 2 and item % 2:
-        return {"image_hash": digest_hex(contents[item] ^ MIRROR), "mirrored": True}
-    return {"image_hash": digest_hex(contents[item])}
+    about: dict[str, Any] = {}
+    for is_so, name, bits in ((mirrored, "mirrored", MIRROR), (held_out, "held_out", HELD_OUT)):
+        if is_so:
+            about[name] = True
+            content = content ^ bits
+    return {"image_hash": digest_hex(content)} | about
 
 
 def records_per_shard(shard_mb: float, tensors: Mapping[str, TensorSpec]) -> int:

@@ -118,8 +118,7 @@ def _from_sidecars(cache: Path, name: str, identity: Mapping[str, Any]) -> Layou
             slots[place_of(key)[1]] = int(key.rpartition("-")[2], 16)
         ids += slots
         starts.append(len(ids))
-    return Layout(
-        np.array(ids, np.uint64),
-        np.array(starts, np.int64),
-        np.array(product.shard_buckets or [0] * product.num_shards, np.int64),
-    )
+    buckets = np.array(product.shard_buckets or [0] * product.num_shards, np.int64)
+    if name == "latents":
+        buckets[before.held_out] += len(before.buckets)
+    return Layout(np.array(ids, np.uint64), np.array(starts, np.int64), buckets)

@@ -157,8 +157,10 @@ def _report(job: Job, now: Manifest, before: Manifest | None) -> None:
         click.echo(f"{len(job.bad.reasons)} rows were left out:\n{job.bad.table()}")
     size = sum(product.num_bytes for _, product in now.products())
     per_prompt = now.latents.num_records / max(now.text.num_records - 1, 1)
+    held = sum(now.latents.shard_records[shard] for shard in now.held_out)
+    held_out = f" ({held} held out of training)" if held else ""
     click.echo(
-        f"{job.config.output_dir}: complete, {now.latents.num_records} images, "
+        f"{job.config.output_dir}: complete, {now.latents.num_records} images{held_out}, "
         f"{now.text.num_records} prompts ({per_prompt:.1f} images each), {size / 1e6:.1f} MB"
     )
 

@@ -159,6 +159,8 @@ class Manifest:
         conditioning_specs: what they are, by the same names.
         validation: records of validation pairs, shaped as text and conditioning records are, by
             the same names.
+        held_out: shards of latents, and so of conditioning latents, that training leaves out and
+            measures its loss on; ascending.
         captions: digest of which prompts caption which image; see `captions_digest`.
         num_skipped: source rows that were left out.
         made_by: versions and base model, for people; nothing depends on it.
@@ -175,6 +177,7 @@ class Manifest:
     validation: dict[Name, Product]
     captions: str
     num_skipped: Count
+    held_out: list[Count] = field(default_factory=list)
     made_by: dict[str, Any] = field(default_factory=dict)
     format_version: int = FORMAT_VERSION
 
@@ -184,7 +187,7 @@ class Manifest:
         Raises:
             ValueError: naming them.
         """
-        names = set(self.conditioning)
+        names, num_latents = set(self.conditioning), self.latents.num_shards
         if names != set(self.conditioning_specs) or names != set(self.validation):
             raise ValueError("conditioning, conditioning_specs and validation name other controls")
         for name, spec in self.conditioning_specs.items():
@@ -193,10 +196,12 @@ class Manifest:
             if ours[""].shape != latents[""].shape:
                 raise ValueError(f"conditioning {name!r} {ours['']} beside latents {latents['']}")
         for name, product in self.conditioning.items():
-            if product.num_shards != self.latents.num_shards:
+            if product.num_shards != num_latents:
                 raise ValueError(f"conditioning {name!r} has not as many shards as latents")
             if product.shard_buckets != self.latents.shard_buckets:
                 raise ValueError(f"conditioning {name!r} has other shard_buckets than latents")
+        if self.held_out != sorted({shard for shard in self.held_out if shard < num_latents}):
+            raise ValueError(f"held_out {self.held_out[:4]} … of {num_latents} shards of latents")
         largest = max(range(len(self.buckets)), key=lambda at: math.prod(self.buckets[at]))
         for folder, product in self.products():
             expected = 0 if folder == "text" else product.num_shards
@@ -246,6 +251,13 @@ class Manifest:
         ):
             counts[bucket] += records
         return counts
+
+    def training_records(self, conditioning_name: str) -> list[int]:
+        """Return how many samples each shard of a control has for training: 0 if held out."""
+        records = list(self.conditioning[conditioning_name].shard_records)
+        for shard in self.held_out:
+            records[shard] = 0
+        return records
 
     def fingerprints(self, conditioning_name: str) -> dict[str, str]:
         """Return the digests of all that training on one control reads, its order included."""

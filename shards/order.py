@@ -51,7 +51,7 @@ class Order:
     """Maps places to records.
 
     Args:
-        shard_records: how many records each shard has.
+        shard_records: how many records each shard has; one that has none takes no part.
         seed: of the permutations, at least 0.
         window: shards mixed at a time; None mixes all.
         shard_buckets: each shard's bucket; by default they are all of one.
@@ -71,15 +71,16 @@ class Order:
         self.sizes = list(shard_records)
         self.num_records = sum(self.sizes)
         self.seed = seed
-        self.window = window or len(self.sizes) or 1
+        self.shards = [shard for shard, size in enumerate(self.sizes) if size]
+        self.window = window or len(self.shards) or 1
         self.buckets = list(shard_buckets) or [0] * len(self.sizes)
         assert len(self.buckets) == len(self.sizes), "a bucket for each shard"
-        self.several_buckets = len(set(self.buckets)) > 1
+        self.several_buckets = len({self.buckets[shard] for shard in self.shards}) > 1
         self.group = group if self.several_buckets else 1
         self._epoch = lru_cache(2)(self._laid_out)
         # Windows of several buckets are filled up, each epoch's in another way. Else epochs are
         # equally long and there is nothing to note.
-        self._equal = not self.several_buckets or self.window >= len(self.sizes)
+        self._equal = not self.several_buckets or self.window >= len(self.shards)
         self._starts = [0]
         self._counting = Lock()
 
@@ -162,9 +163,7 @@ class Order:
 
     def _laid_out(self, epoch: int) -> _Epoch:
         key = self._key(epoch, 0)
-        order = sorted(
-            range(len(self.sizes)), key=lambda shard: xxh3_64_intdigest(b"%d" % shard, seed=key)
-        )
+        order = sorted(self.shards, key=lambda shard: xxh3_64_intdigest(b"%d" % shard, seed=key))
         windows = [
             sorted(order[at : at + self.window], key=self.buckets.__getitem__)
             for at in range(0, len(order), self.window)

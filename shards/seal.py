@@ -69,6 +69,7 @@ class Plan:
         latent_spec: likewise.
         conditioning_spec: likewise.
         buckets: likewise.
+        held_out: likewise.
         made_by: likewise.
     """
 
@@ -78,6 +79,7 @@ class Plan:
     latent_spec: LatentSpec
     conditioning_spec: LatentSpec
     buckets: list[tuple[int, int]]
+    held_out: list[Count]
     made_by: dict[str, Any]
     format_version: int = FORMAT_VERSION
 
@@ -205,6 +207,7 @@ def _manifest(cache: Path, plan: Plan, before: Manifest | None) -> Manifest:
         | {name: plan.conditioning_spec},
         validation=pairs | {name: products[pairs_own]},
         buckets=plan.buckets,
+        held_out=plan.held_out,
         captions=captions_digest(_sidecars(cache / "latents", plan.products["latents"])),
         num_skipped=len(skipped),
         made_by=plan.made_by,

@@ -126,6 +126,16 @@ def cache(precompute_config: PrecomputeConfig) -> Path:
 
 
 @pytest.fixture(scope="session")
+def held_out(precompute_config: PrecomputeConfig, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same rows, three of them held out of training; with standard deviations."""
+    folder = tmp_path_factory.mktemp("held_out") / "cache"
+    precompute(
+        replace(precompute_config, output_dir=folder, validation_rows=3, posterior="mean_std")
+    )
+    return folder
+
+
+@pytest.fixture(scope="session")
 def bucketed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """35 samples of random numbers in 7 shards of three shapes, that the miniature base takes."""
     folder = tmp_path_factory.mktemp("bucketed") / "cache"

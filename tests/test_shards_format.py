@@ -16,6 +16,7 @@ import torch
 import xxhash
 
 from shards.cache import Cache
+from shards.manifest import load
 from shards.order import Order
 
 # Numpy has no bfloat16; its bits will do.
@@ -69,22 +70,28 @@ class Page:
         """Yield the samples of places 0, 1, 2, …"""
         product = self.product(f"conditioning/{self.name}")
         sizes, buckets = product["shard_records"], product["shard_buckets"]
-        w = window or len(sizes)
+        taking_part = [
+            shard
+            for shard, size in enumerate(sizes)
+            if size and shard not in self.manifest.get("held_out", [])
+        ]
+        buckets = {shard: buckets[shard] for shard in taking_part}
+        w = window or len(taking_part)
         for epoch in itertools.count():
 
             def key(*numbers: int, epoch: int = epoch) -> int:
                 return xxh("/".join(map(str, (seed, epoch, *numbers))))
 
-            shards = sorted(range(len(sizes)), key=lambda shard: xxh(str(shard), key(0)))
+            shards = sorted(taking_part, key=lambda shard: xxh(str(shard), key(0)))
             for b in range(math.ceil(len(shards) / w)):
                 mixed = shards[b * w : (b + 1) * w]
                 samples = [(k, i) for k in mixed for i in range(sizes[k])]
-                if len(set(buckets)) == 1:
+                if len(set(buckets.values())) == 1:
                     for q in range(len(samples)):
                         yield samples[feistel(q, len(samples), key(b + 1))]
                     continue
                 groups = []
-                for c in sorted(set(buckets)):
+                for c in sorted(set(buckets.values())):
                     its = [(k, i) for k, i in samples if buckets[k] == c]
                     for j in range(math.ceil(len(its) / group)):
                         rows = [(j * group + row) % len(its) for row in range(group)]
@@ -110,7 +117,7 @@ def feistel(q: int, m: int, key: int) -> int:
             return q
 
 
-@pytest.mark.parametrize("kind", ["cache", "bucketed"])
+@pytest.mark.parametrize("kind", ["cache", "held_out", "bucketed"])
 def test_the_page_is_enough_to_read_every_sample(kind: str, request: pytest.FixtureRequest) -> None:
     folder: Path = request.getfixturevalue(kind)
     page, ours = Page(folder, "conditioning"), Cache(folder)
@@ -135,14 +142,14 @@ def test_the_page_is_enough_to_read_every_sample(kind: str, request: pytest.Fixt
 
 @pytest.mark.parametrize("group", [1, 4, 16])
 @pytest.mark.parametrize("window", [None, 1, 2, 3])
-@pytest.mark.parametrize("kind", ["cache", "bucketed"])
+@pytest.mark.parametrize("kind", ["cache", "held_out", "bucketed"])
 def test_the_page_is_enough_to_know_the_order(
     kind: str, window: int | None, group: int, request: pytest.FixtureRequest
 ) -> None:
     page = Page(request.getfixturevalue(kind), "conditioning")
     product = page.product("conditioning/conditioning")
     order = Order(
-        product["shard_records"],
+        load(page.cache).training_records("conditioning"),
         seed=7,
         window=window,
         shard_buckets=product["shard_buckets"],

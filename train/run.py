@@ -237,7 +237,8 @@ def _announce(
     order = inputs.order
     buckets = ""
     if order.several_buckets:
-        buckets = f" in {len(set(order.buckets))} buckets, filled up to {order.start(1)} an epoch"
+        shapes = {order.buckets[shard] for shard in order.shards}
+        buckets = f" in {len(shapes)} buckets, filled up to {order.start(1)} an epoch"
     click.echo(
         f"train: {order.num_records} samples{buckets}, {num_steps} steps of {step_samples}, "
         f"{millions:.1f} M parameters to train, {start}"

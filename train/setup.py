@@ -67,8 +67,7 @@ def find_inputs(config: TrainConfig, num_processes: int) -> Inputs:
     _require_packages(config)
     files = open_files(config.shards, config.local_cache_dir, config.local_cache_gb)
     cache = Cache(files, config.conditioning_name)
-    num_samples = cache.conditioning.product.num_records
-    if num_samples == 0:
+    if not sum(cache.manifest.training_records(config.conditioning_name)):
         raise ShardError(f"{config.shards}: the cache holds no samples")
     validates = config.validation_steps > 0 and cache.validation.product.num_records > 0
     needed = ("transformer", "scheduler", *(["vae"] if validates else []))
@@ -98,7 +97,7 @@ def find_inputs(config: TrainConfig, num_processes: int) -> Inputs:
 
     product = cache.conditioning.product
     order = Order(
-        product.shard_records,
+        cache.manifest.training_records(config.conditioning_name),
         seed=config.seed,
         window=config.shuffle_window,
         shard_buckets=product.shard_buckets,
