@@ -172,8 +172,8 @@ def drawn(cache: Cache, images: int) -> int:
     return count * BATCH
 
 
-def batches_of(cache: Cache) -> Generator[Batch, None, None]:
-    """Return training's batches, without end."""
+def batches_of(cache: Cache) -> Generator[tuple[list[int], Batch], None, None]:
+    """Return training's batches, and their places, without end."""
     order = Order(cache.conditioning.product.shard_records, seed=0)
     samples = Samples(cache, order, seed=0, proportion_empty_prompts=0.0)
     places = RankBatches(0, batch_size=BATCH, rank=0, num_ranks=1)

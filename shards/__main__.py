@@ -62,8 +62,8 @@ def info(cache: str, by_shard: bool, as_json: bool) -> None:
         count = f", {images} images" if len(found.buckets) > 1 else ""
         click.echo(f"latents: [{latent.latent_channels}, {height}, {width}]{count}, {about}")
     if found.held_out:
-        count = sum(found.latents.shard_records[shard] for shard in found.held_out)
-        click.echo(f"held out of training: {count} images in {len(found.held_out)} shards")
+        images = sum(found.latents.shard_records[shard] for shard in found.held_out)
+        click.echo(f"held out of training: {images} images in {len(found.held_out)} shards")
     for name, spec in found.conditioning_specs.items():
         click.echo(f"conditioning {name!r}: pixels encoded in {spec.pixel_range}")
     click.echo(f"rows skipped: {found.num_skipped}")

@@ -1,4 +1,4 @@
-"""The two errors a user can meet; every command turns them into one line and exit code 2."""
+"""The errors a user can meet; every command turns them into one line and exit code 2."""
 
 
 class ShardError(ValueError):
@@ -7,3 +7,7 @@ class ShardError(ValueError):
 
 class ConfigError(ValueError):
     """A setting that cannot be honoured: what, where, expected, found, and what to do."""
+
+
+class RunError(RuntimeError):
+    """What ends a run that was well begun: what happened, what is kept, and what to do."""

@@ -15,15 +15,21 @@ import click
 from safetensors import SafetensorError
 
 from shards.config_file import NUMBER_OR_WORD, read_section, unwrap
-from shards.errors import ConfigError, ShardError
+from shards.errors import ConfigError, RunError, ShardError
 
 Config = TypeVar("Config")
 CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
 
 
-def option(default: Any = dataclasses.MISSING, *, help: str) -> Any:
-    """Return a dataclass field that is also a command line option; no default means required."""
-    return dataclasses.field(default=default, metadata={"help": help})
+def option(default: Any = dataclasses.MISSING, *, help: str, secret: bool = False) -> Any:
+    """Return a dataclass field that is also a command line option.
+
+    Args:
+        default: none means required.
+        help: one or two sentences.
+        secret: whether it is kept out of what is written down.
+    """
+    return dataclasses.field(default=default, metadata={"help": help, "secret": secret})
 
 
 class CommandError(click.ClickException):
@@ -116,10 +122,10 @@ def user_errors() -> Iterator[None]:
     """End the errors that a user can meet as a `CommandError`: one line, exit code 2."""
     try:
         yield
-    except (ShardError, ConfigError) as error:
+    except (ShardError, ConfigError, RunError) as error:
         raise CommandError(str(error)) from error
     except OSError as error:
-        raise CommandError(_os_error_line(error)) from error
+        raise CommandError(os_error_line(error)) from error
     except SafetensorError as error:
         raise CommandError(f"a weight file is damaged ({error}); fetch it again") from error
     except RuntimeError as error:
@@ -132,14 +138,18 @@ def user_errors() -> Iterator[None]:
 
 
 def as_dict(config: Any) -> dict[str, Any]:
-    """Return a config as plain JSON values, for `run.json` and checkpoints."""
+    """Return a config as plain JSON values, for `run.json` and checkpoints; without secrets."""
 
     def plain(value: Any) -> Any:
         if isinstance(value, tuple):
             return [plain(item) for item in value]
         return str(value) if isinstance(value, Path) else value
 
-    return {key: plain(value) for key, value in dataclasses.asdict(config).items()}
+    return {
+        field.name: plain(getattr(config, field.name))
+        for field in dataclasses.fields(config)
+        if not field.metadata.get("secret")
+    }
 
 
 def _click_options(config_class: type[Any]) -> list[click.Option]:
@@ -197,6 +207,6 @@ def _use_config_file(
     return path
 
 
-def _os_error_line(error: OSError) -> str:
+def os_error_line(error: OSError) -> str:
     where = f"{error.filename}: " if error.filename else ""
     return f"{where}{error.strerror or error}"

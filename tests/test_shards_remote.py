@@ -317,7 +317,7 @@ def test_a_bounded_folder_holds_what_is_read_and_what_comes_next(
         places = RankBatches(0, batch_size=2, rank=0, num_ranks=1)
         reading = loader(ours, places, num_workers=2, pin=False)
         read = []
-        for batch in islice(reading, count):
+        for _, batch in islice(reading, count):
             read += [batch.latent, batch.conditioning_latent, batch.t5_embeds]
             sizes.append(tar_bytes(local))
         reading.close()

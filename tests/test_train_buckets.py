@@ -17,7 +17,7 @@ from shards.records import Record, record_key
 from shards.writer import write_shard
 from tests.conftest import BUCKETS, Outcome, flags, free_port, run_python
 from tests.test_train_run import assert_close, near_gradient_descent, same
-from train import checkpoints, run, validation
+from train import checkpoints, loop, sampling
 from train.config import TrainConfig
 from train.data import Batch
 from train.run import train
@@ -34,13 +34,13 @@ def config(train_config: TrainConfig, bucketed: Path) -> TrainConfig:
 def shapes_of(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
     """Return a list that fills with the shapes of the latents that training takes."""
     taken: list[tuple[int, ...]] = []
-    original = run.batch_loss
+    original = loop.batch_losses
 
-    def batch_loss(batch: Batch, *others: object) -> torch.Tensor:
+    def batch_losses(batch: Batch, *others: object) -> torch.Tensor:
         taken.append(tuple(batch.latent.shape))
         return original(batch, *others)
 
-    monkeypatch.setattr(run, "batch_loss", batch_loss)
+    monkeypatch.setattr(loop, "batch_losses", batch_losses)
     return taken
 
 
@@ -127,7 +127,7 @@ def with_pairs(bucketed: Path, tmp_path: Path) -> Path:
 def test_validation_pairs_are_drawn_in_their_own_shapes(
     config: TrainConfig, with_pairs: Path
 ) -> None:
-    pairs = validation.read_pairs(Cache(with_pairs))
+    pairs = sampling.read_pairs(Cache(with_pairs))
     assert [pair.conditioning_latent.shape for pair in pairs] == [(16, 4, 12), (16, 8, 8)]
     train(
         replace(

@@ -128,7 +128,7 @@ def test_resumed_on_other_ranks_and_workers_the_sequence_goes_on(
         for rank in range(ranks):
             places = RankBatches(place, batch_size=batch_size, rank=rank, num_ranks=ranks)
             reading = loader(ours, places, num_workers=workers, pin=False)
-            for step, batch in enumerate(islice(reading, steps)):
+            for step, (_, batch) in enumerate(islice(reading, steps)):
                 first = place + (step * ranks + rank) * batch_size
                 for row in range(batch_size):
                     expected = ours[first + row]
@@ -181,7 +181,7 @@ def test_batches_are_of_one_bucket_however_a_step_is_shared_out(
             places = RankBatches(place, batch_size=batch_size, rank=rank, num_ranks=ranks)
             reading = loader(ours, places, num_workers=workers, pin=False)
             mine = []
-            for number, batch in enumerate(islice(reading, steps * accumulation)):
+            for number, (_, batch) in enumerate(islice(reading, steps * accumulation)):
                 first = place + (number * ranks + rank) * batch_size
                 mine.append(batch.latent.shape[1:])
                 assert batch.noise.shape == batch.latent.shape == batch.conditioning_latent.shape
@@ -232,7 +232,8 @@ def test_a_prompt_that_comes_again_is_read_once(
 @pytest.mark.parametrize("workers", [0, 2])
 def test_workers_change_nothing(cache: Path, workers: int) -> None:
     places = RankBatches(4, batch_size=3, rank=1, num_ranks=2)
-    batches = list(islice(loader(samples(cache), places, num_workers=workers, pin=False), 3))
+    reading = loader(samples(cache), places, num_workers=workers, pin=False)
+    batches = [batch for _, batch in islice(reading, 3)]
     ours = samples(cache)
     for number, batch in enumerate(batches):
         first = 4 + 3 + 6 * number

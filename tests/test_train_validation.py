@@ -8,8 +8,9 @@ import torch
 from diffusers import StableDiffusion3ControlNetPipeline
 
 from shards.cache import Cache
+from shards.decoder import decode, to_bytes
 from tests.conftest import PROMPTS, RESOLUTION_PX, TOKENS, awaken
-from train import models, validation
+from train import models, sampling
 
 
 @pytest.mark.parametrize("guidance", [1.0, 4.0])
@@ -20,15 +21,15 @@ def test_sampling_and_decoding_equal_the_stock_pipeline(
     transformer = models.load_transformer(base, None, torch.float32)
     controlnet = models.new_controlnet(base, None, 2)
     awaken(controlnet)
-    pair = validation.read_pairs(found)[1]
+    pair = sampling.read_pairs(found)[1]
     assert pair.prompt == PROMPTS[1]
     noise = torch.randn(2, 16, 8, 8)
-    latents = validation.sample(
+    latents = sampling.sample(
         transformer,
         controlnet,
         models.load_scheduler(base),
         pair,
-        validation.negative_embeds(found),
+        sampling.negative_embeds(found),
         noise,
         num_inference_steps=3,
         guidance_scale=guidance,
@@ -50,9 +51,9 @@ def test_sampling_and_decoding_equal_the_stock_pipeline(
     }
     expected = pipeline(output_type="latent", **common).images
     torch.testing.assert_close(latents, expected, rtol=1e-3, atol=1e-3)
-    (images,) = validation.decode(
-        base, None, found.manifest.latent_spec, [latents], torch.device("cpu")
-    )
+    spec = found.manifest.latent_spec
+    raw = latents / spec.scaling_factor + spec.shift_factor
+    images = to_bytes(decode(base, None, [raw], torch.device("cpu"))[0])
     stock = pipeline(output_type="np", **common).images
     assert images.shape == (2, RESOLUTION_PX, RESOLUTION_PX, 3)
     assert np.abs(images / 255 - stock).max() < 2.5 / 255

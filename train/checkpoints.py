@@ -1,20 +1,35 @@
-"""Checkpoints: written aside and renamed, so that each is whole; pruned only after that."""
+"""Checkpoints: written aside and renamed, so that each is whole; pruned only after that.
+
+checkpoint-500/
+    train_state.json      written last: see `TrainState`
+    run.json              settings and versions, for people
+    controlnet/           as diffusers loads it
+    controlnet_ema/       likewise, if an average is kept
+    optimizer.bin, scheduler.bin, random_states_*.pkl, scaler.pt    accelerate's
+"""
 
 import json
 import shutil
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 from diffusers import SD3ControlNetModel
+from safetensors import SafetensorError
 
-from shards.errors import ConfigError
+from shards.errors import ConfigError, RunError
+from shards.options import os_error_line
 from shards.pretrained import read_config
+from shards.provenance import write_run
 from shards.writer import write_text
+from train.ema import Average
 
 STATE_FILE = "train_state.json"
 CONTROLNET_FOLDER = "controlnet"
+AVERAGE_FOLDER = "controlnet_ema"
 PREFIX = "checkpoint-"
 
 
@@ -29,6 +44,7 @@ class TrainState:
         shuffle_window: of the order.
         bucket_group: of the order: how many samples in a row are of one bucket.
         fingerprints: of the data that the order refers to; see `Manifest.fingerprints`.
+        averaged_steps: updates that the average of weights has taken in; 0 if there is none.
     """
 
     step: int
@@ -37,6 +53,7 @@ class TrainState:
     shuffle_window: int | None
     bucket_group: int
     fingerprints: dict[str, str]
+    averaged_steps: int = 0
 
 
 def find(output_dir: Path) -> list[Path]:
@@ -110,7 +127,14 @@ def check_same_model(checkpoint: Path, controlnet: SD3ControlNetModel) -> None:
         )
 
 
-def save(accelerator: Accelerator, output_dir: Path, state: TrainState, limit: int | None) -> Path:
+def save(
+    accelerator: Accelerator,
+    output_dir: Path,
+    state: TrainState,
+    limit: int | None,
+    average: Average | None,
+    config: Any,
+) -> Path:
     """Save all that a resume needs; every process must call this.
 
     Args:
@@ -118,26 +142,70 @@ def save(accelerator: Accelerator, output_dir: Path, state: TrainState, limit: i
         output_dir: the run's folder.
         state: where the run stands.
         limit: checkpoints to keep, this one included.
+        average: of the ControlNet's weights, or None.
+        config: the run's settings, for people.
 
     Returns:
         The checkpoint's folder.
+
+    Raises:
+        RunError: it could not be written; earlier ones are as they were.
     """
     final = output_dir / f"{PREFIX}{state.step}"
     partial = output_dir / f"{final.name}.partial"
+    main = accelerator.is_main_process
+
+    def begin() -> None:
+        if main:
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir(parents=True)
+
+    def write() -> None:
+        accelerator.save_state(str(partial))
+        if average is not None:
+            with average.in_place():
+                if main:
+                    average.network.save_pretrained(str(partial / AVERAGE_FOLDER))
+
+    def complete() -> None:
+        if main:
+            write_run(partial, "train", config)
+            write_text(partial / STATE_FILE, json.dumps(asdict(state)) + "\n")
+            _remove(final)
+            partial.rename(final)
+            for old in find(output_dir)[: -limit if limit else 0]:
+                _remove(old)
+
+    for part in (begin, write, complete):
+        _together(accelerator, part, partial)
+    return final
+
+
+def _together(accelerator: Accelerator, part: Callable[[], None], partial: Path) -> None:
+    """Do a part of saving on all processes, none of which goes on if it failed on any."""
+    problem = ""
+    try:
+        part()
+    except (OSError, RuntimeError, SafetensorError) as error:  # torch.save raises RuntimeError
+        problem = os_error_line(error) if isinstance(error, OSError) else str(error).splitlines()[0]
+    problems = [one for one in gather_object([problem]) if one]
+    if not problems:
+        return
     if accelerator.is_main_process:
         shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-    accelerator.wait_for_everyone()
-    accelerator.save_state(str(partial))
-    accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
-        write_text(partial / STATE_FILE, json.dumps(asdict(state)) + "\n")
-        _remove(final)
-        partial.rename(final)
-        for old in find(output_dir)[: -limit if limit else 0]:
-            _remove(old)
-    accelerator.wait_for_everyone()
-    return final
+    kept = find(partial.parent)
+    earlier = f"{kept[-1].name} is kept" if kept else "there is no earlier one"
+    raise RunError(
+        f"{partial.with_suffix('')} could not be written ({problems[0]}); {earlier}. Make room, or "
+        "give --checkpoints-total-limit, and go on with --resume-from-checkpoint latest."
+    )
+
+
+def restore_average(checkpoint: Path, average: Average, num_steps: int) -> None:
+    """Go on from a checkpoint's average; from its weights where it has none."""
+    if (checkpoint / AVERAGE_FOLDER).is_dir():
+        saved = SD3ControlNetModel.from_pretrained(checkpoint, subfolder=AVERAGE_FOLDER)
+        average.restore(saved.state_dict(), num_steps)
 
 
 def _remove(checkpoint: Path) -> None:
@@ -169,14 +237,29 @@ def use_diffusers_format(accelerator: Accelerator) -> None:
     accelerator.register_load_state_pre_hook(load_model)
 
 
-def save_controlnet(controlnet: SD3ControlNetModel, output_dir: Path) -> None:
-    """Save the trained ControlNet into the run's folder, as diffusers does, each file whole."""
-    partial = output_dir / "controlnet.partial"
+def save_result(
+    accelerator: Accelerator, controlnet: Any, average: Average | None, output_dir: Path
+) -> None:
+    """Save the trained ControlNet into the run's folder, and its average into one in there.
+
+    As diffusers does, each file whole. Every process must call this.
+    """
+    if not accelerator.is_main_process:
+        return
+    network = accelerator.unwrap_model(controlnet)
+    _save_whole(network, output_dir)
+    if average is not None:
+        with average.in_place():
+            _save_whole(network, output_dir / AVERAGE_FOLDER)
+
+
+def _save_whole(network: SD3ControlNetModel, folder: Path) -> None:
+    partial = folder / "controlnet.partial"
     shutil.rmtree(partial, ignore_errors=True)
-    controlnet.save_pretrained(str(partial))
+    network.save_pretrained(str(partial))
     # The configuration goes first and comes last: without it the folder is no model.
-    for stale in (output_dir / "config.json", *output_dir.glob("diffusion_pytorch_model*")):
+    for stale in (folder / "config.json", *folder.glob("diffusion_pytorch_model*")):
         stale.unlink(missing_ok=True)
     for file in sorted(partial.iterdir(), key=lambda path: path.name == "config.json"):
-        file.replace(output_dir / file.name)
+        file.replace(folder / file.name)
     partial.rmdir()

@@ -25,6 +25,8 @@ MOVED = {
     "--validation-prompt": AT_PRECOMPUTE,
     "--validation-image": AT_PRECOMPUTE,
     "--upcast-vae": "see python -m precompute --vae-dtype, float32 by default.",
+    "--num-extra-conditioning-channels": "further channels, a mask's for instance, need data that "
+    "neither the reference nor this cache has; leave it out.",
     "--set-grads-to-none": "gradients are always set to None; leave it out.",
 }
 
@@ -40,7 +42,9 @@ class TrainConfig:
     shards: str = option(
         help="The cache: a folder, or the address of one, s3://, gs://, hf://, http:// or https://."
     )
-    output_dir: Path = option(help="Where checkpoints, logs and the ControlNet go.")
+    output_dir: Path = option(
+        Path("controlnet-model"), help="Where checkpoints, logs and the ControlNet go."
+    )
     local_cache_dir: Path | None = option(
         None, help="Where shards of a remote cache are kept; among the user's caches by default."
     )
@@ -91,6 +95,15 @@ class TrainConfig:
     adam_weight_decay: float = option(1e-2, help="AdamW's weight decay.")
     adam_epsilon: float = option(1e-8, help="AdamW's epsilon.")
     max_grad_norm: float = option(1.0, help="Gradients are clipped to this norm.")
+    on_nonfinite: Literal["stop", "skip"] = option(
+        "stop",
+        help="What to do where a gradient is not finite: its step is left out either way, and the "
+        "samples are named.",
+    )
+    ema_decay: float | None = option(
+        None,
+        help="Keep a moving average of the weights, e.g. 0.999; it is saved in controlnet_ema/.",
+    )
     weighting_scheme: Literal["sigma_sqrt", "logit_normal", "mode", "cosmap", "none"] = option(
         "logit_normal", help="How timesteps are drawn and losses weighted."
     )
@@ -112,15 +125,29 @@ class TrainConfig:
         None, help="A checkpoint's folder, or `latest`, which starts anew where there is none."
     )
     validation_steps: int = option(
-        100, help="Draw the cache's validation pairs each so many steps; 0 never."
+        100,
+        help="Draw the cache's validation pairs, and measure the loss on its held-out rows, each "
+        "so many steps; 0 never.",
     )
     num_validation_images: int = option(4, help="Pictures a validation pair.")
     validation_inference_steps: int = option(20, help="Sampling steps a picture.")
+    validation_decode: Literal["vae", "cpu", "latents"] = option(
+        "vae",
+        help="Decode validation pictures on the training device, on the CPU, or not at all: "
+        "python -m infer decode does it elsewhere.",
+    )
     validation_guidance_scale: float = option(7.0, help="Classifier-free guidance; 1 turns it off.")
     logging_steps: int = option(10, help="Log loss and learning rate each so many steps.")
     logging_dir: str = option("logs", help="Of the tracker, in the output folder.")
     report_to: Literal["tensorboard", "wandb", "none"] = option("tensorboard", help="Tracker.")
     tracker_project_name: str = option("train_controlnet", help="Name of the run's project.")
+    push_to_hub: bool = option(False, help="Upload the ControlNet with its model card at the end.")
+    hub_model_id: str | None = option(
+        None, help="Repository to upload to; named like the output folder by default."
+    )
+    hub_token: str | None = option(
+        None, secret=True, help="Of the hub; hf auth login keeps it out of command lines."
+    )
 
     def __post_init__(self) -> None:
         """Refuse what cannot work, before anything is loaded.
@@ -154,6 +181,8 @@ class TrainConfig:
             raise ConfigError(
                 f"--precondition-outputs {self.precondition_outputs}: must be 0 or 1."
             )
+        if self.ema_decay is not None and not 0 < self.ema_decay < 1:
+            raise ConfigError(f"--ema-decay {self.ema_decay}: must be between 0 and 1, e.g. 0.999.")
         if not 0 <= self.proportion_empty_prompts <= 1:
             raise ConfigError(
                 f"--proportion-empty-prompts {self.proportion_empty_prompts}: must be in 0 to 1."

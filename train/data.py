@@ -9,6 +9,7 @@ Axes: B samples, T tokens, W embedding width, C latent channels, h x w latent gr
 from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields
+from typing import Self
 
 import numpy as np
 import torch
@@ -24,8 +25,8 @@ BATCHES_AHEAD = 2  # a thread that reads
 
 
 @dataclass(frozen=True)
-class Batch:
-    """Samples on the device, raw as cached, with what was drawn for them.
+class NoisySamples:
+    """Samples, raw as cached, each with noise.
 
     Attributes:
         latent: [B, C, h, w].
@@ -34,8 +35,6 @@ class Batch:
         t5_embeds: [B, T, W].
         pooled_embeds: [B, W].
         noise: standard normal, [B, C, h, w].
-        uniform: uniform in [0, 1), [B], for the timestep.
-        normal: standard normal, [B], for the timestep.
     """
 
     latent: Tensor
@@ -44,14 +43,25 @@ class Batch:
     t5_embeds: Tensor
     pooled_embeds: Tensor
     noise: Tensor
-    uniform: Tensor
-    normal: Tensor
 
-    def to(self, device: torch.device) -> "Batch":
-        """Return the batch on a device; from pinned memory the copy overlaps with computing."""
-        return Batch(
+    def to(self, device: torch.device) -> Self:
+        """Return them on a device; from pinned memory the copy overlaps with computing."""
+        return type(self)(
             **{name: value.to(device, non_blocking=True) for name, value in vars(self).items()}
         )
+
+
+@dataclass(frozen=True)
+class Batch(NoisySamples):
+    """Samples with all that was drawn for them.
+
+    Attributes:
+        uniform: uniform in [0, 1), [B], for the timestep.
+        normal: standard normal, [B], for the timestep.
+    """
+
+    uniform: Tensor
+    normal: Tensor
 
 
 @dataclass(frozen=True)
@@ -101,6 +111,11 @@ class Samples(Dataset[dict[str, Tensor]]):
         """
         batch = self.fill(self.memory(1, self.bucket(place)), [place])
         return {name: value[0] for name, value in vars(batch).items()}
+
+    def key(self, place: int) -> str:
+        """Return the key of the sample at a place, for messages."""
+        shard, index = self.order.record(place)
+        return self.cache.conditioning.index(shard).key(index)
 
     def bucket(self, place: int) -> int:
         """Return which bucket the sample at a place is of."""
@@ -190,8 +205,8 @@ class RankBatches(Sampler[list[int]]):
 
 def loader(
     samples: Samples, places: RankBatches, *, num_workers: int, pin: bool
-) -> Generator[Batch, None, None]:
-    """Yield batches without end, read ahead by `num_workers` threads.
+) -> Generator[tuple[list[int], Batch], None, None]:
+    """Yield batches and their places without end, read ahead by `num_workers` threads.
 
     Threads rather than processes: reading and drawing happen outside Python's lock, batches need
     not be copied from one process to another, and memory is that of the batches alone. Close it to
@@ -201,9 +216,9 @@ def loader(
         ShardError: a record is missing or damaged.
     """
 
-    def fill(work: tuple[Memory, list[int]]) -> tuple[Batch, int]:
+    def fill(work: tuple[Memory, list[int]]) -> tuple[list[int], Batch]:
         memory, group = work
-        return samples.fill(memory, group), group[0]
+        return group, samples.fill(memory, group)
 
     work = (
         (samples.memory(len(group), samples.bucket(group[0]), pin=pin), group) for group in places
@@ -213,9 +228,9 @@ def loader(
         samples.cache.following(samples.order, places.start),
     ):
         lead = BATCHES_AHEAD * num_workers
-        for batch, first in ahead(pool, fill, work, lead) if num_workers else map(fill, work):
-            samples.cache.files.reached(first)
-            yield batch
+        for group, batch in ahead(pool, fill, work, lead) if num_workers else map(fill, work):
+            samples.cache.files.reached(group[0])
+            yield group, batch
 
 
 def prompt_embeds(clip_embeds: Tensor, t5_embeds: Tensor) -> Tensor:

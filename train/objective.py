@@ -90,7 +90,7 @@ def flow_loss(
     *,
     precondition_outputs: bool,
 ) -> Tensor:
-    """Return the weighted mean squared error of a batch.
+    """Return each sample's weighted mean squared error.
 
     Args:
         prediction: the transformer's velocity, noise - latent if it were right; [B, C, h, w].
@@ -103,14 +103,14 @@ def flow_loss(
             velocity's error by sigma squared; or else the velocities.
 
     Returns:
-        A scalar, float32.
+        [B], float32.
     """
     prediction = prediction.float()
     if precondition_outputs:
         error = prediction * -_spread(sigma) + noisy - latent
     else:
         error = prediction - (noise - latent)
-    return (_spread(weight) * error**2).mean()
+    return weight * (error**2).mean(dim=(1, 2, 3))
 
 
 def _spread(values: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 import importlib.util
 import math
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from train import checkpoints, models
 from train.checkpoints import TrainState
 from train.compatibility import check_base, check_same_order
 from train.config import TrainConfig
+from train.held_out import held_out_records
 from train.step import Objective
 
 SUPPORTED = (
@@ -39,7 +41,8 @@ class Inputs:
         base: folder of the base model.
         controlnet: folder of the ControlNet to go on from, or None.
         order: of the samples.
-        validates: whether validation pictures are to be drawn.
+        draws: whether validation pictures are to be drawn.
+        measures: whether the loss on held-out rows is to be measured.
         checkpoint: to resume from, or None.
         state: where the run starts.
     """
@@ -48,7 +51,8 @@ class Inputs:
     base: Path
     controlnet: Path | None
     order: Order
-    validates: bool
+    draws: bool
+    measures: bool
     checkpoint: Path | None
     state: TrainState
 
@@ -69,8 +73,10 @@ def find_inputs(config: TrainConfig, num_processes: int) -> Inputs:
     cache = Cache(files, config.conditioning_name)
     if not sum(cache.manifest.training_records(config.conditioning_name)):
         raise ShardError(f"{config.shards}: the cache holds no samples")
-    validates = config.validation_steps > 0 and cache.validation.product.num_records > 0
-    needed = ("transformer", "scheduler", *(["vae"] if validates else []))
+    draws = config.validation_steps > 0 and cache.validation.product.num_records > 0
+    measures = config.validation_steps > 0 and bool(held_out_records(cache))
+    decodes = draws and config.validation_decode != "latents"
+    needed = ("transformer", "scheduler", *(["vae"] if decodes else []))
     try:
         base = find_base(
             config.pretrained_model_name_or_path,
@@ -81,8 +87,9 @@ def find_inputs(config: TrainConfig, num_processes: int) -> Inputs:
         )
     except ConfigError as error:
         hint = (
-            " Validation pictures need vae/; --validation-steps 0 does without."
-            if validates
+            " Validation pictures need vae/; --validation-decode latents does without, and "
+            "--validation-steps 0."
+            if decodes
             else ""
         )
         raise ConfigError(f"{error}{hint}") from error
@@ -116,7 +123,7 @@ def find_inputs(config: TrainConfig, num_processes: int) -> Inputs:
     if checkpoint is not None:
         state = checkpoints.read_state(checkpoint)
         check_same_order(checkpoint, state, start)
-    return Inputs(cache, base, controlnet, order, validates, checkpoint, state)
+    return Inputs(cache, base, controlnet, order, draws, measures, checkpoint, state)
 
 
 def make_accelerator(config: TrainConfig) -> Accelerator:
@@ -175,7 +182,7 @@ def peak_learning_rate(config: TrainConfig, step_samples: int) -> float:
 
 def make_optimizer(config: TrainConfig, parameters: list[Any], step_samples: int) -> Any:
     """Return AdamW over the ControlNet's trainable parameters."""
-    optimizer_class: Any = torch.optim.AdamW
+    optimizer_class: Any = partial(torch.optim.AdamW, fused=True)
     if config.use_8bit_adam:
         import bitsandbytes
 

@@ -1,17 +1,17 @@
-"""One step's loss: a batch through the two networks, held against the objective.
+"""A batch through the two networks, held against the objective.
 
 Axes: B samples, C latent channels, h x w latent grid.
 """
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from shards.manifest import LatentSpec
 from train import objective
-from train.data import Batch, prompt_embeds
+from train.data import Batch, NoisySamples, prompt_embeds
 
 
 @dataclass(frozen=True)
@@ -41,16 +41,29 @@ class Objective:
     precondition_outputs: bool
 
 
-def batch_loss(batch: Batch, controlnet: Any, transformer: Any, settings: Objective) -> Tensor:
-    """Return the loss of a batch, a scalar in float32.
+class Prediction(NamedTuple):
+    """What the networks said of noised latents; each [B, C, h, w], float32 but the velocity.
+
+    Attributes:
+        velocity: predicted, in the transformer's dtype.
+        noisy: what it was predicted from.
+        latent: scaled, without noise.
+    """
+
+    velocity: Tensor
+    noisy: Tensor
+    latent: Tensor
+
+
+def batch_losses(batch: Batch, controlnet: Any, transformer: Any, settings: Objective) -> Tensor:
+    """Return the loss of each sample of a batch, [B], float32.
 
     Args:
         batch: on the networks' device.
-        controlnet: trained; gets float32 and casts as its autocast says.
-        transformer: frozen; gets its own dtype.
+        controlnet: see `predict`.
+        transformer: likewise.
         settings: of the objective.
     """
-    dtype = transformer.dtype
     density = objective.timestep_density(
         batch.uniform,
         batch.normal,
@@ -61,28 +74,51 @@ def batch_loss(batch: Batch, controlnet: Any, transformer: Any, settings: Object
     )
     index = objective.schedule_index(density, len(settings.sigmas))
     sigma, timestep = settings.sigmas[index], settings.timesteps[index]
-    latent = _scaled(batch.latent, settings.latent_spec)
-    conditioning = _scaled(batch.conditioning_latent, settings.conditioning_spec)
-    noisy = objective.noised(latent, batch.noise, sigma)
-    common = {
-        "hidden_states": noisy.to(dtype),
-        "timestep": timestep,
-        "encoder_hidden_states": prompt_embeds(batch.clip_embeds, batch.t5_embeds).to(dtype),
-        "pooled_projections": batch.pooled_embeds.to(dtype),
-        "return_dict": False,
-    }
-    residuals = controlnet(controlnet_cond=conditioning.to(dtype), **common)[0]
-    residuals = [residual.to(dtype) for residual in residuals]
-    prediction = transformer(block_controlnet_hidden_states=residuals, **common)[0]
+    found = predict(batch, sigma, timestep, controlnet, transformer, settings)
     return objective.flow_loss(
-        prediction,
-        latent,
+        found.velocity,
+        found.latent,
         batch.noise,
-        noisy,
+        found.noisy,
         sigma,
         objective.loss_weight(sigma, settings.weighting_scheme),
         precondition_outputs=settings.precondition_outputs,
     )
+
+
+def predict(
+    samples: NoisySamples,
+    sigma: Tensor,
+    timestep: Tensor,
+    controlnet: Any,
+    transformer: Any,
+    settings: Objective,
+) -> Prediction:
+    """Return what the two networks say of samples noised to some level.
+
+    Args:
+        samples: on the networks' device.
+        sigma: noise levels, [B].
+        timestep: what the networks are told of them, [B].
+        controlnet: gets float32 and casts as its autocast says.
+        transformer: frozen; gets its own dtype.
+        settings: how latents are scaled.
+    """
+    dtype = transformer.dtype
+    latent = _scaled(samples.latent, settings.latent_spec)
+    conditioning = _scaled(samples.conditioning_latent, settings.conditioning_spec)
+    noisy = objective.noised(latent, samples.noise, sigma)
+    common = {
+        "hidden_states": noisy.to(dtype),
+        "timestep": timestep,
+        "encoder_hidden_states": prompt_embeds(samples.clip_embeds, samples.t5_embeds).to(dtype),
+        "pooled_projections": samples.pooled_embeds.to(dtype),
+        "return_dict": False,
+    }
+    residuals = controlnet(controlnet_cond=conditioning.to(dtype), **common)[0]
+    residuals = [residual.to(dtype) for residual in residuals]
+    velocity = transformer(block_controlnet_hidden_states=residuals, **common)[0]
+    return Prediction(velocity, noisy, latent)
 
 
 def _scaled(latent: Tensor, spec: LatentSpec) -> Tensor:

@@ -1,0 +1,113 @@
+"""A run with everything loaded, from its settings."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from tqdm import tqdm
+
+from shards.pretrained import DATA_KEY
+from train import checkpoints, models, setup
+from train.config import TrainConfig
+from train.ema import Average
+from train.setup import Inputs
+from train.step import Objective
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run with everything loaded.
+
+    Attributes:
+        config: its settings.
+        inputs: what it reads.
+        accelerator: its devices and processes.
+        controlnet: trained; as accelerate prepared it.
+        transformer: frozen.
+        optimizer: as accelerate prepared it.
+        schedule: likewise.
+        objective: what is minimised.
+        average: of the ControlNet's weights, or None.
+        num_steps: at which it ends.
+    """
+
+    config: TrainConfig
+    inputs: Inputs
+    accelerator: Accelerator
+    controlnet: Any
+    transformer: Any
+    optimizer: Any
+    schedule: Any
+    objective: Objective
+    average: Average | None
+    num_steps: int
+
+    def say(self, line: str) -> None:
+        """Print a line above the progress bar."""
+        if self.accelerator.is_main_process:
+            tqdm.write(line)
+
+
+def assemble(config: TrainConfig) -> Run:
+    """Load and prepare everything that a run works with, and restore its checkpoint.
+
+    Raises:
+        ConfigError: settings, base model, cache and checkpoint do not go together.
+        ShardError: the cache is incomplete or damaged.
+    """
+    accelerator = setup.make_accelerator(config)
+    inputs = setup.find_inputs(config, accelerator.num_processes)
+    torch.manual_seed(config.seed)
+    torch.backends.cuda.matmul.allow_tf32 = config.allow_tf32
+    torch.backends.cudnn.allow_tf32 = config.allow_tf32
+
+    if inputs.controlnet is None:
+        controlnet = models.new_controlnet(
+            inputs.base, config.variant, config.num_controlnet_layers
+        )
+    else:
+        controlnet = models.load_controlnet(inputs.controlnet)
+        models.check_controlnet(controlnet, inputs.base)
+    weight_dtype = setup.WEIGHT_DTYPES[accelerator.mixed_precision]
+    transformer = models.load_transformer(inputs.base, config.variant, weight_dtype)
+    data = models.data_entry(inputs.cache.manifest, inputs.cache.conditioning_spec)
+    controlnet.register_to_config(force_zeros_for_pooled_projection=False, **{DATA_KEY: data})
+    models.freeze_unused(controlnet)
+    controlnet.train()
+    if config.gradient_checkpointing:
+        controlnet.enable_gradient_checkpointing()
+        transformer.enable_gradient_checkpointing()
+    transformer.to(accelerator.device)
+
+    step_samples = setup.samples_a_step(config, accelerator.num_processes)
+    num_steps = setup.num_train_steps(config, inputs.order, step_samples)
+    trained = [parameter for parameter in controlnet.parameters() if parameter.requires_grad]
+    optimizer = setup.make_optimizer(config, trained, step_samples)
+    schedule = setup.make_schedule(config, optimizer, num_steps)
+    checkpoints.use_diffusers_format(accelerator)
+    controlnet, optimizer, schedule = accelerator.prepare(controlnet, optimizer, schedule)
+    if inputs.checkpoint is not None:
+        checkpoints.check_same_model(inputs.checkpoint, accelerator.unwrap_model(controlnet))
+        accelerator.load_state(str(inputs.checkpoint))
+        # It counts batches, to know where an optimiser step ends; a checkpoint always is such an
+        # end, but with another accumulation the count would say otherwise.
+        accelerator.step = 0
+        setup.set_learning_rate(schedule.scheduler, setup.peak_learning_rate(config, step_samples))
+    average = None
+    if config.ema_decay is not None:
+        average = Average(accelerator.unwrap_model(controlnet), config.ema_decay)
+        if inputs.checkpoint is not None:
+            checkpoints.restore_average(inputs.checkpoint, average, inputs.state.averaged_steps)
+    return Run(
+        config=config,
+        inputs=inputs,
+        accelerator=accelerator,
+        controlnet=controlnet,
+        transformer=transformer,
+        optimizer=optimizer,
+        schedule=schedule,
+        objective=setup.make_objective(config, inputs, accelerator.device),
+        average=average,
+        num_steps=num_steps,
+    )

@@ -1,0 +1,66 @@
+"""A moving average of the ControlNet's weights, often better than the weights themselves."""
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim.swa_utils import get_ema_multi_avg_fn
+
+
+class Average:
+    """The exponential moving average of a network's trained weights.
+
+    At the n-th update, counted from 0, its decay is `decay`, but at most n / (9 + n), as in
+    diffusers' EMAModel; so the first updates do not drag the beginning along.
+
+    Args:
+        network: as training updates it.
+        decay: of each update, between 0 and 1.
+    """
+
+    def __init__(self, network: Any, decay: float) -> None:
+        self.network = network
+        self.decay = decay
+        self.num_steps = 0
+        self.weights = [parameter.detach().clone() for parameter in self._trained()]
+
+    @torch.no_grad()
+    def step(self) -> None:
+        """Take in the network's weights as they are now."""
+        decay = min(self.decay, self.num_steps / (9 + self.num_steps))
+        get_ema_multi_avg_fn(decay)(self.weights, self._trained(), self.num_steps)
+        self.num_steps += 1
+
+    @contextlib.contextmanager
+    @torch.no_grad()
+    def in_place(self) -> Iterator[None]:
+        """Have the network bear the averaged weights meanwhile."""
+        trained = self._trained()
+        own = [parameter.clone() for parameter in trained]
+        _copy(trained, self.weights)
+        try:
+            yield
+        finally:
+            _copy(trained, own)
+
+    @torch.no_grad()
+    def restore(self, weights: Mapping[str, Tensor], num_steps: int) -> None:
+        """Go on from an average that was saved.
+
+        Args:
+            weights: of the whole network, by name.
+            num_steps: updates that were averaged.
+        """
+        names = [name for name, one in self.network.named_parameters() if one.requires_grad]
+        _copy(self.weights, [weights[name] for name in names])
+        self.num_steps = num_steps
+
+    def _trained(self) -> list[Tensor]:
+        return [one for one in self.network.parameters() if one.requires_grad]
+
+
+def _copy(targets: list[Tensor], sources: list[Tensor]) -> None:
+    for target, source in zip(targets, sources, strict=True):
+        target.copy_(source)

@@ -1,0 +1,165 @@
+"""The trained ControlNet for others: its model card, and the way to the hub."""
+
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import HfApi, ModelCardData
+from huggingface_hub.errors import HfHubHTTPError
+
+from shards.errors import ConfigError, RunError
+from shards.options import as_dict
+from shards.pretrained import DATA_KEY, is_hub_id
+from shards.provenance import commit, versions
+from shards.writer import write_text
+from train.assembly import Run
+from train.checkpoints import AVERAGE_FOLDER
+from train.config import TrainConfig
+from train.sampling import read_pairs
+
+CARD = "README.md"
+TAGS = ("controlnet", "diffusers-training", "sd3", "sd3-diffusers", "text-to-image")
+# Where a run was, and who it was for, is nobody's business.
+PRIVATE = ("output_dir", "shards", "local_cache_dir", "cache_dir", "logging_dir")
+
+
+def create_repository(config: TrainConfig) -> None:
+    """Make sure that there is a repository to upload to, before hours are spent.
+
+    Raises:
+        ConfigError: the hub refuses it, or is out of reach.
+    """
+    try:
+        HfApi(token=config.hub_token).create_repo(_repository(config), exist_ok=True)
+    except (HfHubHTTPError, OSError, ValueError) as error:
+        raise ConfigError(
+            f"--push-to-hub: {_repository(config)} cannot be made ({_first_line(error)}). "
+            "Log in with hf auth login, or check --hub-model-id."
+        ) from error
+
+
+def push(config: TrainConfig) -> str:
+    """Upload ControlNet, card, settings and the last validation pictures; return their address.
+
+    Raises:
+        RunError: the hub refuses them, or is out of reach; the files stay where they are.
+    """
+    api = HfApi(token=config.hub_token)
+    repository = _repository(config)
+    pictures = [path.relative_to(config.output_dir).as_posix() for path in _pictures(config)]
+    weights = ("config.json", "diffusion_pytorch_model*")
+    try:
+        found = api.upload_folder(
+            repo_id=api.create_repo(repository, exist_ok=True).repo_id,
+            folder_path=config.output_dir,
+            commit_message="End of training",
+            allow_patterns=[
+                CARD,
+                *weights,
+                *(f"{AVERAGE_FOLDER}/{name}" for name in weights),
+                *pictures,
+            ],
+        )
+    except (HfHubHTTPError, OSError, ValueError) as error:
+        raise RunError(
+            f"--push-to-hub: the upload to {repository} failed ({_first_line(error)}). The "
+            f"ControlNet is in {config.output_dir}: hf upload {repository} {config.output_dir}"
+        ) from error
+    return f"uploaded to {found.commit_url}"
+
+
+def write_card(run: Run) -> None:
+    """Write the model card beside the ControlNet."""
+    write_text(run.config.output_dir / CARD, model_card(run))
+
+
+def model_card(run: Run) -> str:
+    """Return the card as Markdown: what it is, how to load it, what it was made of."""
+    config, network = run.config, run.accelerator.unwrap_model(run.controlnet)
+    data: dict[str, Any] = network.config[DATA_KEY]
+    base = config.pretrained_model_name_or_path
+    name = config.hub_model_id or config.output_dir.name
+    num_layers = network.config.num_layers
+    about = ModelCardData(
+        base_model=base if is_hub_id(base) and not Path(base).is_dir() else None,
+        library_name="diffusers",
+        tags=list(TAGS),
+        inference=True,
+    )
+    made_with = ", ".join(f"{library} {version}" for library, version in versions().items())
+    settings = "\n".join(
+        f"    {key} = {value}"
+        for key, value in as_dict(config).items()
+        if key not in PRIVATE and value is not None
+    )
+    prompts = dict(enumerate(pair.prompt for pair in read_pairs(run.inputs.cache)))
+    pictures = "\n\n".join(
+        f"{prompts[int(path.stem.split('-')[0])]}{', averaged weights' * ('-' in path.stem)}"
+        f"\n\n![{path.stem}]({path.relative_to(config.output_dir).as_posix()})"
+        for path in _pictures(config)
+    )
+    average = (
+        f"\nA moving average of the weights (decay {config.ema_decay}) is in `{AVERAGE_FOLDER}/`: "
+        f'pass `subfolder="{AVERAGE_FOLDER}"`.\n'
+        if run.average is not None
+        else ""
+    )
+    return f"""---
+{about.to_yaml()}
+---
+
+# {name}
+
+A ControlNet of {num_layers} blocks for {base}, trained on {run.inputs.order.num_records} images at
+{data["width"]} x {data["height"]} pixels with the control "{config.conditioning_name}".
+
+## How to use it
+
+```python
+import torch
+from diffusers import SD3ControlNetModel, StableDiffusion3ControlNetPipeline
+from diffusers.utils import load_image
+
+controlnet = SD3ControlNetModel.from_pretrained("{name}", torch_dtype=torch.float16)
+pipeline = StableDiffusion3ControlNetPipeline.from_pretrained(
+    "{base}", controlnet=controlnet, torch_dtype=torch.float16
+)
+image = pipeline(
+    "a prompt",
+    control_image=load_image("conditioning.png"),
+    height={data["height"]},
+    width={data["width"]},
+    max_sequence_length={data["max_sequence_length"]},
+).images[0]
+```
+{average}
+## Pictures
+
+{pictures or "None were drawn while it was trained."}
+
+From left to right: the conditioning image, and what came of it after {run.num_steps} steps.
+
+## How it was made
+
+{run.num_steps} steps; made with {made_with}; commit {commit() or "unknown"} of the training code.
+
+- latents: `{data["latents_fingerprint"]}`
+- prompts: `{data["text_fingerprint"]}`
+
+{settings}
+
+The licence of the base model applies to what is derived from it.
+"""
+
+
+def _repository(config: TrainConfig) -> str:
+    return config.hub_model_id or config.output_dir.resolve().name
+
+
+def _pictures(config: TrainConfig) -> list[Path]:
+    """Return the last validation's pictures."""
+    steps = sorted((config.output_dir / "validation").glob("step-*[0-9]"))
+    return sorted(steps[-1].glob("*.png")) if steps else []
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error) or type(error).__name__).splitlines()[0]
