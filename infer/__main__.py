@@ -1,8 +1,8 @@
-"""`python -m infer`: `generate` draws pictures with a ControlNet, `score` measures them."""
+"""`python -m infer generate|score|decode`: pictures with a ControlNet, and their measurement."""
 
 import click
 
-from infer.config import GenerateConfig, ScoreConfig
+from infer.config import DecodeConfig, GenerateConfig, ScoreConfig
 from shards.options import CONTEXT, stage_command
 
 
@@ -26,8 +26,16 @@ def run_score(config: ScoreConfig) -> None:
     score(config)
 
 
+def run_decode(config: DecodeConfig) -> None:
+    """Decode."""
+    from infer.decode import decode_validations
+
+    decode_validations(config)
+
+
 main.add_command(stage_command("generate", GenerateConfig, run_generate, section="infer"))
 main.add_command(stage_command("score", ScoreConfig, run_score, section="score"))
+main.add_command(stage_command("decode", DecodeConfig, run_decode, section="decode"))
 
 if __name__ == "__main__":
     main(prog_name="python -m infer")

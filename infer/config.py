@@ -111,3 +111,20 @@ class ScoreConfig(PipelineConfig):
     def json_path(self) -> Path:
         """Where the figures go."""
         return self.json or self.output_dir / "score.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class DecodeConfig:
+    """Decode the validation pictures of a run that kept their latents.
+
+    Each becomes a PNG beside its file: the conditioning image, then what came of it.
+    """
+
+    pretrained_model_name_or_path: str = option(
+        help="Base model: a diffusers folder or a hub id; only its VAE is read."
+    )
+    output_dir: Path = option(help="The run's folder, as given to train.")
+    revision: str | None = option(None, help="Revision of the base model on the hub.")
+    variant: str | None = option(None, help="Variant of the base model's weight files, e.g. fp16.")
+    cache_dir: Path | None = option(None, help="Where downloaded models are kept.")
+    device: str | None = option(None, help="cuda, cuda:1, mps or cpu; the best there is if absent.")

@@ -12,8 +12,8 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 class Average:
     """The exponential moving average of a network's trained weights.
 
-    At the n-th update, counted from 0, its decay is `decay`, but at most n / (9 + n), as in
-    diffusers' EMAModel; so the first updates do not drag the beginning along.
+    After n updates its decay is `decay`, but at most (1 + n) / (10 + n), and 0 at the first, as
+    in diffusers' EMAModel; so the first updates do not drag the beginning along.
 
     Args:
         network: as training updates it.
@@ -29,7 +29,8 @@ class Average:
     @torch.no_grad()
     def step(self) -> None:
         """Take in the network's weights as they are now."""
-        decay = min(self.decay, self.num_steps / (9 + self.num_steps))
+        count = self.num_steps
+        decay = min(self.decay, (1 + count) / (10 + count)) if count else 0.0
         get_ema_multi_avg_fn(decay)(self.weights, self._trained(), self.num_steps)
         self.num_steps += 1
 

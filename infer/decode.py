@@ -1,0 +1,63 @@
+"""Pictures from the latents that training kept with `--validation-decode latents`."""
+
+from pathlib import Path
+
+import click
+import numpy as np
+import torch
+from PIL import Image
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+
+from infer.config import DecodeConfig
+from shards.decoder import decode, to_bytes
+from shards.device import pick_device
+from shards.errors import ConfigError
+from shards.pretrained import find_base
+from shards.sheets import save_png
+
+NAMES = {"latents", "conditioning_image"}
+
+
+def decode_validations(config: DecodeConfig) -> None:
+    """Write a PNG beside each file of latents of a run's validations that has none.
+
+    Raises:
+        ConfigError: there are none, one is damaged, or the base model cannot be used.
+        OSError: a picture cannot be written; finished ones are kept.
+    """
+    found = sorted((config.output_dir / "validation").glob("step-*/*.safetensors"))
+    if not found:
+        raise ConfigError(
+            f"--output-dir {config.output_dir}: no validation/step-*/*.safetensors in it; train "
+            "writes them with --validation-decode latents."
+        )
+    todo = [path for path in found if not path.with_suffix(".png").is_file()]
+    click.echo(f"{len(found)} files of latents, {len(todo)} to decode")
+    device = pick_device(config.device)
+    base = find_base(
+        config.pretrained_model_name_or_path,
+        ("vae",),
+        revision=config.revision,
+        variant=config.variant,
+        cache_dir=config.cache_dir,
+    )
+    tensors = [_read(path) for path in todo]
+    latents = [one["latents"] for one in tensors]
+    pixels = decode(base, config.variant, latents, device) if todo else []
+    for path, one, images in zip(todo, tensors, pixels, strict=True):
+        conditioning = one["conditioning_image"].permute(1, 2, 0).numpy()
+        picture = path.with_suffix(".png")
+        row = np.concatenate([conditioning, *to_bytes(images)], axis=1)
+        save_png(picture, Image.fromarray(row))
+        click.echo(picture)
+
+
+def _read(path: Path) -> dict[str, torch.Tensor]:
+    try:
+        tensors = load_file(path)
+    except SafetensorError as error:
+        raise ConfigError(f"{path}: damaged ({error}).") from error
+    if tensors.keys() != NAMES:
+        raise ConfigError(f"{path}: holds {sorted(tensors)}, not {sorted(NAMES)}.")
+    return tensors
