@@ -4,7 +4,6 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import HfApi, ModelCardData
-from huggingface_hub.errors import HfHubHTTPError
 
 from shards.errors import ConfigError, RunError
 from shards.options import as_dict
@@ -30,7 +29,7 @@ def create_repository(config: TrainConfig) -> None:
     """
     try:
         HfApi(token=config.hub_token).create_repo(_repository(config), exist_ok=True)
-    except (HfHubHTTPError, OSError, ValueError) as error:
+    except (OSError, ValueError) as error:
         raise ConfigError(
             f"--push-to-hub: {_repository(config)} cannot be made ({_first_line(error)}). "
             "Log in with hf auth login, or check --hub-model-id."
@@ -59,7 +58,7 @@ def push(config: TrainConfig) -> str:
                 *pictures,
             ],
         )
-    except (HfHubHTTPError, OSError, ValueError) as error:
+    except (OSError, ValueError) as error:
         raise RunError(
             f"--push-to-hub: the upload to {repository} failed ({_first_line(error)}). The "
             f"ControlNet is in {config.output_dir}: hf upload {repository} {config.output_dir}"

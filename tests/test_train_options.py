@@ -1,0 +1,131 @@
+"""The options: those of diffusers' script, where each of them went, and no other by accident."""
+
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+
+from precompute.config import PrecomputeConfig
+from train.config import MOVED, TrainConfig
+
+# Name and default of every option of diffusers' train_controlnet_sd3.py.
+REFERENCE = {
+    "pretrained_model_name_or_path": None,
+    "controlnet_model_name_or_path": None,
+    "num_extra_conditioning_channels": 0,
+    "revision": None,
+    "variant": None,
+    "output_dir": "controlnet-model",
+    "cache_dir": None,
+    "seed": None,
+    "resolution": 512,
+    "train_batch_size": 4,
+    "num_train_epochs": 1,
+    "max_train_steps": None,
+    "checkpointing_steps": 500,
+    "checkpoints_total_limit": None,
+    "resume_from_checkpoint": None,
+    "gradient_accumulation_steps": 1,
+    "gradient_checkpointing": False,
+    "upcast_vae": False,
+    "learning_rate": 5e-6,
+    "scale_lr": False,
+    "lr_scheduler": "constant",
+    "lr_warmup_steps": 500,
+    "lr_num_cycles": 1,
+    "lr_power": 1.0,
+    "use_8bit_adam": False,
+    "dataloader_num_workers": 0,
+    "weighting_scheme": "logit_normal",
+    "logit_mean": 0.0,
+    "logit_std": 1.0,
+    "mode_scale": 1.29,
+    "precondition_outputs": 1,
+    "adam_beta1": 0.9,
+    "adam_beta2": 0.999,
+    "adam_weight_decay": 1e-2,
+    "adam_epsilon": 1e-8,
+    "max_grad_norm": 1.0,
+    "push_to_hub": False,
+    "hub_token": None,
+    "hub_model_id": None,
+    "logging_dir": "logs",
+    "allow_tf32": False,
+    "report_to": "tensorboard",
+    "mixed_precision": None,
+    "set_grads_to_none": False,
+    "dataset_name": None,
+    "dataset_config_name": None,
+    "image_column": "image",
+    "conditioning_image_column": "conditioning_image",
+    "caption_column": "text",
+    "train_data_dir": None,
+    "max_train_samples": None,
+    "proportion_empty_prompts": 0,
+    "max_sequence_length": 77,
+    "dataset_preprocess_batch_size": 1000,
+    "validation_prompt": None,
+    "validation_image": None,
+    "num_validation_images": 4,
+    "validation_steps": 100,
+    "tracker_project_name": "train_controlnet",
+}
+# Kept in precompute under the same name, or gone for the reason that `MOVED` gives.
+MOVED_TO_PRECOMPUTE = {
+    "resolution",
+    "dataset_name",
+    "dataset_config_name",
+    "image_column",
+    "conditioning_image_column",
+    "caption_column",
+    "train_data_dir",
+    "max_train_samples",
+    "max_sequence_length",
+    "validation_prompt",
+    "validation_image",
+}
+GONE = {
+    "num_extra_conditioning_channels",
+    "upcast_vae",
+    "set_grads_to_none",
+    "dataset_preprocess_batch_size",
+}
+# A seed is always there: whoever gives none gets 0, and the run can be repeated.
+OTHER_DEFAULTS = {"seed": 0}
+OURS = {
+    "shards",
+    "local_cache_dir",
+    "local_cache_gb",
+    "conditioning_name",
+    "num_controlnet_layers",
+    "shuffle_window",
+    "on_nonfinite",
+    "ema_decay",
+    "validation_inference_steps",
+    "validation_guidance_scale",
+    "validation_decode",
+    "logging_steps",
+}
+TRAIN = {field.name: field.default for field in fields(TrainConfig)}
+PRECOMPUTE = {field.name: field.default for field in fields(PrecomputeConfig)}
+
+
+def test_every_option_of_the_reference_is_somewhere() -> None:
+    assert {name.replace("-", "_").strip("_") for name in MOVED} == MOVED_TO_PRECOMPUTE | GONE
+    assert REFERENCE.keys() == (REFERENCE.keys() & TRAIN.keys()) | MOVED_TO_PRECOMPUTE | GONE
+    assert not TRAIN.keys() & (MOVED_TO_PRECOMPUTE | GONE)
+
+
+def test_there_are_no_others() -> None:
+    assert TRAIN.keys() - REFERENCE.keys() == OURS
+
+
+@pytest.mark.parametrize("name", sorted(REFERENCE.keys() - GONE))
+def test_defaults_are_the_references(name: str) -> None:
+    default = PRECOMPUTE[name] if name in MOVED_TO_PRECOMPUTE else TRAIN[name]
+    if name == "pretrained_model_name_or_path":
+        return  # required here as there
+    expected = OTHER_DEFAULTS.get(name, REFERENCE[name])
+    if isinstance(default, Path):
+        default = str(default)
+    assert default == (() if expected is None and default == () else expected)
