@@ -6,13 +6,14 @@ so a resumed or re-partitioned run draws the same.
 Axes: B samples, T tokens, W embedding width, C latent channels, h x w latent grid.
 """
 
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields
 from typing import Self
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
@@ -159,21 +160,38 @@ class Samples(Dataset[dict[str, Tensor]]):
         for row, place in enumerate(places):
             pair = self.cache.pair(*self.order.record(place))
             assert self.cache.conditioning.bucket(pair.conditioning[0]) == memory.bucket
-            # Philox is counter-based: any place's stream is there at once and overlaps no other.
-            rng = np.random.Generator(np.random.Philox(key=[self.seed, place]))
-            draws["uniform"][row], draws["normal"][row] = rng.random(), rng.standard_normal()
-            drops = rng.random() < self.proportion_empty_prompts
-            caption = rng.integers(len(pair.prompts))
+            caption = self.draw(draws, row, place, len(pair.prompts))
             pairs.append(pair)
-            prompts.append(self.empty_prompt if drops else pair.prompts[caption])
-            for name in self.drawn:
-                rng.standard_normal(out=draws[name][row], dtype=np.float32)
+            prompts.append(self.empty_prompt if caption is None else pair.prompts[caption])
         self.cache.read(memory.records, pairs, prompts)
         for name in memory.draws.keys() & memory.records.keys():
             deviation = memory.records[f"{name}_std"].float()
             memory.draws[name].mul_(deviation).add_(memory.records[name])
         found = memory.records | memory.draws
         return Batch(**{field.name: found[field.name] for field in fields(Batch)})
+
+    def draw(
+        self, draws: Mapping[str, NDArray[np.float32]], row: int, place: int, num_prompts: int
+    ) -> int | None:
+        """Draw what is random about the sample at a place.
+
+        Args:
+            draws: by name in `Batch`, [B, ...]; for latents what their deviation is multiplied by.
+            row: of them to fill.
+            place: number in the run's order.
+            num_prompts: captions that the sample has.
+
+        Returns:
+            Which of its captions it gets, or None for the empty prompt.
+        """
+        # Philox is counter-based: any place's stream is there at once and overlaps no other.
+        rng = np.random.Generator(np.random.Philox(key=[self.seed, place]))
+        draws["uniform"][row], draws["normal"][row] = rng.random(), rng.standard_normal()
+        drops = rng.random() < self.proportion_empty_prompts
+        caption = int(rng.integers(num_prompts))
+        for name in self.drawn:
+            rng.standard_normal(out=draws[name][row], dtype=np.float32)
+        return None if drops else caption
 
 
 class RankBatches(Sampler[list[int]]):
