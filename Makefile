@@ -9,6 +9,8 @@ LAUNCH ?= python
 ARGS   ?=
 
 RUN     := . $(VENV)/bin/activate &&
+# A process a core with a thread each: the models are too small for more.
+TESTS   := $(RUN) OMP_NUM_THREADS=1 python -m pytest -n auto --maxprocesses 8
 STAMP   := $(VENV)/.installed
 IS_DEMO := $(filter configs/demo%.toml,$(CONFIG))
 # The configuration's own paths stand where SOURCE, BASE, CACHE and OUTPUT are not given.
@@ -68,13 +70,13 @@ verify: setup  ## Check every record of CACHE
 	$(RUN) python -m shards verify "$(or $(CACHE),runs/demo/cache)"
 
 test: setup  ## The tests that take seconds
-	$(RUN) python -m pytest -m "not slow and not gpu and not network" $(ARGS)
+	$(TESTS) -m "not slow and not gpu and not network" $(ARGS)
 
 lint: setup  ## ruff and mypy --strict
 	$(RUN) ruff check . && ruff format --check . && mypy
 
 check: lint  ## lint, and all tests that need neither GPU nor network
-	$(RUN) python -m pytest -m "not gpu and not network" $(ARGS)
+	$(TESTS) -m "not gpu and not network" $(ARGS)
 
 clean:  ## Remove what make made: .venv and the demo's runs
 	rm -rf $(VENV) runs/demo runs/demo-fast runs/demo-full .pytest_cache .mypy_cache .ruff_cache *.egg-info

@@ -8,7 +8,7 @@ from accelerate import Accelerator
 from tqdm import tqdm
 
 from shards.pretrained import DATA_KEY
-from train import checkpoints, models, setup
+from train import checkpoints, distribution, models, setup
 from train.config import TrainConfig
 from train.ema import Average
 from train.setup import Inputs
@@ -30,6 +30,7 @@ class Run:
         objective: what is minimised.
         average: of the ControlNet's weights, or None.
         num_steps: at which it ends.
+        num_trained: weights that change.
     """
 
     config: TrainConfig
@@ -42,6 +43,7 @@ class Run:
     objective: Objective
     average: Average | None
     num_steps: int
+    num_trained: int
 
     def say(self, line: str) -> None:
         """Print a line above the progress bar."""
@@ -83,11 +85,15 @@ def assemble(config: TrainConfig) -> Run:
     step_samples = setup.samples_a_step(config, accelerator.num_processes)
     num_steps = setup.num_train_steps(config, inputs.order, step_samples)
     trained = [parameter for parameter in controlnet.parameters() if parameter.requires_grad]
+    num_trained = sum(parameter.numel() for parameter in trained)
     optimizer = setup.make_optimizer(config, trained, step_samples)
     schedule = setup.make_schedule(config, optimizer, num_steps)
     checkpoints.use_diffusers_format(accelerator)
-    controlnet, optimizer, schedule = accelerator.prepare(controlnet, optimizer, schedule)
+    controlnet, optimizer, schedule = distribution.prepare(
+        accelerator, config, controlnet, optimizer, schedule
+    )
     if inputs.checkpoint is not None:
+        checkpoints.check_same_distribution(inputs.checkpoint, inputs.state, accelerator)
         checkpoints.check_same_model(inputs.checkpoint, accelerator.unwrap_model(controlnet))
         accelerator.load_state(str(inputs.checkpoint))
         # It counts batches, to know where an optimiser step ends; a checkpoint always is such an
@@ -110,4 +116,5 @@ def assemble(config: TrainConfig) -> Run:
         objective=setup.make_objective(config, inputs, accelerator.device),
         average=average,
         num_steps=num_steps,
+        num_trained=num_trained,
     )

@@ -11,10 +11,11 @@ checkpoint-500/
 import json
 import shutil
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from diffusers import SD3ControlNetModel
@@ -25,6 +26,7 @@ from shards.options import os_error_line
 from shards.pretrained import read_config
 from shards.provenance import write_run
 from shards.writer import write_text
+from train.distribution import WAY_NAMES, Way, way, whole_weights
 from train.ema import Average
 
 STATE_FILE = "train_state.json"
@@ -45,6 +47,8 @@ class TrainState:
         bucket_group: of the order: how many samples in a row are of one bucket.
         fingerprints: of the data that the order refers to; see `Manifest.fingerprints`.
         averaged_steps: updates that the average of weights has taken in; 0 if there is none.
+        distribution: how the processes shared the ControlNet and its optimiser's state.
+        num_processes: that did.
     """
 
     step: int
@@ -54,6 +58,8 @@ class TrainState:
     bucket_group: int
     fingerprints: dict[str, str]
     averaged_steps: int = 0
+    distribution: Way = "copies"
+    num_processes: int = 1
 
 
 def find(output_dir: Path) -> list[Path]:
@@ -127,6 +133,29 @@ def check_same_model(checkpoint: Path, controlnet: SD3ControlNetModel) -> None:
         )
 
 
+def check_same_distribution(checkpoint: Path, state: TrainState, accelerator: Accelerator) -> None:
+    """Hold the way that a checkpoint was shared out against the way that it is to go on.
+
+    Raises:
+        ConfigError: its optimiser's state cannot be read that way.
+    """
+    was, now = state.distribution, way(accelerator)
+    if was != now:
+        wrong = f"written with {WAY_NAMES[was]}, and this is {WAY_NAMES[now]}"
+    elif now == "deepspeed" and state.num_processes != accelerator.num_processes:
+        wrong = (
+            f"written by {state.num_processes} processes of DeepSpeed, and these are "
+            f"{accelerator.num_processes}"
+        )
+    else:
+        return
+    raise ConfigError(
+        f"{checkpoint}: {wrong}, which reads another kind of optimiser state. Resume as before, or "
+        "start in another --output-dir with this checkpoint's controlnet/ as "
+        "--controlnet-model-name-or-path."
+    )
+
+
 def save(
     accelerator: Accelerator,
     output_dir: Path,
@@ -154,6 +183,7 @@ def save(
     final = output_dir / f"{PREFIX}{state.step}"
     partial = output_dir / f"{final.name}.partial"
     main = accelerator.is_main_process
+    state = replace(state, distribution=way(accelerator), num_processes=accelerator.num_processes)
 
     def begin() -> None:
         if main:
@@ -164,8 +194,9 @@ def save(
         accelerator.save_state(str(partial))
         if average is not None:
             with average.in_place():
-                if main:
-                    average.network.save_pretrained(str(partial / AVERAGE_FOLDER))
+                network = _whole(accelerator, average.network)
+                if network is not None:
+                    network.save_pretrained(str(partial / AVERAGE_FOLDER))
 
     def complete() -> None:
         if main:
@@ -221,10 +252,10 @@ def use_diffusers_format(accelerator: Accelerator) -> None:
     """Have checkpoints hold the ControlNet as a folder that diffusers loads."""
 
     def save_model(models: list[Any], weights: list[Any], folder: str) -> None:
-        if accelerator.is_main_process:
-            for model in models:
-                unwrapped = accelerator.unwrap_model(model)
-                unwrapped.save_pretrained(str(Path(folder) / CONTROLNET_FOLDER))
+        for model in models:
+            network = _whole(accelerator, model)
+            if network is not None:
+                network.save_pretrained(str(Path(folder) / CONTROLNET_FOLDER))
         weights.clear()
 
     def load_model(models: list[Any], folder: str) -> None:
@@ -242,18 +273,33 @@ def save_result(
 ) -> None:
     """Save the trained ControlNet into the run's folder, and its average into one in there.
 
-    As diffusers does, each file whole. Every process must call this.
+    Every process must call this.
     """
-    if not accelerator.is_main_process:
-        return
-    network = accelerator.unwrap_model(controlnet)
-    _save_whole(network, output_dir)
+    _save_files(_whole(accelerator, controlnet), output_dir)
     if average is not None:
         with average.in_place():
-            _save_whole(network, output_dir / AVERAGE_FOLDER)
+            _save_files(_whole(accelerator, controlnet), output_dir / AVERAGE_FOLDER)
 
 
-def _save_whole(network: SD3ControlNetModel, folder: Path) -> None:
+def _whole(accelerator: Accelerator, controlnet: Any) -> SD3ControlNetModel | None:
+    """Return the ControlNet with all of its weights, however it is shared out.
+
+    Every process must call this, and gets None but for the main one.
+    """
+    weights = whole_weights(accelerator, controlnet)
+    if not accelerator.is_main_process:
+        return None
+    config = accelerator.unwrap_model(controlnet).config
+    with torch.device("meta"):
+        network = SD3ControlNetModel.from_config(config)
+    network.load_state_dict(weights, assign=True)
+    return network
+
+
+def _save_files(network: SD3ControlNetModel | None, folder: Path) -> None:
+    """Save a network as diffusers does, but each file whole."""
+    if network is None:
+        return
     partial = folder / "controlnet.partial"
     shutil.rmtree(partial, ignore_errors=True)
     network.save_pretrained(str(partial))

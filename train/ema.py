@@ -1,12 +1,14 @@
 """A moving average of the ControlNet's weights, often better than the weights themselves."""
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim.swa_utils import get_ema_multi_avg_fn
+
+from train.distribution import forget_gathered, shared_out
 
 
 class Average:
@@ -38,13 +40,16 @@ class Average:
     @torch.no_grad()
     def in_place(self) -> Iterator[None]:
         """Have the network bear the averaged weights meanwhile."""
+        forget_gathered(self.network)
         trained = self._trained()
         own = [parameter.clone() for parameter in trained]
         _copy(trained, self.weights)
         try:
+            forget_gathered(self.network)
             yield
         finally:
             _copy(trained, own)
+            forget_gathered(self.network)
 
     @torch.no_grad()
     def restore(self, weights: Mapping[str, Tensor], num_steps: int) -> None:
@@ -55,13 +60,14 @@ class Average:
             num_steps: updates that were averaged.
         """
         names = [name for name, one in self.network.named_parameters() if one.requires_grad]
-        _copy(self.weights, [weights[name] for name in names])
+        whole = [weights[name] for name in names]
+        _copy(self.weights, map(shared_out, whole, self.weights))
         self.num_steps = num_steps
 
     def _trained(self) -> list[Tensor]:
         return [one for one in self.network.parameters() if one.requires_grad]
 
 
-def _copy(targets: list[Tensor], sources: list[Tensor]) -> None:
+def _copy(targets: list[Tensor], sources: Iterable[Tensor]) -> None:
     for target, source in zip(targets, sources, strict=True):
         target.copy_(source)

@@ -1,7 +1,8 @@
 """Steps whose gradient is not finite: they change nothing, and the samples at fault are named.
 
-Nobody waits for the device: the optimiser itself leaves such a step out, and what is reported about
-a step is read when the next one is under way.
+Nobody waits for the device: torch's fused optimiser itself leaves such a step out, and what is
+reported about a step is read when the next one is under way. Other optimisers cannot be told, so
+for them the number is read.
 """
 
 from collections.abc import Callable
@@ -15,8 +16,10 @@ from shards.device import OnItsWay
 from shards.errors import RunError
 
 LISTED_SAMPLES = 8
+LEFT_OUT = "Its update was left out."
+TOO_LATE = "Its update was made: go on from the last checkpoint."
 ADVICE = (
-    "Its update was left out. A lower --learning-rate or --mixed-precision bf16 may help; python "
+    "A lower --learning-rate or --mixed-precision bf16 may help; python "
     "-m shards verify looks for damaged numbers; --on-nonfinite skip goes on without such steps."
 )
 
@@ -43,6 +46,7 @@ class Guard:
         optimizer: torch's own, or one like it.
         scaler: accelerate's, for fp16: it leaves steps out itself, and infinite gradients are how
             it finds its scale; then only losses are watched.
+        too_late: whether the step has been taken when its norm is known, as DeepSpeed does.
         stop: whether to end the run at the first bad step, or to go on.
         name: of the sample at a place.
         say: prints a line.
@@ -53,12 +57,14 @@ class Guard:
         optimizer: Any,
         scaler: Any,
         *,
+        too_late: bool,
         stop: bool,
         name: Callable[[int], str],
         say: Callable[[str], None],
     ) -> None:
         self.optimizer = optimizer
         self.scaler = scaler
+        self.too_late = too_late
         self.stop = stop
         self.name = name
         self.say = say
@@ -75,8 +81,13 @@ class Guard:
         bad = (~torch.isfinite(norm.detach())).float()
         if self.scaler is not None:
             return torch.zeros_like(bad)
-        # The way torch's GradScaler tells a fused optimiser, without reading the number.
-        self.optimizer.found_inf = bad
+        if self.too_late:
+            return bad
+        if self.optimizer.defaults.get("fused"):
+            # The way torch's GradScaler tells a fused optimiser, without reading the number.
+            self.optimizer.found_inf = bad
+        elif bad:
+            self.optimizer.zero_grad(set_to_none=True)
         return bad
 
     def after_update(self, step: int, places: list[int], losses: Tensor, bad: Tensor) -> None:
@@ -126,7 +137,7 @@ class Guard:
         )
         line = f"step {report.step}: {what} {keys}."
         if self.stop:
-            raise RunError(f"{line} {ADVICE}")
+            raise RunError(f"{line} {TOO_LATE if self.too_late else LEFT_OUT} {ADVICE}")
         self.say(f"{line} Left out.")
 
     def sums(self) -> Tensor:

@@ -16,6 +16,7 @@ from train import checkpoints, setup, validation
 from train.assembly import Run
 from train.checkpoints import TrainState
 from train.data import RankBatches, Samples, loader
+from train.distribution import clip_gradients, way
 from train.guard import Guard
 from train.step import batch_losses
 
@@ -53,6 +54,7 @@ def take_steps(run: Run) -> tuple[TrainState, Signals | None]:
     guard = Guard(
         run.optimizer.optimizer,
         accelerator.scaler,
+        too_late=way(accelerator) == "deepspeed",
         stop=config.on_nonfinite == "stop",
         name=samples.key,
         say=tqdm.write,
@@ -116,9 +118,7 @@ def _step(run: Run, batches: Any, guard: Guard, step: int) -> None:
             )
             accelerator.backward(of_batch.mean())
             if accelerator.sync_gradients:
-                norm = accelerator.clip_grad_norm_(
-                    run.controlnet.parameters(), config.max_grad_norm
-                )
+                norm = clip_gradients(accelerator, run.controlnet, config.max_grad_norm)
                 bad = guard.before_update(norm)
             run.optimizer.step()
             run.optimizer.zero_grad(set_to_none=True)

@@ -64,7 +64,6 @@ def _announce(run: Run) -> None:
     if not run.accelerator.is_main_process:
         return
     inputs, order = run.inputs, run.inputs.order
-    millions = sum(p.numel() for p in run.controlnet.parameters() if p.requires_grad) / 1e6
     start = f"resuming {inputs.checkpoint}" if inputs.checkpoint else "starting anew"
     buckets = ""
     if order.several_buckets:
@@ -73,7 +72,7 @@ def _announce(run: Run) -> None:
     step_samples = setup.samples_a_step(run.config, run.accelerator.num_processes)
     click.echo(
         f"train: {order.num_records} samples{buckets}, {run.num_steps} steps of {step_samples}, "
-        f"{millions:.1f} M parameters to train, {start}"
+        f"{run.num_trained / 1e6:.1f} M parameters to train, {start}"
     )
     if run.config.validation_steps > 0 and not (inputs.draws or inputs.measures):
         click.echo(

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType, ProjectConfiguration
+from accelerate.utils import ProjectConfiguration
 from diffusers.optimization import get_scheduler
 
 from shards.cache import Cache
@@ -17,18 +17,13 @@ from shards.errors import ConfigError, ShardError
 from shards.order import Order
 from shards.pretrained import find_base, find_controlnet
 from shards.streaming import open_files
-from train import checkpoints, models
+from train import checkpoints, distribution, models
 from train.checkpoints import TrainState
 from train.compatibility import check_base, check_same_order
 from train.config import TrainConfig
 from train.held_out import held_out_records
 from train.step import Objective
 
-SUPPORTED = (
-    DistributedType.NO,
-    DistributedType.MULTI_CPU,
-    DistributedType.MULTI_GPU,
-)
 WEIGHT_DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
@@ -147,11 +142,7 @@ def make_accelerator(config: TrainConfig) -> Accelerator:
         )
     except ValueError as error:
         raise ConfigError(f"--mixed-precision {config.mixed_precision}: {error}") from error
-    if accelerator.distributed_type not in SUPPORTED:
-        raise ConfigError(
-            f"accelerate is set up for {accelerator.distributed_type.value}; this version "
-            "trains on one device or with DDP: run accelerate config, or launch with --multi_gpu."
-        )
+    distribution.check(accelerator, config)
     if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
         raise ConfigError("--mixed-precision fp16: CPUs have no fp16 autocast; use bf16 or no.")
     return accelerator

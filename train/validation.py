@@ -29,6 +29,7 @@ from shards.decoder import to_bytes
 from shards.writer import write_text
 from train import models
 from train.assembly import Run
+from train.distribution import forget_gathered
 from train.held_out import held_out_loss
 from train.sampling import Pair, negative_embeds, read_pairs, sample
 
@@ -106,6 +107,7 @@ def validate(run: Run, step: int) -> None:
                     run.config.train_batch_size,
                 )
     model.train()
+    forget_gathered(model)
     pictures = _decoded(run, pictures)
     for picture in pictures:
         _save(partial, picture)
