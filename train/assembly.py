@@ -11,6 +11,7 @@ from shards.pretrained import DATA_KEY
 from train import checkpoints, distribution, models, setup
 from train.config import TrainConfig
 from train.ema import Average
+from train.fused_backward import FusedBackward
 from train.setup import Inputs
 from train.step import Objective
 
@@ -28,6 +29,7 @@ class Run:
         optimizer: as accelerate prepared it.
         schedule: likewise.
         objective: what is minimised.
+        fused: takes the optimiser's steps within the backward pass, or None.
         average: of the ControlNet's weights, or None.
         num_steps: at which it ends.
         num_trained: weights that change.
@@ -41,6 +43,7 @@ class Run:
     optimizer: Any
     schedule: Any
     objective: Objective
+    fused: FusedBackward | None
     average: Average | None
     num_steps: int
     num_trained: int
@@ -72,7 +75,9 @@ def assemble(config: TrainConfig) -> Run:
         controlnet = models.load_controlnet(inputs.controlnet)
         models.check_controlnet(controlnet, inputs.base)
     weight_dtype = setup.WEIGHT_DTYPES[accelerator.mixed_precision]
-    transformer = models.load_transformer(inputs.base, config.variant, weight_dtype)
+    transformer = models.load_transformer(
+        inputs.base, config.variant, weight_dtype, config.quantize_base
+    )
     data = models.data_entry(inputs.cache.manifest, inputs.cache.conditioning_spec)
     controlnet.register_to_config(force_zeros_for_pooled_projection=False, **{DATA_KEY: data})
     models.freeze_unused(controlnet)
@@ -80,6 +85,8 @@ def assemble(config: TrainConfig) -> Run:
     if config.gradient_checkpointing:
         controlnet.enable_gradient_checkpointing()
         transformer.enable_gradient_checkpointing()
+    if config.compile:
+        models.compile_blocks(controlnet, transformer)
     transformer.to(accelerator.device)
 
     step_samples = setup.samples_a_step(config, accelerator.num_processes)
@@ -100,6 +107,7 @@ def assemble(config: TrainConfig) -> Run:
         # end, but with another accumulation the count would say otherwise.
         accelerator.step = 0
         setup.set_learning_rate(schedule.scheduler, setup.peak_learning_rate(config, step_samples))
+    fused = FusedBackward(optimizer.optimizer) if config.fused_backward_pass else None
     average = None
     if config.ema_decay is not None:
         average = Average(accelerator.unwrap_model(controlnet), config.ema_decay)
@@ -114,6 +122,7 @@ def assemble(config: TrainConfig) -> Run:
         optimizer=optimizer,
         schedule=schedule,
         objective=setup.make_objective(config, inputs, accelerator.device),
+        fused=fused,
         average=average,
         num_steps=num_steps,
         num_trained=num_trained,

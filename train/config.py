@@ -73,6 +73,18 @@ class TrainConfig:
     mixed_precision: Literal["no", "fp16", "bf16"] | None = option(
         None, help="Number format of the frozen base and of the arithmetic; accelerate's if absent."
     )
+    quantize_base: Literal["int8", "fp8", "nf4"] | None = option(
+        None,
+        help="Keep the frozen base in 8 or 4 bit (NF4); needs the extra [quantized].",
+    )
+    fused_backward_pass: bool = option(
+        False,
+        help="Take AdamW's step within the backward pass and free each gradient at once; with "
+        "--max-grad-norm 0, without accumulation, on one GPU.",
+    )
+    compile: bool = option(
+        False, help="Compile the blocks of both networks; the first step takes a minute or more."
+    )
     allow_tf32: bool = option(False, help="TensorFloat-32 matrix products, on Ampere and later.")
     learning_rate: float = option(5e-6, help="Peak learning rate.")
     scale_lr: bool = option(
@@ -94,7 +106,7 @@ class TrainConfig:
     adam_beta2: float = option(0.999, help="AdamW's second moment.")
     adam_weight_decay: float = option(1e-2, help="AdamW's weight decay.")
     adam_epsilon: float = option(1e-8, help="AdamW's epsilon.")
-    max_grad_norm: float = option(1.0, help="Gradients are clipped to this norm.")
+    max_grad_norm: float = option(1.0, help="Gradients are clipped to this norm; 0 not at all.")
     on_nonfinite: Literal["stop", "skip"] = option(
         "stop",
         help="What to do where a gradient is not finite: its step is left out either way, and the "
@@ -177,6 +189,8 @@ class TrainConfig:
                     raise ConfigError(f"{flag} {value}: must be at least {least}.")
         if not 0 < self.local_cache_gb < math.inf:
             raise ConfigError(f"--local-cache-gb {self.local_cache_gb:g}: must be above 0.")
+        if not 0 <= self.max_grad_norm < math.inf:
+            raise ConfigError(f"--max-grad-norm {self.max_grad_norm:g}: must be at least 0.")
         if self.precondition_outputs not in (0, 1):
             raise ConfigError(
                 f"--precondition-outputs {self.precondition_outputs}: must be 0 or 1."

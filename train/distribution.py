@@ -5,6 +5,7 @@ says (configs/accelerate/ has some); the frozen transformer is whole on every de
 the rest of training must know of it.
 """
 
+import math
 from typing import Any, Literal
 
 import torch
@@ -14,6 +15,7 @@ from diffusers import SD3ControlNetModel
 from torch import Tensor
 
 from shards.errors import ConfigError
+from train import fused_backward
 from train.config import TrainConfig
 
 Way = Literal["copies", "fsdp", "deepspeed"]
@@ -52,6 +54,12 @@ def check(accelerator: Accelerator, config: TrainConfig) -> None:
         raise ConfigError(
             f"--gradient-accumulation-steps {config.gradient_accumulation_steps}: accelerate's own "
             f"configuration says {accelerator.gradient_accumulation_steps}; remove it there."
+        )
+    if config.fused_backward_pass:
+        fused_backward.check(
+            config,
+            num_processes=accelerator.num_processes,
+            scales=accelerator.scaler is not None,
         )
     if way(accelerator) == "copies":
         return
@@ -104,13 +112,13 @@ def prepare(
 
 
 def clip_gradients(accelerator: Accelerator, controlnet: Any, max_norm: float) -> Tensor:
-    """Clip the gradients' norm over all processes and return what it was, [].
+    """Clip the gradients' norm over all processes, unless to 0, and return what it was, [].
 
     DeepSpeed has done so, and taken the step; it says what the norm was.
     """
     from torch.distributed.tensor import DTensor
 
-    norm = accelerator.clip_grad_norm_(controlnet.parameters(), max_norm)
+    norm = accelerator.clip_grad_norm_(controlnet.parameters(), max_norm or math.inf)
     if isinstance(norm, DTensor):
         norm = norm.full_tensor()
     return torch.as_tensor(norm, device=accelerator.device)

@@ -118,8 +118,11 @@ def _step(run: Run, batches: Any, guard: Guard, step: int) -> None:
             )
             accelerator.backward(of_batch.mean())
             if accelerator.sync_gradients:
-                norm = clip_gradients(accelerator, run.controlnet, config.max_grad_norm)
-                bad = guard.before_update(norm)
+                if run.fused is not None:
+                    bad = run.fused.bad()
+                else:
+                    norm = clip_gradients(accelerator, run.controlnet, config.max_grad_norm)
+                    bad = guard.before_update(norm)
             run.optimizer.step()
             run.optimizer.zero_grad(set_to_none=True)
         losses.append(of_batch.detach())

@@ -11,6 +11,7 @@ from torch import Tensor
 from shards.errors import ConfigError
 from shards.manifest import LatentSpec, Manifest
 from shards.pretrained import component_variant, controlnet_mismatches, read_config
+from train.quantized import quantize
 
 DEFAULT_NUM_LAYERS = 12
 
@@ -20,8 +21,17 @@ def load_scheduler(base: Path) -> FlowMatchEulerDiscreteScheduler:
     return FlowMatchEulerDiscreteScheduler.from_pretrained(base, subfolder="scheduler")
 
 
-def load_transformer(base: Path, variant: str | None, dtype: torch.dtype) -> SD3Transformer2DModel:
-    """Return the base model's transformer, frozen."""
+def load_transformer(
+    base: Path, variant: str | None, dtype: torch.dtype, quantization: str | None = None
+) -> SD3Transformer2DModel:
+    """Return the base model's transformer, frozen.
+
+    Args:
+        base: folder of the base model.
+        variant: variant of its weight files.
+        dtype: of its arithmetic, and of its weights unless they are quantised.
+        quantization: see `train.quantized`; None for none.
+    """
     transformer = SD3Transformer2DModel.from_pretrained(
         base,
         subfolder="transformer",
@@ -29,7 +39,22 @@ def load_transformer(base: Path, variant: str | None, dtype: torch.dtype) -> SD3
         dtype=dtype,
         use_safetensors=True,
     )
-    return transformer.requires_grad_(False).eval()
+    transformer.requires_grad_(False).eval()
+    if quantization is not None:
+        quantize(transformer, quantization)
+    return transformer
+
+
+def compile_blocks(*networks: Any) -> None:
+    """Compile the blocks of both networks, in place, at their first calls.
+
+    One block is compiled for all that are alike. Both networks' are of one class and so share a
+    limit of variants, which the default, 8, would have them reach.
+    """
+    torch._dynamo.config.recompile_limit = 64
+    for network in networks:
+        for block in network.transformer_blocks:
+            block.compile()
 
 
 def new_controlnet(base: Path, variant: str | None, num_layers: int | None) -> SD3ControlNetModel:

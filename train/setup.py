@@ -22,6 +22,7 @@ from train.checkpoints import TrainState
 from train.compatibility import check_base, check_same_order
 from train.config import TrainConfig
 from train.held_out import held_out_records
+from train.quantized import PACKAGES
 from train.step import Objective
 
 WEIGHT_DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -227,6 +228,10 @@ def _require_packages(config: TrainConfig) -> None:
     for wanted, package, extra in (
         (config.report_to == "wandb", "wandb", "wandb"),
         (config.use_8bit_adam, "bitsandbytes", "adam8bit"),
+        *(
+            (config.quantize_base == kind, package, "quantized")
+            for kind, package in PACKAGES.items()
+        ),
     ):
         if wanted and importlib.util.find_spec(package) is None:
             raise ConfigError(f"{package} is not installed: pip install '.[{extra}]'")
