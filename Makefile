@@ -10,7 +10,7 @@ ARGS   ?=
 
 RUN     := . $(VENV)/bin/activate &&
 # A process a core with a thread each: the models are too small for more.
-TESTS   := $(RUN) OMP_NUM_THREADS=1 python -m pytest -n auto --maxprocesses 8
+TESTS   := $(RUN) OMP_NUM_THREADS=1 python -m pytest -n auto --maxprocesses 8 --dist worksteal
 STAMP   := $(VENV)/.installed
 IS_DEMO := $(filter configs/demo%.toml,$(CONFIG))
 # The configuration's own paths stand where SOURCE, BASE, CACHE and OUTPUT are not given.
