@@ -142,8 +142,9 @@ def test_killed_at_any_moment_it_is_finished_to_the_same_bytes(fresh: Precompute
     assert files(cache) == expected
 
     rng = random.Random(0)
-    unfinished = 0
-    for kill in range(NUM_KILLS):
+    kill = unfinished = 0
+    while kill < NUM_KILLS or unfinished <= NUM_KILLS / 2:
+        kill += 1
         shutil.rmtree(cache)
         workers.start()
         time.sleep(rng.uniform(0, duration_s))
@@ -151,7 +152,6 @@ def test_killed_at_any_moment_it_is_finished_to_the_same_bytes(fresh: Precompute
         unfinished += not check_what_is_left(cache, expected, kill)
         workers.finish()
         assert files(cache) == expected, f"kill {kill}: other bytes"
-    assert unfinished > NUM_KILLS / 2
 
 
 @pytest.mark.slow
@@ -166,8 +166,9 @@ def test_many_workers_killed_again_and_again_end_at_the_same_bytes(
     shutil.rmtree(cache)
 
     rng = random.Random(1)
-    resumed = 0
-    for kill in range(NUM_KILLS_OF_WORKERS):
+    kill = resumed = 0
+    while kill < NUM_KILLS_OF_WORKERS or resumed <= NUM_KILLS_OF_WORKERS / 3:
+        kill += 1
         resumed += cache.exists()
         workers.start(rng.randint(1, 4), rng.choice(KINDS))
         time.sleep(rng.uniform(0, duration_s))
@@ -188,7 +189,6 @@ def test_many_workers_killed_again_and_again_end_at_the_same_bytes(
     assert len(list(cache.rglob("*.tmp-*"))) == len(list(cache.rglob(f"*.tmp-{young}"))) == 5
     assert files(cache) == expected
     assert PLAN in expected
-    assert resumed > NUM_KILLS_OF_WORKERS / 3
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
