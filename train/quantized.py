@@ -12,8 +12,6 @@ from torch import nn
 from shards.errors import ConfigError
 
 PACKAGES = {"int8": "torchao", "fp8": "torchao", "nf4": "bitsandbytes"}
-# Bits a weight, with the scales that go with it: one a row of 8 bit, a float32 for 64 of 4 bit.
-BITS = {None: 16.0, "int8": 8.0, "fp8": 8.0, "nf4": 4.5}
 
 
 def quantize(transformer: Any, kind: str) -> None:
