@@ -19,6 +19,7 @@ from click.testing import CliRunner, Result
 from diffusers import SD3ControlNetModel
 from hypothesis import settings
 from PIL import Image
+from torch import Tensor
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # read at the first import of huggingface_hub
 
@@ -29,13 +30,15 @@ from demo.circles import write_circles
 from precompute.config import PrecomputeConfig
 from precompute.run import precompute
 from shards.pretrained import DATA_KEY
-from train import models
+from train import loop, models
 from train.config import TrainConfig
+from train.data import Batch
 
 # The same examples every time: a run that passes is one that passes again.
 settings.register_profile("repeatable", derandomize=True)
 settings.load_profile("repeatable")
 
+Spoil = Callable[[Tensor, Any], Tensor]
 REPOSITORY = Path(__file__).parent.parent
 RESOLUTION_PX = 64
 NUM_ROWS = 10
@@ -191,6 +194,23 @@ def controlnet(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture
+def in_batch(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, Spoil], None]:
+    """Have something done to the losses of the n-th batch, counted from 1."""
+
+    def call(number: int, spoil: Spoil) -> None:
+        original, count = loop.batch_losses, [0]
+
+        def batch_losses(batch: Batch, controlnet: Any, *others: Any) -> Tensor:
+            count[0] += 1
+            losses = original(batch, controlnet, *others)
+            return spoil(losses, controlnet) if count[0] == number else losses
+
+        monkeypatch.setattr(loop, "batch_losses", batch_losses)
+
+    return call
+
+
 @dataclass(frozen=True)
 class Outcome:
     """How a command ended."""
@@ -270,3 +290,15 @@ def flags(config: object) -> list[str]:
         elif value is not None:
             found += [flag, str(value)]
     return found
+
+
+def two_processes(config: TrainConfig) -> list[object]:
+    """Return Python's arguments that train in two processes with DDP."""
+    torchrun = ("-m", "torch.distributed.run", "--nproc-per-node", 2, "--master-port", free_port())
+    return [*torchrun, "-m", "train", *flags(config)]
+
+
+def train_in_two_processes(config: TrainConfig) -> None:
+    """Train in two processes on the CPU, over gloo."""
+    done = run_python(*two_processes(config), ACCELERATE_USE_CPU="true")
+    assert done.returncode == 0, done.stderr

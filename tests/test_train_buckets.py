@@ -15,7 +15,7 @@ from shards.errors import ConfigError
 from shards.manifest import product_of
 from shards.records import Record, record_key
 from shards.writer import write_shard
-from tests.conftest import BUCKETS, Outcome, flags, free_port, run_python
+from tests.conftest import BUCKETS, Outcome, flags, train_in_two_processes
 from tests.test_train_run import assert_close, near_gradient_descent, same
 from train import checkpoints, loop, sampling
 from train.config import TrainConfig
@@ -87,9 +87,7 @@ def test_two_processes_train_as_one_on_the_same_shapes(config: TrainConfig, tmp_
     config = near_gradient_descent(config)
     train(config)
     two = replace(config, train_batch_size=1, output_dir=tmp_path / "two")
-    launch = ("-m", "torch.distributed.run", "--nproc-per-node", 2, "--master-port", free_port())
-    done = run_python(*launch, "-m", "train", *flags(two), ACCELERATE_USE_CPU="true")
-    assert done.returncode == 0, done.stderr
+    train_in_two_processes(two)
     assert_close(config.output_dir, two.output_dir)
     state = checkpoints.read_state(two.output_dir / "checkpoint-6")
     assert (state.place, state.bucket_group) == (24, 4)

@@ -9,7 +9,7 @@ import pytest
 from accelerate.utils import DistributedType
 
 from shards.errors import ConfigError
-from train import checkpoints, distribution
+from train import checkpoints, compatibility, distribution
 from train.config import TrainConfig
 
 
@@ -82,7 +82,7 @@ def test_checkpoints_go_on_as_they_can(
     )
     folder = Path("out/checkpoint-1")
     if message is None:
-        checkpoints.check_same_distribution(folder, state, accelerator(now))
+        compatibility.check_same_distribution(folder, state, accelerator(now))
         return
     with pytest.raises(ConfigError, match=message):
-        checkpoints.check_same_distribution(folder, state, accelerator(now))
+        compatibility.check_same_distribution(folder, state, accelerator(now))

@@ -14,31 +14,11 @@ import torch
 from torch import Tensor
 
 from shards.errors import RunError
-from tests.conftest import Outcome, flags
+from tests.conftest import Outcome, Spoil, flags
 from tests.test_train_run import same, weights
-from train import checkpoints, loop, setup
+from train import checkpoints, setup
 from train.config import TrainConfig
-from train.data import Batch
 from train.run import train
-
-Spoil = Callable[[Tensor, Any], Tensor]
-
-
-@pytest.fixture
-def in_batch(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, Spoil], None]:
-    """Have something done to the losses of the n-th batch, counted from 1."""
-
-    def call(number: int, spoil: Spoil) -> None:
-        original, count = loop.batch_losses, [0]
-
-        def batch_losses(batch: Batch, controlnet: Any, *others: Any) -> Tensor:
-            count[0] += 1
-            losses = original(batch, controlnet, *others)
-            return spoil(losses, controlnet) if count[0] == number else losses
-
-        monkeypatch.setattr(loop, "batch_losses", batch_losses)
-
-    return call
 
 
 def second_is_nan(losses: Tensor, _: Any) -> Tensor:

@@ -11,7 +11,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch import Tensor
 
 from shards.cache import Cache
-from tests.conftest import awaken, flags, free_port, run_python
+from tests.conftest import awaken, train_in_two_processes
 from train import held_out as measured
 from train import models, setup
 from train.config import TrainConfig
@@ -168,9 +168,7 @@ def test_two_real_processes_log_what_one_does(config: TrainConfig, tmp_path: Pat
     still = replace(config, learning_rate=0.0, adam_weight_decay=0.0, max_train_steps=1)
     train(still)
     two = replace(still, output_dir=tmp_path / "two", train_batch_size=1)
-    launch = ("-m", "torch.distributed.run", "--nproc-per-node", 2, "--master-port", free_port())
-    done = run_python(*launch, "-m", "train", *flags(two), ACCELERATE_USE_CPU="true")
-    assert done.returncode == 0, done.stderr
+    train_in_two_processes(two)
     one, other = (
         json.loads((folder / "validation/step-000001/held_out.json").read_text())["held_out_loss"]
         for folder in (still.output_dir, two.output_dir)

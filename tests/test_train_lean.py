@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from benchmarks.against_reference import logged_losses
 from shards.errors import ConfigError
-from tests.conftest import Outcome, flags
-from tests.test_train_faults import Spoil, in_batch, second_is_nan  # noqa: F401
+from tests.conftest import Outcome, Spoil, flags
+from tests.test_train_faults import second_is_nan
 from tests.test_train_run import same, weights
 from train import fused_backward, models, quantized
 from train.config import TrainConfig
@@ -51,7 +51,7 @@ def test_checkpoints_go_on_with_and_without(unclipped: TrainConfig, tmp_path: Pa
     assert same(other.output_dir, constant.output_dir)
 
 
-def test_no_gradient_outlives_its_step(base: Path) -> None:
+def test_no_gradient_outlives_its_step() -> None:
     layers = nn.Sequential(*(nn.Linear(8, 8) for _ in range(4)))
     alive: list[int] = []
     optimizer = torch.optim.AdamW(layers.parameters(), fused=True)
@@ -72,7 +72,7 @@ def test_no_gradient_outlives_its_step(base: Path) -> None:
 
 def test_weights_without_finite_gradients_stay(
     unclipped: TrainConfig,
-    in_batch: Callable[[int, Spoil], None],  # noqa: F811
+    in_batch: Callable[[int, Spoil], None],
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     in_batch(2, second_is_nan)

@@ -13,7 +13,14 @@ from pathlib import Path
 import pytest
 
 from benchmarks.against_reference import logged_losses
-from tests.conftest import REPOSITORY, flags, free_port, run_python
+from tests.conftest import (
+    REPOSITORY,
+    flags,
+    free_port,
+    run_python,
+    train_in_two_processes,
+    two_processes,
+)
 from tests.test_train_run import assert_close, near_gradient_descent
 from train import checkpoints
 from train.config import TrainConfig
@@ -32,17 +39,6 @@ def config(train_config: TrainConfig) -> TrainConfig:
         logging_steps=1,
         report_to="tensorboard",
     )
-
-
-def launch(config: TrainConfig) -> list[object]:
-    """Return the arguments that train in two processes."""
-    torchrun = ("-m", "torch.distributed.run", "--nproc-per-node", 2, "--master-port", free_port())
-    return [*torchrun, "-m", "train", *flags(config)]
-
-
-def in_two(config: TrainConfig) -> None:
-    done = run_python(*launch(config), ACCELERATE_USE_CPU="true")
-    assert done.returncode == 0, done.stderr
 
 
 def sharded(
@@ -73,7 +69,7 @@ def in_shards(name: str, config: TrainConfig, num_processes: int = 2) -> None:
 def test_losses_are_those_of_one_process(config: TrainConfig, tmp_path: Path) -> None:
     train(config)
     two = replace(config, output_dir=tmp_path / "two", train_batch_size=1)
-    in_two(two)
+    train_in_two_processes(two)
     one, other = logged_losses(config.output_dir), logged_losses(two.output_dir)
     assert len(one) == 6
     assert one == pytest.approx(other, rel=1e-5)
@@ -84,9 +80,9 @@ def test_two_then_one_then_two_processes_take_the_same_samples(
 ) -> None:
     train(config)
     mixed = replace(config, output_dir=tmp_path / "mixed", resume_from_checkpoint="latest")
-    in_two(replace(mixed, train_batch_size=1, max_train_steps=2))
+    train_in_two_processes(replace(mixed, train_batch_size=1, max_train_steps=2))
     train(replace(mixed, max_train_steps=4))
-    in_two(replace(mixed, train_batch_size=1))
+    train_in_two_processes(replace(mixed, train_batch_size=1))
     assert_close(config.output_dir, mixed.output_dir)
     state = checkpoints.read_state(mixed.output_dir / "checkpoint-6")
     assert (state.step, state.place) == (6, 12)
@@ -98,7 +94,10 @@ def test_a_signal_to_one_process_ends_both_after_the_same_step(
     endless = replace(
         config, train_batch_size=1, max_train_steps=100_000, output_dir=tmp_path / "endless"
     )
-    command = [sys.executable, *map(str, launch(replace(endless, checkpointing_steps=100_000)))]
+    command = [
+        sys.executable,
+        *map(str, two_processes(replace(endless, checkpointing_steps=100_000))),
+    ]
     environment = os.environ | {"PYTHONPATH": str(REPOSITORY), "ACCELERATE_USE_CPU": "true"}
     with subprocess.Popen(
         command, cwd=REPOSITORY, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE

@@ -22,7 +22,7 @@ from precompute.config import PrecomputeConfig
 from precompute.run import precompute
 from shards.errors import ConfigError, ShardError
 from shards.options import as_dict
-from tests.conftest import REPOSITORY, Outcome, flags, free_port, run_python
+from tests.conftest import REPOSITORY, Outcome, flags, run_python, train_in_two_processes
 from train import checkpoints, models
 from train.config import MOVED, TrainConfig
 from train.run import train
@@ -325,9 +325,7 @@ def test_two_processes_train_as_one_with_twice_the_batch(
         num_validation_images=1,
         validation_inference_steps=2,
     )
-    launch = ("-m", "torch.distributed.run", "--nproc-per-node", 2, "--master-port", free_port())
-    done = run_python(*launch, "-m", "train", *flags(two), ACCELERATE_USE_CPU="true")
-    assert done.returncode == 0, done.stderr
+    train_in_two_processes(two)
     assert_close(config.output_dir, two.output_dir)
     state = checkpoints.read_state(two.output_dir / "checkpoint-4")
     assert (state.step, state.place) == (4, 8)

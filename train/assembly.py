@@ -9,6 +9,7 @@ from tqdm import tqdm
 
 from shards.pretrained import DATA_KEY
 from train import checkpoints, distribution, models, setup
+from train.compatibility import check_same_distribution
 from train.config import TrainConfig
 from train.ema import Average
 from train.fused_backward import FusedBackward
@@ -63,6 +64,8 @@ def assemble(config: TrainConfig) -> Run:
     """
     accelerator = setup.make_accelerator(config)
     inputs = setup.find_inputs(config, accelerator.num_processes)
+    if inputs.checkpoint is not None:
+        check_same_distribution(inputs.checkpoint, inputs.state, accelerator)
     torch.manual_seed(config.seed)
     torch.backends.cuda.matmul.allow_tf32 = config.allow_tf32
     torch.backends.cudnn.allow_tf32 = config.allow_tf32
@@ -100,7 +103,6 @@ def assemble(config: TrainConfig) -> Run:
         accelerator, config, controlnet, optimizer, schedule
     )
     if inputs.checkpoint is not None:
-        checkpoints.check_same_distribution(inputs.checkpoint, inputs.state, accelerator)
         checkpoints.check_same_model(inputs.checkpoint, accelerator.unwrap_model(controlnet))
         accelerator.load_state(str(inputs.checkpoint))
         # It counts batches, to know where an optimiser step ends; a checkpoint always is such an

@@ -26,7 +26,7 @@ from shards.options import os_error_line
 from shards.pretrained import read_config
 from shards.provenance import write_run
 from shards.writer import write_text
-from train.distribution import WAY_NAMES, Way, way, whole_weights
+from train.distribution import Way, way, whole_weights
 from train.ema import Average
 
 STATE_FILE = "train_state.json"
@@ -133,29 +133,6 @@ def check_same_model(checkpoint: Path, controlnet: SD3ControlNetModel) -> None:
         )
 
 
-def check_same_distribution(checkpoint: Path, state: TrainState, accelerator: Accelerator) -> None:
-    """Hold the way that a checkpoint was shared out against the way that it is to go on.
-
-    Raises:
-        ConfigError: its optimiser's state cannot be read that way.
-    """
-    was, now = state.distribution, way(accelerator)
-    if was != now:
-        wrong = f"written with {WAY_NAMES[was]}, and this is {WAY_NAMES[now]}"
-    elif now == "deepspeed" and state.num_processes != accelerator.num_processes:
-        wrong = (
-            f"written by {state.num_processes} processes of DeepSpeed, and these are "
-            f"{accelerator.num_processes}"
-        )
-    else:
-        return
-    raise ConfigError(
-        f"{checkpoint}: {wrong}, which reads another kind of optimiser state. Resume as before, or "
-        "start in another --output-dir with this checkpoint's controlnet/ as "
-        "--controlnet-model-name-or-path."
-    )
-
-
 def save(
     accelerator: Accelerator,
     output_dir: Path,
@@ -194,9 +171,7 @@ def save(
         accelerator.save_state(str(partial))
         if average is not None:
             with average.in_place():
-                network = _whole(accelerator, average.network)
-                if network is not None:
-                    network.save_pretrained(str(partial / AVERAGE_FOLDER))
+                _save_network(accelerator, average.network, partial / AVERAGE_FOLDER)
 
     def complete() -> None:
         if main:
@@ -253,9 +228,7 @@ def use_diffusers_format(accelerator: Accelerator) -> None:
 
     def save_model(models: list[Any], weights: list[Any], folder: str) -> None:
         for model in models:
-            network = _whole(accelerator, model)
-            if network is not None:
-                network.save_pretrained(str(Path(folder) / CONTROLNET_FOLDER))
+            _save_network(accelerator, model, Path(folder) / CONTROLNET_FOLDER)
         weights.clear()
 
     def load_model(models: list[Any], folder: str) -> None:
@@ -275,37 +248,38 @@ def save_result(
 
     Every process must call this.
     """
-    _save_files(_whole(accelerator, controlnet), output_dir)
+    _replace_network(accelerator, controlnet, output_dir)
     if average is not None:
         with average.in_place():
-            _save_files(_whole(accelerator, controlnet), output_dir / AVERAGE_FOLDER)
+            _replace_network(accelerator, controlnet, output_dir / AVERAGE_FOLDER)
 
 
-def _whole(accelerator: Accelerator, controlnet: Any) -> SD3ControlNetModel | None:
-    """Return the ControlNet with all of its weights, however it is shared out.
-
-    Every process must call this, and gets None but for the main one.
-    """
-    weights = whole_weights(accelerator, controlnet)
-    if not accelerator.is_main_process:
-        return None
-    config = accelerator.unwrap_model(controlnet).config
-    with torch.device("meta"):
-        network = SD3ControlNetModel.from_config(config)
-    network.load_state_dict(weights, assign=True)
-    return network
-
-
-def _save_files(network: SD3ControlNetModel | None, folder: Path) -> None:
-    """Save a network as diffusers does, but each file whole."""
-    if network is None:
-        return
+def _replace_network(accelerator: Accelerator, controlnet: Any, folder: Path) -> None:
+    """Save a network as `_save_network` does, but each file whole."""
     partial = folder / "controlnet.partial"
-    shutil.rmtree(partial, ignore_errors=True)
-    network.save_pretrained(str(partial))
+    if accelerator.is_main_process:
+        shutil.rmtree(partial, ignore_errors=True)
+    _save_network(accelerator, controlnet, partial)
+    if not accelerator.is_main_process:
+        return
     # The configuration goes first and comes last: without it the folder is no model.
     for stale in (folder / "config.json", *folder.glob("diffusion_pytorch_model*")):
         stale.unlink(missing_ok=True)
     for file in sorted(partial.iterdir(), key=lambda path: path.name == "config.json"):
         file.replace(folder / file.name)
     partial.rmdir()
+
+
+def _save_network(accelerator: Accelerator, controlnet: Any, folder: Path) -> None:
+    """Save a ControlNet with all of its weights, however it is shared out, as diffusers does.
+
+    Every process must call this.
+    """
+    weights = whole_weights(accelerator, controlnet)
+    if not accelerator.is_main_process:
+        return
+    config = accelerator.unwrap_model(controlnet).config
+    with torch.device("meta"):
+        network = SD3ControlNetModel.from_config(config)
+    network.load_state_dict(weights, assign=True)
+    network.save_pretrained(str(folder))

@@ -3,10 +3,13 @@
 from pathlib import Path
 from typing import Any
 
+from accelerate import Accelerator
+
 from shards.errors import ConfigError
 from shards.manifest import LatentSpec, Manifest
 from shards.pretrained import has_component, read_config
 from train.checkpoints import TrainState
+from train.distribution import WAY_NAMES, way
 
 Row = tuple[str, object, object]  # what, on the left, on the right
 
@@ -71,6 +74,29 @@ def check_same_order(checkpoint: Path, found: TrainState, wanted: TrainState) ->
             "Use the same, or start in another --output-dir with this checkpoint's controlnet/ as "
             "--controlnet-model-name-or-path."
         )
+
+
+def check_same_distribution(checkpoint: Path, state: TrainState, accelerator: Accelerator) -> None:
+    """Hold the way that a checkpoint was shared out against the way that it is to go on.
+
+    Raises:
+        ConfigError: its optimiser's state cannot be read that way.
+    """
+    was, now = state.distribution, way(accelerator)
+    if was != now:
+        wrong = f"written with {WAY_NAMES[was]}, and this is {WAY_NAMES[now]}"
+    elif now == "deepspeed" and state.num_processes != accelerator.num_processes:
+        wrong = (
+            f"written by {state.num_processes} processes of DeepSpeed, and these are "
+            f"{accelerator.num_processes}"
+        )
+    else:
+        return
+    raise ConfigError(
+        f"{checkpoint}: {wrong}, which reads another kind of optimiser state. Resume as before, or "
+        "start in another --output-dir with this checkpoint's controlnet/ as "
+        "--controlnet-model-name-or-path."
+    )
 
 
 def two_columns(left: str, right: str, rows: list[Row]) -> str:

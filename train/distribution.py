@@ -13,6 +13,8 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from diffusers import SD3ControlNetModel
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from shards.errors import ConfigError
 from train import fused_backward
@@ -116,8 +118,6 @@ def clip_gradients(accelerator: Accelerator, controlnet: Any, max_norm: float) -
 
     DeepSpeed has done so, and taken the step; it says what the norm was.
     """
-    from torch.distributed.tensor import DTensor
-
     norm = accelerator.clip_grad_norm_(controlnet.parameters(), max_norm or math.inf)
     if isinstance(norm, DTensor):
         norm = norm.full_tensor()
@@ -146,8 +146,6 @@ def whole_weights(accelerator: Accelerator, controlnet: Any) -> dict[str, Tensor
 
 
 def _whole_of_fsdp(part: Tensor) -> Tensor:
-    from torch.distributed.tensor import DTensor
-
     return part.full_tensor() if isinstance(part, DTensor) else part
 
 
@@ -166,8 +164,6 @@ def _whole_of_zero(part: Tensor) -> Tensor:
 
 def shared_out(whole: Tensor, like: Tensor) -> Tensor:
     """Return a tensor shared out over the processes as another one is."""
-    from torch.distributed.tensor import DTensor, distribute_tensor
-
     if not isinstance(like, DTensor):
         return whole
     return distribute_tensor(whole.to(like.device), like.device_mesh, like.placements)
@@ -178,8 +174,6 @@ def forget_gathered(network: torch.nn.Module) -> None:
 
     It keeps some for a backward pass, and has the network bear them in its own parts' place.
     """
-    from torch.distributed.fsdp import FSDPModule
-
     for module in network.modules():
         if isinstance(module, FSDPModule):
             module.reshard()

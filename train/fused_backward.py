@@ -11,6 +11,7 @@ from torch import Tensor
 
 from shards.errors import ConfigError
 from train.config import TrainConfig
+from train.guard import hold_back
 
 
 def check(config: TrainConfig, *, num_processes: int, scales: bool) -> None:
@@ -74,11 +75,8 @@ class FusedBackward:
         everything = self.group["params"]
         self.group["params"] = [parameter]
         try:
-            if self.optimizer.defaults.get("fused"):
-                self.optimizer.found_inf = bad
-                self.optimizer.step()
-            elif not bad:
-                self.optimizer.step()
+            hold_back(self.optimizer, bad)
+            self.optimizer.step()
         finally:
             self.group["params"] = everything
         parameter.grad = None

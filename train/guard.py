@@ -24,6 +24,17 @@ ADVICE = (
 )
 
 
+def hold_back(optimizer: Any, bad: Tensor) -> None:
+    """Have an optimiser leave out its next update if `bad` is not 0.
+
+    A fused one of torch's is told the way torch's GradScaler does, without reading the number.
+    """
+    if optimizer.defaults.get("fused"):
+        optimizer.found_inf = bad
+    elif bad:
+        optimizer.zero_grad(set_to_none=True)
+
+
 @dataclass(frozen=True)
 class Report:
     """What is known of a step once the device is done with it.
@@ -81,13 +92,8 @@ class Guard:
         bad = (~torch.isfinite(norm.detach())).float()
         if self.scaler is not None:
             return torch.zeros_like(bad)
-        if self.too_late:
-            return bad
-        if self.optimizer.defaults.get("fused"):
-            # The way torch's GradScaler tells a fused optimiser, without reading the number.
-            self.optimizer.found_inf = bad
-        elif bad:
-            self.optimizer.zero_grad(set_to_none=True)
+        if not self.too_late:
+            hold_back(self.optimizer, bad)
         return bad
 
     def after_update(self, step: int, places: list[int], losses: Tensor, bad: Tensor) -> None:
