@@ -24,6 +24,7 @@ def find_base(
     revision: str | None = None,
     variant: str | None = None,
     cache_dir: Path | None = None,
+    weights: bool = True,
 ) -> Path:
     """Return the local folder of a base model, with at least `subfolders` in it.
 
@@ -35,6 +36,7 @@ def find_base(
         revision: branch, tag or commit on the hub.
         variant: weight files to take, e.g. `fp16`, of the components that have them.
         cache_dir: where downloads are kept; the hub's default otherwise.
+        weights: whether they are needed, or configurations alone.
 
     Raises:
         ConfigError: neither a folder nor a hub id, no access, or components missing.
@@ -47,7 +49,8 @@ def find_base(
                 "Give --pretrained-model-name-or-path a diffusers model folder or a hub id."
             )
         patterns = [f"{name}/{kind}" for name in subfolders for kind in FILE_PATTERNS]
-        patterns += _weight_patterns(name_or_path, subfolders, revision, variant)
+        if weights:
+            patterns += _weight_patterns(name_or_path, subfolders, revision, variant)
         ignored = [] if variant else ["*.fp16*", "*.bf16*"]
         folder = _download(
             name_or_path, ["model_index.json", *patterns], ignored, revision, cache_dir

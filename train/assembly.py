@@ -1,5 +1,6 @@
 """A run with everything loaded, from its settings."""
 
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +14,13 @@ from train.compatibility import check_same_distribution
 from train.config import TrainConfig
 from train.ema import Average
 from train.fused_backward import FusedBackward
+from train.offload import OffloadedActivations
+from train.optimizer import (
+    make_optimizer,
+    make_schedule,
+    peak_learning_rate,
+    set_learning_rate,
+)
 from train.setup import Inputs
 from train.step import Objective
 
@@ -31,6 +39,7 @@ class Run:
         schedule: likewise.
         objective: what is minimised.
         fused: takes the optimiser's steps within the backward pass, or None.
+        saving: entered for the forward pass; says where activations go.
         average: of the ControlNet's weights, or None.
         num_steps: at which it ends.
         num_trained: weights that change.
@@ -45,6 +54,7 @@ class Run:
     schedule: Any
     objective: Objective
     fused: FusedBackward | None
+    saving: AbstractContextManager[Any]
     average: Average | None
     num_steps: int
     num_trained: int
@@ -79,11 +89,18 @@ def assemble(config: TrainConfig) -> Run:
         models.check_controlnet(controlnet, inputs.base)
     weight_dtype = setup.WEIGHT_DTYPES[accelerator.mixed_precision]
     transformer = models.load_transformer(
-        inputs.base, config.variant, weight_dtype, config.quantize_base
+        inputs.base,
+        config.variant,
+        weight_dtype,
+        config.quantize_base,
+        fp8_matmul=config.fp8_matmul,
     )
     data = models.data_entry(inputs.cache.manifest, inputs.cache.conditioning_spec)
     controlnet.register_to_config(force_zeros_for_pooled_projection=False, **{DATA_KEY: data})
     models.freeze_unused(controlnet)
+    if config.bf16_weights:
+        for parameter in controlnet.parameters():
+            parameter.data = parameter.data.to(torch.bfloat16)
     controlnet.train()
     if config.gradient_checkpointing:
         controlnet.enable_gradient_checkpointing()
@@ -96,8 +113,8 @@ def assemble(config: TrainConfig) -> Run:
     num_steps = setup.num_train_steps(config, inputs.order, step_samples)
     trained = [parameter for parameter in controlnet.parameters() if parameter.requires_grad]
     num_trained = sum(parameter.numel() for parameter in trained)
-    optimizer = setup.make_optimizer(config, trained, step_samples)
-    schedule = setup.make_schedule(config, optimizer, num_steps)
+    optimizer = make_optimizer(config, trained, step_samples)
+    schedule = make_schedule(config, optimizer, num_steps)
     checkpoints.use_diffusers_format(accelerator)
     controlnet, optimizer, schedule = distribution.prepare(
         accelerator, config, controlnet, optimizer, schedule
@@ -108,7 +125,7 @@ def assemble(config: TrainConfig) -> Run:
         # It counts batches, to know where an optimiser step ends; a checkpoint always is such an
         # end, but with another accumulation the count would say otherwise.
         accelerator.step = 0
-        setup.set_learning_rate(schedule.scheduler, setup.peak_learning_rate(config, step_samples))
+        set_learning_rate(schedule.scheduler, peak_learning_rate(config, step_samples))
     fused = FusedBackward(optimizer.optimizer) if config.fused_backward_pass else None
     average = None
     if config.ema_decay is not None:
@@ -125,6 +142,9 @@ def assemble(config: TrainConfig) -> Run:
         schedule=schedule,
         objective=setup.make_objective(config, inputs, accelerator.device),
         fused=fused,
+        saving=OffloadedActivations(controlnet, transformer)
+        if config.offload_activations
+        else nullcontext(),
         average=average,
         num_steps=num_steps,
         num_trained=num_trained,

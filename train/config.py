@@ -75,7 +75,23 @@ class TrainConfig:
     )
     quantize_base: Literal["int8", "fp8", "nf4"] | None = option(
         None,
-        help="Keep the frozen base in 8 or 4 bit (NF4); needs the extra [quantized].",
+        help="Keep the frozen base in 8 or 4 bit (NF4), which needs the extra [bitsandbytes].",
+    )
+    fp8_matmul: bool = option(
+        False,
+        help="Matrix products of the frozen base in 8 bit too, with --quantize-base fp8; on Ada, "
+        "Hopper and later, and best with --compile.",
+    )
+    bf16_weights: bool = option(
+        False,
+        help="Keep the ControlNet in bfloat16, rounded at random at each step: 2 bytes a weight "
+        "and gradient instead of 4, and another arithmetic; on one GPU.",
+    )
+    offload_optimizer: bool = option(
+        False, help="Keep AdamW's state in host memory, to the same bits."
+    )
+    offload_activations: bool = option(
+        False, help="Keep what the backward pass needs in host memory, to the same bits."
     )
     fused_backward_pass: bool = option(
         False,
@@ -86,6 +102,10 @@ class TrainConfig:
         False, help="Compile the blocks of both networks; the first step takes a minute or more."
     )
     allow_tf32: bool = option(False, help="TensorFloat-32 matrix products, on Ampere and later.")
+    estimate: bool = option(
+        False,
+        help="Only say how much device memory the run will take, and what would make it less.",
+    )
     learning_rate: float = option(5e-6, help="Peak learning rate.")
     scale_lr: bool = option(
         False, help="Multiply it by batch size, accumulation steps and processes."
@@ -101,7 +121,7 @@ class TrainConfig:
     lr_warmup_steps: int = option(500, help="For the schedules that warm up.")
     lr_num_cycles: int = option(1, help="For cosine_with_restarts.")
     lr_power: float = option(1.0, help="For polynomial.")
-    use_8bit_adam: bool = option(False, help="bitsandbytes' AdamW; needs the extra [adam8bit].")
+    use_8bit_adam: bool = option(False, help="bitsandbytes' AdamW; needs the extra [bitsandbytes].")
     adam_beta1: float = option(0.9, help="AdamW's first moment.")
     adam_beta2: float = option(0.999, help="AdamW's second moment.")
     adam_weight_decay: float = option(1e-2, help="AdamW's weight decay.")
@@ -191,6 +211,8 @@ class TrainConfig:
             raise ConfigError(f"--local-cache-gb {self.local_cache_gb:g}: must be above 0.")
         if not 0 <= self.max_grad_norm < math.inf:
             raise ConfigError(f"--max-grad-norm {self.max_grad_norm:g}: must be at least 0.")
+        if self.fp8_matmul and self.quantize_base != "fp8":
+            raise ConfigError("--fp8-matmul: goes with --quantize-base fp8.")
         if self.precondition_outputs not in (0, 1):
             raise ConfigError(
                 f"--precondition-outputs {self.precondition_outputs}: must be 0 or 1."

@@ -63,8 +63,19 @@ def check(accelerator: Accelerator, config: TrainConfig) -> None:
             num_processes=accelerator.num_processes,
             scales=accelerator.scaler is not None,
         )
+    if config.bf16_weights:
+        if accelerator.num_processes > 1:
+            raise ConfigError("--bf16-weights: each process would round in its own way; use one.")
+        if accelerator.mixed_precision != "bf16":
+            raise ConfigError("--bf16-weights: goes with --mixed-precision bf16.")
     if way(accelerator) == "copies":
         return
+    for option in ("offload_optimizer", "offload_activations"):
+        if getattr(config, option):
+            raise ConfigError(
+                f"--{option.replace('_', '-')}: accelerate's own configuration says what is "
+                "offloaded with FSDP2 and DeepSpeed; leave it out, or train with DDP."
+            )
     if config.use_8bit_adam:
         raise ConfigError(
             "--use-8bit-adam: its state cannot be shared out; leave it out, or train with DDP."

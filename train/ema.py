@@ -26,14 +26,16 @@ class Average:
         self.network = network
         self.decay = decay
         self.num_steps = 0
-        self.weights = [parameter.detach().clone() for parameter in self._trained()]
+        self.weights = [one.detach().to(torch.float32, copy=True) for one in self._trained()]
 
     @torch.no_grad()
     def step(self) -> None:
         """Take in the network's weights as they are now."""
         count = self.num_steps
         decay = min(self.decay, (1 + count) / (10 + count)) if count else 0.0
-        get_ema_multi_avg_fn(decay)(self.weights, self._trained(), self.num_steps)
+        update = get_ema_multi_avg_fn(decay)
+        for average, parameter in zip(self.weights, self._trained(), strict=True):
+            update([average], [parameter.float()], self.num_steps)
         self.num_steps += 1
 
     @contextlib.contextmanager

@@ -113,9 +113,10 @@ def _step(run: Run, batches: Any, guard: Guard, step: int) -> None:
     bad = torch.zeros((), device=accelerator.device)
     for places, batch in itertools.islice(batches, config.gradient_accumulation_steps):
         with accelerator.accumulate(run.controlnet):
-            of_batch = batch_losses(
-                batch.to(accelerator.device), run.controlnet, run.transformer, run.objective
-            )
+            with run.saving:
+                of_batch = batch_losses(
+                    batch.to(accelerator.device), run.controlnet, run.transformer, run.objective
+                )
             accelerator.backward(of_batch.mean())
             if accelerator.sync_gradients:
                 if run.fused is not None:

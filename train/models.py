@@ -22,7 +22,12 @@ def load_scheduler(base: Path) -> FlowMatchEulerDiscreteScheduler:
 
 
 def load_transformer(
-    base: Path, variant: str | None, dtype: torch.dtype, quantization: str | None = None
+    base: Path,
+    variant: str | None,
+    dtype: torch.dtype,
+    quantization: str | None = None,
+    *,
+    fp8_matmul: bool = False,
 ) -> SD3Transformer2DModel:
     """Return the base model's transformer, frozen.
 
@@ -31,6 +36,7 @@ def load_transformer(
         variant: variant of its weight files.
         dtype: of its arithmetic, and of its weights unless they are quantised.
         quantization: see `train.quantized`; None for none.
+        fp8_matmul: likewise.
     """
     transformer = SD3Transformer2DModel.from_pretrained(
         base,
@@ -41,7 +47,7 @@ def load_transformer(
     )
     transformer.requires_grad_(False).eval()
     if quantization is not None:
-        quantize(transformer, quantization)
+        quantize(transformer, quantization, fp8_matmul=fp8_matmul)
     return transformer
 
 
@@ -75,6 +81,18 @@ def new_controlnet(base: Path, variant: str | None, num_layers: int | None) -> S
     Raises:
         ConfigError: the transformer has too few blocks.
     """
+    controlnet = SD3ControlNetModel.from_config(controlnet_config(base, num_layers))
+    shared = {
+        name
+        for name in controlnet.state_dict()
+        if not name.startswith(("controlnet_blocks.", "pos_embed_input."))
+    }
+    controlnet.load_state_dict(read_weights(base / "transformer", variant, shared), strict=False)
+    return controlnet.float()
+
+
+def controlnet_config(base: Path, num_layers: int | None) -> dict[str, Any]:
+    """Return the configuration of a new ControlNet; see `new_controlnet`."""
     config = read_config(base, "transformer")
     # The transformer hands out N residuals to its L blocks in runs of L / N and has none for its
     # last block; so beyond L / 2 the ControlNet's last block would never be heard.
@@ -85,21 +103,11 @@ def new_controlnet(base: Path, variant: str | None, num_layers: int | None) -> S
             f"--num-controlnet-layers {wanted}: a base model of {config['num_layers']} blocks "
             f"listens to 1 to {available}."
         )
-    controlnet = SD3ControlNetModel.from_config(
-        {key: value for key, value in config.items() if not key.startswith("_")}
-        | {
-            "num_layers": wanted,
-            "extra_conditioning_channels": 0,
-            "force_zeros_for_pooled_projection": False,
-        }
-    )
-    shared = {
-        name
-        for name in controlnet.state_dict()
-        if not name.startswith(("controlnet_blocks.", "pos_embed_input."))
+    return {key: value for key, value in config.items() if not key.startswith("_")} | {
+        "num_layers": wanted,
+        "extra_conditioning_channels": 0,
+        "force_zeros_for_pooled_projection": False,
     }
-    controlnet.load_state_dict(read_weights(base / "transformer", variant, shared), strict=False)
-    return controlnet.float()
 
 
 def read_weights(component: Path, variant: str | None, names: set[str]) -> dict[str, Tensor]:

@@ -1,61 +1,132 @@
 """The frozen transformer in 8 or 4 bit.
 
-Weights alone, of the linear layers in its blocks, which hold nearly all of them; arithmetic and
-activations stay in the precision that the rest has. Gradients pass through to the ControlNet.
+Only the linear layers in its blocks, which hold nearly all of its weights; activations stay in the
+precision that the rest has. Gradients pass through to the ControlNet, and nothing but the small
+weights is kept for them: libraries' layers for inference keep unpacked copies.
 """
 
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from shards.errors import ConfigError
+LARGEST = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}
+DTYPES = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}
 
-PACKAGES = {"int8": "torchao", "fp8": "torchao", "nf4": "bitsandbytes"}
 
-
-def quantize(transformer: Any, kind: str) -> None:
+def quantize(transformer: Any, kind: str, *, fp8_matmul: bool = False) -> None:
     """Quantise a transformer in place; 4 bit ones when they are moved to their device.
 
     Args:
         transformer: an SD3 transformer, frozen.
         kind: `int8` or `fp8` (E4M3), with a scale for each row; `nf4` with one for 64 weights,
             Dettmers et al. 2023, arXiv:2305.14314.
-
-    Raises:
-        ConfigError: the installed library cannot do it.
+        fp8_matmul: have the matrix products in 8 bit too, for `fp8`.
     """
-    blocks = transformer.transformer_blocks
-    if kind == "nf4":
-        _use_nf4(blocks)
-        return
-    from torchao.quantization import Float8WeightOnlyConfig, Int8WeightOnlyConfig, quantize_
-
-    config = {"int8": Int8WeightOnlyConfig, "fp8": Float8WeightOnlyConfig}[kind]
-    try:
-        quantize_(blocks, config())
-    except (RuntimeError, AssertionError, ImportError) as error:
-        reason = str(error).splitlines()[0]
-        raise ConfigError(f"--quantize-base {kind}: torchao cannot here ({reason}).") from error
+    for block in transformer.transformer_blocks:
+        for name, layer in list(block.named_modules()):
+            if isinstance(layer, nn.Linear):
+                new = _nf4(layer) if kind == "nf4" else RowLinear(layer, DTYPES[kind], fp8_matmul)
+                block.set_submodule(name, new)
 
 
-def _use_nf4(module: nn.Module) -> None:
-    """Put bitsandbytes' 4 bit layers in the place of all linear ones."""
+class RowLinear(nn.Module):
+    """A frozen linear layer in 8 bit, each row with a scale of its own.
+
+    Args:
+        linear: what it is made of.
+        dtype: int8 or float8_e4m3fn.
+        fp8_matmul: whether the products are in 8 bit too.
+    """
+
+    values: Tensor
+    scale: Tensor
+
+    def __init__(self, linear: nn.Linear, dtype: torch.dtype, fp8_matmul: bool) -> None:
+        super().__init__()
+        self.product = _Fp8Product if fp8_matmul else _Product
+        values, scale = rounded_rows(linear.weight.detach(), dtype)
+        self.register_buffer("values", values)
+        self.register_buffer("scale", scale)
+        self.bias = linear.bias
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """Return [..., out] from [..., in]."""
+        outputs: Tensor = self.product.apply(inputs, self.values, self.scale)  # type: ignore[no-untyped-call]
+        return outputs if self.bias is None else outputs + self.bias
+
+
+def rounded_rows(matrix: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Return a matrix in 8 bit, [R, C], and what each row is to be multiplied by, [R, 1] float32.
+
+    Each row's largest number becomes the format's.
+    """
+    exact = matrix.float()
+    scale = exact.abs().amax(dim=1, keepdim=True).clamp_min(1e-12) / LARGEST[dtype]
+    scaled = exact / scale
+    return (scaled.round() if dtype == torch.int8 else scaled).to(dtype), scale
+
+
+class _Product(torch.autograd.Function):
+    """Inputs times rounded rows, which every 16 bit format holds exactly; then the scales."""
+
+    @staticmethod
+    def forward(ctx: Any, inputs: Tensor, values: Tensor, scale: Tensor) -> Tensor:
+        ctx.values, ctx.scale = values, scale
+        return inputs @ values.t().to(inputs.dtype) * scale.t().to(inputs.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+        (gradient,) = gradients
+        dtype = gradient.dtype
+        return gradient * ctx.scale.t().to(dtype) @ ctx.values.to(dtype), None, None
+
+
+class _Fp8Product(torch.autograd.Function):
+    """The same, with inputs and gradients rounded to 8 bit as well, by row."""
+
+    @staticmethod
+    def forward(ctx: Any, inputs: Tensor, values: Tensor, scale: Tensor) -> Tensor:
+        ctx.values, ctx.scale = values, scale
+        return _fp8_product(inputs, values.t(), scale.t())
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+        (gradient,) = gradients
+        # The scales of the rows that are summed over go to the gradient.
+        gradient = gradient * ctx.scale.t().to(gradient.dtype)
+        # Hardware wants the second matrix by columns.
+        values = ctx.values.t().contiguous().t()
+        ones = ctx.scale.new_ones(1, values.shape[1])
+        return _fp8_product(gradient, values, ones), None, None
+
+
+def _fp8_product(inputs: Tensor, values: Tensor, scale: Tensor) -> Tensor:
+    """Return [..., N] from [..., K], 8 bit [K, N] by columns, and its columns' scales, [1, N]."""
+    rounded, row_scale = rounded_rows(inputs.flatten(0, -2), torch.float8_e4m3fn)
+    product = torch._scaled_mm(
+        rounded,
+        values,
+        scale_a=row_scale,
+        scale_b=scale.contiguous(),
+        out_dtype=torch.bfloat16,
+    )
+    return product.view(*inputs.shape[:-1], -1).to(inputs.dtype)
+
+
+def _nf4(linear: nn.Linear) -> nn.Module:
+    """Return bitsandbytes' 4 bit layer in the place of a linear one."""
     from bitsandbytes.nn import Linear4bit, Params4bit
 
-    for name, child in module.named_children():
-        if not isinstance(child, nn.Linear):
-            _use_nf4(child)
-            continue
-        with torch.device("meta"):
-            layer = Linear4bit(
-                child.in_features,
-                child.out_features,
-                bias=child.bias is not None,
-                compute_dtype=child.weight.dtype,
-                quant_type="nf4",
-            )
-        layer.weight = Params4bit(child.weight.data, requires_grad=False, quant_type="nf4")
-        if child.bias is not None:
-            layer.bias = nn.Parameter(child.bias.data, requires_grad=False)
-        setattr(module, name, layer)
+    with torch.device("meta"):
+        layer: nn.Module = Linear4bit(
+            linear.in_features,
+            linear.out_features,
+            bias=linear.bias is not None,
+            compute_dtype=linear.weight.dtype,
+            quant_type="nf4",
+        )
+    layer.weight = Params4bit(linear.weight.data, requires_grad=False, quant_type="nf4")
+    if linear.bias is not None:
+        layer.bias = nn.Parameter(linear.bias.data, requires_grad=False)
+    return layer

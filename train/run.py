@@ -2,15 +2,19 @@
 
 import sys
 from signal import SIGTERM
+from typing import NoReturn
 
 import click
+import torch
 
+from shards.errors import RunError
 from shards.options import as_dict
 from shards.pretrained import DATA_KEY
 from shards.provenance import write_run
 from train import checkpoints, publish, setup
 from train.assembly import Run, assemble
 from train.config import TrainConfig
+from train.estimate import advice, find_sizes, report
 from train.loop import take_steps
 
 
@@ -20,10 +24,37 @@ def train(config: TrainConfig) -> None:
     Raises:
         ConfigError: settings, base model, cache and checkpoint do not go together.
         ShardError: the cache is incomplete or damaged.
-        RunError: a step's gradient is not finite, or a checkpoint cannot be written.
+        RunError: a step's gradient is not finite, a checkpoint cannot be written, or the device's
+            memory is full.
         OSError: the output cannot be written.
         SystemExit: a signal ended the run, with its code; 0 for SIGTERM.
     """
+    if config.estimate:
+        sizes = find_sizes(config)
+        click.echo(report(config, sizes))
+        click.echo(advice(config, sizes))
+        return
+    try:
+        _train(config)
+    except torch.OutOfMemoryError as error:
+        _say_what_helps(config, error)
+
+
+def _say_what_helps(config: TrainConfig, error: torch.OutOfMemoryError) -> NoReturn:
+    """Raise an error that names the options that would help.
+
+    Raises:
+        RunError: always.
+    """
+    reason = str(error).splitlines()[0]
+    click.echo("out of memory; finding out what would help ...", err=True)
+    sizes = find_sizes(config)
+    raise RunError(
+        f"out of memory: {reason}\n{report(config, sizes)}\n{advice(config, sizes)}"
+    ) from error
+
+
+def _train(config: TrainConfig) -> None:
     run = assemble(config)
     accelerator = run.accelerator
     _announce(run)

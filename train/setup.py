@@ -3,14 +3,11 @@
 import importlib.util
 import math
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import ProjectConfiguration
-from diffusers.optimization import get_scheduler
+from accelerate.utils import AutocastKwargs, ProjectConfiguration
 
 from shards.cache import Cache
 from shards.errors import ConfigError, ShardError
@@ -22,7 +19,6 @@ from train.checkpoints import TrainState
 from train.compatibility import check_base, check_same_order
 from train.config import TrainConfig
 from train.held_out import held_out_records
-from train.quantized import PACKAGES
 from train.step import Objective
 
 WEIGHT_DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -140,6 +136,8 @@ def make_accelerator(config: TrainConfig) -> Accelerator:
             ),
             # The schedule steps once an optimiser step, on every number of processes.
             step_scheduler_with_optimizer=False,
+            # A pass uses each weight once; kept, 16 bit copies of all would be held to its end.
+            kwargs_handlers=[AutocastKwargs(cache_enabled=False)],
         )
     except ValueError as error:
         raise ConfigError(f"--mixed-precision {config.mixed_precision}: {error}") from error
@@ -167,47 +165,6 @@ def num_train_steps(config: TrainConfig, order: Order, step_samples: int) -> int
     return math.ceil(order.start(config.num_train_epochs) / step_samples)
 
 
-def peak_learning_rate(config: TrainConfig, step_samples: int) -> float:
-    """Return the learning rate, scaled by the samples an optimiser step where that is asked for."""
-    return config.learning_rate * (step_samples if config.scale_lr else 1)
-
-
-def make_optimizer(config: TrainConfig, parameters: list[Any], step_samples: int) -> Any:
-    """Return AdamW over the ControlNet's trainable parameters."""
-    optimizer_class: Any = partial(torch.optim.AdamW, fused=True)
-    if config.use_8bit_adam:
-        import bitsandbytes
-
-        optimizer_class = bitsandbytes.optim.AdamW8bit
-    return optimizer_class(
-        parameters,
-        lr=peak_learning_rate(config, step_samples),
-        betas=(config.adam_beta1, config.adam_beta2),
-        weight_decay=config.adam_weight_decay,
-        eps=config.adam_epsilon,
-    )
-
-
-def make_schedule(config: TrainConfig, optimizer: Any, num_steps: int) -> Any:
-    """Return diffusers' learning rate schedule."""
-    return get_scheduler(
-        config.lr_scheduler,
-        optimizer=optimizer,
-        num_warmup_steps=config.lr_warmup_steps,
-        num_training_steps=num_steps,
-        num_cycles=config.lr_num_cycles,
-        power=config.lr_power,
-    )
-
-
-def set_learning_rate(schedule: Any, learning_rate: float) -> None:
-    """Have a schedule that was restored from a checkpoint go on with the rate now asked for."""
-    schedule.base_lrs = [learning_rate] * len(schedule.base_lrs)
-    for group, shape in zip(schedule.optimizer.param_groups, schedule.lr_lambdas, strict=True):
-        group["initial_lr"] = learning_rate
-        group["lr"] = learning_rate * shape(schedule.last_epoch)
-
-
 def make_objective(config: TrainConfig, inputs: Inputs, device: torch.device) -> Objective:
     """Return the objective with the base scheduler's tables on the device."""
     scheduler = models.load_scheduler(inputs.base)
@@ -227,11 +184,8 @@ def make_objective(config: TrainConfig, inputs: Inputs, device: torch.device) ->
 def _require_packages(config: TrainConfig) -> None:
     for wanted, package, extra in (
         (config.report_to == "wandb", "wandb", "wandb"),
-        (config.use_8bit_adam, "bitsandbytes", "adam8bit"),
-        *(
-            (config.quantize_base == kind, package, "quantized")
-            for kind, package in PACKAGES.items()
-        ),
+        (config.use_8bit_adam, "bitsandbytes", "bitsandbytes"),
+        (config.quantize_base == "nf4", "bitsandbytes", "bitsandbytes"),
     ):
         if wanted and importlib.util.find_spec(package) is None:
             raise ConfigError(f"{package} is not installed: pip install '.[{extra}]'")
