@@ -4,6 +4,8 @@
 PYTHON ?= python3
 VENV   ?= .venv
 CONFIG ?= configs/demo.toml
+# The graphics card that training is to fit, e.g. 12gb: see configs/cards/.
+CARD   ?=
 # What runs stages 1 and 2; on several GPUs: LAUNCH="accelerate launch --num_processes 8"
 LAUNCH ?= python
 ARGS   ?=
@@ -19,6 +21,7 @@ BASE_FLAG       = $(if $(BASE),--pretrained-model-name-or-path "$(BASE)")
 CACHE_OUT_FLAG  = $(if $(CACHE),--output-dir "$(CACHE)")
 CACHE_IN_FLAG   = $(if $(CACHE),--shards "$(CACHE)")
 OUTPUT_FLAG     = $(if $(OUTPUT),--output-dir "$(OUTPUT)")
+CARD_FLAG       = $(if $(CARD),--config "configs/cards/$(CARD).toml")
 CONTROLNET_FLAG = $(if $(OUTPUT),--controlnet "$(OUTPUT)")
 IMAGES_FLAG     = $(if $(OUTPUT),--output-dir "$(OUTPUT)/images")
 SCORE_FLAG      = $(if $(OUTPUT),--output-dir "$(OUTPUT)/score")
@@ -33,7 +36,7 @@ help:  ## List the targets
 	@echo 'The stages run the demo by default. For real:'
 	@echo '  make precompute CONFIG=configs/sd35-medium.toml SOURCE=fill50k.zip CACHE=cache'
 	@echo '  make train      CONFIG=configs/sd35-medium.toml CACHE=cache OUTPUT=out ARGS="--train-batch-size 8"'
-	@echo 'Variables: CONFIG SOURCE BASE CACHE OUTPUT ARGS LAUNCH, and PYTHON for setup.'
+	@echo 'Variables: CONFIG CARD SOURCE BASE CACHE OUTPUT ARGS LAUNCH, and PYTHON for setup.'
 
 setup: $(STAMP)  ## Make .venv and install everything into it
 
@@ -58,7 +61,7 @@ precompute: setup $(if $(IS_DEMO),$(if $(SOURCE),,circles))  ## Stage 1: encode 
 	$(RUN) $(LAUNCH) -m precompute --config "$(CONFIG)" $(SOURCE_FLAG) $(BASE_FLAG) $(CACHE_OUT_FLAG) $(ARGS)
 
 train: setup  ## Stage 2: train a ControlNet for BASE from CACHE into OUTPUT
-	$(RUN) $(LAUNCH) -m train --config "$(CONFIG)" $(BASE_FLAG) $(CACHE_IN_FLAG) $(OUTPUT_FLAG) $(ARGS)
+	$(RUN) $(LAUNCH) -m train --config "$(CONFIG)" $(CARD_FLAG) $(BASE_FLAG) $(CACHE_IN_FLAG) $(OUTPUT_FLAG) $(ARGS)
 
 infer: setup  ## Stage 3: draw pictures with BASE and OUTPUT's ControlNet
 	$(RUN) python -m infer generate --config "$(CONFIG)" $(BASE_FLAG) $(CONTROLNET_FLAG) $(IMAGES_FLAG) $(ARGS)

@@ -1,50 +1,55 @@
-"""`python -m benchmarks.against_reference --reference-script PATH`: our losses beside its own.
+"""`python -m benchmarks.against_reference --reference-script PATH`: the whole job beside its own.
 
 PATH is a copy of diffusers' examples/controlnet/train_controlnet_sd3.py, which is no part of this
-project. Both train on the same miniature base with random weights, data, seed and settings, in
-float32 and processes of their own; the order of samples, noise, timesteps and posterior samples
-that ours draws are handed to the reference (see `benchmarks.reference_shim`).
+project. Both train with the same settings on the same pictures and base, weights at random, in
+processes of their own, one after the other: once from nothing, and once more when each has cached
+what it caches. On a GPU `--base sd3-medium` takes encoders, VAE and transformer at their true size.
 """
 
 import json
-import os
-import subprocess
-import sys
+import shutil
+import statistics
 import tempfile
+import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import click
-import numpy as np
-from PIL import Image
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from xxhash import xxh3_128_hexdigest
+import torch
 
+from benchmarks.bases import TRANSFORMERS
+from benchmarks.encoders import save_true_size
+from benchmarks.reference import flags, reference_flags, run, write_data
+from benchmarks.train_step import save_random
 from demo.base import build_pipeline, save_base
-from demo.circles import circles, write_circles
-from shards.cache import Cache
 from shards.options import CONTEXT, user_errors
-from shards.order import Order
 from shards.provenance import commit, machine, versions
 from shards.writer import write_text
-from train import objective
-from train.data import Samples
 
 # The reference's ControlNet always has 12 blocks, and ours at most half as many as the base.
 NUM_BLOCKS, CONTROLNET_BLOCKS = 24, 12
-NUM_ROWS, BATCH, STEPS, TOKENS, RESOLUTION_PX, SEED = 24, 4, 20, 77, 64, 0
-LEARNING_RATE = 1e-3
-# Flat pictures would have a random VAE's GroupNorm divide by next to nothing.
-GRAIN = 40
-LIMIT = 1e-3
-SAME = {
-    "train_batch_size": BATCH,
-    "max_train_steps": STEPS,
-    "learning_rate": LEARNING_RATE,
-    "seed": SEED,
-    "mixed_precision": "no",
-    "report_to": "tensorboard",
-}
+SEED, TOKENS = 0, 77
+WARM_UP = 5
+
+
+@dataclass(frozen=True)
+class Job:
+    """What both are to do.
+
+    Attributes:
+        base: `miniature`, in SD3's proportions, or the name of a base in `benchmarks.bases`.
+        rows: pictures to train on.
+        px: their side.
+        batch: of training.
+        steps: to take.
+    """
+
+    base: str
+    rows: int
+    px: int
+    batch: int
+    steps: int
 
 
 @click.command(context_settings=CONTEXT)
@@ -54,197 +59,157 @@ SAME = {
     type=click.Path(path_type=Path, exists=True, dir_okay=False),
 )
 @click.option(
-    "--work-dir", type=click.Path(path_type=Path), help="Kept; a temporary one if absent."
+    "--base",
+    type=click.Choice(["miniature", *TRANSFORMERS]),
+    default="miniature",
+    show_default=True,
 )
+@click.option("--rows", default=256, show_default=True, help="Pictures to train on.")
+@click.option("--px", default=128, show_default=True, help="Their side.")
+@click.option("--batch", default=4, show_default=True)
+@click.option("--steps", default=60, show_default=True)
+@click.option("--work-dir", type=click.Path(path_type=Path), help="Kept; temporary if absent.")
 @click.option(
     "--json",
     "results",
     type=click.Path(path_type=Path),
-    default=Path("benchmarks/results/against_reference_losses.json"),
-    show_default=True,
+    help="benchmarks/results/against_reference_BASE.json if absent.",
 )
-@click.pass_context
-def main(ctx: click.Context, reference_script: Path, work_dir: Path | None, results: Path) -> None:
-    """Compare the losses of the first 20 steps; exit 1 where they are 0.1 % apart."""
+def main(reference_script: Path, work_dir: Path | None, results: Path | None, **job: Any) -> None:
+    """Do the whole job twice, by each; print a table and write JSON."""
+    wanted = Job(**job)
     with user_errors(), tempfile.TemporaryDirectory() as temporary:
-        found = compare(reference_script.absolute(), work_dir or Path(temporary))
+        found = compare(reference_script.absolute(), wanted, work_dir or Path(temporary))
     figures = {
         "machine": machine(),
         "versions": versions(),
         "commit": commit(),
-        "steps": STEPS,
-        "blocks": NUM_BLOCKS,
-        "batch": BATCH,
+        **vars(wanted),
         **found,
     }
+    results = results or Path(f"benchmarks/results/against_reference_{wanted.base}.json")
     results.parent.mkdir(parents=True, exist_ok=True)
     write_text(results, json.dumps(figures, indent=1) + "\n")
-    worst = 0.0
-    for setting, both in found.items():
-        click.echo(f"{setting}\n  step  reference       ours   relative difference")
-        for step, (theirs, ours) in enumerate(zip(both["reference"], both["ours"], strict=True), 1):
-            click.echo(f"  {step:4d}  {theirs:.7f}  {ours:.7f}  {abs(ours / theirs - 1):.1e}")
-        click.echo(f"  largest: {both['largest_relative_difference']:.1e}, limit {LIMIT:.0e}")
-        worst = max(worst, both["largest_relative_difference"])
-    ctx.exit(int(worst > LIMIT))
+    click.echo(f"{'':40}{'reference':>12}{'ours':>12}{'ours / reference':>20}")
+    for name in found["reference"]:
+        theirs, ours = found["reference"][name], found["ours"][name]
+        if theirs is not None and ours is not None:
+            click.echo(f"{name:40}{theirs:12,.2f}{ours:12,.2f}{ours / theirs:20.2f}")
 
 
-def compare(script: Path, folder: Path) -> dict[str, Any]:
-    """Return the losses of both, by setting.
+def compare(script: Path, job: Job, folder: Path) -> dict[str, Any]:
+    """Return the figures of both.
 
     Args:
         script: the reference.
+        job: what is to be done.
         folder: to work in.
     """
     data, base, cache = folder / "data", folder / "base", folder / "cache"
-    write_data(data)
-    save_base(base, build_pipeline(SEED, num_layers=NUM_BLOCKS, clip_tokens=77))
+    write_data(data, job.rows, SEED)
+    write_base(base, job.base)
+    on_gpu = torch.cuda.is_available()
+    common = {
+        "pretrained_model_name_or_path": base,
+        "train_batch_size": job.batch,
+        "max_train_steps": job.steps,
+        "learning_rate": 1e-5,
+        "seed": SEED,
+        "mixed_precision": "bf16" if on_gpu else "no",
+        "report_to": "tensorboard",
+        "checkpointing_steps": job.steps,
+    }
+    theirs = common | {
+        "train_data_dir": data,
+        "cache_dir": folder / "datasets",
+        "resolution": job.px,
+        "max_sequence_length": TOKENS,
+    }
+    reference = [
+        watched(script, reference_flags(**theirs, output_dir=folder / f"reference{number}"))
+        for number in (1, 2)
+    ]
+    start = time.time()
     run(
-        "-m",
-        "precompute",
+        *("-m", "precompute"),
         *flags(
             pretrained_model_name_or_path=base,
             train_data_dir=data,
             output_dir=cache,
-            cache_dir=folder / "datasets",
-            resolution=RESOLUTION_PX,
+            cache_dir=folder / "our-datasets",
+            resolution=job.px,
             max_sequence_length=TOKENS,
-            conditioning_range="0_1",
-            posterior="mean_std",
-            cache_dtype="float32",
-            text_dtype="float32",
-            device="cpu",
         ),
     )
-    draws = folder / "draws.npz"
-    np.savez(draws, **handed_over(cache, data))
-    found = {}
-    for setting in (1, 0):
-        name = f"precondition_outputs={setting}"
-        ours, theirs = folder / f"ours-{setting}", folder / f"reference-{setting}"
-        common = SAME | {"pretrained_model_name_or_path": base, "precondition_outputs": setting}
-        run(
-            "-m",
-            "train",
-            *flags(
-                **common,
-                shards=cache,
-                output_dir=ours,
-                num_controlnet_layers=CONTROLNET_BLOCKS,
-                validation_steps=0,
-                logging_steps=1,
-            ),
-        )
-        losses = folder / f"losses-{setting}.json"
-        arguments = flags(
-            **common,
-            train_data_dir=data,
-            cache_dir=folder / "datasets",
-            output_dir=theirs,
-            resolution=RESOLUTION_PX,
-            max_sequence_length=TOKENS,
-        )
-        # argparse knows its options by their underscores alone.
-        written = [one.replace("-", "_").replace("__", "--", 1) for one in arguments[::2]]
-        arguments[::2] = written
-        run("-m", "benchmarks.reference_shim", script, draws, losses, *arguments)
-        found[name] = beside(json.loads(losses.read_text()), logged_losses(ours))
-    return found
-
-
-def beside(reference: list[float], ours: list[float]) -> dict[str, Any]:
-    """Return both lists of losses and how far apart they are at most."""
-    assert len(reference) == len(ours) == STEPS, (len(reference), len(ours))
-    differences = [abs(one / other - 1) for one, other in zip(ours, reference, strict=True)]
+    precompute_seconds = time.time() - start
+    mine = common | {
+        "shards": cache,
+        "num_controlnet_layers": CONTROLNET_BLOCKS,
+        "validation_steps": 0,
+        "logging_steps": 1,
+    }
+    ours = [
+        watched("train", flags(**mine, output_dir=folder / f"ours{number}")) for number in (1, 2)
+    ]
+    arrow = sum(path.stat().st_size for path in (folder / "datasets").rglob("cache-*.arrow"))
+    shards = sum(path.stat().st_size for path in cache.rglob("*") if path.is_file())
     return {
-        "reference": reference,
-        "ours": ours,
-        "largest_relative_difference": max(differences),
+        "reference": figures(reference, 0.0, arrow),
+        "ours": figures(ours, precompute_seconds, shards),
     }
 
 
-def write_data(folder: Path) -> None:
-    """Write circles with grain as an image folder that both read."""
-    rows = circles(NUM_ROWS, SEED)
-    write_circles(folder, rows)
-    (folder / "prompt.json").unlink()
-    rng = np.random.default_rng(SEED)
-    for path in sorted(folder.glob("*/*.png")):
-        pixels = np.array(Image.open(path))
-        grain = rng.normal(0, GRAIN, pixels.shape)
-        Image.fromarray((pixels + grain).clip(0, 255).astype(np.uint8)).save(path)
-    lines = [
-        {
-            "file_name": f"target/{number}.png",
-            "conditioning_image_file_name": f"source/{number}.png",
-            "text": row.prompt,
-        }
-        for number, row in enumerate(rows)
-    ]
-    write_text(folder / "metadata.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
+def figures(runs: list[dict[str, Any]], before: float, cached: int) -> dict[str, float | None]:
+    """Return what is compared, of a first and a second run.
 
-
-def handed_over(cache: Path, data: Path) -> dict[str, Any]:
-    """Return what training draws for its first steps, as `benchmarks.reference_shim` takes it."""
-    opened = Cache(cache)
-    samples = Samples(
-        opened,
-        Order(opened.manifest.training_records("conditioning"), seed=SEED),
-        seed=SEED,
-        proportion_empty_prompts=0.0,
-    )
-    rows = {
-        xxh3_128_hexdigest((data / f"target/{number}.png").read_bytes()): number
-        for number in range(NUM_ROWS)
-    }
-    count = STEPS * BATCH
-    memory = samples.memory(count)
-    draws = {name: tensor.numpy() for name, tensor in memory.draws.items()}
-    order = []
-    for place in range(count):
-        record = samples.order.record(place)
-        samples.draw(draws, place, place, num_prompts=1)
-        order.append(rows[str(opened.conditioning.about(*record)["image_hash"])])
-    density = objective.timestep_density(
-        memory.draws["uniform"], memory.draws["normal"], "logit_normal"
-    )
-    found = {
-        "rows": np.array(order),
-        "density": density.numpy(),
-        **{name: draws[name] for name in samples.drawn},
-    }
-    return {name: array.reshape(STEPS, BATCH, *array.shape[1:]) for name, array in found.items()}
-
-
-def logged_losses(output_dir: Path) -> list[float]:
-    """Return the losses that a run of ours logged, step by step."""
-    events = EventAccumulator(str(output_dir / "logs" / "train_controlnet")).Reload()
-    return [event.value for event in events.Scalars("loss")]
-
-
-def flags(**settings: Any) -> list[str]:
-    """Return settings as a command line; every option with its value."""
-    return [
-        part
-        for name, value in settings.items()
-        for part in ("--" + name.replace("_", "-"), str(value))
-    ]
-
-
-def run(*arguments: object) -> None:
-    """Run Python with these arguments, and without a hub.
-
-    Raises:
-        RuntimeError: it failed; with the end of what it said.
+    Args:
+        runs: see `watched`.
+        before: seconds of an earlier stage.
+        cached: bytes on disk.
     """
-    command = [sys.executable, *map(str, arguments)]
-    environment = os.environ | {"HF_HUB_OFFLINE": "1", "ACCELERATE_USE_CPU": "true"}
-    click.echo(f"python {' '.join(map(str, arguments[:3]))} …")
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise RuntimeError(
-            f"{' '.join(command[:4])} failed:\n{(done.stdout + done.stderr)[-3000:]}"
+    first, second = runs
+    steps = [
+        later - earlier
+        for one in runs
+        for earlier, later in zip(one["times"][WARM_UP:], one["times"][WARM_UP + 1 :], strict=False)
+    ]
+    device = second["device_bytes"]
+    return {
+        "seconds to the first step, first start": before + first["times"][0] - first["start"],
+        "seconds to the first step, second start": second["times"][0] - second["start"],
+        "steps a second": 1 / statistics.median(steps),
+        "most host memory, GB": second["host_bytes"] / 1e9,
+        "most device memory, GB": None if device is None else device / 1e9,
+        "cached on disk, MB": cached / 1e6,
+    }
+
+
+def watched(program: Path | str, arguments: list[str]) -> dict[str, Any]:
+    """Run a training program and return when it began and what `benchmarks.watched` noted."""
+    with tempfile.TemporaryDirectory() as folder:
+        noted = Path(folder) / "figures.json"
+        start = time.time()
+        run("-m", "benchmarks.watched", noted, program, *arguments)
+        return {"start": start, **json.loads(noted.read_text())}
+
+
+def write_base(folder: Path, name: str) -> None:
+    """Save a base with random weights.
+
+    The miniature is as narrow as the tests', but SD3 in its proportions: CLIP's embeddings are half
+    as wide as T5's, and prompts have as many tokens.
+    """
+    if name == "miniature":
+        pipeline = build_pipeline(
+            SEED, num_layers=NUM_BLOCKS, clip_widths=(96, 160), t5_width=512, clip_tokens=TOKENS
         )
+        save_base(folder, pipeline)
+        return
+    save_true_size(folder, dtype=torch.bfloat16)
+    save_random(folder, TRANSFORMERS[name])
+    miniature = folder.with_name("miniature")
+    save_base(miniature, build_pipeline(SEED))
+    shutil.copy(miniature / "model_index.json", folder)
 
 
 if __name__ == "__main__":

@@ -96,7 +96,7 @@ def stage_command(
         moved: see `StageCommand`.
     """
 
-    def callback(config: Path | None, **values: Any) -> None:
+    def callback(config: tuple[Path, ...], **values: Any) -> None:
         with user_errors():
             run(config_class(**values))
 
@@ -104,8 +104,10 @@ def stage_command(
         ["--config"],
         type=click.Path(path_type=Path),
         is_eager=True,
-        callback=lambda ctx, _, path: _use_config_file(ctx, path, section, config_class),
-        help=f"TOML file; its [{section}] table gives defaults for the options below.",
+        multiple=True,
+        callback=lambda ctx, _, paths: _use_config_files(ctx, paths, section, config_class),
+        help=f"TOML file; its [{section}] table gives defaults for the options below. Of several "
+        "the later ones win.",
     )
     return StageCommand(
         name,
@@ -197,14 +199,14 @@ def _click_type(kind: Any) -> Any:
     return kind
 
 
-def _use_config_file(
-    ctx: click.Context, path: Path | None, section: str, config_class: type[Any]
-) -> Path | None:
-    if path is not None:
+def _use_config_files(
+    ctx: click.Context, paths: tuple[Path, ...], section: str, config_class: type[Any]
+) -> tuple[Path, ...]:
+    for path in paths:
         with user_errors():
             settings = read_section(path, section, config_class)
         ctx.default_map = {**(ctx.default_map or {}), **settings}
-    return path
+    return paths
 
 
 def os_error_line(error: OSError) -> str:

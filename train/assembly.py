@@ -99,8 +99,7 @@ def assemble(config: TrainConfig) -> Run:
     controlnet.register_to_config(force_zeros_for_pooled_projection=False, **{DATA_KEY: data})
     models.freeze_unused(controlnet)
     if config.bf16_weights:
-        for parameter in controlnet.parameters():
-            parameter.data = parameter.data.to(torch.bfloat16)
+        models.keep_in_bfloat16(controlnet)
     controlnet.train()
     if config.gradient_checkpointing:
         controlnet.enable_gradient_checkpointing()

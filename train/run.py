@@ -1,8 +1,8 @@
 """Stage 2 from front to back: networks, loop, the trained ControlNet."""
 
 import sys
+from collections.abc import Iterator
 from signal import SIGTERM
-from typing import NoReturn
 
 import click
 import torch
@@ -14,7 +14,6 @@ from shards.provenance import write_run
 from train import checkpoints, publish, setup
 from train.assembly import Run, assemble
 from train.config import TrainConfig
-from train.estimate import advice, find_sizes, report
 from train.loop import take_steps
 
 
@@ -30,28 +29,24 @@ def train(config: TrainConfig) -> None:
         SystemExit: a signal ended the run, with its code; 0 for SIGTERM.
     """
     if config.estimate:
-        sizes = find_sizes(config)
-        click.echo(report(config, sizes))
-        click.echo(advice(config, sizes))
+        for lines in _memory(config):
+            click.echo(lines)
         return
     try:
         _train(config)
     except torch.OutOfMemoryError as error:
-        _say_what_helps(config, error)
+        reason = str(error).splitlines()[0]
+        click.echo("out of memory; finding out what would help …", err=True)
+        raise RunError("\n".join([f"out of memory: {reason}", *_memory(config)])) from error
 
 
-def _say_what_helps(config: TrainConfig, error: torch.OutOfMemoryError) -> NoReturn:
-    """Raise an error that names the options that would help.
+def _memory(config: TrainConfig) -> Iterator[str]:
+    """Give what the run takes, then what would make it less, which takes a while."""
+    from train.estimate import advice, find_sizes, report  # a second to import, seldom needed
 
-    Raises:
-        RunError: always.
-    """
-    reason = str(error).splitlines()[0]
-    click.echo("out of memory; finding out what would help ...", err=True)
     sizes = find_sizes(config)
-    raise RunError(
-        f"out of memory: {reason}\n{report(config, sizes)}\n{advice(config, sizes)}"
-    ) from error
+    yield report(config, sizes)
+    yield advice(config, sizes)
 
 
 def _train(config: TrainConfig) -> None:

@@ -5,14 +5,14 @@ CUDA where that changes what is kept. Not counted: what CUDA and its libraries t
 """
 
 import os
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from accelerate.utils.operations import ConvertOutputsToFp32
-from diffusers import AutoencoderKL, SD3ControlNetModel, SD3Transformer2DModel
+from diffusers import SD3ControlNetModel, SD3Transformer2DModel
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
@@ -84,15 +84,20 @@ def simulate(config: TrainConfig, sizes: Sizes) -> Estimate:
         config: of the run, on one device.
         sizes: of models and data.
     """
-    with FakeTensorMode(), torch.random.fork_rng(devices=[]), _Simulation(config, sizes) as run:
+    with FakeTensorMode(), torch.random.fork_rng(devices=[]), Simulation(config, sizes) as run:
         run.step()
         step = {part: run.meter.peak.get(part, 0) for part in PARTS}
         validation = run.validation() if sizes.validates else 0
         return Estimate(step, validation, run.host)
 
 
-class _Simulation(ExitStack):
-    """The networks of a run, without numbers, and a meter that watches them."""
+class Simulation(ExitStack):
+    """The networks of a run, without numbers, and a meter that watches them.
+
+    Args:
+        config: of the run.
+        sizes: of models and data.
+    """
 
     def __init__(self, config: TrainConfig, sizes: Sizes) -> None:
         super().__init__()
@@ -101,18 +106,14 @@ class _Simulation(ExitStack):
         self.dtype = WEIGHT_DTYPES[self.precision]
         self.meter = Meter()
         self.host = 0
-        with _default_dtype(self.dtype):
-            self.transformer = SD3Transformer2DModel.from_config(dict(sizes.transformer))
-        for module in self.transformer.modules():
-            for name, buffer in module.named_buffers(recurse=False):
-                setattr(module, name, buffer.to(self.dtype))
+        self.transformer = _built(SD3Transformer2DModel, sizes.transformer, self.dtype)
         self.transformer.requires_grad_(False).eval()
         if config.quantize_base == "nf4":
             _use_nf4_sizes(self.transformer)
         elif config.quantize_base is not None:
             quantize(self.transformer, config.quantize_base, fp8_matmul=config.fp8_matmul)
-        with _default_dtype(torch.bfloat16 if config.bf16_weights else torch.float32):
-            self.controlnet = SD3ControlNetModel.from_config(dict(sizes.controlnet))
+        trained_dtype = torch.bfloat16 if config.bf16_weights else torch.float32
+        self.controlnet = _built(SD3ControlNetModel, sizes.controlnet, trained_dtype)
         models.freeze_unused(self.controlnet)
         self.controlnet.train()
         if config.gradient_checkpointing:
@@ -134,7 +135,7 @@ class _Simulation(ExitStack):
             _use_float32_norms(self.controlnet)
             self.controlnet.forward = ConvertOutputsToFp32(autocast(self.controlnet.forward))
 
-    def __enter__(self) -> "_Simulation":
+    def __enter__(self) -> "Simulation":
         self.enter_context(self.meter)
         return self
 
@@ -187,6 +188,10 @@ class _Simulation(ExitStack):
             mode_scale=config.mode_scale,
             precondition_outputs=bool(config.precondition_outputs),
         )
+        if config.gradient_accumulation_steps > 1:
+            for parameter in self.trained:
+                parameter.grad = torch.empty_like(parameter)
+                self.meter.count(parameter.grad, "gradients")
         self.meter.start_anew()
         with self._offloading():
             losses = batch_losses(batch, self.controlnet, self.transformer, settings)
@@ -221,6 +226,9 @@ class _Simulation(ExitStack):
             self.transformer(block_controlnet_hidden_states=residuals, **common)
             del residuals, common, embeds, batch, averages
             if self.sizes.vae is not None:
+                # Imported here so that training never sees a VAE.
+                from diffusers import AutoencoderKL
+
                 vae = AutoencoderKL.from_config(dict(self.sizes.vae))
                 for parameter in vae.decoder.parameters():
                     self.meter.count(parameter, "decoder")
@@ -316,11 +324,15 @@ def _state_bytes(count: int, *, eight_bit: bool) -> int:
     return 2 * (count + 4 * -(-count // 256))
 
 
-@contextmanager
-def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
+def _built(kind: Any, config: Mapping[str, Any], dtype: torch.dtype) -> Any:
+    """Return a model in some precision; tensors without numbers cannot be cast in place."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
-        yield
+        model = kind.from_config(dict(config))
     finally:
         torch.set_default_dtype(before)
+    for module in model.modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            setattr(module, name, buffer.to(dtype))
+    return model

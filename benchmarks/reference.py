@@ -1,0 +1,79 @@
+"""diffusers' train_controlnet_sd3.py and ours, run one beside the other on the same data."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+import numpy as np
+from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from demo.circles import circles, write_circles
+from shards.writer import write_text
+
+# Flat pictures would have a random VAE's GroupNorm divide by next to nothing.
+GRAIN = 40
+
+
+def write_data(folder: Path, num_rows: int, seed: int) -> None:
+    """Write circles with grain as an image folder that both read."""
+    rows = circles(num_rows, seed)
+    write_circles(folder, rows)
+    (folder / "prompt.json").unlink()
+    rng = np.random.default_rng(seed)
+    for path in sorted(folder.glob("*/*.png")):
+        pixels = np.array(Image.open(path))
+        grain = rng.normal(0, GRAIN, pixels.shape)
+        Image.fromarray((pixels + grain).clip(0, 255).astype(np.uint8)).save(path)
+    lines = [
+        {
+            "file_name": f"target/{number}.png",
+            "conditioning_image_file_name": f"source/{number}.png",
+            "text": row.prompt,
+        }
+        for number, row in enumerate(rows)
+    ]
+    write_text(folder / "metadata.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
+
+
+def flags(**settings: Any) -> list[str]:
+    """Return settings as a command line; every option with its value, but for those that are on."""
+    return [
+        part
+        for name, value in settings.items()
+        for part in ("--" + name.replace("_", "-"), *([] if value is True else [str(value)]))
+    ]
+
+
+def reference_flags(**settings: Any) -> list[str]:
+    """Return the same for the reference, whose argparse knows its options by underscores alone."""
+    return [
+        "--" + part[2:].replace("-", "_") if part.startswith("--") else part
+        for part in flags(**settings)
+    ]
+
+
+def logged_losses(output_dir: Path) -> list[float]:
+    """Return the losses that a run of ours logged, step by step."""
+    events = EventAccumulator(str(output_dir / "logs" / "train_controlnet")).Reload()
+    return [event.value for event in events.Scalars("loss")]
+
+
+def run(*arguments: object) -> None:
+    """Run Python with these arguments, and without a hub.
+
+    Raises:
+        RuntimeError: it failed; with the end of what it said.
+    """
+    command = [sys.executable, *map(str, arguments)]
+    environment = os.environ | {"HF_HUB_OFFLINE": "1"}
+    click.echo(f"python {' '.join(map(str, arguments[:4]))} …")
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise RuntimeError(
+            f"{' '.join(command[:5])} failed:\n{(done.stdout + done.stderr)[-3000:]}"
+        )
