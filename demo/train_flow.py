@@ -19,7 +19,7 @@ from tqdm import tqdm
 from demo.base import CLIP_TOKENS, build_pipeline
 from demo.shapes import PALETTE, TRAINED_PAIRS, caption, painted
 from demo.train_vae import save_state, update_average
-from train.data import prompt_embeds
+from shards.prompts import prompt_embeds
 from train.objective import noised, scaled
 
 NUM_STEPS = 4200

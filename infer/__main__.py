@@ -1,9 +1,13 @@
-"""`python -m infer generate|score|decode`: pictures with a ControlNet, and their measurement."""
+"""`python -m infer generate|show|score|decode`: pictures with a ControlNet, and what they are."""
+
+import json
+from pathlib import Path
+from typing import Any
 
 import click
 
 from infer.config import DecodeConfig, GenerateConfig, ScoreConfig
-from shards.options import CONTEXT, stage_command
+from shards.options import CONTEXT, stage_command, user_errors
 
 
 @click.group(context_settings=CONTEXT)
@@ -33,7 +37,28 @@ def run_decode(config: DecodeConfig) -> None:
     decode_validations(config)
 
 
-main.add_command(stage_command("generate", GenerateConfig, run_generate, section="infer"))
+def like(path: Path) -> dict[str, Any]:
+    """Return the settings in a picture's file, as options' values."""
+    from infer.metadata import read
+
+    return {name: value for name, value in read(path)["settings"].items() if value is not None}
+
+
+@click.command(context_settings=CONTEXT)
+@click.argument("file", type=click.Path(path_type=Path))
+def show(file: Path) -> None:
+    """Print the settings that a picture was drawn with; generate --like FILE draws it again."""
+    from infer.metadata import read
+
+    with user_errors():
+        about = read(file)
+    click.echo(json.dumps(about, ensure_ascii=False, indent=1))
+
+
+main.add_command(
+    stage_command("generate", GenerateConfig, run_generate, section="infer", like=like)
+)
+main.add_command(show)
 main.add_command(stage_command("score", ScoreConfig, run_score, section="score"))
 main.add_command(stage_command("decode", DecodeConfig, run_decode, section="decode"))
 

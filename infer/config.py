@@ -4,8 +4,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from shards.checks import check_resolution, check_sequence_length, pair_up
+from shards.checks import check_resolution, check_sequence_length
 from shards.errors import ConfigError
+from shards.manifest import DEFAULT_CONDITIONING
 from shards.options import option
 
 
@@ -14,17 +15,22 @@ class PipelineConfig:
     """What every command that draws pictures needs to know."""
 
     pretrained_model_name_or_path: str = option(help="Base model: a diffusers folder or a hub id.")
-    controlnet: str = option(help="ControlNet: a folder that train wrote, or a hub id.")
     output_dir: Path = option(help="Where the pictures go.")
     negative_prompt: str = option("", help="What not to draw.")
     num_inference_steps: int = option(28, help="Sampling steps.")
     guidance_scale: float = option(7.0, help="Classifier-free guidance; 1 turns it off.")
     controlnet_conditioning_scale: float = option(1.0, help="Strength of the control; 0 is none.")
     resolution: int | None = option(
-        None, help="Side of the picture in pixels; what the ControlNet was trained on if absent."
+        None,
+        help="Side of a square picture; what the ControlNet was trained on if absent.",
     )
     max_sequence_length: int | None = option(
         None, help="T5 tokens; what the ControlNet was trained on if absent."
+    )
+    convention: Literal["saved", "train_controlnet_sd3"] = option(
+        "saved",
+        help="How the ControlNet wants to be driven: as its configuration says, or as diffusers' "
+        "script trains, which it does not say.",
     )
     revision: str | None = option(None, help="Revision of the base model on the hub.")
     variant: str | None = option(None, help="Variant of the base model's weight files, e.g. fp16.")
@@ -55,28 +61,89 @@ class GenerateConfig(PipelineConfig):
     A picture is what the stock pipeline gives for `generator=torch.manual_seed(seed)`.
     """
 
-    prompt: tuple[str, ...] = option(help="What to draw; repeatable.")
-    image: tuple[Path, ...] = option(
-        help="Conditioning images; repeatable. One prompt goes with all images, or one image with "
-        "all prompts."
+    controlnet: tuple[str, ...] = option(
+        help="ControlNet: a folder that train wrote, or a hub id; of several each draws a column."
     )
-    seed: int = option(0, help="Of every picture.")
+    combine: bool = option(False, help="Have all of them draw every picture together.")
+    prompt: tuple[str, ...] = option((), help="What to draw; repeatable.")
+    image: tuple[Path, ...] = option(
+        (),
+        help="Conditioning images; repeatable. One prompt goes with all images, or one image with "
+        "all prompts; with --combine, one for each ControlNet in turn.",
+    )
+    pairs: Path | None = option(
+        None,
+        help="Prompts and images from a file, TOML or JSON lines, or from a folder of images, each "
+        "with a .txt beside it.",
+    )
+    cache: str | None = option(
+        None,
+        help="A cache: prompts that it knows need no text encoder; and where no others are given, "
+        "its validation pairs are drawn.",
+    )
+    conditioning_name: str = option(
+        DEFAULT_CONDITIONING, help="Which control of the cache its validation pairs are of."
+    )
+    seed: tuple[int, ...] = option((0,), help="Of every picture; of several each draws its own.")
+    height: int | None = option(None, help="Of the picture in pixels, with --width.")
+    width: int | None = option(None, help="Likewise, with --height.")
+    control_guidance_start: float = option(0.0, help="Where in the steps the control begins, 0-1.")
+    control_guidance_end: float = option(1.0, help="Where in the steps the control ends, 0 to 1.")
+    shift: float | None = option(None, help="Of the noise schedule; the base's own if absent.")
+    batch_size: int = option(1, help="Pictures drawn at a time.")
+    quantize_base: Literal["int8", "fp8", "nf4"] | None = option(
+        None, help="The transformer in 8 or 4 bit (NF4), which needs the extra [bitsandbytes]."
+    )
+    offload: Literal["auto", "none", "model", "sequential"] = option(
+        "auto",
+        help="Keep models in host memory and bring them to the device in turn, whole or layer by "
+        "layer; as the memory there demands if auto.",
+    )
+    vae_tiling: bool = option(False, help="Decode in tiles: less memory, faint seams.")
+    compile: bool = option(False, help="Compile the networks' blocks; for many pictures.")
 
     def __post_init__(self) -> None:
-        """As the base class; and the numbers of prompts and images must go together."""
-        super().__post_init__()
-        self.pairs()
-
-    def pairs(self) -> list[tuple[str, Path]]:
-        """Return the (prompt, conditioning image) pairs to draw.
+        """As the base class; and what is given must go together.
 
         Raises:
-            ConfigError: the numbers of prompts and images do not go together.
+            ConfigError: naming the option.
         """
-        pairs = pair_up(self.prompt, self.image, "--prompt", "--image")
-        if not pairs:
-            raise ConfigError("nothing to draw: give --prompt and --image.")
-        return pairs
+        super().__post_init__()
+        if not self.controlnet:
+            raise ConfigError("--controlnet: give at least one.")
+        if self.combine and len(self.controlnet) < 2:
+            raise ConfigError("--combine: give --controlnet twice or more.")
+        given = [bool(self.prompt or self.image), self.pairs is not None]
+        if all(given):
+            raise ConfigError("--pairs: give it, or --prompt and --image.")
+        if self.pairs is None and not (self.prompt and self.image) and not self._draws_validation:
+            raise ConfigError(
+                "nothing to draw: give --prompt and --image, --pairs, or --cache alone."
+            )
+        if not self.seed:
+            raise ConfigError("--seed: give at least one.")
+        if (self.height is None) != (self.width is None):
+            raise ConfigError("--height and --width: give both or neither.")
+        if self.height is not None and self.resolution is not None:
+            raise ConfigError("--resolution: give it, or --height and --width.")
+        for flag, side in (("--height", self.height), ("--width", self.width)):
+            if side is not None:
+                check_resolution(side, flag)
+        if not 0 <= self.control_guidance_start < self.control_guidance_end <= 1:
+            raise ConfigError(
+                f"--control-guidance-start {self.control_guidance_start:g} and --control-guidance-"
+                f"end {self.control_guidance_end:g}: between 0 and 1, the start before the end."
+            )
+        if self.shift is not None and self.shift <= 0:
+            raise ConfigError(f"--shift {self.shift:g}: must be above 0.")
+        if self.batch_size < 1:
+            raise ConfigError(f"--batch-size {self.batch_size}: at least 1.")
+        if self.offload == "sequential" and self.quantize_base is not None:
+            raise ConfigError("--offload sequential: does not go with --quantize-base; try model.")
+
+    @property
+    def _draws_validation(self) -> bool:
+        return self.cache is not None and not (self.prompt or self.image or self.pairs)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,6 +154,7 @@ class ScoreConfig(PipelineConfig):
     its conditioning outline (intersection over union) and its caption's colours (CIEDE2000).
     """
 
+    controlnet: str = option(help="ControlNet: a folder that train wrote, or a hub id.")
     source: Path = option(
         help="Circles in fill50k's layout, folder or zip; conditioning images and prompts are read."
     )

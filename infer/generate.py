@@ -1,86 +1,346 @@
-"""Drawing one picture after the other with the stock StableDiffusion3ControlNetPipeline."""
+"""Pictures of prompts and conditioning images, by one ControlNet or by several side by side."""
 
-from collections.abc import Callable
-from functools import partial
+import itertools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import click
 import torch
-from diffusers import StableDiffusion3ControlNetPipeline
+from diffusers import SD3MultiControlNetModel, StableDiffusion3ControlNetPipeline
 from PIL import Image
 from tqdm import tqdm
+from xxhash import xxh3_128
 
+from infer import metadata
 from infer.config import GenerateConfig
-from infer.pipeline import Convention, control_image, find_convention, load_pipeline
+from infer.pipeline import (
+    COMPONENTS,
+    TEXT_COMPONENTS,
+    Convention,
+    control_image,
+    find_convention,
+    find_models,
+    load_controlnet,
+    load_pipeline,
+    set_shift,
+)
+from infer.placement import place
+from infer.prompts import CachedPrompts
+from infer.wanted import Wanted, find_wanted
 from precompute import images
 from precompute.images import BadImage
-from shards.errors import ConfigError
+from shards.cache import Cache
+from shards.device import pick_device
+from shards.errors import ConfigError, RunError
+from shards.pretrained import read_config
 from shards.provenance import write_run
+from shards.quantized import quantize
 from shards.sheets import contact_sheet, save_png
+from shards.streaming import LOCAL_CACHE_GB, open_files
+
+BLOCK_BYTES = 1 << 24
+
+
+@dataclass(frozen=True)
+class Column:
+    """ControlNets that draw a picture each: one, or several together.
+
+    Attributes:
+        title: short name, no two alike.
+        names: as they were given.
+        folders: where they are.
+        conventions: how each wants to be driven; of one size and token length.
+    """
+
+    title: str
+    names: tuple[str, ...]
+    folders: tuple[Path, ...]
+    conventions: tuple[Convention, ...]
+
+    @property
+    def convention(self) -> Convention:
+        """The first one's, which speaks for all but the range of pixels."""
+        return self.conventions[0]
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A picture to draw.
+
+    Attributes:
+        path: of its file.
+        about: what its file says of it.
+        wanted: the pair.
+        seed: of its noise.
+        size: width and height in pixels.
+        conditioning: the images, fitted, one for each of the column's ControlNets.
+    """
+
+    path: Path
+    about: str
+    wanted: Wanted
+    seed: int
+    size: tuple[int, int]
+    conditioning: tuple[Image.Image, ...]
 
 
 def generate(config: GenerateConfig) -> None:
-    """Draw each pair as a PNG, then a contact sheet of all.
+    """Draw what is wanted, each as a PNG with its settings, then a contact sheet of all.
+
+    Pictures that are there, drawn with the same settings from the same images and weights, are left
+    as they are.
 
     Raises:
-        ConfigError: an image cannot be read, or base model and ControlNet do not go together.
-        OSError: the output cannot be written; finished pictures are kept.
+        ConfigError: an image cannot be read, or base model and ControlNets do not go together.
+        RunError: the device's memory is full; finished pictures are kept.
+        OSError: the output cannot be written; likewise.
     """
-    loaded = [(prompt, path, _load(path)) for prompt, path in config.pairs()]
-    pipeline = load_pipeline(config)
-    convention = find_convention(config, pipeline)
-    pairs = [
-        (prompt, _checked(path, partial(images.fit, image, convention.resolution_px)))
-        for prompt, path, image in loaded
-    ]
+    cache = None
+    if config.cache is not None:
+        files = open_files(config.cache, None, LOCAL_CACHE_GB)
+        cache = Cache(files, config.conditioning_name)
+    wanted = find_wanted(config, cache)
+    prompts = None
+    if cache is not None:
+        every = [one.prompt for one in wanted]
+        if config.guidance_scale > 1:
+            every += [one.negative_prompt for one in wanted]
+        prompts = CachedPrompts(cache, every)
+        if prompts.unknown:
+            click.echo(
+                f"--cache: {len(prompts.unknown)} prompts are not in it, "
+                f"{prompts.unknown[0]!r} first; the text encoders are loaded"
+            )
+            prompts = None
+    base, columns = find_columns(config, encodes=prompts is None)
+    if prompts is not None:
+        prompts.check(columns[0].convention.max_sequence_length)
+    plans = [list(_pictures(config, column, wanted, len(columns))) for column in columns]
     config.output_dir.mkdir(parents=True, exist_ok=True)
     write_run(config.output_dir, "infer", config)
-    rows = []
-    for number, (prompt, conditioning) in enumerate(tqdm(pairs, unit="picture", disable=None)):
-        picture = draw(pipeline, prompt, conditioning, convention, config)
-        path = config.output_dir / f"{number:03d}.png"
-        save_png(path, picture)
-        rows.append(([conditioning, picture], prompt))
-        click.echo(path)
+    todo = [[one for one in plan if not metadata.says(one.path, one.about)] for plan in plans]
+    total, missing = sum(map(len, plans)), sum(map(len, todo))
+    if missing < total:
+        click.echo(f"{total - missing} of {total} pictures are there already")
+    with tqdm(total=missing, unit="picture", desc="generate", disable=None) as bar:
+        for column, pictures in zip(columns, todo, strict=True):
+            if pictures:
+                _draw_column(config, base, column, pictures, prompts, bar)
     sheet = config.output_dir / "contact_sheet.png"
-    save_png(sheet, contact_sheet(rows, ["conditioning", "result"]))
+    save_png(sheet, _sheet(columns, plans))
     click.echo(sheet)
+
+
+def find_columns(config: GenerateConfig, *, encodes: bool) -> tuple[Path, list[Column]]:
+    """Return the base's folder, and the ControlNets that draw.
+
+    Raises:
+        ConfigError: one cannot be found, or they cannot be combined.
+    """
+    components = [name for name in COMPONENTS if encodes or name not in TEXT_COMPONENTS]
+    base, folders = find_models(config, config.controlnet, components)
+    conventions = [find_convention(config, base, folder) for folder in folders]
+    if config.combine:
+        _check_alike(config, folders, conventions)
+        return base, [Column("combined", config.controlnet, tuple(folders), tuple(conventions))]
+    titles = _titles(config.controlnet)
+    return base, [
+        Column(title, (name,), (folder,), (convention,))
+        for title, name, folder, convention in zip(
+            titles, config.controlnet, folders, conventions, strict=True
+        )
+    ]
+
+
+def _check_alike(
+    config: GenerateConfig, folders: Sequence[Path], conventions: Sequence[Convention]
+) -> None:
+    """Refuse to combine ControlNets that the pipeline would drive as the first of them."""
+
+    def driven(folder: Path, convention: Convention) -> dict[str, Any]:
+        saved = read_config(folder, "")
+        return {
+            "zero pooled embeddings": saved.get("force_zeros_for_pooled_projection", True),
+            "takes text": saved.get("joint_attention_dim") is not None,
+            "max_sequence_length": convention.max_sequence_length,
+            "sizes": convention.sizes,
+        }
+
+    first, *others = map(driven, folders, conventions)
+    for name, other in zip(config.controlnet[1:], others, strict=True):
+        if wrong := [key for key, value in other.items() if value != first[key]]:
+            raise ConfigError(
+                f"--combine: {name} wants to be driven otherwise than {config.controlnet[0]} "
+                f"({', '.join(f'{key} {other[key]}, not {first[key]}' for key in wrong)})."
+            )
+
+
+def _titles(names: Sequence[str]) -> list[str]:
+    """Return a short name for each ControlNet: the end of its own, as long as tells it apart."""
+    parts = [[part for part in name.replace("\\", "/").split("/") if part] for name in names]
+    for count in range(1, max(map(len, parts)) + 1):
+        titles = ["-".join(one[-count:]) for one in parts]
+        if len(set(titles)) == len(titles):
+            return titles
+    return [f"{number}-{'-'.join(one[-1:])}" for number, one in enumerate(parts)]
+
+
+def _pictures(
+    config: GenerateConfig, column: Column, wanted: Sequence[Wanted], num_columns: int
+) -> Iterator[Picture]:
+    """Give the pictures of a column, ready to be drawn."""
+    weights = [digest_of_folder(folder) for folder in column.folders]
+    several_seeds = any(len(one.seeds) > 1 for one in wanted)
+    for number, one in enumerate(wanted):
+        controls = one.controls * (len(column.folders) if len(one.controls) == 1 else 1)
+        if len(controls) != len(column.folders):
+            raise ConfigError(
+                f"{len(controls)} conditioning images for {len(column.folders)} ControlNets, "
+                f"{controls[0].path} first: give one for each, or one for all."
+            )
+        size = column.convention.size(controls[0].image)
+        conditioning = []
+        for control in controls:
+            try:
+                conditioning.append(images.fit(control.image, size))
+            except BadImage as error:
+                raise ConfigError(f"--image {control.path}: {error}.") from error
+        for seed in one.seeds:
+            name = f"{number:03d}"
+            name += f"-seed{seed}" if several_seeds else ""
+            name += f"-{column.title}" if num_columns > 1 else ""
+            about = metadata.describe(
+                config,
+                {"images": [control.digest for control in controls], "controlnets": weights},
+                controlnet=list(column.names),
+                prompt=[one.prompt],
+                negative_prompt=one.negative_prompt,
+                image=[str(control.path.absolute()) for control in one.controls],
+                seed=[seed],
+                width=size[0],
+                height=size[1],
+                max_sequence_length=column.convention.max_sequence_length,
+            )
+            path = config.output_dir / f"{name}.png"
+            yield Picture(path, about, one, seed, size, tuple(conditioning))
+
+
+def digest_of_folder(folder: Path) -> str:
+    """Return one digest of the weights in a folder, XXH3-128."""
+    digest = xxh3_128()
+    for path in sorted(folder.glob("*.safetensors")):
+        with path.open("rb") as file:
+            while block := file.read(BLOCK_BYTES):
+                digest.update(block)
+    return digest.hexdigest()
+
+
+def _draw_column(
+    config: GenerateConfig,
+    base: Path,
+    column: Column,
+    pictures: Sequence[Picture],
+    prompts: CachedPrompts | None,
+    bar: "tqdm[Any]",
+) -> None:
+    """Draw and save a column's pictures."""
+    try:
+        pipeline = _ready(config, base, column, encodes=prompts is None)
+        for size, group in itertools.groupby(pictures, key=lambda one: one.size):
+            of_size = list(group)
+            for start in range(0, len(of_size), config.batch_size):
+                batch = of_size[start : start + config.batch_size]
+                drawn = draw(pipeline, batch, size, column, prompts, config)
+                for picture, image in zip(batch, drawn, strict=True):
+                    save_png(picture.path, image, metadata.info(picture.about))
+                    tqdm.write(str(picture.path))
+                bar.update(len(batch))
+    except torch.OutOfMemoryError as error:
+        raise RunError(
+            f"out of memory: {str(error).splitlines()[0]} Finished pictures are kept. What "
+            "helps: --batch-size 1, --dtype bfloat16, --offload model or sequential, "
+            "--quantize-base int8, --vae-tiling, and --cache, where it knows the prompts."
+        ) from error
+
+
+def _ready(
+    config: GenerateConfig, base: Path, column: Column, *, encodes: bool
+) -> StableDiffusion3ControlNetPipeline:
+    """Return the pipeline with a column's ControlNets in it, where it is to compute."""
+    nets = [load_controlnet(folder, config) for folder in column.folders]
+    controlnet = nets[0] if len(nets) == 1 else SD3MultiControlNetModel(nets)
+    pipeline = load_pipeline(config, base, controlnet, encodes=encodes)
+    pipeline.set_progress_bar_config(desc="steps", leave=False, position=1, disable=None)
+    set_shift(pipeline, config.shift)
+    if config.quantize_base is not None:
+        quantize(pipeline.transformer.requires_grad_(False), config.quantize_base)
+    if config.vae_tiling:
+        pipeline.vae.enable_tiling()
+    if config.compile:
+        for network in (pipeline.transformer, *nets):
+            for block in network.transformer_blocks:
+                block.compile()
+    place(pipeline, config.offload, pick_device(config.device))
+    return pipeline
 
 
 def draw(
     pipeline: StableDiffusion3ControlNetPipeline,
-    prompt: str,
-    conditioning: Image.Image,
-    convention: Convention,
+    batch: Sequence[Picture],
+    size: tuple[int, int],
+    column: Column,
+    prompts: CachedPrompts | None,
     config: GenerateConfig,
-) -> Image.Image:
-    """Return one picture.
+) -> list[Image.Image]:
+    """Return a batch of pictures.
 
-    The global generator is seeded and passed on, as diffusers' own examples do: the pipeline
-    samples the conditioning latent from it first, then the noise.
+    The global generator is seeded with the first one's seed: the pipeline samples conditioning
+    latents from it. A single picture's noise comes from it too, as in diffusers' own examples; in a
+    batch each picture's comes from a generator of its own.
     """
-    result: Any = pipeline(
-        prompt,
-        negative_prompt=config.negative_prompt,
-        control_image=control_image([conditioning], convention),
-        height=convention.resolution_px,
-        width=convention.resolution_px,
+    negative = [one.wanted.negative_prompt for one in batch] if config.guidance_scale > 1 else None
+    texts = [one.wanted.prompt for one in batch]
+    if prompts is not None:
+        given = prompts.arguments(texts, negative, pipeline.transformer.dtype)
+    else:
+        given = {"prompt": texts, "negative_prompt": negative}
+    controls: list[Any] = [
+        control_image([one.conditioning[number] for one in batch], convention)
+        for number, convention in enumerate(column.conventions)
+    ]
+    several = len(controls) > 1
+    scale = config.controlnet_conditioning_scale
+    generator: Any = torch.manual_seed(batch[0].seed)
+    if len(batch) > 1:
+        generator = [torch.Generator().manual_seed(one.seed) for one in batch]
+    result = pipeline(
+        **given,
+        control_image=controls if several else controls[0],
+        width=size[0],
+        height=size[1],
         num_inference_steps=config.num_inference_steps,
         guidance_scale=config.guidance_scale,
-        controlnet_conditioning_scale=config.controlnet_conditioning_scale,
-        max_sequence_length=convention.max_sequence_length,
-        generator=torch.manual_seed(config.seed),
+        controlnet_conditioning_scale=[scale] * len(controls) if several else scale,
+        control_guidance_start=config.control_guidance_start,
+        control_guidance_end=config.control_guidance_end,
+        max_sequence_length=column.convention.max_sequence_length,
+        generator=generator,
     )
-    picture: Image.Image = result.images[0]
-    return picture
+    drawn: list[Image.Image] = result.images
+    return drawn
 
 
-def _load(path: Any) -> Image.Image:
-    return _checked(path, lambda: images.load(path)[0])
-
-
-def _checked(path: Any, prepare: Callable[[], Image.Image]) -> Image.Image:
-    try:
-        return prepare()
-    except BadImage as error:
-        raise ConfigError(f"--image {path}: {error}.") from error
+def _sheet(columns: Sequence[Column], plans: Sequence[Sequence[Picture]]) -> Image.Image:
+    """Return all pictures: a row for each pair and seed, a column for each of the ControlNets."""
+    rows = []
+    for row in zip(*plans, strict=True):
+        pictures = [Image.open(one.path) for one in row]
+        caption = row[0].wanted.prompt
+        seeds = row[0].wanted.seeds
+        caption = f"seed {row[0].seed}: {caption}" if len(seeds) > 1 else caption
+        rows.append(([*row[0].conditioning, *pictures], caption))
+    headings = ["conditioning"] * len(plans[0][0].conditioning)
+    headings += ["result"] if len(columns) == 1 else [column.title for column in columns]
+    return contact_sheet(rows, headings)

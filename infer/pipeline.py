@@ -1,18 +1,26 @@
-"""The stock pipeline with a ControlNet in it, and how that ControlNet wants to be driven.
+"""The stock pipeline with ControlNets in it, and how each wants to be driven.
 
 Axes: B pictures, 3 colours, H x W pixels.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
-from diffusers import SD3ControlNetModel, StableDiffusion3ControlNetPipeline
+from diffusers import (
+    FlowMatchEulerDiscreteScheduler,
+    SD3ControlNetModel,
+    StableDiffusion3ControlNetPipeline,
+)
 from PIL import Image
 from torch import Tensor
 
 from infer.config import PipelineConfig
 from precompute import images
+from precompute.buckets import nearest_buckets
 from shards.device import keep_freed_memory, pick_device
 from shards.errors import ConfigError
 from shards.pretrained import (
@@ -34,8 +42,12 @@ COMPONENTS = (
     "text_encoder_3",
     "tokenizer_3",
 )
+TEXT_COMPONENTS = COMPONENTS[3:]
 # The stock pipeline's own defaults, for a ControlNet that says nothing of its data.
 STOCK_MAX_SEQUENCE_LENGTH = 256
+# diffusers' script trains with pixels in this range and this many tokens, with the pooled embedding
+# and the VAE's shift, and says none of it in the configuration that it saves.
+SCRIPT_PIXEL_RANGE, SCRIPT_MAX_SEQUENCE_LENGTH = "0_1", 77
 
 
 @dataclass(frozen=True)
@@ -43,60 +55,119 @@ class Convention:
     """How a ControlNet's training data was made, so that inference does the same.
 
     Attributes:
-        resolution_px: side of the pictures.
+        sizes: (width, height) in pixels that pictures may have, from tall to wide; the one whose
+            shape is nearest the conditioning image's is taken.
         max_sequence_length: T5 tokens.
         pixel_range: of conditioning images before the VAE; `-1_1` is the stock pipeline's.
     """
 
-    resolution_px: int
+    sizes: tuple[tuple[int, int], ...]
     max_sequence_length: int
     pixel_range: str
 
+    def size(self, image: Image.Image) -> tuple[int, int]:
+        """Return width and height of the picture that a conditioning image asks for."""
+        wanted = np.array([image.size], np.int32)
+        return self.sizes[int(nearest_buckets(wanted, list(self.sizes))[0])]
 
-def load_pipeline(config: PipelineConfig) -> StableDiffusion3ControlNetPipeline:
-    """Return the stock pipeline with the ControlNet in it, on the device.
+
+def find_models(
+    config: PipelineConfig, controlnets: Sequence[str], components: Sequence[str] = COMPONENTS
+) -> tuple[Path, list[Path]]:
+    """Return the folders of the base and of ControlNets that fit it, before any is loaded.
 
     Raises:
-        ConfigError: one of them cannot be found, or their widths differ.
+        ConfigError: one cannot be found, or the widths of a ControlNet differ from the base's.
     """
     base = find_base(
         config.pretrained_model_name_or_path,
-        COMPONENTS,
+        components,
         revision=config.revision,
         variant=config.variant,
         cache_dir=config.cache_dir,
     )
-    dtype = getattr(torch, config.dtype)
-    folder = find_controlnet(config.controlnet, "--controlnet", cache_dir=config.cache_dir)
-    controlnet = SD3ControlNetModel.from_pretrained(folder, dtype=dtype)
-    wrong = controlnet_mismatches(controlnet.config, read_config(base, "transformer"))
-    if wrong:
-        listing = "\n".join(wrong)
-        raise ConfigError(
-            f"--controlnet {config.controlnet} was not trained for "
-            f"{config.pretrained_model_name_or_path}:\n{listing}"
-        )
-    device = pick_device(config.device)
-    keep_freed_memory(device)
-    pipeline = StableDiffusion3ControlNetPipeline.from_pretrained(
-        base, controlnet=controlnet, dtype=dtype, variant=config.variant
+    transformer = read_config(base, "transformer")
+    folders = []
+    for name in controlnets:
+        folder = find_controlnet(name, "--controlnet", cache_dir=config.cache_dir)
+        if wrong := controlnet_mismatches(read_config(folder, ""), transformer):
+            listing = "\n".join(wrong)
+            raise ConfigError(
+                f"--controlnet {name} was not trained for "
+                f"{config.pretrained_model_name_or_path}:\n{listing}"
+            )
+        folders.append(folder)
+    return base, folders
+
+
+def load_controlnet(folder: Path, config: PipelineConfig) -> SD3ControlNetModel:
+    """Return a ControlNet, told what diffusers' script leaves out where it is one of its own."""
+    controlnet = SD3ControlNetModel.from_pretrained(folder, dtype=getattr(torch, config.dtype))
+    if config.convention == "train_controlnet_sd3":
+        controlnet.register_to_config(force_zeros_for_pooled_projection=False)
+    return controlnet
+
+
+def load_pipeline(
+    config: PipelineConfig, base: Path, controlnet: Any, *, encodes: bool = True
+) -> StableDiffusion3ControlNetPipeline:
+    """Return the stock pipeline with a ControlNet in it, in host memory.
+
+    Args:
+        config: of the run.
+        base: folder of the base model.
+        controlnet: one, or several as SD3MultiControlNetModel.
+        encodes: whether text encoders are needed.
+    """
+    keep_freed_memory(pick_device(config.device))
+    absent = {} if encodes else dict.fromkeys(TEXT_COMPONENTS)
+    return StableDiffusion3ControlNetPipeline.from_pretrained(
+        base,
+        controlnet=controlnet,
+        dtype=getattr(torch, config.dtype),
+        variant=config.variant,
+        **absent,
     )
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline.to(device)
 
 
-def find_convention(
-    config: PipelineConfig, pipeline: StableDiffusion3ControlNetPipeline
-) -> Convention:
+def find_convention(config: PipelineConfig, base: Path, controlnet: Path) -> Convention:
     """Return what the options, else the ControlNet's own configuration, else the base model say."""
-    data = pipeline.controlnet.config.get(DATA_KEY) or {}
-    native = pipeline.transformer.config.sample_size * pipeline.vae_scale_factor
+    data = read_config(controlnet, "").get(DATA_KEY) or {}
+    tokens = int(data.get("max_sequence_length", STOCK_MAX_SEQUENCE_LENGTH))
+    pixel_range = str(data.get("conditioning_range", "-1_1"))
+    if config.convention == "train_controlnet_sd3":
+        tokens, pixel_range = SCRIPT_MAX_SEQUENCE_LENGTH, SCRIPT_PIXEL_RANGE
     return Convention(
-        resolution_px=config.resolution or int(data.get("height", native)),
-        max_sequence_length=config.max_sequence_length
-        or int(data.get("max_sequence_length", STOCK_MAX_SEQUENCE_LENGTH)),
-        pixel_range=str(data.get("conditioning_range", "-1_1")),
+        sizes=_sizes(config, base, data),
+        max_sequence_length=config.max_sequence_length or tokens,
+        pixel_range=pixel_range,
     )
+
+
+def _sizes(config: PipelineConfig, base: Path, data: dict[str, Any]) -> tuple[tuple[int, int], ...]:
+    height, width = getattr(config, "height", None), getattr(config, "width", None)
+    if height is not None and width is not None:
+        return ((width, height),)
+    if config.resolution is not None:
+        return ((config.resolution, config.resolution),)
+    if buckets := data.get("buckets"):
+        return tuple(
+            sorted(((wide, high) for high, wide in buckets), key=lambda one: one[0] / one[1])
+        )
+    if "height" in data and "width" in data:
+        return ((int(data["width"]), int(data["height"])),)
+    vae = read_config(base, "vae")
+    factor = 2 ** (len(vae["block_out_channels"]) - 1)
+    native = int(read_config(base, "transformer")["sample_size"]) * factor
+    return ((native, native),)
+
+
+def set_shift(pipeline: StableDiffusion3ControlNetPipeline, shift: float | None) -> None:
+    """Replace the noise schedule's shift, if one is given."""
+    if shift is not None:
+        pipeline.scheduler = FlowMatchEulerDiscreteScheduler.from_config(
+            pipeline.scheduler.config, shift=shift
+        )
 
 
 def control_image(

@@ -19,11 +19,20 @@ from tqdm import tqdm
 
 from infer.config import ScoreConfig
 from infer.discs import Color, Measured, caption_colors, measure, outlined_disc
-from infer.pipeline import COMPONENTS, Convention, control_image, find_convention, load_pipeline
+from infer.pipeline import (
+    COMPONENTS,
+    Convention,
+    control_image,
+    find_convention,
+    find_models,
+    load_controlnet,
+    load_pipeline,
+)
 from infer.statistics import Summary, summarize
 from precompute import images
 from precompute.opening import open_source
 from precompute.sources import Row, Source, SourceSettings
+from shards.device import pick_device
 from shards.errors import ConfigError
 from shards.options import as_dict
 from shards.provenance import write_run
@@ -73,13 +82,17 @@ def score(config: ScoreConfig) -> None:
     source = open_source(SourceSettings(source=str(config.source)))
     rows = source.rows(range(min(config.num_samples, len(source))))
     samples = [_sample(number, row, source) for number, row in enumerate(rows)]
-    pipeline = load_pipeline(config)
+    base, (folder,) = find_models(config, [config.controlnet])
+    convention = find_convention(config, base, folder)
+    pipeline = load_pipeline(config, base, load_controlnet(folder, config))
+    pipeline.set_progress_bar_config(disable=True)
+    pipeline.to(pick_device(config.device))
     alone = StableDiffusion3Pipeline(**{name: getattr(pipeline, name) for name in COMPONENTS})
     alone.set_progress_bar_config(disable=True)
-    convention = find_convention(config, pipeline)
+    # Circles are square.
+    size = convention.size(Image.new("L", (1, 1)))
     samples = [
-        replace(sample, conditioning=images.fit(sample.conditioning, convention.resolution_px))
-        for sample in samples
+        replace(sample, conditioning=images.fit(sample.conditioning, size)) for sample in samples
     ]
     for folder in (*(config.output_dir / way for way in WAYS), config.json_path.parent):
         folder.mkdir(parents=True, exist_ok=True)
@@ -88,7 +101,7 @@ def score(config: ScoreConfig) -> None:
     with tqdm(total=len(samples), unit="sample", desc="score", disable=None) as bar:
         for start in range(0, len(samples), config.batch_size):
             batch = samples[start : start + config.batch_size]
-            for one in _draw(pipeline, alone, batch, convention, config):
+            for one in _draw(pipeline, alone, batch, size, convention, config):
                 drawn.append(one)
                 for way, picture in one.pictures.items():
                     save_png(config.output_dir / way / f"{one.sample.number:03d}.png", picture)
@@ -123,6 +136,7 @@ def _draw(
     pipeline: StableDiffusion3ControlNetPipeline,
     alone: StableDiffusion3Pipeline,
     batch: Sequence[Sample],
+    size: tuple[int, int],
     convention: Convention,
     config: ScoreConfig,
 ) -> Iterator[Drawn]:
@@ -134,12 +148,12 @@ def _draw(
     common: dict[str, Any] = {
         "prompt": [sample.prompt for sample in batch],
         "negative_prompt": [config.negative_prompt] * len(batch),
-        "height": convention.resolution_px,
-        "width": convention.resolution_px,
+        "width": size[0],
+        "height": size[1],
         "num_inference_steps": config.num_inference_steps,
         "guidance_scale": config.guidance_scale,
         "max_sequence_length": convention.max_sequence_length,
-        "latents": noise(pipeline, batch, convention.resolution_px, config.seed),
+        "latents": noise(pipeline, batch, size, config.seed),
     }
     torch.manual_seed(config.seed + batch[0].number)
     controlled = pipeline(
@@ -160,12 +174,12 @@ def _draw(
 def noise(
     pipeline: StableDiffusion3ControlNetPipeline,
     batch: Sequence[Sample],
-    resolution_px: int,
+    size: tuple[int, int],
     seed: int,
 ) -> Tensor:
     """Return the noise each picture starts from, [B, C, h, w], the same in any batch."""
-    side = resolution_px // pipeline.vae_scale_factor
-    shape = (1, pipeline.transformer.config.in_channels, side, side)
+    width, height = (side // pipeline.vae_scale_factor for side in size)
+    shape = (1, pipeline.transformer.config.in_channels, height, width)
     noises = [
         torch.randn(shape, generator=torch.Generator().manual_seed(seed + sample.number))
         for sample in batch

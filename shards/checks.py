@@ -26,8 +26,12 @@ def pair_up(
     return list(zip(all_prompts, all_images, strict=True))
 
 
-def check_resolution(resolution: int) -> None:
+def check_resolution(resolution: int, flag: str = "--resolution") -> None:
     """Refuse sizes that SD3 cannot have: the VAE divides by 8, the transformer takes 2 x 2.
+
+    Args:
+        resolution: in pixels.
+        flag: the option it was given with.
 
     Raises:
         ConfigError: with sizes that it can have.
@@ -35,7 +39,7 @@ def check_resolution(resolution: int) -> None:
     if resolution <= 0 or resolution % RESOLUTION_STEP_PX:
         below = max(resolution // RESOLUTION_STEP_PX, 1) * RESOLUTION_STEP_PX
         raise ConfigError(
-            f"--resolution {resolution}: must be divisible by {RESOLUTION_STEP_PX} (VAE f8, "
+            f"{flag} {resolution}: must be divisible by {RESOLUTION_STEP_PX} (VAE f8, "
             f"patches of 2); try {below} or {below + RESOLUTION_STEP_PX}."
         )
 

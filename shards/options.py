@@ -84,6 +84,7 @@ def stage_command(
     *,
     section: str,
     moved: dict[str, str] | None = None,
+    like: Callable[[Path], dict[str, Any]] | None = None,
 ) -> click.Command:
     """Return the click command that fills `config_class` and calls `run` with it.
 
@@ -94,9 +95,11 @@ def stage_command(
         run: does the work; its errors end as `user_errors` says.
         section: the table of the TOML file that this command reads.
         moved: see `StageCommand`.
+        like: returns the settings that a file was made with; `--like FILE` then takes them for
+            defaults.
     """
 
-    def callback(config: tuple[Path, ...], **values: Any) -> None:
+    def callback(config: tuple[Path, ...], like: Path | None = None, **values: Any) -> None:
         with user_errors():
             run(config_class(**values))
 
@@ -109,10 +112,21 @@ def stage_command(
         help=f"TOML file; its [{section}] table gives defaults for the options below. Of several "
         "the later ones win.",
     )
+    like_option = click.Option(
+        ["--like"],
+        type=click.Path(path_type=Path),
+        is_eager=True,
+        callback=lambda ctx, _, path: _use_settings_of(ctx, path, like),
+        help="A picture; the options below are what it was drawn with, unless they are given.",
+    )
     return StageCommand(
         name,
         callback=callback,
-        params=[config_option, *_click_options(config_class)],
+        params=[
+            config_option,
+            *([like_option] if like is not None else []),
+            *_click_options(config_class),
+        ],
         help=config_class.__doc__,
         context_settings=CONTEXT,
         moved=moved,
@@ -207,6 +221,16 @@ def _use_config_files(
             settings = read_section(path, section, config_class)
         ctx.default_map = {**(ctx.default_map or {}), **settings}
     return paths
+
+
+def _use_settings_of(
+    ctx: click.Context, path: Path | None, like: Callable[[Path], dict[str, Any]] | None
+) -> Path | None:
+    if path is not None and like is not None:
+        with user_errors():
+            settings = like(path)
+        ctx.default_map = {**(ctx.default_map or {}), **settings}
+    return path
 
 
 def os_error_line(error: OSError) -> str:

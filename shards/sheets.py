@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont, ImageOps
+from PIL.PngImagePlugin import PngInfo
 
 from shards.writer import atomic_file
 
@@ -44,7 +45,7 @@ def contact_sheet(
     return sheet
 
 
-def save_png(path: Path, picture: Image.Image) -> None:
-    """Save a picture so that the file is there whole or not at all."""
+def save_png(path: Path, picture: Image.Image, info: PngInfo | None = None) -> None:
+    """Save a picture, and what its file says beside it, whole or not at all."""
     with atomic_file(path) as file:
-        picture.save(file, format="PNG")
+        picture.save(file, format="PNG", pnginfo=info)

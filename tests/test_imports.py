@@ -12,7 +12,13 @@ ALLOWED = {
     "shards": set(),
     "precompute": {"shards"},
     "train": {"shards"},
-    "infer": {"shards", "precompute.images", "precompute.opening", "precompute.sources"},
+    "infer": {
+        "shards",
+        "precompute.buckets",
+        "precompute.images",
+        "precompute.opening",
+        "precompute.sources",
+    },
     "demo": {"shards", "precompute", "train", "infer"},
 }
 

@@ -14,6 +14,7 @@ from PIL import Image
 
 from infer.config import GenerateConfig
 from infer.generate import generate
+from infer.pipeline import Convention, find_convention
 from precompute.images import to_pixels, to_uint8
 from shards.errors import ConfigError
 from shards.pretrained import DATA_KEY
@@ -25,11 +26,11 @@ from tests.conftest import PROMPTS, RESOLUTION_PX, TOKENS, Outcome, flags
 def config(base: Path, controlnet: Path, circles: Path, tmp_path: Path) -> GenerateConfig:
     return GenerateConfig(
         pretrained_model_name_or_path=str(base),
-        controlnet=str(controlnet),
+        controlnet=(str(controlnet),),
         output_dir=tmp_path / "images",
         prompt=PROMPTS,
         image=(circles / "source" / "0.png", circles / "source" / "1.png"),
-        seed=7,
+        seed=(7,),
         num_inference_steps=3,
         device="cpu",
     )
@@ -39,7 +40,7 @@ def stock(config: GenerateConfig, number: int, **changes: object) -> np.ndarray:
     """The documented call, nothing of ours in it."""
     pipeline = StableDiffusion3ControlNetPipeline.from_pretrained(
         config.pretrained_model_name_or_path,
-        controlnet=SD3ControlNetModel.from_pretrained(config.controlnet),
+        controlnet=SD3ControlNetModel.from_pretrained(config.controlnet[0]),
     )
     image = Image.open(config.image[number]).convert("RGB")
     small = image.resize((RESOLUTION_PX,) * 2, Image.Resampling.BILINEAR)
@@ -91,7 +92,7 @@ def test_a_controlnet_trained_on_0_1_is_driven_so(
     values = json.loads((other / "config.json").read_text())
     values[DATA_KEY]["conditioning_range"] = "0_1"
     (other / "config.json").write_text(json.dumps(values))
-    changed = replace(config, controlnet=str(other), prompt=PROMPTS[:1], image=config.image[:1])
+    changed = replace(config, controlnet=(str(other),), prompt=PROMPTS[:1], image=config.image[:1])
     generate(changed)
     image = Image.open(config.image[0]).convert("RGB")
     small = image.resize((RESOLUTION_PX,) * 2, Image.Resampling.BILINEAR)
@@ -105,15 +106,13 @@ def test_a_controlnet_trained_on_0_1_is_driven_so(
 def test_a_controlnet_that_says_nothing_gets_the_stock_defaults(
     config: GenerateConfig, controlnet: Path, tmp_path: Path
 ) -> None:
-    from infer.pipeline import find_convention, load_pipeline
-
     other = tmp_path / "controlnet"
     shutil.copytree(controlnet, other)
     values = json.loads((other / "config.json").read_text())
     del values[DATA_KEY]
     (other / "config.json").write_text(json.dumps(values))
-    found = find_convention(config, load_pipeline(replace(config, controlnet=str(other))))
-    assert (found.max_sequence_length, found.pixel_range, found.resolution_px) == (256, "-1_1", 128)
+    found = find_convention(config, Path(config.pretrained_model_name_or_path), other)
+    assert found == Convention(((128, 128),), 256, "-1_1")
 
 
 @pytest.mark.parametrize(

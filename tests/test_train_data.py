@@ -14,9 +14,10 @@ from precompute.config import PrecomputeConfig
 from precompute.run import precompute
 from shards.cache import Cache
 from shards.order import Order
+from shards.prompts import prompt_embeds
 from shards.reader import ProductReader
 from tests.conftest import BUCKETS
-from train.data import RankBatches, Samples, loader, prompt_embeds
+from train.data import RankBatches, Samples, loader
 
 
 def samples(cache: Path, seed: int = 0, empty: float = 0.0) -> Samples:

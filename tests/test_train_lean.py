@@ -13,12 +13,12 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from benchmarks.reference import logged_losses
 from shards.errors import ConfigError
+from shards.quantized import RowLinear
 from tests.conftest import Outcome, Spoil, flags
 from tests.test_train_faults import second_is_nan
 from tests.test_train_run import same, weights
 from train import fused_backward, models, offload, optimizer
 from train.config import TrainConfig
-from train.quantized import RowLinear
 from train.run import train
 
 

@@ -15,9 +15,9 @@ from shards import manifest
 from shards.cache import Cache
 from shards.errors import ConfigError
 from shards.pretrained import DATA_KEY
+from shards.prompts import prompt_embeds
 from train import models
 from train.compatibility import check_base
-from train.data import prompt_embeds
 
 
 def test_a_new_controlnet_copies_the_first_blocks(base: Path) -> None:

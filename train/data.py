@@ -249,17 +249,3 @@ def loader(
         for group, batch in ahead(pool, fill, work, lead) if num_workers else map(fill, work):
             samples.cache.files.reached(group[0])
             yield group, batch
-
-
-def prompt_embeds(clip_embeds: Tensor, t5_embeds: Tensor) -> Tensor:
-    """Return the prompt as SD3 takes it: CLIP padded with zeros to T5's width, then T5.
-
-    Args:
-        clip_embeds: [B, T_clip, W_clip], W_clip at most W_t5.
-        t5_embeds: [B, T_t5, W_t5].
-
-    Returns:
-        [B, T_clip + T_t5, W_t5].
-    """
-    padding = t5_embeds.shape[-1] - clip_embeds.shape[-1]
-    return torch.cat([torch.nn.functional.pad(clip_embeds, (0, padding)), t5_embeds], dim=1)

@@ -11,7 +11,7 @@ from torch import Tensor
 from shards.errors import ConfigError
 from shards.manifest import LatentSpec, Manifest
 from shards.pretrained import component_variant, controlnet_mismatches, read_config
-from train.quantized import quantize
+from shards.quantized import quantize
 
 DEFAULT_NUM_LAYERS = 12
 
@@ -35,7 +35,7 @@ def load_transformer(
         base: folder of the base model.
         variant: variant of its weight files.
         dtype: of its arithmetic, and of its weights unless they are quantised.
-        quantization: see `train.quantized`; None for none.
+        quantization: see `shards.quantized`; None for none.
         fp8_matmul: likewise.
     """
     transformer = SD3Transformer2DModel.from_pretrained(

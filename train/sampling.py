@@ -11,7 +11,7 @@ from diffusers import FlowMatchEulerDiscreteScheduler
 from torch import Tensor
 
 from shards.cache import Cache
-from train.data import prompt_embeds
+from shards.prompts import prompt_embeds
 from train.objective import scaled
 
 

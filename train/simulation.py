@@ -18,11 +18,12 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
 
 from shards.manifest import LatentSpec
+from shards.prompts import prompt_embeds
+from shards.quantized import quantize
 from train import models, offload, optimizer
 from train.config import TrainConfig
-from train.data import Batch, prompt_embeds
+from train.data import Batch
 from train.meter import Meter
-from train.quantized import quantize
 from train.setup import WEIGHT_DTYPES
 from train.step import Objective, batch_losses
 

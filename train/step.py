@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from shards.manifest import LatentSpec
+from shards.prompts import prompt_embeds
 from train import objective
-from train.data import Batch, NoisySamples, prompt_embeds
+from train.data import Batch, NoisySamples
 
 
 @dataclass(frozen=True)

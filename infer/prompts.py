@@ -1,0 +1,80 @@
+"""Prompt embeddings from a cache, so that inference needs no text encoder."""
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from shards.cache import Cache
+from shards.errors import ConfigError
+from shards.prompts import find_prompt, prompt_embeds
+
+
+class CachedPrompts:
+    """Embeddings of prompts that a cache knows.
+
+    Args:
+        cache: opened.
+        prompts: all that are wanted.
+    """
+
+    def __init__(self, cache: Cache, prompts: Iterable[str]) -> None:
+        self.max_sequence_length = cache.manifest.text_spec.max_sequence_length
+        self.unknown: list[str] = []
+        self._embeds: dict[str, tuple[Tensor, Tensor]] = {}
+        validation = _validation_records(cache)
+        for prompt in dict.fromkeys(prompts):
+            record = validation.get(prompt)
+            if record is None:
+                key = find_prompt(cache, prompt)
+                record = None if key is None else cache.embeddings(key)
+            if record is None:
+                self.unknown.append(prompt)
+                continue
+            embeds = prompt_embeds(record["clip_embeds"][None], record["t5_embeds"][None])[0]
+            self._embeds[prompt] = embeds, record["pooled_embeds"]
+
+    def check(self, max_sequence_length: int) -> None:
+        """Refuse a ControlNet that wants prompts of another length.
+
+        Raises:
+            ConfigError: with both lengths.
+        """
+        if max_sequence_length != self.max_sequence_length:
+            raise ConfigError(
+                f"--cache: its prompts have {self.max_sequence_length} T5 tokens, and the "
+                f"ControlNet wants {max_sequence_length}; leave --cache out, or give "
+                f"--max-sequence-length {self.max_sequence_length}."
+            )
+
+    def arguments(
+        self, prompts: Sequence[str], negative_prompts: Sequence[str] | None, dtype: torch.dtype
+    ) -> dict[str, Any]:
+        """Return what the pipeline takes in the place of prompts.
+
+        Args:
+            prompts: of a batch.
+            negative_prompts: likewise; None without guidance.
+            dtype: of the pipeline.
+        """
+        embeds, pooled = self._stacked(prompts, dtype)
+        found = {"prompt_embeds": embeds, "pooled_prompt_embeds": pooled}
+        if negative_prompts is not None:
+            embeds, pooled = self._stacked(negative_prompts, dtype)
+            found |= {"negative_prompt_embeds": embeds, "negative_pooled_prompt_embeds": pooled}
+        return found
+
+    def _stacked(self, prompts: Sequence[str], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        embeds, pooled = zip(*(self._embeds[prompt] for prompt in prompts), strict=True)
+        return torch.stack(embeds).to(dtype), torch.stack(pooled).to(dtype)
+
+
+def _validation_records(cache: Cache) -> dict[str, dict[str, Tensor]]:
+    """Return the records of validation pairs, which hold embeddings too, by prompt."""
+    reader = cache.validation
+    return {
+        str(reader.about(shard, index).get("prompt", "")): reader.tensors(shard, index)
+        for shard, count in enumerate(reader.product.shard_records)
+        for index in range(count)
+    }

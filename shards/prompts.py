@@ -1,0 +1,42 @@
+"""Prompts as SD3 takes them, from what the cache holds.
+
+Axes: B samples, T tokens, W embedding width.
+"""
+
+import torch
+from torch import Tensor
+from xxhash import xxh3_128_hexdigest
+
+from shards.cache import Cache
+
+
+def prompt_embeds(clip_embeds: Tensor, t5_embeds: Tensor) -> Tensor:
+    """Return the prompt as SD3 takes it: CLIP padded with zeros to T5's width, then T5.
+
+    Args:
+        clip_embeds: [B, T_clip, W_clip], W_clip at most W_t5.
+        t5_embeds: [B, T_t5, W_t5].
+
+    Returns:
+        [B, T_clip + T_t5, W_t5].
+    """
+    padding = t5_embeds.shape[-1] - clip_embeds.shape[-1]
+    return torch.cat([torch.nn.functional.pad(clip_embeds, (0, padding)), t5_embeds], dim=1)
+
+
+def find_prompt(cache: Cache, prompt: str) -> str | None:
+    """Return the key of a prompt's record, or None if the cache does not know the prompt.
+
+    A key ends with 16 digits of the prompt's XXH3-128, so that none but its record is opened.
+
+    Raises:
+        ShardError: the cache is damaged.
+    """
+    ending = "-" + xxh3_128_hexdigest(prompt.encode())[:16]
+    for shard, count in enumerate(cache.text.product.shard_records):
+        index = cache.text.index(shard)
+        for number in range(count):
+            key = index.key(number)
+            if key.endswith(ending) and cache.text.about(shard, number).get("prompt") == prompt:
+                return key
+    return None
