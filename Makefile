@@ -24,11 +24,12 @@ OUTPUT_FLAG     = $(if $(OUTPUT),--output-dir "$(OUTPUT)")
 CARD_FLAG       = $(if $(CARD),--config "configs/cards/$(CARD).toml")
 CONTROLNET_FLAG = $(if $(OUTPUT),--controlnet "$(OUTPUT)")
 IMAGES_FLAG     = $(if $(OUTPUT),--output-dir "$(OUTPUT)/images")
+SERVE_FLAG      = $(if $(OUTPUT),--output-dir "$(OUTPUT)/served")
 SCORE_FLAG      = $(if $(OUTPUT),--output-dir "$(OUTPUT)/score")
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help setup demo demo-full circles precompute train infer score verify test lint check clean
+.PHONY: help setup demo demo-full circles precompute train infer score serve verify test lint check clean
 
 help:  ## List the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{ printf "%-13s %s\n", $$1, $$2 }'
@@ -66,7 +67,11 @@ train: setup  ## Stage 2: train a ControlNet for BASE from CACHE into OUTPUT
 infer: setup  ## Stage 3: draw pictures with BASE and OUTPUT's ControlNet
 	$(RUN) python -m infer generate --config "$(CONFIG)" $(BASE_FLAG) $(CONTROLNET_FLAG) $(IMAGES_FLAG) $(ARGS)
 
-score: setup  ## Measure how well OUTPUT's ControlNet draws the circles of SOURCE
+serve: setup  ## A page on which to draw a conditioning image and have OUTPUT's ControlNet follow it
+	$(RUN) python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[serve]"
+	$(RUN) python -m infer serve --config "$(CONFIG)" $(BASE_FLAG) $(CONTROLNET_FLAG) $(SERVE_FLAG) $(ARGS)
+
+score: setup  ## Measure how well OUTPUT's ControlNet draws SOURCE
 	$(RUN) python -m infer score --config "$(CONFIG)" $(SOURCE_FLAG) $(BASE_FLAG) $(CONTROLNET_FLAG) $(SCORE_FLAG) $(ARGS)
 
 verify: setup  ## Check every record of CACHE

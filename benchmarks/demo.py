@@ -18,7 +18,7 @@ import torch
 from demo.circles import unseen_circles
 from demo.config import load_config
 from demo.times import Times
-from infer.score import WAYS
+from infer.score import WITH, WITHOUT
 from shards.options import CONTEXT, user_errors
 from shards.provenance import commit, machine, versions
 from shards.writer import write_text
@@ -69,7 +69,7 @@ def run(config: Path, seed: int) -> dict[str, Any]:
     settings = load_config(own)
     figures: dict[str, Any] = json.loads(settings.score.json_path.read_text())
     return {
-        **{way: figures[way] for way in WAYS},
+        **{way: figures[way] for way in (WITH, WITHOUT)},
         "seconds": Times(settings.demo.times, own.read_text()).seconds,
         "machine": machine(),
         "threads": int(os.environ.get("OMP_NUM_THREADS", torch.get_num_threads())),

@@ -1,12 +1,14 @@
-"""`python -m infer generate|show|score|decode`: pictures with a ControlNet, and what they are."""
+"""`python -m infer generate|show|score|serve|decode`: pictures with a ControlNet, and figures."""
 
+import importlib.util
 import json
 from pathlib import Path
 from typing import Any
 
 import click
 
-from infer.config import DecodeConfig, GenerateConfig, ScoreConfig
+from infer.config import DecodeConfig, GenerateConfig, ScoreConfig, ServeConfig
+from shards.errors import ConfigError
 from shards.options import CONTEXT, stage_command, user_errors
 
 
@@ -37,6 +39,15 @@ def run_decode(config: DecodeConfig) -> None:
     decode_validations(config)
 
 
+def run_serve(config: ServeConfig) -> None:
+    """Serve the page."""
+    if importlib.util.find_spec("gradio") is None:
+        raise ConfigError("gradio is not installed: pip install '.[serve]'")
+    from infer.serve import serve
+
+    serve(config)
+
+
 def like(path: Path) -> dict[str, Any]:
     """Return the settings in a picture's file, as options' values."""
     from infer.metadata import read
@@ -60,6 +71,7 @@ main.add_command(
 )
 main.add_command(show)
 main.add_command(stage_command("score", ScoreConfig, run_score, section="score"))
+main.add_command(stage_command("serve", ServeConfig, run_serve, section="serve"))
 main.add_command(stage_command("decode", DecodeConfig, run_decode, section="decode"))
 
 if __name__ == "__main__":

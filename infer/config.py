@@ -15,6 +15,9 @@ class PipelineConfig:
     """What every command that draws pictures needs to know."""
 
     pretrained_model_name_or_path: str = option(help="Base model: a diffusers folder or a hub id.")
+    controlnet: tuple[str, ...] = option(
+        help="ControlNet: a folder that train wrote, or a hub id. Repeatable: side by side."
+    )
     output_dir: Path = option(help="Where the pictures go.")
     negative_prompt: str = option("", help="What not to draw.")
     num_inference_steps: int = option(28, help="Sampling steps.")
@@ -24,6 +27,11 @@ class PipelineConfig:
         None,
         help="Side of a square picture; what the ControlNet was trained on if absent.",
     )
+    height: int | None = option(None, help="Of the picture in pixels, with --width.")
+    width: int | None = option(None, help="Likewise, with --height.")
+    control_guidance_start: float = option(0.0, help="Where in the steps the control begins, 0-1.")
+    control_guidance_end: float = option(1.0, help="Where in the steps the control ends, 0 to 1.")
+    shift: float | None = option(None, help="Of the noise schedule; the base's own if absent.")
     max_sequence_length: int | None = option(
         None, help="T5 tokens; what the ControlNet was trained on if absent."
     )
@@ -32,6 +40,16 @@ class PipelineConfig:
         help="How the ControlNet wants to be driven: as its configuration says, or as diffusers' "
         "script trains, which it does not say.",
     )
+    quantize_base: Literal["int8", "fp8", "nf4"] | None = option(
+        None, help="The transformer in 8 or 4 bit (NF4), which needs the extra [bitsandbytes]."
+    )
+    offload: Literal["auto", "none", "model", "sequential"] = option(
+        "auto",
+        help="Keep models in host memory and bring them to the device in turn, whole or layer by "
+        "layer; as the memory there demands if auto.",
+    )
+    vae_tiling: bool = option(False, help="Decode in tiles: less memory, faint seams.")
+    compile: bool = option(False, help="Compile the networks' blocks; for many pictures.")
     revision: str | None = option(None, help="Revision of the base model on the hub.")
     variant: str | None = option(None, help="Variant of the base model's weight files, e.g. fp16.")
     cache_dir: Path | None = option(None, help="Where downloaded models are kept.")
@@ -52,6 +70,24 @@ class PipelineConfig:
             check_resolution(self.resolution)
         if self.max_sequence_length is not None:
             check_sequence_length(self.max_sequence_length)
+        if not self.controlnet:
+            raise ConfigError("--controlnet: give at least one.")
+        if (self.height is None) != (self.width is None):
+            raise ConfigError("--height and --width: give both or neither.")
+        if self.height is not None and self.resolution is not None:
+            raise ConfigError("--resolution: give it, or --height and --width.")
+        for flag, side in (("--height", self.height), ("--width", self.width)):
+            if side is not None:
+                check_resolution(side, flag)
+        if not 0 <= self.control_guidance_start < self.control_guidance_end <= 1:
+            raise ConfigError(
+                f"--control-guidance-start {self.control_guidance_start:g} and --control-guidance-"
+                f"end {self.control_guidance_end:g}: between 0 and 1, the start before the end."
+            )
+        if self.shift is not None and self.shift <= 0:
+            raise ConfigError(f"--shift {self.shift:g}: must be above 0.")
+        if self.offload == "sequential" and self.quantize_base is not None:
+            raise ConfigError("--offload sequential: does not go with --quantize-base; try model.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,9 +97,6 @@ class GenerateConfig(PipelineConfig):
     A picture is what the stock pipeline gives for `generator=torch.manual_seed(seed)`.
     """
 
-    controlnet: tuple[str, ...] = option(
-        help="ControlNet: a folder that train wrote, or a hub id; of several each draws a column."
-    )
     combine: bool = option(False, help="Have all of them draw every picture together.")
     prompt: tuple[str, ...] = option((), help="What to draw; repeatable.")
     image: tuple[Path, ...] = option(
@@ -85,22 +118,7 @@ class GenerateConfig(PipelineConfig):
         DEFAULT_CONDITIONING, help="Which control of the cache its validation pairs are of."
     )
     seed: tuple[int, ...] = option((0,), help="Of every picture; of several each draws its own.")
-    height: int | None = option(None, help="Of the picture in pixels, with --width.")
-    width: int | None = option(None, help="Likewise, with --height.")
-    control_guidance_start: float = option(0.0, help="Where in the steps the control begins, 0-1.")
-    control_guidance_end: float = option(1.0, help="Where in the steps the control ends, 0 to 1.")
-    shift: float | None = option(None, help="Of the noise schedule; the base's own if absent.")
     batch_size: int = option(1, help="Pictures drawn at a time.")
-    quantize_base: Literal["int8", "fp8", "nf4"] | None = option(
-        None, help="The transformer in 8 or 4 bit (NF4), which needs the extra [bitsandbytes]."
-    )
-    offload: Literal["auto", "none", "model", "sequential"] = option(
-        "auto",
-        help="Keep models in host memory and bring them to the device in turn, whole or layer by "
-        "layer; as the memory there demands if auto.",
-    )
-    vae_tiling: bool = option(False, help="Decode in tiles: less memory, faint seams.")
-    compile: bool = option(False, help="Compile the networks' blocks; for many pictures.")
 
     def __post_init__(self) -> None:
         """As the base class; and what is given must go together.
@@ -109,8 +127,6 @@ class GenerateConfig(PipelineConfig):
             ConfigError: naming the option.
         """
         super().__post_init__()
-        if not self.controlnet:
-            raise ConfigError("--controlnet: give at least one.")
         if self.combine and len(self.controlnet) < 2:
             raise ConfigError("--combine: give --controlnet twice or more.")
         given = [bool(self.prompt or self.image), self.pairs is not None]
@@ -122,24 +138,8 @@ class GenerateConfig(PipelineConfig):
             )
         if not self.seed:
             raise ConfigError("--seed: give at least one.")
-        if (self.height is None) != (self.width is None):
-            raise ConfigError("--height and --width: give both or neither.")
-        if self.height is not None and self.resolution is not None:
-            raise ConfigError("--resolution: give it, or --height and --width.")
-        for flag, side in (("--height", self.height), ("--width", self.width)):
-            if side is not None:
-                check_resolution(side, flag)
-        if not 0 <= self.control_guidance_start < self.control_guidance_end <= 1:
-            raise ConfigError(
-                f"--control-guidance-start {self.control_guidance_start:g} and --control-guidance-"
-                f"end {self.control_guidance_end:g}: between 0 and 1, the start before the end."
-            )
-        if self.shift is not None and self.shift <= 0:
-            raise ConfigError(f"--shift {self.shift:g}: must be above 0.")
         if self.batch_size < 1:
             raise ConfigError(f"--batch-size {self.batch_size}: at least 1.")
-        if self.offload == "sequential" and self.quantize_base is not None:
-            raise ConfigError("--offload sequential: does not go with --quantize-base; try model.")
 
     @property
     def _draws_validation(self) -> bool:
@@ -148,15 +148,19 @@ class GenerateConfig(PipelineConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class ScoreConfig(PipelineConfig):
-    """Measure how well a ControlNet draws circles, beside the base model without it.
+    """Measure how well ControlNets do, side by side and beside the base model without one.
 
-    Each row is drawn twice from the same noise. The disc is found in the picture and held against
-    its conditioning outline (intersection over union) and its caption's colours (CIEDE2000).
+    Each row is drawn each way from the same noise. Circles: the disc is found in the picture and
+    held against its conditioning outline (intersection over union) and its caption's colours
+    (CIEDE2000). Edges: Canny's of the picture against a conditioning image of lines (precision,
+    recall). Targets: the picture against the row's own image (PSNR, SSIM).
     """
 
-    controlnet: str = option(help="ControlNet: a folder that train wrote, or a hub id.")
     source: Path = option(
-        help="Circles in fill50k's layout, folder or zip; conditioning images and prompts are read."
+        help="fill50k's layout, folder or zip, or a folder that the datasets library loads."
+    )
+    measure: tuple[Literal["circles", "edges", "targets"], ...] = option(
+        (), help="What to measure; what goes with the first row if absent. Repeatable."
     )
     num_samples: int = option(100, help="The source's first so many rows, or as many as it has.")
     batch_size: int = option(20, help="Pictures drawn at a time.")
@@ -196,3 +200,27 @@ class DecodeConfig:
     variant: str | None = option(None, help="Variant of the base model's weight files, e.g. fp16.")
     cache_dir: Path | None = option(None, help="Where downloaded models are kept.")
     device: str | None = option(None, help="cuda, cuda:1, mps or cpu; the best there is if absent.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServeConfig(PipelineConfig):
+    """Serve a page on which to draw or upload a conditioning image and have it followed.
+
+    Pictures and the drawings that they follow are kept in the output folder.
+    """
+
+    host: str = option("127.0.0.1", help="Address to listen on; 0.0.0.0 lets others in.")
+    port: int = option(7860, help="To listen on.")
+    most_waiting: int = option(16, help="Requests in the queue; further ones are turned away.")
+    most_upload_mb: int = option(20, help="Size of an uploaded image, in 10^6 bytes.")
+    most_steps: int = option(100, help="Sampling steps that may be asked for.")
+
+    def __post_init__(self) -> None:
+        """As the base class; and the limits must be positive."""
+        super().__post_init__()
+        for name in ("port", "most_waiting", "most_upload_mb", "most_steps"):
+            if getattr(self, name) < 1:
+                flag = "--" + name.replace("_", "-")
+                raise ConfigError(f"{flag} {getattr(self, name)}: at least 1.")
+        if self.port > 65535:
+            raise ConfigError(f"--port {self.port}: at most 65535.")

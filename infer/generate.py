@@ -1,20 +1,20 @@
 """Pictures of prompts and conditioning images, by one ControlNet or by several side by side."""
 
-import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain, groupby
 from pathlib import Path
 from typing import Any
 
 import click
 import torch
-from diffusers import SD3MultiControlNetModel, StableDiffusion3ControlNetPipeline
+from diffusers import StableDiffusion3ControlNetPipeline
 from PIL import Image
 from tqdm import tqdm
 from xxhash import xxh3_128
 
 from infer import metadata
-from infer.config import GenerateConfig
+from infer.config import GenerateConfig, PipelineConfig
 from infer.pipeline import (
     COMPONENTS,
     TEXT_COMPONENTS,
@@ -22,21 +22,17 @@ from infer.pipeline import (
     control_image,
     find_convention,
     find_models,
-    load_controlnet,
     load_pipeline,
-    set_shift,
+    titles_of,
 )
-from infer.placement import place
 from infer.prompts import CachedPrompts
 from infer.wanted import Wanted, find_wanted
 from precompute import images
 from precompute.images import BadImage
 from shards.cache import Cache
-from shards.device import pick_device
 from shards.errors import ConfigError, RunError
 from shards.pretrained import read_config
 from shards.provenance import write_run
-from shards.quantized import quantize
 from shards.sheets import contact_sheet, save_png
 from shards.streaming import LOCAL_CACHE_GB, open_files
 
@@ -52,12 +48,14 @@ class Column:
         names: as they were given.
         folders: where they are.
         conventions: how each wants to be driven; of one size and token length.
+        weights: digest of each one's weights.
     """
 
     title: str
     names: tuple[str, ...]
     folders: tuple[Path, ...]
     conventions: tuple[Convention, ...]
+    weights: tuple[str, ...]
 
     @property
     def convention(self) -> Convention:
@@ -115,9 +113,11 @@ def generate(config: GenerateConfig) -> None:
             )
             prompts = None
     base, columns = find_columns(config, encodes=prompts is None)
+    if config.combine:
+        columns = [combined(columns)]
     if prompts is not None:
         prompts.check(columns[0].convention.max_sequence_length)
-    plans = [list(_pictures(config, column, wanted, len(columns))) for column in columns]
+    plans = [list(pictures_of(config, column, wanted, len(columns))) for column in columns]
     config.output_dir.mkdir(parents=True, exist_ok=True)
     write_run(config.output_dir, "infer", config)
     todo = [[one for one in plan if not metadata.says(one.path, one.about)] for plan in plans]
@@ -133,65 +133,67 @@ def generate(config: GenerateConfig) -> None:
     click.echo(sheet)
 
 
-def find_columns(config: GenerateConfig, *, encodes: bool) -> tuple[Path, list[Column]]:
-    """Return the base's folder, and the ControlNets that draw.
+def find_columns(config: PipelineConfig, *, encodes: bool) -> tuple[Path, list[Column]]:
+    """Return the base's folder, and each ControlNet as a column.
 
     Raises:
-        ConfigError: one cannot be found, or they cannot be combined.
+        ConfigError: one cannot be found, or does not fit the base.
     """
     components = [name for name in COMPONENTS if encodes or name not in TEXT_COMPONENTS]
     base, folders = find_models(config, config.controlnet, components)
-    conventions = [find_convention(config, base, folder) for folder in folders]
-    if config.combine:
-        _check_alike(config, folders, conventions)
-        return base, [Column("combined", config.controlnet, tuple(folders), tuple(conventions))]
-    titles = _titles(config.controlnet)
-    return base, [
-        Column(title, (name,), (folder,), (convention,))
-        for title, name, folder, convention in zip(
-            titles, config.controlnet, folders, conventions, strict=True
+    each = [
+        Column(
+            title,
+            (name,),
+            (folder,),
+            (find_convention(config, base, folder),),
+            (digest_of_folder(folder),),
+        )
+        for title, name, folder in zip(
+            titles_of(config.controlnet), config.controlnet, folders, strict=True
         )
     ]
+    return base, each
 
 
-def _check_alike(
-    config: GenerateConfig, folders: Sequence[Path], conventions: Sequence[Convention]
-) -> None:
-    """Refuse to combine ControlNets that the pipeline would drive as the first of them."""
+def combined(columns: Sequence[Column]) -> Column:
+    """Return ControlNets as one column that they draw together.
 
-    def driven(folder: Path, convention: Convention) -> dict[str, Any]:
-        saved = read_config(folder, "")
+    Raises:
+        ConfigError: the pipeline would drive all as the first, and another wants it otherwise.
+    """
+    _check_alike(columns)
+    parts = [(one.names, one.folders, one.conventions, one.weights) for one in columns]
+    return Column(
+        "combined", *(tuple(chain.from_iterable(part)) for part in zip(*parts, strict=True))
+    )
+
+
+def _check_alike(columns: Sequence[Column]) -> None:
+    def driven(column: Column) -> dict[str, Any]:
+        saved = read_config(column.folders[0], "")
         return {
             "zero pooled embeddings": saved.get("force_zeros_for_pooled_projection", True),
             "takes text": saved.get("joint_attention_dim") is not None,
-            "max_sequence_length": convention.max_sequence_length,
-            "sizes": convention.sizes,
+            "max_sequence_length": column.convention.max_sequence_length,
+            "sizes": column.convention.sizes,
         }
 
-    first, *others = map(driven, folders, conventions)
-    for name, other in zip(config.controlnet[1:], others, strict=True):
+    first = driven(columns[0])
+    for column in columns[1:]:
+        other = driven(column)
         if wrong := [key for key, value in other.items() if value != first[key]]:
             raise ConfigError(
-                f"--combine: {name} wants to be driven otherwise than {config.controlnet[0]} "
+                f"--combine: {column.names[0]} wants to be driven otherwise than "
+                f"{columns[0].names[0]} "
                 f"({', '.join(f'{key} {other[key]}, not {first[key]}' for key in wrong)})."
             )
 
 
-def _titles(names: Sequence[str]) -> list[str]:
-    """Return a short name for each ControlNet: the end of its own, as long as tells it apart."""
-    parts = [[part for part in name.replace("\\", "/").split("/") if part] for name in names]
-    for count in range(1, max(map(len, parts)) + 1):
-        titles = ["-".join(one[-count:]) for one in parts]
-        if len(set(titles)) == len(titles):
-            return titles
-    return [f"{number}-{'-'.join(one[-1:])}" for number, one in enumerate(parts)]
-
-
-def _pictures(
+def pictures_of(
     config: GenerateConfig, column: Column, wanted: Sequence[Wanted], num_columns: int
 ) -> Iterator[Picture]:
     """Give the pictures of a column, ready to be drawn."""
-    weights = [digest_of_folder(folder) for folder in column.folders]
     several_seeds = any(len(one.seeds) > 1 for one in wanted)
     for number, one in enumerate(wanted):
         controls = one.controls * (len(column.folders) if len(one.controls) == 1 else 1)
@@ -213,7 +215,10 @@ def _pictures(
             name += f"-{column.title}" if num_columns > 1 else ""
             about = metadata.describe(
                 config,
-                {"images": [control.digest for control in controls], "controlnets": weights},
+                {
+                    "images": [control.digest for control in controls],
+                    "controlnets": list(column.weights),
+                },
                 controlnet=list(column.names),
                 prompt=[one.prompt],
                 negative_prompt=one.negative_prompt,
@@ -247,8 +252,9 @@ def _draw_column(
 ) -> None:
     """Draw and save a column's pictures."""
     try:
-        pipeline = _ready(config, base, column, encodes=prompts is None)
-        for size, group in itertools.groupby(pictures, key=lambda one: one.size):
+        pipeline = load_pipeline(config, base, column.folders, encodes=prompts is None)
+        pipeline.set_progress_bar_config(desc="steps", leave=False, position=1, disable=None)
+        for size, group in groupby(pictures, key=lambda one: one.size):
             of_size = list(group)
             for start in range(0, len(of_size), config.batch_size):
                 batch = of_size[start : start + config.batch_size]
@@ -263,27 +269,6 @@ def _draw_column(
             "helps: --batch-size 1, --dtype bfloat16, --offload model or sequential, "
             "--quantize-base int8, --vae-tiling, and --cache, where it knows the prompts."
         ) from error
-
-
-def _ready(
-    config: GenerateConfig, base: Path, column: Column, *, encodes: bool
-) -> StableDiffusion3ControlNetPipeline:
-    """Return the pipeline with a column's ControlNets in it, where it is to compute."""
-    nets = [load_controlnet(folder, config) for folder in column.folders]
-    controlnet = nets[0] if len(nets) == 1 else SD3MultiControlNetModel(nets)
-    pipeline = load_pipeline(config, base, controlnet, encodes=encodes)
-    pipeline.set_progress_bar_config(desc="steps", leave=False, position=1, disable=None)
-    set_shift(pipeline, config.shift)
-    if config.quantize_base is not None:
-        quantize(pipeline.transformer.requires_grad_(False), config.quantize_base)
-    if config.vae_tiling:
-        pipeline.vae.enable_tiling()
-    if config.compile:
-        for network in (pipeline.transformer, *nets):
-            for block in network.transformer_blocks:
-                block.compile()
-    place(pipeline, config.offload, pick_device(config.device))
-    return pipeline
 
 
 def draw(

@@ -13,12 +13,14 @@ import torch
 from diffusers import (
     FlowMatchEulerDiscreteScheduler,
     SD3ControlNetModel,
+    SD3MultiControlNetModel,
     StableDiffusion3ControlNetPipeline,
 )
 from PIL import Image
 from torch import Tensor
 
 from infer.config import PipelineConfig
+from infer.placement import place
 from precompute import images
 from precompute.buckets import nearest_buckets
 from shards.device import keep_freed_memory, pick_device
@@ -30,6 +32,7 @@ from shards.pretrained import (
     find_controlnet,
     read_config,
 )
+from shards.quantized import quantize
 
 COMPONENTS = (
     "transformer",
@@ -100,6 +103,20 @@ def find_models(
     return base, folders
 
 
+def titles_of(names: Sequence[str]) -> list[str]:
+    """Return a short name for each ControlNet: the end of its own, as long as tells it apart.
+
+    Those of a run's checkpoints are `checkpoint-500`, not the `controlnet` in it.
+    """
+    parts = [[part for part in name.replace("\\", "/").split("/") if part] for name in names]
+    parts = [one[:-1] if one[-1:] == ["controlnet"] and one[:-1] else one for one in parts]
+    for count in range(1, max(map(len, parts)) + 1):
+        titles = ["-".join(one[-count:]) for one in parts]
+        if len(set(titles)) == len(titles):
+            return titles
+    return [f"{number}-{'-'.join(one[-1:])}" for number, one in enumerate(parts)]
+
+
 def load_controlnet(folder: Path, config: PipelineConfig) -> SD3ControlNetModel:
     """Return a ControlNet, told what diffusers' script leaves out where it is one of its own."""
     controlnet = SD3ControlNetModel.from_pretrained(folder, dtype=getattr(torch, config.dtype))
@@ -109,25 +126,41 @@ def load_controlnet(folder: Path, config: PipelineConfig) -> SD3ControlNetModel:
 
 
 def load_pipeline(
-    config: PipelineConfig, base: Path, controlnet: Any, *, encodes: bool = True
+    config: PipelineConfig, base: Path, folders: Sequence[Path], *, encodes: bool = True
 ) -> StableDiffusion3ControlNetPipeline:
-    """Return the stock pipeline with a ControlNet in it, in host memory.
+    """Return the stock pipeline with ControlNets in it, where it is to compute.
 
     Args:
         config: of the run.
         base: folder of the base model.
-        controlnet: one, or several as SD3MultiControlNetModel.
+        folders: of the ControlNet, or of several that draw together.
         encodes: whether text encoders are needed.
     """
-    keep_freed_memory(pick_device(config.device))
+    device = pick_device(config.device)
+    keep_freed_memory(device)
+    nets = [load_controlnet(folder, config) for folder in folders]
     absent = {} if encodes else dict.fromkeys(TEXT_COMPONENTS)
-    return StableDiffusion3ControlNetPipeline.from_pretrained(
+    pipeline = StableDiffusion3ControlNetPipeline.from_pretrained(
         base,
-        controlnet=controlnet,
+        controlnet=nets[0] if len(nets) == 1 else SD3MultiControlNetModel(nets),
         dtype=getattr(torch, config.dtype),
         variant=config.variant,
         **absent,
     )
+    if config.shift is not None:
+        pipeline.scheduler = FlowMatchEulerDiscreteScheduler.from_config(
+            pipeline.scheduler.config, shift=config.shift
+        )
+    if config.quantize_base is not None:
+        quantize(pipeline.transformer.requires_grad_(False), config.quantize_base)
+    if config.vae_tiling:
+        pipeline.vae.enable_tiling()
+    if config.compile:
+        for network in (pipeline.transformer, *nets):
+            for block in network.transformer_blocks:
+                block.compile()
+    place(pipeline, config.offload, device)
+    return pipeline
 
 
 def find_convention(config: PipelineConfig, base: Path, controlnet: Path) -> Convention:
@@ -145,9 +178,8 @@ def find_convention(config: PipelineConfig, base: Path, controlnet: Path) -> Con
 
 
 def _sizes(config: PipelineConfig, base: Path, data: dict[str, Any]) -> tuple[tuple[int, int], ...]:
-    height, width = getattr(config, "height", None), getattr(config, "width", None)
-    if height is not None and width is not None:
-        return ((width, height),)
+    if config.height is not None and config.width is not None:
+        return ((config.width, config.height),)
     if config.resolution is not None:
         return ((config.resolution, config.resolution),)
     if buckets := data.get("buckets"):
@@ -160,14 +192,6 @@ def _sizes(config: PipelineConfig, base: Path, data: dict[str, Any]) -> tuple[tu
     factor = 2 ** (len(vae["block_out_channels"]) - 1)
     native = int(read_config(base, "transformer")["sample_size"]) * factor
     return ((native, native),)
-
-
-def set_shift(pipeline: StableDiffusion3ControlNetPipeline, shift: float | None) -> None:
-    """Replace the noise schedule's shift, if one is given."""
-    if shift is not None:
-        pipeline.scheduler = FlowMatchEulerDiscreteScheduler.from_config(
-            pipeline.scheduler.config, shift=shift
-        )
 
 
 def control_image(

@@ -10,7 +10,7 @@ from shards.errors import ConfigError
 
 # A setting that is a number, or left to the program.
 NUMBER_OR_WORD = (int | Literal["auto"],)
-SECTIONS = ("demo", "circles", "precompute", "train", "infer", "score")
+SECTIONS = ("demo", "circles", "precompute", "train", "infer", "score", "serve", "decode")
 
 
 def read_section(path: Path, section: str, config_class: type[Any]) -> dict[str, Any]:

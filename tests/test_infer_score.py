@@ -22,13 +22,15 @@ from demo.circles import Circle, circles, disc, outline, write_circles
 from demo.colors import COLORS
 from infer.config import ScoreConfig
 from infer.discs import measure
-from infer.score import WAYS, WITH, WITHOUT, Drawn, Sample, samples_csv, score, worst_sheet
+from infer.measures import MEASURES, Sample
+from infer.score import WITH, WITHOUT, Drawn, samples_csv, score, worst_sheet
 from infer.statistics import summarize
 from precompute.images import fit
 from shards.sheets import CELL_PX
 from tests.conftest import RESOLUTION_PX, TOKENS, Outcome, flags
 
 NUM_SAMPLES = 3
+WAYS = (WITH, WITHOUT)
 
 
 @pytest.fixture
@@ -36,7 +38,7 @@ def config(base: Path, controlnet: Path, tmp_path: Path) -> ScoreConfig:
     write_circles(tmp_path / "circles", circles(NUM_SAMPLES + 1, seed=3))
     return ScoreConfig(
         pretrained_model_name_or_path=str(base),
-        controlnet=str(controlnet),
+        controlnet=(str(controlnet),),
         output_dir=tmp_path / "score",
         source=tmp_path / "circles",
         num_samples=NUM_SAMPLES,
@@ -56,7 +58,7 @@ def test_pictures_are_those_of_the_stock_pipelines(config: ScoreConfig, way: str
     kind = StableDiffusion3Pipeline
     if way == WITH:
         kind = StableDiffusion3ControlNetPipeline
-        models["controlnet"] = SD3ControlNetModel.from_pretrained(config.controlnet)
+        models["controlnet"] = SD3ControlNetModel.from_pretrained(config.controlnet[0])
     pipeline = kind.from_pretrained(config.pretrained_model_name_or_path, **models)
     rows = [json.loads(line) for line in (config.source / "prompt.json").open()]
     for number in range(NUM_SAMPLES):
@@ -94,10 +96,10 @@ def test_figures_are_those_of_the_pictures(config: ScoreConfig) -> None:
             picture = Image.open(config.output_dir / way / f"{int(row['sample']):03d}.png")
             found = measure(picture, conditioning, color, background)
             assert float(row[f"{way}_iou"]) == pytest.approx(found.iou, abs=1e-4)
-            error = float(row[f"{way}_background_error"])
+            error = float(row[f"{way}_background_color_error"])
             assert error == pytest.approx(found.background_error, abs=1e-4)
     for way in WAYS:
-        for name, column in (("iou", "iou"), ("background_color_error", "background_error")):
+        for name, column in (("iou", "iou"), ("background_color_error", "background_color_error")):
             values = [float(row[f"{way}_{column}"]) for row in rows]
             assert figures[way][name]["mean"] == pytest.approx(np.mean(values), abs=1e-3)
             assert figures[way][name]["median"] == pytest.approx(np.median(values), abs=1e-3)
@@ -120,32 +122,35 @@ def test_fewer_rows_than_asked_are_all_scored(config: ScoreConfig, tmp_path: Pat
     assert alone[WITHOUT]["iou"]["low"] is None
 
 
-def drawn(number: int, shift: int) -> Drawn:
+CIRCLES = MEASURES["circles"]
+
+
+def drawn(folder: Path, number: int, shift: int) -> Drawn:
     """A sample whose controlled picture is a disc shifted by so much, and whose other is flat."""
     wanted = Circle(200, 256, 100, "tomato", "old lace")
     moved = replace(wanted, x=200 + shift)
-    sample = Sample(
-        number, wanted.prompt, fit(outline(wanted), 128), COLORS["tomato"], COLORS["old lace"]
-    )
+    sample = Sample(number, wanted.prompt, fit(outline(wanted), 128))
     pictures = {WITH: fit(disc(moved), 128), WITHOUT: Image.new("RGB", (128, 128), "blue")}
-    measured = {
-        way: measure(picture, sample.conditioning, sample.color, sample.background)
-        for way, picture in pictures.items()
-    }
-    return Drawn(sample, pictures, measured)
+    files = {way: folder / f"{number}-{way}.png" for way in pictures}
+    for way, picture in pictures.items():
+        picture.save(files[way])
+    measured = {way: CIRCLES.of(picture, sample) for way, picture in pictures.items()}
+    return Drawn(sample, files, measured)
 
 
-def test_the_worst_come_first_and_no_disc_has_no_colour() -> None:
-    samples = [drawn(number, shift) for number, shift in enumerate((40, 160, 0, 80))]
-    rows = list(csv.DictReader(samples_csv(samples).splitlines()))
+def test_the_worst_come_first_and_no_disc_has_no_colour(tmp_path: Path) -> None:
+    samples = [drawn(tmp_path, number, shift) for number, shift in enumerate((40, 160, 0, 80))]
+    rows = list(csv.DictReader(samples_csv([CIRCLES], samples).splitlines()))
     scores = [float(row[f"{WITH}_iou"]) for row in rows]
     assert scores[2] > 0.98
     assert scores[2] > scores[0] > scores[3] > scores[1]
-    assert all(row[f"{WITHOUT}_color_error"] == "" for row in rows)
+    assert all(row[f"{WITHOUT}_disc_color_error"] == "" for row in rows)
     assert all(row[f"{WITHOUT}_iou"] == "0.0000" for row in rows)
-    sheet = np.array(worst_sheet(samples))
+    sheet = np.array(worst_sheet(CIRCLES, samples))
     # The first row's second picture is sample 1's.
-    picture = np.array(samples[1].pictures[WITH].resize((CELL_PX,) * 2, Image.Resampling.LANCZOS))
+    picture = np.array(
+        Image.open(samples[1].pictures[WITH]).resize((CELL_PX,) * 2, Image.Resampling.LANCZOS)
+    )
     rows_of, columns_of = np.nonzero((sheet == COLORS["tomato"]).all(axis=-1))
     first = rows_of < 300
     tomato = (picture == COLORS["tomato"]).all(axis=-1)
@@ -173,9 +178,9 @@ def test_a_summary_is_what_statistics_say() -> None:
 @pytest.mark.parametrize(
     ("prompt", "source", "message"),
     [
-        ("a dog", "source/0.png", "line 1: not a caption of a circle: 'a dog'"),
+        ("a dog", "source/0.png", "row 1: not a caption of a circle: 'a dog'; --measure circles"),
         (None, "source/9.png", "line 1: .*No such file"),
-        (None, "black.png", "line 1: the conditioning image has no outline"),
+        (None, "black.png", "row 1: the conditioning image has no outline; --measure circles"),
         (None, "prompt.json", "line 1: not a readable image"),
     ],
 )
@@ -193,7 +198,9 @@ def test_what_is_no_circle_is_named(
     Image.new("RGB", (64, 64)).save(folder / "black.png")
     row = {"source": source, "target": "target/0.png", "prompt": prompt or circle.prompt}
     (folder / "prompt.json").write_text(json.dumps(row))
-    outcome = command("infer", "score", *flags(replace(config, source=folder)))
+    outcome = command(
+        "infer", "score", *flags(replace(config, source=folder, measure=("circles",)))
+    )
     assert outcome.exit_code == 2
     assert re.search(message, outcome.output), outcome.output
     assert not config.output_dir.exists()
