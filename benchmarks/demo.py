@@ -83,7 +83,8 @@ def seeded(config: Path, seed: int, folder: Path) -> str:
     settings, text = load_config(config), config.read_text()
     text = text.replace(f'"{settings.demo.output_dir}', f'"{folder}')
     for stage in SEEDED:
-        text = text.replace(f"[{stage}]\n", f"[{stage}]\nseed = {seed}\n")
+        value = f"[{seed}]" if stage == "infer" else seed
+        text = text.replace(f"[{stage}]\n", f"[{stage}]\nseed = {value}\n")
     others = unseen_circles(replace(settings.circles, seed=seed))
     for old, new in zip(settings.precompute.validation_prompt, others, strict=False):
         text = text.replace(f'"{old}"', f'"{new.prompt}"')

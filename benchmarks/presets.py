@@ -5,6 +5,7 @@ each time. What counts is the loss on held-out rows at the end, over that of flo
 """
 
 import json
+import shutil
 import tempfile
 from dataclasses import replace
 from pathlib import Path
@@ -107,6 +108,7 @@ def preset(base: TrainConfig, path: Path) -> TrainConfig:
 
 def held_out_loss(config: TrainConfig) -> float:
     """Train, and return the loss on held-out rows that the last step left."""
+    shutil.rmtree(config.output_dir, ignore_errors=True)  # of an earlier run
     train(config)
     forget_accelerator()
     found = config.output_dir / f"validation/step-{STEPS:06d}/held_out.json"

@@ -4,8 +4,8 @@ Weights are random, the cache is made up, and the step is the one that `python -
 row for each flag alone, for each card's preset, and for sizes and batches of the plain setting:
 samples a second; floating point operations that the step needs, recomputation left out, over what
 the same device reaches in large matrix products; and the peak of memory beside `--estimate`'s.
-On a GPU it takes less than nine minutes; `--tiny` tries it all on a miniature, anywhere, and
-`--predict` gives what can be said without a GPU: the memory.
+It is made to take less than nine minutes on a GPU; `--tiny` tries it all on a miniature, anywhere,
+and `--predict` gives what can be said without a GPU: the memory.
 """
 
 import gc
@@ -30,7 +30,7 @@ from benchmarks.encoders import num_parameters
 from benchmarks.presets import cards, forget_accelerator
 from benchmarks.synthetic import Shape, write_cache
 from shards.config_file import read_section
-from shards.errors import ConfigError
+from shards.errors import ConfigError, RunError
 from shards.options import CONTEXT, user_errors
 from shards.provenance import commit, machine, versions
 from shards.writer import write_text
@@ -124,11 +124,14 @@ def main(
     chart: Path | None,
 ) -> None:
     """Measure every row, print a table, write JSON and draw a chart."""
+    if chart is not None and only is not None:
+        raise click.UsageError("--chart: shows what --only leaves out; give one of them.")
     if not (tiny or predict) and not torch.cuda.is_available():
         raise click.UsageError("no GPU here; --tiny tries this on a miniature.")
     name = "tiny" if tiny else base
     kind = "_predicted" if predict else ""
     results = results or Path(f"benchmarks/results/train_step_{name}{kind}.json")
+    results.parent.mkdir(parents=True, exist_ok=True)
     transformer = TINY if tiny else TRANSFORMERS[base]
     figures: dict[str, Any] = {
         "machine": machine(),
@@ -147,8 +150,7 @@ def main(
                 found = measure(row, Path(folder), transformer, rate)
                 figures["rows"].append(found)
                 click.echo(line(found))
-    results.parent.mkdir(parents=True, exist_ok=True)
-    write_text(results, json.dumps(figures, indent=1) + "\n")
+                write_text(results, json.dumps(figures, indent=1) + "\n")
     if chart is not None:
         draw(figures["rows"], chart, name)
 
@@ -217,12 +219,7 @@ def measure(
         found["estimated_bytes"] = simulate(config, sizes).step
         if matrix_tflops is None:
             return found
-        steps = Steps(assemble(config))
-        try:
-            seconds = steps.seconds_a_step()
-            found["measured_bytes"] = steps.peak_bytes()
-        finally:
-            steps.close()
+        seconds, found["measured_bytes"] = _taken(config)
         tflops = flops(config, sizes) / 1e12 / seconds
         found |= {
             "seconds_per_step": seconds,
@@ -232,13 +229,23 @@ def measure(
         }
     except torch.OutOfMemoryError:
         found["failed"] = "out of memory"
-    except (ConfigError, ImportError, NotImplementedError) as error:
-        found["failed"] = str(error).splitlines()[0]
-    gc.collect()
+    except (ConfigError, RunError, ImportError, RuntimeError) as error:
+        # What this card or its libraries cannot do is no reason to lose the other rows.
+        found["failed"] = f"{type(error).__name__}: {str(error).splitlines()[0]}"
     torch._dynamo.reset()
+    gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
     return found
+
+
+def _taken(config: TrainConfig) -> tuple[float, int]:
+    """Return seconds a step and the most memory; everything is gone when this returns."""
+    steps = Steps(assemble(config))
+    try:
+        return steps.seconds_a_step(), steps.peak_bytes()
+    finally:
+        steps.close()
 
 
 class Steps:
@@ -291,8 +298,10 @@ class Steps:
     def close(self) -> None:
         """Let go of everything."""
         self.batches.close()
+        if self.run.fused is not None:
+            self.run.fused.close()
         forget_accelerator()
-        del self.run
+        del self.run, self.guard
 
     def _wait(self) -> None:
         self.guard.finish()

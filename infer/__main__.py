@@ -50,9 +50,12 @@ def run_serve(config: ServeConfig) -> None:
 
 def like(path: Path) -> dict[str, Any]:
     """Return the settings in a picture's file, as options' values."""
-    from infer.metadata import read
+    from infer import metadata
 
-    return {name: value for name, value in read(path)["settings"].items() if value is not None}
+    settings, warnings = metadata.like(path)
+    for warning in warnings:
+        click.echo(f"--like: {warning}", err=True)
+    return settings
 
 
 @click.command(context_settings=CONTEXT)

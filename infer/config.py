@@ -222,5 +222,10 @@ class ServeConfig(PipelineConfig):
             if getattr(self, name) < 1:
                 flag = "--" + name.replace("_", "-")
                 raise ConfigError(f"{flag} {getattr(self, name)}: at least 1.")
+        if self.num_inference_steps > self.most_steps:
+            raise ConfigError(
+                f"--num-inference-steps {self.num_inference_steps}: --most-steps is "
+                f"{self.most_steps}."
+            )
         if self.port > 65535:
             raise ConfigError(f"--port {self.port}: at most 65535.")

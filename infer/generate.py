@@ -1,8 +1,8 @@
 """Pictures of prompts and conditioning images, by one ControlNet or by several side by side."""
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from itertools import chain, groupby
+from collections.abc import Sequence, Set
+from dataclasses import dataclass, replace
+from itertools import chain, groupby, islice
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,6 @@ import torch
 from diffusers import StableDiffusion3ControlNetPipeline
 from PIL import Image
 from tqdm import tqdm
-from xxhash import xxh3_128
 
 from infer import metadata
 from infer.config import GenerateConfig, PipelineConfig
@@ -23,20 +22,22 @@ from infer.pipeline import (
     find_convention,
     find_models,
     load_pipeline,
+    out_of_memory,
     titles_of,
 )
 from infer.prompts import CachedPrompts
-from infer.wanted import Wanted, find_wanted
+from infer.wanted import Control, Wanted, find_wanted
 from precompute import images
 from precompute.images import BadImage
 from shards.cache import Cache
-from shards.errors import ConfigError, RunError
+from shards.device import pick_device
+from shards.errors import ConfigError
 from shards.pretrained import read_config
 from shards.provenance import write_run
-from shards.sheets import contact_sheet, save_png
+from shards.sheets import contact_sheet, save_png, thumbnail
 from shards.streaming import LOCAL_CACHE_GB, open_files
 
-BLOCK_BYTES = 1 << 24
+SHEET_ROWS = 50
 
 
 @dataclass(frozen=True)
@@ -73,7 +74,7 @@ class Picture:
         wanted: the pair.
         seed: of its noise.
         size: width and height in pixels.
-        conditioning: the images, fitted, one for each of the column's ControlNets.
+        controls: conditioning images, one for each of the column's ControlNets.
     """
 
     path: Path
@@ -81,7 +82,21 @@ class Picture:
     wanted: Wanted
     seed: int
     size: tuple[int, int]
-    conditioning: tuple[Image.Image, ...]
+    controls: tuple[Control, ...]
+
+    def conditioning(self) -> list[Image.Image]:
+        """Return the conditioning images, fitted.
+
+        Raises:
+            ConfigError: one cannot be.
+        """
+        fitted = []
+        for control in self.controls:
+            try:
+                fitted.append(images.fit(control.image, self.size))
+            except BadImage as error:
+                raise ConfigError(f"--image {control.path}: {error}.") from error
+        return fitted
 
 
 def generate(config: GenerateConfig) -> None:
@@ -116,18 +131,22 @@ def generate(config: GenerateConfig) -> None:
     if config.combine:
         columns = [combined(columns)]
     if prompts is not None:
-        prompts.check(columns[0].convention.max_sequence_length)
-    plans = [list(pictures_of(config, column, wanted, len(columns))) for column in columns]
+        for column in columns:
+            prompts.check(column.convention.max_sequence_length, read_config(base, "transformer"))
+    plans = [pictures_of(config, column, wanted, len(columns)) for column in columns]
     config.output_dir.mkdir(parents=True, exist_ok=True)
     write_run(config.output_dir, "infer", config)
-    todo = [[one for one in plan if not metadata.says(one.path, one.about)] for plan in plans]
-    total, missing = sum(map(len, plans)), sum(map(len, todo))
-    if missing < total:
-        click.echo(f"{total - missing} of {total} pictures are there already")
-    with tqdm(total=missing, unit="picture", desc="generate", disable=None) as bar:
-        for column, pictures in zip(columns, todo, strict=True):
-            if pictures:
-                _draw_column(config, base, column, pictures, prompts, bar)
+    planned = [one for plan in plans for one in plan]
+    missing = {one.path for one in planned if not metadata.says(one.path, one.about)}
+    if len(missing) < len(planned):
+        there = len(planned) - len(missing)
+        click.echo(f"{there} of {len(planned)} pictures are there already")
+    if replaced := sum(path.exists() for path in missing):
+        click.echo(f"{replaced} that were drawn otherwise are replaced")
+    with tqdm(total=len(missing), unit="picture", desc="generate", disable=None) as bar:
+        for column, plan in zip(columns, plans, strict=True):
+            if any(one.path in missing for one in plan):
+                _draw_column(config, base, column, plan, missing, prompts, bar)
     sheet = config.output_dir / "contact_sheet.png"
     save_png(sheet, _sheet(columns, plans))
     click.echo(sheet)
@@ -147,7 +166,7 @@ def find_columns(config: PipelineConfig, *, encodes: bool) -> tuple[Path, list[C
             (name,),
             (folder,),
             (find_convention(config, base, folder),),
-            (digest_of_folder(folder),),
+            (metadata.digest_of(folder),),
         )
         for title, name, folder in zip(
             titles_of(config.controlnet), config.controlnet, folders, strict=True
@@ -192,9 +211,14 @@ def _check_alike(columns: Sequence[Column]) -> None:
 
 def pictures_of(
     config: GenerateConfig, column: Column, wanted: Sequence[Wanted], num_columns: int
-) -> Iterator[Picture]:
-    """Give the pictures of a column, ready to be drawn."""
+) -> list[Picture]:
+    """Return the pictures of a column, ready to be drawn.
+
+    Raises:
+        ConfigError: a conditioning image cannot be used, or is one too many or too few.
+    """
     several_seeds = any(len(one.seeds) > 1 for one in wanted)
+    plan = []
     for number, one in enumerate(wanted):
         controls = one.controls * (len(column.folders) if len(one.controls) == 1 else 1)
         if len(controls) != len(column.folders):
@@ -203,78 +227,81 @@ def pictures_of(
                 f"{controls[0].path} first: give one for each, or one for all."
             )
         size = column.convention.size(controls[0].image)
-        conditioning = []
-        for control in controls:
-            try:
-                conditioning.append(images.fit(control.image, size))
-            except BadImage as error:
-                raise ConfigError(f"--image {control.path}: {error}.") from error
         for seed in one.seeds:
             name = f"{number:03d}"
             name += f"-seed{seed}" if several_seeds else ""
             name += f"-{column.title}" if num_columns > 1 else ""
-            about = metadata.describe(
-                config,
-                {
-                    "images": [control.digest for control in controls],
-                    "controlnets": list(column.weights),
-                },
-                controlnet=list(column.names),
-                prompt=[one.prompt],
-                negative_prompt=one.negative_prompt,
-                image=[str(control.path.absolute()) for control in one.controls],
-                seed=[seed],
-                width=size[0],
-                height=size[1],
-                max_sequence_length=column.convention.max_sequence_length,
-            )
             path = config.output_dir / f"{name}.png"
-            yield Picture(path, about, one, seed, size, tuple(conditioning))
+            plan.append(Picture(path, "", one, seed, size, controls))
+        plan[-1].conditioning()  # or say now why not
+    batches = batches_of(plan, config.batch_size)
+    return [
+        replace(one, about=_about(config, column, one, [place, len(batch)]))
+        for batch in batches
+        for place, one in enumerate(batch)
+    ]
 
 
-def digest_of_folder(folder: Path) -> str:
-    """Return one digest of the weights in a folder, XXH3-128."""
-    digest = xxh3_128()
-    for path in sorted(folder.glob("*.safetensors")):
-        with path.open("rb") as file:
-            while block := file.read(BLOCK_BYTES):
-                digest.update(block)
-    return digest.hexdigest()
+def batches_of(plan: Sequence[Picture], batch_size: int) -> list[list[Picture]]:
+    """Return the pictures that are drawn together, of one size each, in order."""
+    found = []
+    for _, group in groupby(plan, key=lambda one: one.size):
+        of_size = list(group)
+        found += [of_size[at : at + batch_size] for at in range(0, len(of_size), batch_size)]
+    return found
+
+
+def _about(config: GenerateConfig, column: Column, one: Picture, batch: list[int]) -> str:
+    """Return what a picture's file says of it."""
+    return metadata.describe(
+        config,
+        {
+            "images": [control.digest for control in one.wanted.controls],
+            "controlnets": list(column.weights),
+        },
+        {"device": pick_device(config.device).type, "batch": batch},
+        controlnet=list(column.names),
+        prompt=[one.wanted.prompt],
+        negative_prompt=one.wanted.negative_prompt,
+        image=[str(control.path.absolute()) for control in one.wanted.controls],
+        seed=[one.seed],
+        width=one.size[0],
+        height=one.size[1],
+        max_sequence_length=column.convention.max_sequence_length,
+    )
 
 
 def _draw_column(
     config: GenerateConfig,
     base: Path,
     column: Column,
-    pictures: Sequence[Picture],
+    plan: Sequence[Picture],
+    missing: Set[Path],
     prompts: CachedPrompts | None,
     bar: "tqdm[Any]",
 ) -> None:
-    """Draw and save a column's pictures."""
+    """Draw a column's pictures and save those that are missing."""
     try:
         pipeline = load_pipeline(config, base, column.folders, encodes=prompts is None)
         pipeline.set_progress_bar_config(desc="steps", leave=False, position=1, disable=None)
-        for size, group in groupby(pictures, key=lambda one: one.size):
-            of_size = list(group)
-            for start in range(0, len(of_size), config.batch_size):
-                batch = of_size[start : start + config.batch_size]
-                drawn = draw(pipeline, batch, size, column, prompts, config)
-                for picture, image in zip(batch, drawn, strict=True):
+        for batch in batches_of(plan, config.batch_size):
+            wanted = [one for one in batch if one.path in missing]
+            if not wanted:
+                continue
+            # What was drawn together is drawn together again: it depends on it a little.
+            drawn = draw(pipeline, batch, column, prompts, config)
+            for picture, image in zip(batch, drawn, strict=True):
+                if picture in wanted:
                     save_png(picture.path, image, metadata.info(picture.about))
                     tqdm.write(str(picture.path))
-                bar.update(len(batch))
+            bar.update(len(wanted))
     except torch.OutOfMemoryError as error:
-        raise RunError(
-            f"out of memory: {str(error).splitlines()[0]} Finished pictures are kept. What "
-            "helps: --batch-size 1, --dtype bfloat16, --offload model or sequential, "
-            "--quantize-base int8, --vae-tiling, and --cache, where it knows the prompts."
-        ) from error
+        raise out_of_memory(error) from error
 
 
 def draw(
     pipeline: StableDiffusion3ControlNetPipeline,
     batch: Sequence[Picture],
-    size: tuple[int, int],
     column: Column,
     prompts: CachedPrompts | None,
     config: GenerateConfig,
@@ -288,11 +315,12 @@ def draw(
     negative = [one.wanted.negative_prompt for one in batch] if config.guidance_scale > 1 else None
     texts = [one.wanted.prompt for one in batch]
     if prompts is not None:
-        given = prompts.arguments(texts, negative, pipeline.transformer.dtype)
+        device, dtype = pipeline._execution_device, pipeline.transformer.dtype
+        given = prompts.arguments(texts, negative, device, dtype)
     else:
         given = {"prompt": texts, "negative_prompt": negative}
     controls: list[Any] = [
-        control_image([one.conditioning[number] for one in batch], convention)
+        control_image([one.conditioning()[number] for one in batch], convention)
         for number, convention in enumerate(column.conventions)
     ]
     several = len(controls) > 1
@@ -303,8 +331,8 @@ def draw(
     result = pipeline(
         **given,
         control_image=controls if several else controls[0],
-        width=size[0],
-        height=size[1],
+        width=batch[0].size[0],
+        height=batch[0].size[1],
         num_inference_steps=config.num_inference_steps,
         guidance_scale=config.guidance_scale,
         controlnet_conditioning_scale=[scale] * len(controls) if several else scale,
@@ -318,14 +346,14 @@ def draw(
 
 
 def _sheet(columns: Sequence[Column], plans: Sequence[Sequence[Picture]]) -> Image.Image:
-    """Return all pictures: a row for each pair and seed, a column for each of the ControlNets."""
+    """Return the first pictures: a row for each pair and seed, a column for each ControlNet."""
     rows = []
-    for row in zip(*plans, strict=True):
-        pictures = [Image.open(one.path) for one in row]
+    for row in islice(zip(*plans, strict=True), SHEET_ROWS):
+        pictures = [thumbnail(one.path) for one in row]
         caption = row[0].wanted.prompt
         seeds = row[0].wanted.seeds
         caption = f"seed {row[0].seed}: {caption}" if len(seeds) > 1 else caption
-        rows.append(([*row[0].conditioning, *pictures], caption))
-    headings = ["conditioning"] * len(plans[0][0].conditioning)
+        rows.append(([*row[0].conditioning(), *pictures], caption))
+    headings = ["conditioning"] * len(plans[0][0].controls)
     headings += ["result"] if len(columns) == 1 else [column.title for column in columns]
     return contact_sheet(rows, headings)

@@ -1,11 +1,13 @@
 """The settings in a picture's file: all that it takes to draw it again."""
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
+from xxhash import xxh3_128
 
 from infer.config import GenerateConfig
 from shards.errors import ConfigError
@@ -13,6 +15,7 @@ from shards.options import as_dict
 from shards.provenance import versions
 
 KEY = "sd3_controlnet"
+BLOCK_BYTES = 1 << 24
 # Where and how a picture was made, which does not change what it is.
 BESIDE_THE_POINT = {
     "output_dir",
@@ -27,18 +30,26 @@ BESIDE_THE_POINT = {
 }
 
 
-def describe(config: GenerateConfig, digests: dict[str, list[str]], **picture: Any) -> str:
+def describe(
+    config: GenerateConfig, digests: dict[str, list[str]], drawn: dict[str, Any], **picture: Any
+) -> str:
     """Return what a picture's file says of it, as JSON.
 
     Args:
         config: of the run.
         digests: of the bytes of what it was drawn from, by what they are.
+        drawn: how: on what device, and at which place of a batch of how many.
         picture: settings that are this picture's own.
     """
     settings = {
         name: value for name, value in as_dict(config).items() if name not in BESIDE_THE_POINT
     }
-    about = {"settings": settings | picture, "digests": digests, "versions": versions()}
+    about = {
+        "settings": settings | picture,
+        "digests": digests,
+        "drawn": drawn,
+        "versions": versions(),
+    }
     return json.dumps(about, ensure_ascii=False, sort_keys=True)
 
 
@@ -59,8 +70,9 @@ def read(path: Path) -> dict[str, Any]:
         with Image.open(path) as image:
             image.load()
             text = image.info.get(KEY)
-    except OSError as error:
-        raise ConfigError(f"{path}: {error.strerror or 'not a readable image'}.") from error
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        reason = getattr(error, "strerror", None) or "not a readable image"
+        raise ConfigError(f"{path}: {reason}.") from error
     if text is None:
         raise ConfigError(f"{path}: not drawn by python -m infer generate; it says no settings.")
     try:
@@ -81,4 +93,39 @@ def says(path: Path, about: str) -> bool:
     except ConfigError:
         return False
     wanted = json.loads(about)
-    return all(there.get(name) == wanted[name] for name in ("settings", "digests"))
+    return all(there.get(name) == wanted[name] for name in ("settings", "digests", "drawn"))
+
+
+def like(path: Path) -> tuple[dict[str, Any], list[str]]:
+    """Return the settings that a picture was drawn with, and why it may come out otherwise now.
+
+    Raises:
+        ConfigError: see `read`.
+    """
+    about = read(path)
+    known = {field.name for field in dataclasses.fields(GenerateConfig)} - BESIDE_THE_POINT
+    settings = {name: value for name, value in about["settings"].items() if name in known}
+    digests, drawn = about.get("digests", {}), about.get("drawn", {})
+    warnings = []
+    for kind, names in (("images", settings.get("image")), ("controlnets", settings["controlnet"])):
+        for name, digest in zip(names or [], digests.get(kind, []), strict=False):
+            place = Path(name)
+            if place.exists() and digest_of(place) != digest:
+                warnings.append(f"{name} has changed since {path} was drawn.")
+    if drawn.get("batch", [0, 1])[1] > 1:
+        warnings.append(f"{path} was drawn in a batch; alone it comes out alike, not the same.")
+    # The picture's own size, whatever a configuration says.
+    return settings | {"resolution": None}, warnings
+
+
+def digest_of(place: Path) -> str:
+    """Return the digest of a file, or of a ControlNet's folder: weights and configuration."""
+    digest = xxh3_128()
+    paths = [place]
+    if place.is_dir():
+        paths = [place / "config.json", *sorted(place.glob("*.safetensors"))]
+    for path in paths:
+        with path.open("rb") as file:
+            while block := file.read(BLOCK_BYTES):
+                digest.update(block)
+    return digest.hexdigest()

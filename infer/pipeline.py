@@ -20,11 +20,11 @@ from PIL import Image
 from torch import Tensor
 
 from infer.config import PipelineConfig
-from infer.placement import place
+from infer.placement import forget_models, place
 from precompute import images
 from precompute.buckets import nearest_buckets
 from shards.device import keep_freed_memory, pick_device
-from shards.errors import ConfigError
+from shards.errors import ConfigError, RunError
 from shards.pretrained import (
     DATA_KEY,
     controlnet_mismatches,
@@ -138,6 +138,7 @@ def load_pipeline(
     """
     device = pick_device(config.device)
     keep_freed_memory(device)
+    forget_models(device)
     nets = [load_controlnet(folder, config) for folder in folders]
     absent = {} if encodes else dict.fromkeys(TEXT_COMPONENTS)
     pipeline = StableDiffusion3ControlNetPipeline.from_pretrained(
@@ -159,8 +160,23 @@ def load_pipeline(
         for network in (pipeline.transformer, *nets):
             for block in network.transformer_blocks:
                 block.compile()
-    place(pipeline, config.offload, device)
+    place(
+        pipeline,
+        config.offload,
+        device,
+        pictures=getattr(config, "batch_size", 1),
+        quantization=config.quantize_base,
+    )
     return pipeline
+
+
+def out_of_memory(error: torch.OutOfMemoryError) -> RunError:
+    """Return an error that says what would help."""
+    return RunError(
+        f"out of memory: {str(error).splitlines()[0]} Finished pictures are kept. What helps: a "
+        "smaller --batch-size, --dtype bfloat16, --offload model or sequential, --quantize-base "
+        "int8, --vae-tiling, and for generate --cache, where it knows the prompts."
+    )
 
 
 def find_convention(config: PipelineConfig, base: Path, controlnet: Path) -> Convention:

@@ -9,6 +9,7 @@ import json
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ from infer.pipeline import (
     find_convention,
     find_models,
     load_pipeline,
+    out_of_memory,
     titles_of,
 )
 from infer.statistics import Summary, summarize
@@ -38,7 +40,7 @@ from precompute.sources import Source, SourceSettings
 from shards.errors import ConfigError
 from shards.options import as_dict
 from shards.provenance import write_run
-from shards.sheets import contact_sheet, save_png
+from shards.sheets import contact_sheet, save_png, thumbnail
 from shards.writer import atomic_file, write_text
 
 # What draws: the ControlNet, or each of several by its title; and the base model alone.
@@ -71,6 +73,12 @@ def score(config: ScoreConfig) -> None:
     """
     base, folders = find_models(config, config.controlnet)
     conventions = [find_convention(config, base, folder) for folder in folders]
+    for name, convention in zip(config.controlnet, conventions, strict=True):
+        if convention.sizes != conventions[0].sizes:
+            raise ConfigError(
+                f"--controlnet {name}: trained on other sizes than {config.controlnet[0]}; give "
+                "--resolution, or --height and --width, for all."
+            )
     source = open_source(SourceSettings(source=str(config.source)))
     samples = list(_samples(config, source, conventions[0]))
     measures = [MEASURES[name] for name in _chosen(config, samples)]
@@ -81,14 +89,20 @@ def score(config: ScoreConfig) -> None:
     write_run(config.output_dir, "score", config)
 
     drawn = [Drawn(sample, {}, {}) for sample in samples]
-    with tqdm(total=len(samples) * len(ways), unit="picture", disable=None) as bar:
-        for title, folder, convention in zip(titles, folders, conventions, strict=True):
-            pipeline = load_pipeline(config, base, [folder])
-            pipeline.set_progress_bar_config(disable=True)
-            _draw_all(config, pipeline, convention, drawn, title, measures, bar)
-        alone = StableDiffusion3Pipeline(**{name: getattr(pipeline, name) for name in COMPONENTS})
-        alone.set_progress_bar_config(disable=True)
-        _draw_all(config, alone, conventions[0], drawn, WITHOUT, measures, bar)
+    try:
+        with tqdm(total=len(samples) * len(ways), unit="picture", disable=None) as bar:
+            pipeline = None
+            for title, folder, convention in zip(titles, folders, conventions, strict=True):
+                del pipeline  # room for the next
+                pipeline = load_pipeline(config, base, [folder])
+                pipeline.set_progress_bar_config(disable=True)
+                _draw_all(config, pipeline, convention, drawn, title, measures, bar)
+            parts = {name: getattr(pipeline, name) for name in COMPONENTS}
+            alone = StableDiffusion3Pipeline(**parts)
+            alone.set_progress_bar_config(disable=True)
+            _draw_all(config, alone, conventions[0], drawn, WITHOUT, measures, bar)
+    except torch.OutOfMemoryError as error:
+        raise out_of_memory(error) from error
 
     figures = {way: summaries(measures, [one.measured[way] for one in drawn]) for way in ways}
     click.echo(table(measures, figures))
@@ -161,10 +175,16 @@ def _draw_all(
     measures: Sequence[Measure],
     bar: "tqdm[Any]",
 ) -> None:
-    """Draw every sample one way, save the pictures and measure them."""
+    """Draw every sample one way, in batches of one size, save the pictures and measure them."""
     bar.set_description(way)
-    for start in range(0, len(drawn), config.batch_size):
-        batch = drawn[start : start + config.batch_size]
+    by_size = sorted(drawn, key=lambda one: one.sample.conditioning.size)
+    batches = [
+        of_size[start : start + config.batch_size]
+        for _, group in groupby(by_size, key=lambda one: one.sample.conditioning.size)
+        for of_size in [list(group)]
+        for start in range(0, len(of_size), config.batch_size)
+    ]
+    for batch in batches:
         pictures = _draw(config, pipeline, convention, [one.sample for one in batch])
         for one, picture in zip(batch, pictures, strict=True):
             path = config.output_dir / way / f"{one.sample.number:03d}.png"
@@ -220,7 +240,8 @@ def noise(pipeline: Any, batch: Sequence[Sample], seed: int) -> Tensor:
         torch.randn(shape, generator=torch.Generator().manual_seed(seed + sample.number))
         for sample in batch
     ]
-    return torch.cat(noises).to(pipeline.device, pipeline.transformer.dtype)
+    # The pipeline brings it to its device, wherever its models are.
+    return torch.cat(noises).to(pipeline.transformer.dtype)
 
 
 def summaries(measures: Sequence[Measure], measured: Sequence[Values]) -> dict[str, Summary]:
@@ -258,7 +279,7 @@ def worst_sheet(measure: Measure, drawn: Sequence[Drawn]) -> Image.Image:
 
     rows = [
         (
-            [one.sample.conditioning, *(Image.open(one.pictures[way]) for way in ways)],
+            [one.sample.conditioning, *(thumbnail(one.pictures[way]) for way in ways)],
             f"{one.sample.number}: {title} {goodness(one):.2f}, {one.sample.prompt}",
         )
         for one in sorted(drawn, key=goodness)[:NUM_WORST]

@@ -6,6 +6,8 @@ Each request leaves its conditioning image and its picture, with its settings, i
 import dataclasses
 import itertools
 import os
+import re
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,7 @@ os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")  # read as gradio is 
 
 import click
 import gradio as gr
+import numpy as np
 import torch
 from PIL import Image
 from xxhash import xxh3_128_hexdigest
@@ -30,6 +33,9 @@ from shards.sheets import save_png
 # Nobody draws larger; the model's own size is what counts.
 LARGEST_SIDE_PX = 4096
 LEAST_CANVAS_PX = 512
+CLEANED_S = 24 * 60 * 60  # gradio's own copies of pictures
+MOST_GUIDANCE, MOST_STRENGTH = 15.0, 2.0
+NUMBERED = re.compile(r"(\d{5,})(-conditioning)?\.png$")
 CSS = "footer {visibility: hidden}"
 
 
@@ -48,23 +54,26 @@ class Studio:
         self._loaded: str | None = None
         config.output_dir.mkdir(parents=True, exist_ok=True)
         self._numbers = self._free_numbers()
-        self.load(next(iter(self.columns)))
+        self._busy = threading.Lock()
+        self._load(columns[0])
 
-    def load(self, title: str) -> Column:
-        """Return a ControlNet by its title, with the pipeline it draws with at hand.
+    def _column(self, title: str) -> Column:
+        """Return a ControlNet by its title.
 
         Raises:
             ConfigError: there is none of that title.
         """
         if title not in self.columns:
             raise ConfigError(f"no ControlNet {title!r}; there are {', '.join(self.columns)}.")
-        column = self.columns[title]
-        if self._loaded != title:
+        return self.columns[title]
+
+    def _load(self, column: Column) -> None:
+        """Have the pipeline that a ControlNet draws with at hand."""
+        if self._loaded != column.title:
             self._pipeline, self._loaded = None, None  # room first
             self._pipeline = load_pipeline(self.config, self.base, column.folders)
             self._pipeline.set_progress_bar_config(disable=True)
-            self._loaded = title
-        return column
+            self._loaded = column.title
 
     def draw(
         self,
@@ -104,7 +113,31 @@ class Studio:
             )
         if not 1 <= num_inference_steps <= self.config.most_steps:
             raise ConfigError(f"{num_inference_steps} steps: 1 to {self.config.most_steps}.")
-        column = self.load(title)
+        if not 0 <= seed < 2**63:
+            raise ConfigError(f"Seed {seed}: 0 to {2**63 - 1}.")
+        with self._busy:
+            return self._draw(
+                conditioning,
+                prompt,
+                negative_prompt,
+                title,
+                seed=seed,
+                num_inference_steps=num_inference_steps,
+                guidance_scale=guidance_scale,
+                controlnet_conditioning_scale=controlnet_conditioning_scale,
+            )
+
+    def _draw(
+        self,
+        conditioning: Image.Image,
+        prompt: str,
+        negative_prompt: str,
+        title: str,
+        *,
+        seed: int,
+        **settings: Any,
+    ) -> Path:
+        column = self._column(title)
         number = next(self._numbers)
         drawing = self.config.output_dir / f"{number:05d}-conditioning.png"
         save_png(drawing, conditioning)
@@ -117,16 +150,16 @@ class Studio:
                 "negative_prompt": negative_prompt,
                 "image": (drawing,),
                 "seed": (seed,),
-                "num_inference_steps": num_inference_steps,
-                "guidance_scale": guidance_scale,
-                "controlnet_conditioning_scale": controlnet_conditioning_scale,
+                **settings,
             }
         )
         wanted = Wanted(prompt, negative_prompt, (control,), (seed,))
         (picture,) = pictures_of(config, column, [wanted], 1)
         try:
-            (drawn,) = draw(self._pipeline, [picture], picture.size, column, None, config)
+            self._load(column)
+            (drawn,) = draw(self._pipeline, [picture], column, None, config)
         except torch.OutOfMemoryError as error:
+            self._pipeline, self._loaded = None, None
             raise RunError(
                 "Out of memory. Starting the page with --offload model, --quantize-base int8 or "
                 "--dtype bfloat16 helps."
@@ -136,8 +169,9 @@ class Studio:
         return path
 
     def _free_numbers(self) -> Iterator[int]:
-        taken = [path.stem for path in self.config.output_dir.glob("[0-9]*.png")]
-        return itertools.count(1 + max((int(stem.split("-")[0]) for stem in taken), default=0))
+        names = (path.name for path in self.config.output_dir.glob("*.png"))
+        taken = [int(found[1]) for name in names if (found := NUMBERED.match(name))]
+        return itertools.count(1 + max(taken, default=0))
 
 
 def _shared(config: PipelineConfig) -> dict[str, Any]:
@@ -162,19 +196,19 @@ def page(studio: Studio) -> gr.Blocks:
         prompt: str,
         negative_prompt: str,
         title: str,
-        seed: float,
+        seed: float | None,
         steps: float,
         guidance: float,
         scale: float,
         shown: list[tuple[str, str]] | None,
-    ) -> list[tuple[str, str]]:
+    ) -> list[tuple[Any, str]]:
         try:
             path = studio.draw(
                 _flattened(editor),
                 prompt,
                 negative_prompt,
                 title,
-                seed=int(seed),
+                seed=int(seed or 0),
                 num_inference_steps=int(steps),
                 guidance_scale=float(guidance),
                 controlnet_conditioning_scale=float(scale),
@@ -183,12 +217,17 @@ def page(studio: Studio) -> gr.Blocks:
             raise gr.Error(str(error)) from error
         except OSError as error:
             raise gr.Error(f"The picture cannot be kept: {error.strerror or error}.") from error
-        about = f"{prompt}. {title}, seed {int(seed)}, {int(steps)} steps, guidance {guidance:g}, "
-        return [(str(path), f"{about}strength {scale:g}"), *(shown or [])]
+        about = f"{prompt}. {title}, seed {int(seed or 0)}, {int(steps)} steps, "
+        # What is sent is the picture alone: its file also says where on this machine things are.
+        with Image.open(path) as picture:
+            alone = Image.fromarray(np.asarray(picture))
+        return [(alone, f"{about}guidance {guidance:g}, strength {scale:g}"), *(shown or [])]
 
     # Lines are light on black, as outlines, Canny and HED are.
     black = Image.new("RGB", (width, height))
-    with gr.Blocks(title="SD3 ControlNet", analytics_enabled=False) as blocks:
+    with gr.Blocks(
+        title="SD3 ControlNet", analytics_enabled=False, delete_cache=(CLEANED_S, CLEANED_S)
+    ) as blocks:
         gr.Markdown("## Draw, and have it followed")
         # Over the whole width: beside something else the editor puts its canvas out of place.
         editor = gr.ImageEditor(
@@ -215,10 +254,20 @@ def page(studio: Studio) -> gr.Blocks:
                 button = gr.Button("Draw", variant="primary", elem_id="draw")
                 title = gr.Dropdown(titles, value=titles[0], label="ControlNet")
                 scale = gr.Slider(
-                    0, 2, config.controlnet_conditioning_scale, step=0.05, label="Strength"
+                    0,
+                    max(MOST_STRENGTH, config.controlnet_conditioning_scale),
+                    config.controlnet_conditioning_scale,
+                    step=0.05,
+                    label="Strength",
                 )
                 negative = gr.Textbox(label="Negative prompt", value=config.negative_prompt)
-                guidance = gr.Slider(1, 15, config.guidance_scale, step=0.5, label="Guidance")
+                guidance = gr.Slider(
+                    min(1.0, config.guidance_scale),
+                    max(MOST_GUIDANCE, config.guidance_scale),
+                    config.guidance_scale,
+                    step=0.5,
+                    label="Guidance",
+                )
                 steps = gr.Slider(
                     1, config.most_steps, config.num_inference_steps, step=1, label="Steps"
                 )
@@ -270,13 +319,13 @@ def serve(config: ServeConfig, *, blocks_thread: bool = True) -> gr.Blocks:
     studio = Studio(config)
     write_run(config.output_dir, "serve", config)
     blocks = page(studio)
-    blocks.queue(max_size=config.most_waiting, default_concurrency_limit=1)
+    # All goes through the queue, by the page or not.
+    blocks.queue(max_size=config.most_waiting, default_concurrency_limit=1, api_open=False)
     try:
         blocks.launch(
             server_name=config.host,
             server_port=config.port,
             max_file_size=f"{config.most_upload_mb}mb",
-            allowed_paths=[str(config.output_dir.absolute())],
             footer_links=[],
             css=CSS,
             quiet=True,

@@ -107,14 +107,14 @@ def _wanted(entry: _Entry, config: GenerateConfig, known: dict[Path, Control]) -
 def _from_options(config: GenerateConfig) -> list[_Entry]:
     count = len(config.controlnet) if config.combine else 1
     paths = config.image
-    if count > 1 and len(paths) not in (1, len(config.prompt)) and not len(paths) % count:
+    if count > 1 and len(paths) > 1:
         groups = [paths[at : at + count] for at in range(0, len(paths), count)]
         prompts = config.prompt * (len(groups) if len(config.prompt) == 1 else 1)
         groups *= len(prompts) if len(groups) == 1 else 1
-        if len(prompts) != len(groups):
+        if len(prompts) != len(groups) or len(paths) % count:
             raise ConfigError(
                 f"{len(config.prompt)} --prompt and {len(paths)} --image for {count} ControlNets: "
-                f"give {count} images for each prompt, or {count} in all."
+                f"give {count} images for each prompt, {count} in all, or one."
             )
         return [
             _Entry("--image", prompt, group) for prompt, group in zip(prompts, groups, strict=True)
@@ -149,7 +149,7 @@ def _from_file(path: Path) -> Iterator[_Entry]:
         else:
             lines = [
                 (f"{path}, line {number}:", json.loads(line))
-                for number, line in enumerate(text.splitlines(), 1)
+                for number, line in enumerate(text.split("\n"), 1)
                 if line.strip()
             ]
     except OSError as error:

@@ -219,7 +219,7 @@ def _use_config_files(
     for path in paths:
         with user_errors():
             settings = read_section(path, section, config_class)
-        ctx.default_map = {**(ctx.default_map or {}), **settings}
+        _take_for_defaults(ctx, "config", settings)
     return paths
 
 
@@ -229,8 +229,15 @@ def _use_settings_of(
     if path is not None and like is not None:
         with user_errors():
             settings = like(path)
-        ctx.default_map = {**(ctx.default_map or {}), **settings}
+        _take_for_defaults(ctx, "like", settings)
     return path
+
+
+def _take_for_defaults(ctx: click.Context, origin: str, settings: dict[str, Any]) -> None:
+    """Have settings stand where no flag is given; those of `--like` win over `--config`'s."""
+    given = ctx.meta.setdefault("settings", {"config": {}, "like": {}})
+    given[origin] |= settings
+    ctx.default_map = {**given["config"], **given["like"]}
 
 
 def os_error_line(error: OSError) -> str:

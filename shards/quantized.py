@@ -73,7 +73,9 @@ class _Product(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, inputs: Tensor, values: Tensor, scale: Tensor) -> Tensor:
         ctx.values, ctx.scale = values, scale
-        return inputs @ values.t().to(inputs.dtype) * scale.t().to(inputs.dtype)
+        weight, row = values.t().to(inputs.dtype), scale.t().to(inputs.dtype)
+        # A product of numbers up to 448 would be too large for float16.
+        return inputs @ (weight * row) if inputs.dtype == torch.float16 else inputs @ weight * row
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:

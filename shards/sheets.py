@@ -45,6 +45,12 @@ def contact_sheet(
     return sheet
 
 
+def thumbnail(path: Path) -> Image.Image:
+    """Return a picture in the size of a sheet's cell, its file closed."""
+    with Image.open(path) as image:
+        return ImageOps.contain(image.convert("RGB"), (CELL_PX, CELL_PX), Image.Resampling.LANCZOS)
+
+
 def save_png(path: Path, picture: Image.Image, info: PngInfo | None = None) -> None:
     """Save a picture, and what its file says beside it, whole or not at all."""
     with atomic_file(path) as file:

@@ -21,6 +21,7 @@ from infer.score import WITHOUT, curve, score
 from infer.statistics import Summary
 from precompute.images import fit
 from shards.errors import ConfigError
+from shards.pretrained import DATA_KEY
 from tests.conftest import RESOLUTION_PX, Outcome, awaken, flags
 
 SIDE = 128
@@ -205,6 +206,24 @@ def test_checkpoints_side_by_side(config: ScoreConfig, tmp_path: Path) -> None:
     with Image.open(config.output_dir / "curve.png") as image:
         assert image.width > 5 * 300
     assert RESOLUTION_PX == 64
+
+
+def test_pictures_of_several_sizes(config: ScoreConfig, houses: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "bucketed"
+    shutil.copytree(config.controlnet[0], folder)
+    values = json.loads((folder / "config.json").read_text())
+    values[DATA_KEY]["buckets"] = [[64, 64], [64, 96]]
+    (folder / "config.json").write_text(json.dumps(values))
+    for kind in ("source", "target"):
+        path = houses / kind / "1.png"
+        Image.open(path).resize((192, 128)).save(path)
+    score(replace(config, controlnet=(str(folder),), batch_size=3, measure=("targets",)))
+    sizes = [
+        Image.open(config.output_dir / WITHOUT / f"00{number}.png").size for number in range(3)
+    ]
+    assert sizes == [(64, 64), (96, 64), (64, 64)]
+    with pytest.raises(ConfigError, match="trained on other sizes than"):
+        score(replace(config, controlnet=(config.controlnet[0], str(folder))))
 
 
 def summary(mean: float) -> Summary:

@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import urllib.error
+import urllib.request
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -158,6 +160,29 @@ def test_a_port_that_is_taken_ends_in_one_line(
     outcome = command("infer", "serve", *flags(config))
     assert outcome.exit_code == 2
     assert f"--port {config.port}: cannot listen there" in outcome.output
+
+
+def test_more_steps_than_may_be_asked_for(config: ServeConfig) -> None:
+    with pytest.raises(ConfigError, match="--num-inference-steps 6: --most-steps is 5"):
+        replace(config, num_inference_steps=6)
+
+
+def test_nothing_but_the_picture_is_sent(page: str, config: ServeConfig, tmp_path: Path) -> None:
+    ring().save(tmp_path / "ring.png")
+    (shown,) = ask(page, tmp_path / "ring.png")
+    with Image.open(str(shown["image"])) as sent:
+        assert metadata.KEY not in sent.info
+    for name in ("00001.png", "run.json"):
+        with pytest.raises(urllib.error.HTTPError, match="403"):
+            urllib.request.urlopen(f"{page}/gradio_api/file={config.output_dir / name}")
+    # Past the queue nobody comes.
+    body = json.dumps({"data": []}).encode()
+    asked = urllib.request.Request(
+        f"{page}/gradio_api/run/draw", body, {"Content-Type": "application/json"}
+    )
+    with pytest.raises(urllib.error.HTTPError):
+        urllib.request.urlopen(asked)
+    assert not (config.output_dir / "00002.png").exists()
 
 
 @pytest.mark.parametrize("name", ["port", "most_waiting", "most_upload_mb", "most_steps"])

@@ -151,6 +151,24 @@ def test_two_controlnets_together(config: GenerateConfig, second: Path) -> None:
         generate(replace(both, controlnet=(*config.controlnet, str(changed))))
 
 
+def test_each_controlnet_gets_its_own_image(config: GenerateConfig, second: Path) -> None:
+    both = replace(config, controlnet=(*config.controlnet, str(second)), combine=True)
+    # Two prompts and two images: an image for each ControlNet, both for every prompt.
+    generate(both)
+    for number in (0, 1):
+        (expected,) = stock(
+            config,
+            *both.controlnet,
+            prompt=[PROMPTS[number]],
+            control_image=[[fitted(path)] for path in config.image],
+            controlnet_conditioning_scale=[1.0, 1.0],
+            seed=7,
+        )
+        assert np.array_equal(picture(config, f"00{number}"), expected)
+    with pytest.raises(ConfigError, match="2 --prompt and 3 --image for 2 ControlNets"):
+        generate(replace(both, image=(*config.image, config.image[0])))
+
+
 def test_prompts_of_the_cache_need_no_text_encoder(
     config: GenerateConfig, cache: Path, tmp_path: Path
 ) -> None:
@@ -257,8 +275,62 @@ def test_what_is_drawn_already_is_left(
     with monkeypatch.context() as patched:
         patched.setattr("infer.generate.load_pipeline", None)
         generate(config)
+    capsys.readouterr()
     generate(replace(config, guidance_scale=2.0))
+    assert "2 that were drawn otherwise are replaced" in capsys.readouterr().out
     assert (config.output_dir / "000.png").stat().st_mtime_ns > before
+
+
+def test_what_was_drawn_together_is_drawn_together_again(config: GenerateConfig) -> None:
+    three = replace(
+        config, prompt=(*PROMPTS, PROMPTS[0]), image=(*config.image, config.image[0]), batch_size=2
+    )
+    generate(three)
+    first = [picture(config, f"00{number}") for number in range(3)]
+    for number in (1, 2):
+        (config.output_dir / f"00{number}.png").unlink()
+    before = (config.output_dir / "000.png").stat().st_mtime_ns
+    generate(three)
+    assert (config.output_dir / "000.png").stat().st_mtime_ns == before
+    for number in range(3):
+        assert np.array_equal(picture(config, f"00{number}"), first[number])
+    drawn = [metadata.read(config.output_dir / f"00{number}.png")["drawn"] for number in range(3)]
+    assert drawn == [{"device": "cpu", "batch": place} for place in ([0, 2], [1, 2], [0, 1])]
+
+
+def test_a_changed_configuration_draws_anew(config: GenerateConfig, tmp_path: Path) -> None:
+    folder = tmp_path / "out"
+    shutil.copytree(config.controlnet[0], folder)
+    own = replace(config, controlnet=(str(folder),))
+    generate(own)
+    first = picture(own, "000")
+    values = json.loads((folder / "config.json").read_text())
+    values[DATA_KEY]["conditioning_range"] = "0_1"
+    (folder / "config.json").write_text(json.dumps(values))
+    generate(own)
+    assert not np.array_equal(picture(own, "000"), first)
+
+
+def test_like_wins_over_configurations_and_tells_of_changes(
+    config: GenerateConfig, command: Callable[..., Outcome], tmp_path: Path
+) -> None:
+    folder = tmp_path / "out"
+    shutil.copytree(config.controlnet[0], folder)
+    generate(replace(config, controlnet=(str(folder),), batch_size=2))
+    toml = tmp_path / "run.toml"
+    toml.write_text('[infer]\nprompt = ["another"]\nshift = 9.0\nresolution = 32\nseed = [5]\n')
+    (folder / "config.json").write_text((folder / "config.json").read_text() + "\n")
+    file, again = config.output_dir / "001.png", tmp_path / "again"
+    for order in (("--like", file, "--config", toml), ("--config", toml, "--like", file)):
+        outcome = command(
+            *("infer", "generate", *order, "--output-dir", again, "--device", "cpu"),
+        )
+        assert outcome.exit_code == 0, outcome.output
+        settings = metadata.read(again / "000.png")["settings"]
+        assert settings == metadata.read(file)["settings"]
+        assert f"{folder} has changed since" in outcome.output
+        assert "was drawn in a batch" in outcome.output
+        shutil.rmtree(again)
 
 
 def test_other_weights_draw_anew(config: GenerateConfig, second: Path, tmp_path: Path) -> None:
@@ -386,6 +458,8 @@ def test_where_models_go() -> None:
     assert placement.choose(sizes, WORKING_BYTES + 8) == "sequential"
     without_text = {"transformer": 4, "controlnet": 2}
     assert placement.choose(without_text, WORKING_BYTES + 5) == "sequential"
+    assert placement.choose(without_text, WORKING_BYTES + 5, quantized=True) == "model"
+    assert placement.choose(sizes, 2 * WORKING_BYTES + 15, pictures=2) == "model"
 
 
 def test_the_nearest_bucket_is_taken(config: GenerateConfig, tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from torch import Tensor
 from shards.errors import RunError
 from tests.conftest import Outcome, Spoil, flags
 from tests.test_train_run import same, weights
-from train import checkpoints, setup
+from train import assembly, checkpoints
 from train.config import TrainConfig
 from train.run import train
 
@@ -78,7 +78,7 @@ def test_a_step_that_is_left_out_changes_nothing(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     if not fused:
-        monkeypatch.setattr(setup, "make_optimizer", plain_adamw)
+        monkeypatch.setattr(assembly, "make_optimizer", plain_adamw)
     in_batch(2, spoil)
     config = replace(train_config, on_nonfinite="skip", checkpointing_steps=1)
     train(config)

@@ -56,6 +56,31 @@ def test_what_only_moves_numbers_gives_the_same_bits(
     assert same(other.output_dir, unclipped.output_dir)
 
 
+def test_host_memory_is_taken_in_large_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(optimizer, "PIECE_BYTES", 1024)
+    kind: Any = type("Adam", (optimizer.WeightByWeight, torch.optim.AdamW), {})
+    adam = kind([nn.Parameter(torch.zeros(1))], offload=True)
+    cpu = torch.device("cpu")
+    homes = [adam._home(torch.zeros(100), cpu) for _ in range(3)]
+    large = adam._home(torch.zeros(30, 20), cpu)
+    starts = [home.untyped_storage().data_ptr() for home in homes]
+    assert starts[0] == starts[1] != starts[2]
+    assert homes[1].data_ptr() - homes[0].data_ptr() == 4 * 128  # 100, to a multiple of 64
+    assert large.shape == (30, 20)
+    assert large.untyped_storage().nbytes() == 2400
+
+
+@pytest.mark.usefixtures("visiting")
+def test_state_in_8_bit_goes_on_from_host_memory(unclipped: TrainConfig, tmp_path: Path) -> None:
+    pytest.importorskip("bitsandbytes")
+    whole = replace(unclipped, lr_scheduler="constant", use_8bit_adam=True, offload_optimizer=True)
+    train(whole)
+    halves = replace(whole, output_dir=tmp_path / "halves", resume_from_checkpoint="latest")
+    train(replace(halves, max_train_steps=2))
+    train(halves)
+    assert same(halves.output_dir, whole.output_dir)
+
+
 @pytest.mark.usefixtures("visiting")
 @pytest.mark.parametrize("option", ["fused_backward_pass", "offload_optimizer"])
 def test_checkpoints_go_on_with_and_without(
@@ -81,8 +106,21 @@ def test_what_is_offloaded_is_in_host_memory() -> None:
             assert adam.state[large]["exp_avg"].device.type == "cpu"
             assert adam.state[large]["exp_avg_sq"].device.type == "cpu"
             assert adam.state[small]["exp_avg"].device.type == "cuda"
-        adam.load_state_dict(adam.state_dict())
+        moved: list[str] = []
+        to = Tensor.to
+
+        def watched(self: Tensor, device: Any, **more: Any) -> Tensor:
+            moved.append(f"{self.numel()} to {torch.device(device).type}")
+            return to(self, device, **more)
+
+        state = adam.state_dict()
+        with pytest.MonkeyPatch.context() as patched:
+            patched.setattr(Tensor, "to", watched)
+            adam.load_state_dict(state)
         assert adam.state[large]["exp_avg"].device.type == "cpu"
+        assert adam.state[small]["exp_avg"].device.type == "cuda"
+        # Not for a moment is a large one on the device.
+        assert not any(one.startswith("8192") for one in moved)
 
 
 def test_activations_go_to_the_host_and_weights_stay(visiting: None) -> None:
@@ -290,6 +328,16 @@ def test_products_in_8_bit_round_both_sides() -> None:
     exact = upstream.float() @ rounded
     # Three bits of the significand: the error is at most 1/16 and evenly spread about 0.027.
     assert 0.01 < (gradient - exact).norm() / exact.norm() < 0.04
+
+
+def test_products_in_float16_do_not_overflow() -> None:
+    torch.manual_seed(0)
+    plain = nn.Linear(512, 64).requires_grad_(False)
+    layer = RowLinear(plain, torch.float8_e4m3fn, fp8_matmul=False)
+    layer.bias = nn.Parameter(plain.bias.half(), requires_grad=False)
+    inputs = 100 * torch.randn(64, 512)
+    found = layer(inputs.half()).float()
+    assert (found - plain(inputs)).norm() < 0.04 * plain(inputs).norm()
 
 
 def test_products_in_8_bit_need_weights_in_8_bit(unclipped: TrainConfig) -> None:

@@ -34,6 +34,7 @@ WAY_NAMES: dict[Way, str] = {
     "deepspeed": "DeepSpeed",
 }
 ZERO_STAGES = (2, 3)
+FP8_CAPABILITY = (8, 9)  # Ada; Hopper is 9.0
 
 
 def way(accelerator: Accelerator) -> Way:
@@ -63,6 +64,15 @@ def check(accelerator: Accelerator, config: TrainConfig) -> None:
             num_processes=accelerator.num_processes,
             scales=accelerator.scaler is not None,
         )
+    device = accelerator.device
+    if config.fp8_matmul and device.type == "cuda":
+        capability = torch.cuda.get_device_capability(device)
+        if capability < FP8_CAPABILITY:
+            raise ConfigError(
+                f"--fp8-matmul: {torch.cuda.get_device_name(device)} has none (compute capability "
+                f"{'.'.join(map(str, capability))}, {'.'.join(map(str, FP8_CAPABILITY))} is "
+                "needed); leave it out, --quantize-base fp8 works without."
+            )
     if config.bf16_weights:
         if accelerator.num_processes > 1:
             raise ConfigError("--bf16-weights: each process would round in its own way; use one.")

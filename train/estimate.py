@@ -1,5 +1,6 @@
 """What a run will take of a device's memory, and what would make it less."""
 
+import os
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
@@ -10,7 +11,7 @@ from shards.pretrained import find_base, find_controlnet, read_config
 from shards.streaming import open_files
 from train import models
 from train.config import TrainConfig
-from train.simulation import Sizes, simulate
+from train.simulation import Sizes, mixed_precision, simulate
 
 GB = 1e9
 # What may help; each with the settings that it needs beside it.
@@ -86,7 +87,8 @@ def report(config: TrainConfig, sizes: Sizes) -> str:
     """Return what a run will take, part by part, in lines."""
     found = simulate(config, sizes)
     height, width = (side * 8 for side in sizes.latent)
-    lines = [f"device memory, {config.train_batch_size} x {width} x {height} px a batch, in GB:"]
+    samples = f"{config.train_batch_size} x {width} x {height} px a batch"
+    lines = [f"memory of one device, nothing shared out, {samples}, in GB:"]
     lines += [f"{size / GB:8.2f}  {part}" for part, size in found.step.items() if size]
     lines.append(f"{sum(found.step.values()) / GB:8.2f}  a step at its fullest")
     if found.validation:
@@ -107,7 +109,7 @@ def advice(config: TrainConfig, sizes: Sizes) -> str:
 
 def _changes(config: TrainConfig) -> Iterator[dict[str, Any]]:
     """Give changes to settings, without what is as it is."""
-    changes = list(REMEDIES)
+    changes = [change for change in REMEDIES if _goes(config, change)]
     if config.train_batch_size > 1:
         half, double = config.train_batch_size // 2, config.gradient_accumulation_steps * 2
         changes.append({"train_batch_size": half, "gradient_accumulation_steps": double})
@@ -115,6 +117,14 @@ def _changes(config: TrainConfig) -> Iterator[dict[str, Any]]:
         real = {name: to for name, to in change.items() if getattr(config, name) != to}
         if real:
             yield real
+
+
+def _goes(config: TrainConfig, change: dict[str, Any]) -> bool:
+    """Tell whether the run could be made so: see `train.distribution.check`."""
+    alone = int(os.environ.get("WORLD_SIZE", "1")) == 1
+    if "fused_backward_pass" in change:
+        return alone and mixed_precision(config) != "fp16"
+    return alone or "bf16_weights" not in change
 
 
 def _flag(name: str, value: Any) -> str:

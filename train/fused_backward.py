@@ -57,8 +57,10 @@ class FusedBackward:
         self.optimizer = optimizer
         (self.group,) = optimizer.param_groups
         self._bad: list[Tensor] = []
-        for parameter in self.group["params"]:
+        self._hooks = [
             parameter.register_post_accumulate_grad_hook(self._step)
+            for parameter in self.group["params"]
+        ]
 
     def bad(self) -> Tensor:
         """Return whether any gradient since the last call was not finite: 1 or 0, float32, [].
@@ -67,6 +69,11 @@ class FusedBackward:
         """
         found, self._bad = torch.stack(self._bad).amax(), []
         return found
+
+    def close(self) -> None:
+        """Let go of the weights, which would otherwise hold on to themselves by their hooks."""
+        for hook in self._hooks:
+            hook.remove()
 
     def _step(self, parameter: Tensor) -> None:
         assert parameter.grad is not None

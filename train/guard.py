@@ -18,6 +18,7 @@ from shards.errors import RunError
 LISTED_SAMPLES = 8
 LEFT_OUT = "Its update was left out."
 TOO_LATE = "Its update was made: go on from the last checkpoint."
+IN_PART = "Weights whose own gradients were finite were updated: go on from the last checkpoint."
 ADVICE = (
     "A lower --learning-rate or --mixed-precision bf16 may help; python "
     "-m shards verify looks for damaged numbers; --on-nonfinite skip goes on without such steps."
@@ -58,6 +59,7 @@ class Guard:
         scaler: accelerate's, for fp16: it leaves steps out itself, and infinite gradients are how
             it finds its scale; then only losses are watched.
         too_late: whether the step has been taken when its norm is known, as DeepSpeed does.
+        in_part: whether weights step one by one, so that some may have before a bad one comes.
         stop: whether to end the run at the first bad step, or to go on.
         name: of the sample at a place.
         say: prints a line.
@@ -69,6 +71,7 @@ class Guard:
         scaler: Any,
         *,
         too_late: bool,
+        in_part: bool = False,
         stop: bool,
         name: Callable[[int], str],
         say: Callable[[str], None],
@@ -76,6 +79,7 @@ class Guard:
         self.optimizer = optimizer
         self.scaler = scaler
         self.too_late = too_late
+        self.in_part = in_part
         self.stop = stop
         self.name = name
         self.say = say
@@ -143,8 +147,9 @@ class Guard:
         )
         line = f"step {report.step}: {what} {keys}."
         if self.stop:
-            raise RunError(f"{line} {TOO_LATE if self.too_late else LEFT_OUT} {ADVICE}")
-        self.say(f"{line} Left out.")
+            done = TOO_LATE if self.too_late else IN_PART if self.in_part else LEFT_OUT
+            raise RunError(f"{line} {done} {ADVICE}")
+        self.say(f"{line} Left out{', but for weights with finite gradients' * self.in_part}.")
 
     def sums(self) -> Tensor:
         """Return sum and number of the losses since the last call, [2], and start anew."""

@@ -55,6 +55,7 @@ def take_steps(run: Run) -> tuple[TrainState, Signals | None]:
         run.optimizer.optimizer,
         accelerator.scaler,
         too_late=way(accelerator) == "deepspeed",
+        in_part=run.fused is not None,
         stop=config.on_nonfinite == "stop",
         name=samples.key,
         say=tqdm.write,

@@ -30,9 +30,8 @@ class OffloadedActivations(saved_tensors_hooks):
             small = tensor.nbytes < SMALLEST_BYTES
             if small or tensor.untyped_storage().data_ptr() in weights:
                 return tensor
-            host = torch.empty(
-                tensor.shape, dtype=tensor.dtype, pin_memory=tensor.device.type == "cuda"
-            )
+            # Strides and all: another layout might have another kernel compute.
+            host = torch.empty_like(tensor, device="cpu", pin_memory=tensor.device.type == "cuda")
             return tensor.device, host.copy_(tensor, non_blocking=True)
 
         def unpack(packed: Tensor | tuple[torch.device, Tensor]) -> Tensor:

@@ -12,6 +12,7 @@ from train.config import TrainConfig
 
 # Smaller ones are not worth a trip.
 VISITING_NUMBERS = 4096
+PIECE_BYTES, ALIGNMENT_NUMBERS = 1 << 28, 64
 
 
 def peak_learning_rate(config: TrainConfig, step_samples: int) -> float:
@@ -77,6 +78,7 @@ class WeightByWeight(torch.optim.Optimizer):
     def __init__(self, parameters: list[Any], *, offload: bool, **more: Any) -> None:
         super().__init__(parameters, **more)
         self.offload = offload
+        self._pieces: dict[torch.dtype, tuple[Tensor, int]] = {}
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
@@ -94,47 +96,67 @@ class WeightByWeight(torch.optim.Optimizer):
             group["params"] = everything
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore; state goes where it is kept, in the precision that it was in."""
-        super().load_state_dict(state_dict)
+        """Restore; state goes where it is kept, in the precision that it was in.
+
+        The optimiser's own way would cast it to its weight's precision, and would have all of it
+        on the device for a moment.
+        """
+        super().load_state_dict(state_dict | {"state": {}})
         saved = state_dict["state"]
         for number, parameter in enumerate(self.param_groups[0]["params"]):
-            for name, exact in saved.get(number, {}).items():
-                if isinstance(exact, Tensor):
-                    where = self.state[parameter][name].device
-                    self.state[parameter][name] = exact.to(where)
-            if self.offload:
-                _send_home(self.state[parameter], {})
+            state = self.state[parameter]
+            for name, value in _unpacked(saved.get(number, {})).items():
+                if not isinstance(value, Tensor):
+                    state[name] = value
+                elif self.offload and _travels(value):
+                    state[name] = self._home(value, parameter.device).copy_(value)
+                else:
+                    state[name] = value.to(parameter.device, copy=True)
 
     @contextlib.contextmanager
     def _visiting(self, state: dict[str, Any]) -> Iterator[None]:
         """Have a weight's state on the weight's device meanwhile."""
-        homes = dict(state)
-        if self.offload:
-            (parameter,) = self.param_groups[0]["params"]
-            for name, tensor in homes.items():
-                if _travels(tensor):
-                    state[name] = tensor.to(parameter.device, non_blocking=True)
+        if not self.offload:
+            yield
+            return
+        (parameter,) = self.param_groups[0]["params"]
+        homes = {name: tensor for name, tensor in state.items() if _travels(tensor)}
+        for name, tensor in homes.items():
+            state[name] = tensor.to(parameter.device, non_blocking=True)
         yield
-        if self.offload:
-            _send_home(state, homes)
+        # Nobody waits: later visits and readers of a step's results come after these copies.
+        for name, tensor in state.items():
+            if _travels(tensor):
+                home = homes[name] if name in homes else self._home(tensor, tensor.device)
+                state[name] = home.copy_(tensor, non_blocking=True)
+
+    def _home(self, like: Tensor, device: torch.device) -> Tensor:
+        """Return host memory for a tensor, pinned where a GPU is to reach it.
+
+        Pinned memory comes in powers of two; so it is taken in large pieces and given out in parts,
+        of one number format each, as torch.save wants it.
+        """
+        piece, start = self._pieces.get(like.dtype, (torch.empty(0, dtype=like.dtype), 0))
+        count = like.numel()
+        if start + count > len(piece):
+            size = max(PIECE_BYTES // like.element_size(), count)
+            pinned = device.type == "cuda"
+            piece, start = torch.empty(size, dtype=like.dtype, pin_memory=pinned), 0
+        end = start + -(-count // ALIGNMENT_NUMBERS) * ALIGNMENT_NUMBERS
+        self._pieces[like.dtype] = piece, end
+        return piece[start : start + count].view(like.shape)
 
 
 def _travels(tensor: Any) -> bool:
     return isinstance(tensor, Tensor) and tensor.numel() >= VISITING_NUMBERS
 
 
-def _send_home(state: dict[str, Any], homes: dict[str, Tensor]) -> None:
-    """Copy state to host memory: where it came from, or somewhere new.
-
-    Nobody waits: later visits and readers of a step's results come after these copies.
-    """
-    for name, tensor in state.items():
-        if not _travels(tensor):
-            continue
-        if name not in homes:
-            pinned = tensor.device.type == "cuda"
-            homes[name] = torch.empty_like(tensor, device="cpu", pin_memory=pinned)
-        state[name] = homes[name].copy_(tensor, non_blocking=True)
+def _unpacked(state: dict[str, Any]) -> dict[str, Any]:
+    """Return a weight's saved state; bitsandbytes has part of its own in a dictionary within."""
+    found: dict[str, Any] = {}
+    for name, value in state.items():
+        found |= value if isinstance(value, dict) else {name: value}
+    return found
 
 
 @contextlib.contextmanager

@@ -1,5 +1,7 @@
 """Stage 2 from front to back: networks, loop, the trained ControlNet."""
 
+import contextlib
+import os
 import sys
 from collections.abc import Iterator
 from signal import SIGTERM
@@ -29,15 +31,18 @@ def train(config: TrainConfig) -> None:
         SystemExit: a signal ended the run, with its code; 0 for SIGTERM.
     """
     if config.estimate:
-        for lines in _memory(config):
-            click.echo(lines)
+        for part in _memory(config):
+            click.echo(part)
         return
     try:
         _train(config)
     except torch.OutOfMemoryError as error:
-        reason = str(error).splitlines()[0]
-        click.echo("out of memory; finding out what would help …", err=True)
-        raise RunError("\n".join([f"out of memory: {reason}", *_memory(config)])) from error
+        lines = [f"out of memory: {str(error).splitlines()[0]}"]
+        if int(os.environ.get("RANK", "0")) == 0:
+            click.echo(f"{lines[0]} Finding out what would help …", err=True)
+            with contextlib.suppress(Exception):  # whatever it is, the memory is what matters
+                lines += _memory(config)
+        raise RunError("\n".join(lines)) from error
 
 
 def _memory(config: TrainConfig) -> Iterator[str]:
@@ -63,7 +68,11 @@ def _train(config: TrainConfig) -> None:
     if config.push_to_hub and accelerator.is_main_process:
         publish.create_repository(config)
 
-    state, signal = take_steps(run)
+    try:
+        state, signal = take_steps(run)
+    finally:
+        if run.fused is not None:
+            run.fused.close()
 
     accelerator.wait_for_everyone()
     if signal and state.step < run.num_steps:

@@ -261,7 +261,7 @@ class Simulation(ExitStack):
             weight = self.meter.kind(tensor) in ("frozen base", "ControlNet")
             if weight or tensor.nbytes < offload.SMALLEST_BYTES:
                 return tensor
-            self.host += tensor.nbytes
+            self.host += 1 << (tensor.nbytes - 1).bit_length()  # as pinned memory is given out
             return tensor.shape, tensor.dtype
 
         def unpack(packed: Tensor | tuple[torch.Size, torch.dtype]) -> Tensor:

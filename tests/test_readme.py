@@ -1,0 +1,95 @@
+"""What the README and diffusers' own documentation show works on what training leaves."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from infer.config import GenerateConfig
+from infer.generate import generate
+from precompute.images import fit
+from tests.conftest import PROMPTS, REPOSITORY, RESOLUTION_PX, TOKENS
+
+# As diffusers documents the use of what its script trains, on a GPU at 1024 px in float16.
+DOCUMENTED = """
+from diffusers import StableDiffusion3ControlNetPipeline, SD3ControlNetModel
+from diffusers.utils import load_image
+import torch
+
+controlnet = SD3ControlNetModel.from_pretrained(controlnet_path, torch_dtype=torch.float16)
+pipe = StableDiffusion3ControlNetPipeline.from_pretrained(base_model_path, controlnet=controlnet)
+pipe.to("cuda", torch.float16)
+control_image = load_image(image_path).resize((1024, 1024))
+generator = torch.manual_seed(0)
+image = pipe(
+    prompt, num_inference_steps=20, generator=generator, control_image=control_image
+).images[0]
+"""
+ON_A_CPU = {
+    '"cuda", torch.float16': '"cpu", torch.float32',
+    "torch_dtype=torch.float16": "torch_dtype=torch.float32",
+    "1024": str(RESOLUTION_PX),
+    "num_inference_steps=20": f"height={RESOLUTION_PX}, width={RESOLUTION_PX}, "
+    f"max_sequence_length={TOKENS}, num_inference_steps=2",
+}
+
+
+def run(code: str, changes: dict[str, str], names: dict[str, Any]) -> Image.Image:
+    for old, new in changes.items():
+        assert old in code, old
+        code = code.replace(old, new)
+    exec(compile(code, "snippet", "exec"), names)
+    return names["image"]
+
+
+@pytest.fixture
+def config(base: Path, controlnet: Path, circles: Path, tmp_path: Path) -> GenerateConfig:
+    return GenerateConfig(
+        pretrained_model_name_or_path=str(base),
+        controlnet=(str(controlnet),),
+        output_dir=tmp_path / "images",
+        prompt=PROMPTS[:1],
+        image=(circles / "source" / "0.png",),
+        num_inference_steps=2,
+        device="cpu",
+    )
+
+
+def test_the_documented_snippet(config: GenerateConfig, tmp_path: Path) -> None:
+    # The snippet squeezes the whole image; generate's own crop of a square one is the same.
+    square = tmp_path / "square.png"
+    fit(Image.open(config.image[0]).convert("RGB"), RESOLUTION_PX).save(square)
+    found = run(
+        DOCUMENTED,
+        ON_A_CPU,
+        {
+            "base_model_path": config.pretrained_model_name_or_path,
+            "controlnet_path": config.controlnet[0],
+            "image_path": str(square),
+            "prompt": PROMPTS[0],
+        },
+    )
+    generate(config)
+    assert np.array_equal(np.array(found), np.array(Image.open(config.output_dir / "000.png")))
+
+
+def test_the_snippet_of_the_readme(config: GenerateConfig) -> None:
+    text = (REPOSITORY / "README.md").read_text(encoding="utf-8")
+    (code,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    conditioning = fit(Image.open(config.image[0]).convert("RGB"), RESOLUTION_PX)
+    changes = {
+        '"out"': repr(config.controlnet[0]),
+        '"stabilityai/stable-diffusion-3.5-medium"': repr(config.pretrained_model_name_or_path),
+        "torch.bfloat16": "torch.float32",
+        '.to("cuda")': "",
+        '"a prompt"': repr(PROMPTS[0]),
+        "max_sequence_length=77": f"max_sequence_length={TOKENS}, num_inference_steps=2, "
+        f"height={RESOLUTION_PX}, width={RESOLUTION_PX}",
+    }
+    found = run(code, changes, {"torch": torch, "conditioning": conditioning})
+    generate(config)
+    assert np.array_equal(np.array(found), np.array(Image.open(config.output_dir / "000.png")))
