@@ -37,7 +37,7 @@ from shards.provenance import write_run
 from shards.sheets import contact_sheet, save_png, thumbnail
 from shards.streaming import LOCAL_CACHE_GB, open_files
 
-SHEET_ROWS = 50
+SHEET_ROWS = 50  # more make no sheet that anybody looks at
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class Column:
         names: as they were given.
         folders: where they are.
         conventions: how each wants to be driven; of one size and token length.
-        weights: digest of each one's weights.
+        weights: digest of each one's weights and configuration.
     """
 
     title: str

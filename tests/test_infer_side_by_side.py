@@ -1,6 +1,8 @@
 """Several ControlNets, seeds and sources of pairs, each picture beside the stock pipeline's."""
 
+import errno
 import json
+import os
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -28,6 +30,8 @@ from shards.cache import Cache
 from shards.errors import ConfigError, RunError
 from shards.pretrained import DATA_KEY
 from shards.quantized import RowLinear
+from shards.sheets import save_png
+from shards.writer import cannot_write
 from tests.conftest import PROMPTS, RESOLUTION_PX, TOKENS, Outcome, awaken, flags
 
 
@@ -359,6 +363,39 @@ def test_finished_pictures_survive_a_full_memory(
     with pytest.raises(RunError, match=r"(?s)out of memory: CUDA out of memory\. .*--offload"):
         generate(config)
     assert [path.name for path in config.output_dir.glob("*.png")] == ["000.png"]
+
+
+def test_finished_pictures_survive_a_full_disk(
+    config: GenerateConfig, command: Callable[..., Outcome], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    saved = iter(range(2))
+
+    def full(path: Path, *arguments: Any) -> None:
+        if next(saved):
+            raise cannot_write(path, OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), 0)
+        save_png(path, *arguments)
+
+    monkeypatch.setattr("infer.generate.save_png", full)
+    outcome = command("infer", "generate", *flags(config))
+    assert outcome.exit_code == 2
+    assert f"{config.output_dir / '001.png'}: " in outcome.output
+    assert "No space left on device" in outcome.output
+    assert [path.name for path in config.output_dir.glob("*.png")] == ["000.png"]
+
+
+def test_zero_pooled_embeddings_as_instantx_trains(config: GenerateConfig, tmp_path: Path) -> None:
+    folder = tmp_path / "zeros"
+    shutil.copytree(config.controlnet[0], folder)
+    values = json.loads((folder / "config.json").read_text())
+    values["force_zeros_for_pooled_projection"] = True
+    (folder / "config.json").write_text(json.dumps(values))
+    own = replace(config, controlnet=(str(folder),), prompt=PROMPTS[:1], image=config.image[:1])
+    generate(own)
+    arguments = {"prompt": PROMPTS[0], "control_image": [fitted(config.image[0])], "seed": 7}
+    (expected,) = stock(config, str(folder), **arguments)
+    (other,) = stock(config, *config.controlnet, **arguments)
+    assert np.array_equal(picture(own, "000"), expected)
+    assert not np.array_equal(expected, other)
 
 
 PAIRS = {
