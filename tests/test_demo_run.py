@@ -127,7 +127,8 @@ def test_the_benchmark_changes_seed_and_place_alone(tmp_path: Path, seed: int) -
     assert after.circles == replace(
         before.circles, seed=seed, output_dir=tmp_path / "run" / "circles"
     )
-    assert after.train.seed == after.score.seed == after.infer.seed == seed
+    assert after.train.seed == after.score.seed == seed
+    assert after.infer.seed == (seed,)
     assert after.train.output_dir == tmp_path / "run" / "controlnet"
     assert after.train.max_train_steps == before.train.max_train_steps
     assert after.infer.prompt == after.precompute.validation_prompt != before.infer.prompt

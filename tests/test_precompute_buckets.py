@@ -320,6 +320,7 @@ def test_a_changed_annotator_draws_again(
     assert {path: path.stat().st_mtime_ns for path in latents} == latents
 
 
+@pytest.mark.slow
 def test_a_changed_annotator_leaves_other_controls_alone(
     config: PrecomputeConfig, base: Path, tmp_path: Path
 ) -> None:

@@ -27,7 +27,7 @@ def files(cache: Path) -> dict[str, bytes]:
     }
 
 
-@pytest.mark.parametrize("count", [2, 3, 20])
+@pytest.mark.parametrize("count", [2, 3, pytest.param(20, marks=pytest.mark.slow)])
 def test_parts_in_any_order_give_the_bytes_of_one_worker(
     cache: Path, fresh: PrecomputeConfig, capsys: pytest.CaptureFixture[str], count: int
 ) -> None:

@@ -50,7 +50,7 @@ def test_each_trains_and_draws_from_the_same_cache(
     generate(
         GenerateConfig(
             pretrained_model_name_or_path=str(tmp_path / "base"),
-            controlnet=str(config.output_dir),
+            controlnet=(str(config.output_dir),),
             output_dir=tmp_path / "drawn",
             prompt=PROMPTS[:1],
             image=(circles / "source" / "0.png",),

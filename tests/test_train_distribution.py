@@ -6,6 +6,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from accelerate.utils import DistributedType
 
 from shards.errors import ConfigError
@@ -22,6 +23,8 @@ def accelerator(kind: DistributedType, **more: Any) -> Any:
             "distributed_type": kind,
             "gradient_accumulation_steps": 1,
             "num_processes": 2,
+            "device": torch.device("cpu"),
+            "mixed_precision": "bf16",
             "is_fsdp2": True,
             "deepspeed_plugin": plugin,
         }
@@ -31,6 +34,14 @@ def accelerator(kind: DistributedType, **more: Any) -> Any:
 
 FSDP, DEEPSPEED = DistributedType.FSDP, DistributedType.DEEPSPEED
 REFUSED: list[tuple[Any, dict[str, Any], str]] = [
+    (accelerator(DistributedType.MULTI_GPU), {"bf16_weights": True}, "each process would round"),
+    (
+        accelerator(DistributedType.NO, num_processes=1, mixed_precision="no"),
+        {"bf16_weights": True},
+        "--bf16-weights: goes with --mixed-precision bf16",
+    ),
+    (accelerator(FSDP), {"offload_optimizer": True}, "--offload-optimizer: accelerate's own"),
+    (accelerator(DEEPSPEED), {"offload_activations": True}, "--offload-activations: accelerate's"),
     (accelerator(DistributedType.MEGATRON_LM), {}, "set up for MEGATRON_LM"),
     (accelerator(FSDP, is_fsdp2=False), {}, "needs fsdp_version: 2"),
     (accelerator(FSDP), {"use_8bit_adam": True}, "--use-8bit-adam: "),
@@ -86,3 +97,16 @@ def test_checkpoints_go_on_as_they_can(
         return
     with pytest.raises(ConfigError, match=message):
         compatibility.check_same_distribution(folder, state, accelerator(now))
+
+
+def test_products_in_8_bit_need_hardware(
+    train_config: TrainConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = replace(train_config, quantize_base="fp8", fp8_matmul=True)
+    card = accelerator(DistributedType.NO, num_processes=1, device=torch.device("cuda"))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a card")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 6))
+    with pytest.raises(ConfigError, match=r"--fp8-matmul: a card has none .*8\.6, 8\.9 is needed"):
+        distribution.check(card, config)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    distribution.check(card, config)

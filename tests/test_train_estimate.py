@@ -16,7 +16,7 @@ from benchmarks.synthetic import Shape, write_cache
 from demo.base import build_pipeline, save_base
 from shards.pretrained import read_config
 from tests.conftest import Outcome, flags
-from train import loop, simulation
+from train import estimate, loop, simulation
 from train.assembly import assemble
 from train.config import TrainConfig
 from train.data import RankBatches, Samples, loader
@@ -207,6 +207,14 @@ def vae_config(config: TrainConfig) -> dict[str, Any]:
     return read_config(Path(config.pretrained_model_name_or_path), "vae")
 
 
+@pytest.fixture
+def few(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only some of what may be advised is tried."""
+    some = ({"gradient_checkpointing": True}, {"use_8bit_adam": True})
+    monkeypatch.setattr(estimate, "REMEDIES", some)
+
+
+@pytest.mark.usefixtures("few")
 def test_it_is_said_without_any_weights(
     config: TrainConfig, command: Callable[..., Outcome], tmp_path: Path
 ) -> None:
@@ -226,6 +234,7 @@ def test_it_is_said_without_any_weights(
     assert not config.output_dir.exists()
 
 
+@pytest.mark.slow
 def test_what_is_advised_saves_as_much(config: TrainConfig) -> None:
     sizes = find_sizes(config)
     now = simulate(config, sizes).peak
@@ -239,6 +248,7 @@ def test_what_is_advised_saves_as_much(config: TrainConfig) -> None:
     assert not any("checkpointing" in flags for flags in on)
 
 
+@pytest.mark.usefixtures("few")
 def test_out_of_memory_says_what_would_help(
     config: TrainConfig, command: Callable[..., Outcome], monkeypatch: pytest.MonkeyPatch
 ) -> None:
