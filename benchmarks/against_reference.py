@@ -18,6 +18,7 @@ from typing import Any
 
 import click
 import torch
+from matplotlib.figure import Figure
 
 from benchmarks.bases import TRANSFORMERS
 from benchmarks.encoders import save_true_size
@@ -76,8 +77,17 @@ class Job:
     type=click.Path(path_type=Path),
     help="benchmarks/results/against_reference_BASE.json if absent.",
 )
-def main(reference_script: Path, work_dir: Path | None, results: Path | None, **job: Any) -> None:
-    """Do the whole job twice, by each; print a table and write JSON."""
+@click.option(
+    "--chart", type=click.Path(path_type=Path), help="A PNG of ours over the reference's."
+)
+def main(
+    reference_script: Path,
+    work_dir: Path | None,
+    results: Path | None,
+    chart: Path | None,
+    **job: Any,
+) -> None:
+    """Do the whole job twice, by each; print a table, write JSON and draw a chart."""
     wanted = Job(**job)
     with user_errors(), tempfile.TemporaryDirectory() as temporary:
         found = compare(reference_script.absolute(), wanted, work_dir or Path(temporary))
@@ -96,6 +106,8 @@ def main(reference_script: Path, work_dir: Path | None, results: Path | None, **
         theirs, ours = found["reference"][name], found["ours"][name]
         if theirs is not None and ours is not None:
             click.echo(f"{name:40}{theirs:12,.2f}{ours:12,.2f}{ours / theirs:20.2f}")
+    if chart is not None:
+        draw(found, chart)
 
 
 def compare(script: Path, job: Job, folder: Path) -> dict[str, Any]:
@@ -185,6 +197,30 @@ def figures(runs: list[dict[str, Any]], before: float, cached: int) -> dict[str,
         "most device memory, GB": None if device is None else device / 1e9,
         "cached on disk, MB": cached / 1e6,
     }
+
+
+def draw(found: dict[str, dict[str, float | None]], path: Path) -> None:
+    """Draw each figure of ours over the reference's.
+
+    Args:
+        found: figures of both, see `compare`.
+        path: of the PNG.
+    """
+    ratios = {
+        name: ours / theirs
+        for name, theirs in found["reference"].items()
+        if theirs is not None and (ours := found["ours"][name]) is not None
+    }
+    figure = Figure(figsize=(8, 0.4 * len(ratios) + 1), layout="constrained")
+    axes = figure.subplots()
+    bars = axes.barh(list(ratios), list(ratios.values()))
+    axes.bar_label(bars, fmt="%.2f", padding=3)
+    axes.axvline(1, color="black", linewidth=1)
+    axes.invert_yaxis()
+    axes.set_xlabel("ours / train_controlnet_sd3.py")
+    axes.spines[["top", "right"]].set_visible(False)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=120)
 
 
 def watched(program: Path | str, arguments: list[str]) -> dict[str, Any]:

@@ -131,6 +131,16 @@ def test_presets_change_no_samples(tmp_path: Path) -> None:
         assert config.train_batch_size * config.gradient_accumulation_steps == 8
 
 
+def test_ratios_are_drawn(tmp_path: Path) -> None:
+    figures: dict[str, dict[str, float | None]] = {
+        "reference": {"steps a second": 2.0, "most device memory, GB": None},
+        "ours": {"steps a second": 3.0, "most device memory, GB": None},
+    }
+    against_reference.draw(figures, tmp_path / "chart.png")
+    with Image.open(tmp_path / "chart.png") as image:
+        assert image.width > 500
+
+
 def test_figures_of_two_runs() -> None:
     runs = [
         {"start": 100.0, "times": [110.0 + 2 * step for step in range(9)], "host_bytes": 1},
