@@ -10,6 +10,7 @@ from transformers import CLIPTextConfig, CLIPTextModelWithProjection, T5Config, 
 
 from benchmarks.bases import VAE
 from demo.base import clip_tokenizer, t5_tokenizer
+from shards.device import default_dtype
 
 CLIP_TOKENS = 77
 
@@ -23,15 +24,11 @@ def save_true_size(folder: Path, *, dtype: torch.dtype, layers: int | None = Non
         layers: of each text encoder; as many as SD3's have if None.
     """
     torch.manual_seed(0)
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)  # T5 in 32 bit, as it is made, is 19 GB
-    try:
+    with default_dtype(dtype):  # T5 in 32 bit, as it is made, is 19 GB
         for suffix, model in text_encoders(layers):
             model.save_pretrained(folder / f"text_encoder{suffix}")
             tokenizer = t5_tokenizer() if suffix == "_3" else clip_tokenizer(CLIP_TOKENS)
             tokenizer.save_pretrained(folder / f"tokenizer{suffix}")
-    finally:
-        torch.set_default_dtype(before)
     AutoencoderKL.from_config(VAE).save_pretrained(folder / "vae")
 
 

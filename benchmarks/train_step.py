@@ -30,6 +30,7 @@ from benchmarks.encoders import num_parameters
 from benchmarks.presets import cards, forget_accelerator
 from benchmarks.synthetic import Shape, write_cache
 from shards.config_file import read_section
+from shards.device import default_dtype
 from shards.errors import ConfigError, RunError
 from shards.options import CONTEXT, user_errors
 from shards.provenance import commit, machine, versions
@@ -185,13 +186,9 @@ def save_random(folder: Path, transformer: dict[str, Any], *, weights: bool = Tr
         write_text(folder / "transformer/config.json", json.dumps(transformer))
         return
     torch.manual_seed(0)
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(torch.bfloat16)
-    try:
-        with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
-            SD3Transformer2DModel.from_config(transformer).save_pretrained(folder / "transformer")
-    finally:
-        torch.set_default_dtype(before)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    with default_dtype(torch.bfloat16), device:
+        SD3Transformer2DModel.from_config(transformer).save_pretrained(folder / "transformer")
 
 
 def settings_of(row: Row, folder: Path, transformer: dict[str, Any]) -> TrainConfig:

@@ -107,8 +107,8 @@ def like(path: Path) -> tuple[dict[str, Any], list[str]]:
     settings = {name: value for name, value in about["settings"].items() if name in known}
     digests, drawn = about.get("digests", {}), about.get("drawn", {})
     warnings = []
-    for kind, names in (("images", settings.get("image")), ("controlnets", settings["controlnet"])):
-        for name, digest in zip(names or [], digests.get(kind, []), strict=False):
+    for kind, option in (("images", "image"), ("controlnets", "controlnet")):
+        for name, digest in zip(settings.get(option, []), digests.get(kind, []), strict=False):
             place = Path(name)
             if place.exists() and digest_of(place) != digest:
                 warnings.append(f"{name} has changed since {path} was drawn.")

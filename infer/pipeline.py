@@ -23,7 +23,7 @@ from infer.config import PipelineConfig
 from infer.placement import forget_models, place
 from precompute import images
 from precompute.buckets import nearest_buckets
-from shards.device import keep_freed_memory, pick_device
+from shards.device import compile_blocks, keep_freed_memory, pick_device
 from shards.errors import ConfigError, RunError
 from shards.pretrained import (
     DATA_KEY,
@@ -157,9 +157,7 @@ def load_pipeline(
     if config.vae_tiling:
         pipeline.vae.enable_tiling()
     if config.compile:
-        for network in (pipeline.transformer, *nets):
-            for block in network.transformer_blocks:
-                block.compile()
+        compile_blocks(pipeline.transformer, *nets)
     place(
         pipeline,
         config.offload,

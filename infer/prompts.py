@@ -8,7 +8,7 @@ from torch import Tensor
 
 from shards.cache import Cache
 from shards.errors import ConfigError
-from shards.prompts import find_prompt, prompt_embeds
+from shards.prompts import find_prompt, record_embeds
 
 
 class CachedPrompts:
@@ -24,17 +24,20 @@ class CachedPrompts:
         self.max_sequence_length = self._spec.max_sequence_length
         self.unknown: list[str] = []
         self._embeds: dict[str, tuple[Tensor, Tensor]] = {}
-        validation = _validation_records(cache)
+        # Records of validation pairs hold embeddings too.
+        reader = cache.validation
+        validation = {
+            str(reader.about(*place).get("prompt", "")): place for place in reader.places()
+        }
         for prompt in dict.fromkeys(prompts):
-            record = validation.get(prompt)
-            if record is None:
-                key = find_prompt(cache, prompt)
-                record = None if key is None else cache.embeddings(key)
-            if record is None:
+            if prompt in validation:
+                record = cache.validation.tensors(*validation[prompt])
+            elif key := find_prompt(cache, prompt):
+                record = cache.embeddings(key)
+            else:
                 self.unknown.append(prompt)
                 continue
-            embeds = prompt_embeds(record["clip_embeds"][None], record["t5_embeds"][None])[0]
-            self._embeds[prompt] = embeds, record["pooled_embeds"]
+            self._embeds[prompt] = record_embeds(record), record["pooled_embeds"]
 
     def check(self, max_sequence_length: int, transformer: Mapping[str, Any]) -> None:
         """Refuse a ControlNet that wants prompts of another length, or a base of other widths.
@@ -89,13 +92,3 @@ class CachedPrompts:
     ) -> tuple[Tensor, Tensor]:
         embeds, pooled = zip(*(self._embeds[prompt] for prompt in prompts), strict=True)
         return torch.stack(embeds).to(device, dtype), torch.stack(pooled).to(device, dtype)
-
-
-def _validation_records(cache: Cache) -> dict[str, dict[str, Tensor]]:
-    """Return the records of validation pairs, which hold embeddings too, by prompt."""
-    reader = cache.validation
-    return {
-        str(reader.about(shard, index).get("prompt", "")): reader.tensors(shard, index)
-        for shard, count in enumerate(reader.product.shard_records)
-        for index in range(count)
-    }

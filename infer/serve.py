@@ -115,58 +115,39 @@ class Studio:
             raise ConfigError(f"{num_inference_steps} steps: 1 to {self.config.most_steps}.")
         if not 0 <= seed < 2**63:
             raise ConfigError(f"Seed {seed}: 0 to {2**63 - 1}.")
-        with self._busy:
-            return self._draw(
-                conditioning,
-                prompt,
-                negative_prompt,
-                title,
-                seed=seed,
-                num_inference_steps=num_inference_steps,
-                guidance_scale=guidance_scale,
-                controlnet_conditioning_scale=controlnet_conditioning_scale,
-            )
-
-    def _draw(
-        self,
-        conditioning: Image.Image,
-        prompt: str,
-        negative_prompt: str,
-        title: str,
-        *,
-        seed: int,
-        **settings: Any,
-    ) -> Path:
         column = self._column(title)
-        number = next(self._numbers)
-        drawing = self.config.output_dir / f"{number:05d}-conditioning.png"
-        save_png(drawing, conditioning)
-        control = Control(drawing, xxh3_128_hexdigest(drawing.read_bytes()), conditioning)
-        config = GenerateConfig(
-            **_shared(self.config)
-            | {
-                "controlnet": column.names,
-                "prompt": (prompt,),
-                "negative_prompt": negative_prompt,
-                "image": (drawing,),
-                "seed": (seed,),
-                **settings,
-            }
-        )
-        wanted = Wanted(prompt, negative_prompt, (control,), (seed,))
-        (picture,) = pictures_of(config, column, [wanted], 1)
-        try:
-            self._load(column)
-            (drawn,) = draw(self._pipeline, [picture], column, None, config)
-        except torch.OutOfMemoryError as error:
-            self._pipeline, self._loaded = None, None
-            raise RunError(
-                "Out of memory. Starting the page with --offload model, --quantize-base int8 or "
-                "--dtype bfloat16 helps."
-            ) from error
-        path = self.config.output_dir / f"{number:05d}.png"
-        save_png(path, drawn, metadata.info(picture.about))
-        return path
+        with self._busy:
+            number = next(self._numbers)
+            drawing = self.config.output_dir / f"{number:05d}-conditioning.png"
+            save_png(drawing, conditioning)
+            control = Control(drawing, xxh3_128_hexdigest(drawing.read_bytes()), conditioning)
+            config = GenerateConfig(
+                **_shared(self.config)
+                | {
+                    "controlnet": column.names,
+                    "prompt": (prompt,),
+                    "negative_prompt": negative_prompt,
+                    "image": (drawing,),
+                    "seed": (seed,),
+                    "num_inference_steps": num_inference_steps,
+                    "guidance_scale": guidance_scale,
+                    "controlnet_conditioning_scale": controlnet_conditioning_scale,
+                }
+            )
+            wanted = Wanted(prompt, negative_prompt, (control,), (seed,))
+            (picture,) = pictures_of(config, column, [wanted], 1)
+            try:
+                self._load(column)
+                (drawn,) = draw(self._pipeline, [picture], column, None, config)
+            except torch.OutOfMemoryError as error:
+                self._pipeline, self._loaded = None, None
+                raise RunError(
+                    "Out of memory. Starting the page with --offload model, --quantize-base int8 "
+                    "or --dtype bfloat16 helps."
+                ) from error
+            path = self.config.output_dir / f"{number:05d}.png"
+            save_png(path, drawn, metadata.info(picture.about))
+            return path
 
     def _free_numbers(self) -> Iterator[int]:
         names = (path.name for path in self.config.output_dir.glob("*.png"))

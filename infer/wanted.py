@@ -191,14 +191,13 @@ def _from_validation(config: GenerateConfig, cache: Cache) -> list[_Entry]:
     """Return the cache's validation pairs; their conditioning images become files."""
     entries: list[_Entry] = []
     reader = cache.validation
-    for shard, count in enumerate(reader.product.shard_records):
-        for index in range(count):
-            pixels = reader.tensors(shard, index)["conditioning_image"]
-            path = config.output_dir / f"conditioning-{len(entries):03d}.png"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            save_png(path, Image.fromarray(pixels.permute(1, 2, 0).numpy()))
-            prompt = str(reader.about(shard, index).get("prompt", ""))
-            entries.append(_Entry("--cache", prompt, (path,)))
+    for place in reader.places():
+        pixels = reader.tensors(*place)["conditioning_image"]
+        path = config.output_dir / f"conditioning-{len(entries):03d}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_png(path, Image.fromarray(pixels.permute(1, 2, 0).numpy()))
+        prompt = str(reader.about(*place).get("prompt", ""))
+        entries.append(_Entry("--cache", prompt, (path,)))
     if not entries:
         raise ConfigError(
             f"--cache {config.cache}: it has no validation pairs; give --prompt and --image."

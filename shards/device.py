@@ -1,7 +1,10 @@
-"""Choosing the device that a stage computes on, and making the most of a CPU."""
+"""Choosing the device that a stage computes on, and making the most of it."""
 
+import contextlib
 import ctypes
 import platform
+from collections.abc import Iterator
+from typing import Any
 
 import torch
 
@@ -41,6 +44,29 @@ def keep_freed_memory(device: torch.device) -> None:
         libc = ctypes.CDLL("libc.so.6")
         libc.mallopt(M_MMAP_MAX, 0)
         libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
+
+
+@contextlib.contextmanager
+def default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    """Have new tensors be of a number format, unless told otherwise, meanwhile."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+def compile_blocks(*networks: Any) -> None:
+    """Compile the blocks of networks, in place, at their first calls.
+
+    One block is compiled for all that are alike. The transformer's and the ControlNet's are of one
+    class and so share a limit of variants, which the default, 8, would have them reach.
+    """
+    torch._dynamo.config.recompile_limit = 64
+    for network in networks:
+        for block in network.transformer_blocks:
+            block.compile()
 
 
 class OnItsWay:

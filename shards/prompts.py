@@ -3,6 +3,8 @@
 Axes: B samples, T tokens, W embedding width.
 """
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 from xxhash import xxh3_128_hexdigest
@@ -22,6 +24,11 @@ def prompt_embeds(clip_embeds: Tensor, t5_embeds: Tensor) -> Tensor:
     """
     padding = t5_embeds.shape[-1] - clip_embeds.shape[-1]
     return torch.cat([torch.nn.functional.pad(clip_embeds, (0, padding)), t5_embeds], dim=1)
+
+
+def record_embeds(record: Mapping[str, Tensor]) -> Tensor:
+    """Return the prompt of a text record as SD3 takes it, [T_clip + T_t5, W_t5]."""
+    return prompt_embeds(record["clip_embeds"][None], record["t5_embeds"][None])[0]
 
 
 def find_prompt(cache: Cache, prompt: str) -> str | None:

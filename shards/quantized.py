@@ -5,6 +5,7 @@ precision that the rest has. Gradients pass through to the ControlNet, and nothi
 weights is kept for them: libraries' layers for inference keep unpacked copies.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -23,11 +24,18 @@ def quantize(transformer: Any, kind: str, *, fp8_matmul: bool = False) -> None:
             Dettmers et al. 2023, arXiv:2305.14314.
         fp8_matmul: have the matrix products in 8 bit too, for `fp8`.
     """
+    if kind == "nf4":
+        replace_linear(transformer, _nf4)
+    else:
+        replace_linear(transformer, lambda layer: RowLinear(layer, DTYPES[kind], fp8_matmul))
+
+
+def replace_linear(transformer: Any, replacement: Callable[[nn.Linear], nn.Module]) -> None:
+    """Put something else in the place of each linear layer of a transformer's blocks."""
     for block in transformer.transformer_blocks:
         for name, layer in list(block.named_modules()):
             if isinstance(layer, nn.Linear):
-                new = _nf4(layer) if kind == "nf4" else RowLinear(layer, DTYPES[kind], fp8_matmul)
-                block.set_submodule(name, new)
+                block.set_submodule(name, replacement(layer))
 
 
 class RowLinear(nn.Module):

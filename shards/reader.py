@@ -1,7 +1,7 @@
 """Reading a product: any record of any shard with one `preadv`, in any order, from any thread."""
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -65,6 +65,12 @@ class ProductReader:
     def __reduce__(self) -> tuple[type["ProductReader"], tuple[Any, ...]]:
         """What was read stays behind when a reader travels to a spawned worker."""
         return ProductReader, (self.files, self.folder, self.product, self.expected)
+
+    def places(self) -> Iterator[tuple[int, int]]:
+        """Give shard and index of every record, in order."""
+        for shard, count in enumerate(self.product.shard_records):
+            for index in range(count):
+                yield shard, index
 
     def bucket(self, shard: int) -> int:
         """Return which bucket the records of a shard are of; 0 for text."""

@@ -237,14 +237,16 @@ def test_it_is_said_without_any_weights(
 @pytest.mark.slow
 def test_what_is_advised_saves_as_much(config: TrainConfig) -> None:
     sizes = find_sizes(config)
-    now = simulate(config, sizes).peak
-    found = dict(remedies(config, sizes))
+    estimated = simulate(config, sizes)
+    now = estimated.peak
+    found = dict(remedies(config, sizes, estimated))
     saved = found["--gradient-checkpointing"]
     assert now - simulate(replace(config, gradient_checkpointing=True), sizes).peak == saved
     assert "--train-batch-size 1 --gradient-accumulation-steps 2" in found
     assert list(found.values()) == sorted(found.values(), reverse=True)
     # What is on already is not advised, nor what would not go with it.
-    on = dict(remedies(replace(config, gradient_checkpointing=True), sizes))
+    checkpointed = replace(config, gradient_checkpointing=True)
+    on = dict(remedies(checkpointed, sizes, simulate(checkpointed, sizes)))
     assert not any("checkpointing" in flags for flags in on)
 
 

@@ -8,6 +8,7 @@ import torch
 from accelerate import Accelerator
 from tqdm import tqdm
 
+from shards.device import compile_blocks
 from shards.pretrained import DATA_KEY
 from train import checkpoints, distribution, models, setup
 from train.compatibility import check_same_distribution
@@ -105,7 +106,7 @@ def assemble(config: TrainConfig) -> Run:
         controlnet.enable_gradient_checkpointing()
         transformer.enable_gradient_checkpointing()
     if config.compile:
-        models.compile_blocks(controlnet, transformer)
+        compile_blocks(controlnet, transformer)
     transformer.to(accelerator.device)
 
     step_samples = setup.samples_a_step(config, accelerator.num_processes)

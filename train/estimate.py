@@ -11,7 +11,7 @@ from shards.pretrained import find_base, find_controlnet, read_config
 from shards.streaming import open_files
 from train import models
 from train.config import TrainConfig
-from train.simulation import Sizes, mixed_precision, simulate
+from train.simulation import Estimate, Sizes, mixed_precision, simulate
 
 GB = 1e9
 # What may help; each with the settings that it needs beside it.
@@ -67,9 +67,14 @@ def find_sizes(config: TrainConfig) -> Sizes:
     )
 
 
-def remedies(config: TrainConfig, sizes: Sizes) -> list[tuple[str, int]]:
-    """Return flags that would make the peak smaller, with the bytes, the most helpful first."""
-    now = simulate(config, sizes).peak
+def remedies(config: TrainConfig, sizes: Sizes, now: Estimate) -> list[tuple[str, int]]:
+    """Return flags that would make the peak smaller, with the bytes, the most helpful first.
+
+    Args:
+        config: of the run.
+        sizes: of models and data.
+        now: what the run takes as it is.
+    """
     found = []
     for change in _changes(config):
         try:
@@ -77,15 +82,14 @@ def remedies(config: TrainConfig, sizes: Sizes) -> list[tuple[str, int]]:
         except ConfigError:
             continue
         vae = sizes.vae if other.validation_decode == "vae" else None
-        saved = now - simulate(other, replace(sizes, vae=vae)).peak
-        if saved > now / 100:
+        saved = now.peak - simulate(other, replace(sizes, vae=vae)).peak
+        if saved > now.peak / 100:
             found.append((" ".join(_flag(name, to) for name, to in change.items()), saved))
     return sorted(found, key=lambda one: -one[1])
 
 
-def report(config: TrainConfig, sizes: Sizes) -> str:
+def report(config: TrainConfig, sizes: Sizes, found: Estimate) -> str:
     """Return what a run will take, part by part, in lines."""
-    found = simulate(config, sizes)
     height, width = (side * 8 for side in sizes.latent)
     samples = f"{config.train_batch_size} x {width} x {height} px a batch"
     lines = [f"memory of one device, nothing shared out, {samples}, in GB:"]
@@ -100,9 +104,9 @@ def report(config: TrainConfig, sizes: Sizes) -> str:
     return "\n".join(lines)
 
 
-def advice(config: TrainConfig, sizes: Sizes) -> str:
+def advice(config: TrainConfig, sizes: Sizes, now: Estimate) -> str:
     """Return what would make it less, by how much, in lines."""
-    found = remedies(config, sizes)
+    found = remedies(config, sizes, now)
     lines = [f"{-saved / GB:+8.2f}  {flags}" for flags, saved in found]
     return "\n".join(["less, in GB, with", *lines]) if lines else "no option would make it less"
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from shards.errors import ConfigError
 from train.config import TrainConfig
 from train.guard import hold_back
+from train.optimizer import alone
 
 
 def check(config: TrainConfig, *, num_processes: int, scales: bool) -> None:
@@ -79,11 +80,7 @@ class FusedBackward:
         assert parameter.grad is not None
         bad = (~torch.isfinite(parameter.grad).all()).float()
         self._bad.append(bad)
-        everything = self.group["params"]
-        self.group["params"] = [parameter]
-        try:
+        with alone(self.group, parameter):
             hold_back(self.optimizer, bad)
             self.optimizer.step()
-        finally:
-            self.group["params"] = everything
         parameter.grad = None

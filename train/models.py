@@ -51,18 +51,6 @@ def load_transformer(
     return transformer
 
 
-def compile_blocks(*networks: Any) -> None:
-    """Compile the blocks of both networks, in place, at their first calls.
-
-    One block is compiled for all that are alike. Both networks' are of one class and so share a
-    limit of variants, which the default, 8, would have them reach.
-    """
-    torch._dynamo.config.recompile_limit = 64
-    for network in networks:
-        for block in network.transformer_blocks:
-            block.compile()
-
-
 def new_controlnet(base: Path, variant: str | None, num_layers: int | None) -> SD3ControlNetModel:
     """Return a ControlNet that starts as a copy of the transformer's first blocks and does nothing.
 

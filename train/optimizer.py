@@ -61,6 +61,17 @@ def set_learning_rate(schedule: Any, learning_rate: float) -> None:
         group["lr"] = learning_rate * shape(schedule.last_epoch)
 
 
+@contextlib.contextmanager
+def alone(group: dict[str, Any], parameter: Any) -> Iterator[None]:
+    """Have an optimiser's group hold one weight alone meanwhile."""
+    everything = group["params"]
+    group["params"] = [parameter]
+    try:
+        yield
+    finally:
+        group["params"] = everything
+
+
 class WeightByWeight(torch.optim.Optimizer):
     """Stands before an optimiser's class, of one group, and has it step one weight at a time.
 
@@ -85,15 +96,11 @@ class WeightByWeight(torch.optim.Optimizer):
         """Step every weight that has a gradient."""
         assert closure is None
         (group,) = self.param_groups
-        everything = group["params"]
-        try:
-            for parameter in everything:
-                if parameter.grad is not None:
-                    group["params"] = [parameter]
-                    with exact(parameter), self._visiting(self.state[parameter]):
-                        super().step()
-        finally:
-            group["params"] = everything
+        for parameter in group["params"]:
+            if parameter.grad is not None:
+                state = self.state[parameter]
+                with alone(group, parameter), exact(parameter), self._visiting(state):
+                    super().step()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore; state goes where it is kept, in the precision that it was in.

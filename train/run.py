@@ -47,11 +47,14 @@ def train(config: TrainConfig) -> None:
 
 def _memory(config: TrainConfig) -> Iterator[str]:
     """Give what the run takes, then what would make it less, which takes a while."""
-    from train.estimate import advice, find_sizes, report  # a second to import, seldom needed
+    # A second to import, seldom needed.
+    from train.estimate import advice, find_sizes, report
+    from train.simulation import simulate
 
     sizes = find_sizes(config)
-    yield report(config, sizes)
-    yield advice(config, sizes)
+    found = simulate(config, sizes)
+    yield report(config, sizes, found)
+    yield advice(config, sizes, found)
 
 
 def _train(config: TrainConfig) -> None:

@@ -11,7 +11,7 @@ from diffusers import FlowMatchEulerDiscreteScheduler
 from torch import Tensor
 
 from shards.cache import Cache
-from shards.prompts import prompt_embeds
+from shards.prompts import record_embeds
 from train.objective import scaled
 
 
@@ -38,30 +38,25 @@ def read_pairs(cache: Cache) -> list[Pair]:
     """Return the cache's validation pairs."""
     reader, spec = cache.validation, cache.conditioning_spec
     pairs = []
-    for shard, count in enumerate(reader.product.shard_records):
-        for index in range(count):
-            record = reader.tensors(shard, index)
-            latent = record["conditioning_latent"].float()
-            pairs.append(
-                Pair(
-                    prompt=str(reader.about(shard, index).get("prompt", "")),
-                    conditioning_image=record["conditioning_image"],
-                    conditioning_latent=scaled(latent, spec.scaling_factor, spec.shift_factor),
-                    embeds=_embeds(record),
-                    pooled=record["pooled_embeds"],
-                )
+    for place in reader.places():
+        record = reader.tensors(*place)
+        latent = record["conditioning_latent"].float()
+        pairs.append(
+            Pair(
+                prompt=str(reader.about(*place).get("prompt", "")),
+                conditioning_image=record["conditioning_image"],
+                conditioning_latent=scaled(latent, spec.scaling_factor, spec.shift_factor),
+                embeds=record_embeds(record),
+                pooled=record["pooled_embeds"],
             )
+        )
     return pairs
 
 
 def negative_embeds(cache: Cache) -> tuple[Tensor, Tensor]:
     """Return the empty prompt's embeddings [T, W] and pooled embedding [W]."""
     record = cache.empty_prompt()
-    return _embeds(record), record["pooled_embeds"]
-
-
-def _embeds(record: dict[str, Tensor]) -> Tensor:
-    return prompt_embeds(record["clip_embeds"][None], record["t5_embeds"][None])[0]
+    return record_embeds(record), record["pooled_embeds"]
 
 
 @torch.no_grad()

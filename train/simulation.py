@@ -17,9 +17,10 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
 
+from shards.device import default_dtype
 from shards.manifest import LatentSpec
 from shards.prompts import prompt_embeds
-from shards.quantized import quantize
+from shards.quantized import quantize, replace_linear
 from train import models, offload, optimizer
 from train.config import TrainConfig
 from train.data import Batch
@@ -110,7 +111,7 @@ class Simulation(ExitStack):
         self.transformer = _built(SD3Transformer2DModel, sizes.transformer, self.dtype)
         self.transformer.requires_grad_(False).eval()
         if config.quantize_base == "nf4":
-            _use_nf4_sizes(self.transformer)
+            replace_linear(self.transformer, _Nf4Sizes)
         elif config.quantize_base is not None:
             quantize(self.transformer, config.quantize_base, fp8_matmul=config.fp8_matmul)
         trained_dtype = torch.bfloat16 if config.bf16_weights else torch.float32
@@ -311,13 +312,6 @@ class _Nf4Product(torch.autograd.Function):
         return gradient @ gradient.new_empty(ctx.layer.shape), None
 
 
-def _use_nf4_sizes(transformer: Any) -> None:
-    for block in transformer.transformer_blocks:
-        for name, layer in list(block.named_modules()):
-            if isinstance(layer, nn.Linear):
-                block.set_submodule(name, _Nf4Sizes(layer))
-
-
 def _state_bytes(count: int, *, eight_bit: bool) -> int:
     """Return the bytes of AdamW's two moments; in 8 bit with a scale for 256 of a large weight."""
     if not eight_bit or count < 4096:
@@ -327,12 +321,8 @@ def _state_bytes(count: int, *, eight_bit: bool) -> int:
 
 def _built(kind: Any, config: Mapping[str, Any], dtype: torch.dtype) -> Any:
     """Return a model in some precision; tensors without numbers cannot be cast in place."""
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
+    with default_dtype(dtype):
         model = kind.from_config(dict(config))
-    finally:
-        torch.set_default_dtype(before)
     for module in model.modules():
         for name, buffer in module.named_buffers(recurse=False):
             setattr(module, name, buffer.to(dtype))
