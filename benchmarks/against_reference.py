@@ -24,10 +24,10 @@ from benchmarks.bases import TRANSFORMERS
 from benchmarks.encoders import save_true_size
 from benchmarks.reference import flags, reference_flags, run, write_data
 from benchmarks.train_step import save_random
-from demo.base import build_pipeline, save_base
-from shards.options import CONTEXT, user_errors
-from shards.provenance import commit, machine, versions
-from shards.writer import write_text
+from common.atomic_files import write_text
+from common.options import CONTEXT, user_errors
+from common.provenance import commit, machine, versions
+from demo.base_model.pipeline import build_pipeline, save_base
 
 # The reference's ControlNet always has 12 blocks, and ours at most half as many as the base.
 NUM_BLOCKS, CONTROLNET_BLOCKS = 24, 12

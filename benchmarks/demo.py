@@ -15,13 +15,13 @@ from typing import Any
 import click
 import torch
 
+from common.atomic_files import write_text
+from common.options import CONTEXT, user_errors
+from common.provenance import commit, machine, versions
 from demo.circles import unseen_circles
 from demo.config import load_config
 from demo.times import Times
-from infer.score import WITH, WITHOUT
-from shards.options import CONTEXT, user_errors
-from shards.provenance import commit, machine, versions
-from shards.writer import write_text
+from infer.scoring.score import WITH, WITHOUT
 
 SEEDED = ("circles", "train", "infer", "score")
 

@@ -9,8 +9,8 @@ from diffusers import AutoencoderKL
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection, T5Config, T5EncoderModel
 
 from benchmarks.bases import VAE
-from demo.base import clip_tokenizer, t5_tokenizer
-from shards.device import default_dtype
+from common.device import default_dtype
+from demo.base_model.pipeline import clip_tokenizer, t5_tokenizer
 
 CLIP_TOKENS = 77
 

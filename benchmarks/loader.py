@@ -34,16 +34,16 @@ import torch
 from torch import Tensor
 
 from benchmarks.synthetic import Shape, write_cache
-from shards import manifest, sidecar
-from shards.ahead import ahead
-from shards.cache import Cache
-from shards.device import keep_freed_memory
-from shards.manifest import Product
-from shards.options import CONTEXT
-from shards.order import Order
-from shards.provenance import commit, machine, versions
-from shards.sidecar import sidecar_path, tar_path
-from shards.writer import write_text
+from common.atomic_files import write_text
+from common.device import keep_freed_memory
+from common.options import CONTEXT
+from common.prefetch import ahead
+from common.provenance import commit, machine, versions
+from shards.format import manifest, sidecar
+from shards.format.manifest import Product
+from shards.format.sidecar import sidecar_path, tar_path
+from shards.reading.cache import Cache
+from shards.reading.order import Order
 from train.data import Batch, RankBatches, Samples, loader
 
 SD3_1024PX = Shape(side=128)

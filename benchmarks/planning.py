@@ -21,16 +21,16 @@ import numpy as np
 from xxhash import xxh3_128_digest
 
 from benchmarks.synthetic import Shape
-from precompute import plan
-from precompute.inventory import take_inventory
-from precompute.layout import EMPTY, Layout
-from precompute.plan import ProductPlan
-from precompute.previous import layout_arrays
-from precompute.remembered import ENTRY, Remembered
-from precompute.sources import Kind, Row
-from shards.options import CONTEXT
-from shards.provenance import commit, machine, versions
-from shards.writer import write_text
+from common.atomic_files import write_text
+from common.options import CONTEXT
+from common.provenance import commit, machine, versions
+from precompute.planning import plan
+from precompute.planning.digest_cache import ENTRY, Remembered
+from precompute.planning.existing_layout import layout_arrays
+from precompute.planning.inventory import take_inventory
+from precompute.planning.layout import EMPTY, Layout
+from precompute.planning.plan import ProductPlan
+from precompute.sources.source import Kind, Row
 
 SD3_1024PX = Shape(side=128)
 GRID = (128, 128)

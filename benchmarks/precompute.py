@@ -22,21 +22,22 @@ import torch
 
 from benchmarks.encoders import save_true_size
 from benchmarks.synthetic import Shape
+from common.atomic_files import write_text
+from common.device import keep_freed_memory, pick_device
+from common.options import CONTEXT
+from common.provenance import commit, machine, versions
 from demo.circles import circles, write_circles
 from precompute.config import PrecomputeConfig
-from precompute.inventory import take_inventory
-from precompute.job import prepare
-from precompute.latent_pass import latent_pass
-from precompute.plan import distinct_prompts
-from precompute.remembered import Remembered
-from precompute.sources import Kind, Row
-from precompute.stream import Busy
-from precompute.text_pass import text_pass
-from shards.device import keep_freed_memory, pick_device
-from shards.options import CONTEXT
-from shards.provenance import commit, machine, versions
-from shards.records import Record, TensorSpec, record_bytes, record_key
-from shards.writer import write_shard, write_text
+from precompute.encoding.image_pass import latent_pass
+from precompute.encoding.pipeline import Busy
+from precompute.encoding.text_pass import text_pass
+from precompute.planning.digest_cache import Remembered
+from precompute.planning.inventory import take_inventory
+from precompute.planning.job import prepare
+from precompute.planning.plan import distinct_prompts
+from precompute.sources.source import Kind, Row
+from shards.format.records import Record, TensorSpec, record_bytes, record_key
+from shards.format.writer import write_shard
 
 MINIATURE = Path("demo/miniature")
 FILL50K_ROWS = 50_000

@@ -14,13 +14,13 @@ from typing import Any
 import click
 from accelerate.state import AcceleratorState, GradientState
 
+from common.atomic_files import write_text
+from common.config_file import read_section
+from common.options import CONTEXT, user_errors
+from common.provenance import commit, machine, versions
 from demo.circles import CirclesConfig, draw_data_sets
 from precompute.config import PrecomputeConfig
 from precompute.run import precompute
-from shards.config_file import read_section
-from shards.options import CONTEXT, user_errors
-from shards.provenance import commit, machine, versions
-from shards.writer import write_text
 from train.config import TrainConfig
 from train.run import train
 

@@ -12,8 +12,8 @@ import numpy as np
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from common.atomic_files import write_text
 from demo.circles import circles, write_circles
-from shards.writer import write_text
 
 # Flat pictures would have a random VAE's GroupNorm divide by next to nothing.
 GRAIN = 40

@@ -17,12 +17,12 @@ import numpy as np
 from xxhash import xxh3_128_hexdigest
 
 from benchmarks.reference import flags, logged_losses, reference_flags, run, write_data
-from demo.base import build_pipeline, save_base
-from shards.cache import Cache
-from shards.options import CONTEXT, user_errors
-from shards.order import Order
-from shards.provenance import commit, machine, versions
-from shards.writer import write_text
+from common.atomic_files import write_text
+from common.options import CONTEXT, user_errors
+from common.provenance import commit, machine, versions
+from demo.base_model.pipeline import build_pipeline, save_base
+from shards.reading.cache import Cache
+from shards.reading.order import Order
 from train import objective
 from train.data import Samples
 

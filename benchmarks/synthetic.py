@@ -7,10 +7,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from shards import manifest
-from shards.manifest import Bucket, LatentSpec, Manifest, TextSpec, product_of
-from shards.records import Record, TensorSpec, record_key
-from shards.writer import write_shard
+from shards.format import manifest
+from shards.format.manifest import Bucket, LatentSpec, Manifest, TextSpec, product_of
+from shards.format.records import Record, TensorSpec, record_key
+from shards.format.writer import write_shard
 
 
 @dataclass(frozen=True)

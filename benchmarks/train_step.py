@@ -29,19 +29,19 @@ from benchmarks.bases import TRANSFORMERS
 from benchmarks.encoders import num_parameters
 from benchmarks.presets import cards, forget_accelerator
 from benchmarks.synthetic import Shape, write_cache
-from shards.config_file import read_section
-from shards.device import default_dtype
-from shards.errors import ConfigError, RunError
-from shards.options import CONTEXT, user_errors
-from shards.provenance import commit, machine, versions
-from shards.writer import write_text
+from common.atomic_files import write_text
+from common.config_file import read_section
+from common.device import default_dtype
+from common.errors import ConfigError, RunError
+from common.options import CONTEXT, user_errors
+from common.provenance import commit, machine, versions
 from train import loop
 from train.assembly import Run, assemble
 from train.config import TrainConfig
 from train.data import RankBatches, Samples, loader
-from train.estimate import find_sizes
-from train.guard import Guard
-from train.simulation import PARTS, Simulation, Sizes, simulate
+from train.memory.estimate import find_sizes
+from train.memory.simulation import PARTS, Simulation, Sizes, simulate
+from train.optim.nonfinite import Guard
 
 IMAGES = 16
 SECONDS, MOST_STEPS = 3.0, 20

@@ -10,10 +10,10 @@ from pathlib import Path
 
 import click
 
+from common.atomic_files import write_text
+from common.options import CONTEXT, CommandError, user_errors
 from demo.config import load_config
 from demo.times import Times
-from shards.options import CONTEXT, CommandError, user_errors
-from shards.writer import write_text
 
 # Stage -> what `python -m` is given; each reads its own table of the TOML file.
 STAGES = {

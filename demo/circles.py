@@ -17,10 +17,10 @@ import numpy as np
 from PIL import Image, ImageDraw
 from tqdm import tqdm
 
+from common.atomic_files import write_text
+from common.errors import ConfigError
+from common.options import option, stage_command
 from demo.colors import COLORS, is_held_out
-from shards.errors import ConfigError
-from shards.options import option, stage_command
-from shards.writer import write_text
 
 IMAGE_PX = 512
 LINE_PX = 3

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 import torch
 from diffusers import AutoencoderKL, StableDiffusion3Pipeline
 
+from common.device import keep_freed_memory, pick_device
 from demo.config import DemoConfig
-from shards import manifest
-from shards.device import keep_freed_memory, pick_device
+from shards.format import manifest
 
 FLOAT32_BYTES = 4
 REPEATS = 3

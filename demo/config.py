@@ -5,12 +5,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+from common.config_file import read_section
+from common.errors import ConfigError
+from common.options import option
 from demo.circles import CirclesConfig, image_path, unseen_circles
 from infer.config import GenerateConfig, ScoreConfig
 from precompute.config import PrecomputeConfig
-from shards.config_file import read_section
-from shards.errors import ConfigError
-from shards.options import option
 from train.config import TrainConfig
 
 Config = TypeVar("Config")

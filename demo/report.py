@@ -12,12 +12,12 @@ import numpy as np
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from common.provenance import commit, machine, versions
 from demo.comparison import compare
 from demo.config import DemoConfig
-from infer.score import WITHOUT
-from precompute import images
-from shards.provenance import commit, machine, versions
-from shards.sheets import contact_sheet
+from infer.scoring.score import WITHOUT
+from sd3 import images
+from sd3.contact_sheet import contact_sheet
 
 NUM_COLUMNS = 6  # of the sheet of validation pictures; steps in between are left out
 SMOOTHING = 10  # logged losses that a point of the curve is the mean of

@@ -6,8 +6,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from shards.manifest import digest
-from shards.writer import write_text
+from common.atomic_files import write_text
+from shards.format.manifest import digest
 
 
 class Times:

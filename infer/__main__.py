@@ -7,9 +7,9 @@ from typing import Any
 
 import click
 
+from common.errors import ConfigError
+from common.options import CONTEXT, stage_command, user_errors
 from infer.config import DecodeConfig, GenerateConfig, ScoreConfig, ServeConfig
-from shards.errors import ConfigError
-from shards.options import CONTEXT, stage_command, user_errors
 
 
 @click.group(context_settings=CONTEXT)
@@ -20,14 +20,14 @@ def main() -> None:
 # The pipeline is imported only once the command line is known to be good.
 def run_generate(config: GenerateConfig) -> None:
     """Draw."""
-    from infer.generate import generate
+    from infer.drawing.generate import generate
 
     generate(config)
 
 
 def run_score(config: ScoreConfig) -> None:
     """Measure."""
-    from infer.score import score
+    from infer.scoring.score import score
 
     score(config)
 
@@ -50,7 +50,7 @@ def run_serve(config: ServeConfig) -> None:
 
 def like(path: Path) -> dict[str, Any]:
     """Return the settings in a picture's file, as options' values."""
-    from infer import metadata
+    from infer.drawing import metadata
 
     settings, warnings = metadata.like(path)
     for warning in warnings:
@@ -62,7 +62,7 @@ def like(path: Path) -> dict[str, Any]:
 @click.argument("file", type=click.Path(path_type=Path))
 def show(file: Path) -> None:
     """Print the settings that a picture was drawn with; generate --like FILE draws it again."""
-    from infer.metadata import read
+    from infer.drawing.metadata import read
 
     with user_errors():
         about = read(file)

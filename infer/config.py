@@ -4,10 +4,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from shards.checks import check_resolution, check_sequence_length
-from shards.errors import ConfigError
-from shards.manifest import DEFAULT_CONDITIONING
-from shards.options import option
+from common.checks import check_resolution, check_sequence_length
+from common.errors import ConfigError
+from common.options import option
+from shards.format.manifest import DEFAULT_CONDITIONING
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,12 +9,12 @@ from PIL import Image
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
+from common.device import pick_device
+from common.errors import ConfigError
 from infer.config import DecodeConfig
-from shards.decoder import decode, to_bytes
-from shards.device import pick_device
-from shards.errors import ConfigError
-from shards.pretrained import find_base
-from shards.sheets import save_png
+from sd3.contact_sheet import save_png
+from sd3.pretrained import find_base
+from sd3.vae_decoder import decode, to_bytes
 
 NAMES = {"latents", "conditioning_image"}
 

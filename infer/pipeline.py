@@ -19,20 +19,20 @@ from diffusers import (
 from PIL import Image
 from torch import Tensor
 
+from common.device import compile_blocks, keep_freed_memory, pick_device
+from common.errors import ConfigError, RunError
 from infer.config import PipelineConfig
 from infer.placement import forget_models, place
-from precompute import images
-from precompute.buckets import nearest_buckets
-from shards.device import compile_blocks, keep_freed_memory, pick_device
-from shards.errors import ConfigError, RunError
-from shards.pretrained import (
+from sd3 import images
+from sd3.buckets import nearest_buckets
+from sd3.pretrained import (
     DATA_KEY,
     controlnet_mismatches,
     find_base,
     find_controlnet,
     read_config,
 )
-from shards.quantized import quantize
+from sd3.quantized import quantize
 
 COMPONENTS = (
     "transformer",

@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 import torch
 
-from shards.errors import ConfigError
+from common.errors import ConfigError
 
 Placement = Literal["none", "model", "sequential"]
 # What a picture itself takes, decoding at 1024 px included.

@@ -21,14 +21,14 @@ import torch
 from PIL import Image
 from xxhash import xxh3_128_hexdigest
 
-from infer import metadata
+from common.errors import ConfigError, RunError, ShardError
+from common.provenance import write_run
 from infer.config import GenerateConfig, PipelineConfig, ServeConfig
-from infer.generate import Column, draw, find_columns, pictures_of
+from infer.drawing import metadata
+from infer.drawing.generate import Column, draw, find_columns, pictures_of
+from infer.drawing.requests import Control, Wanted
 from infer.pipeline import Convention, load_pipeline
-from infer.wanted import Control, Wanted
-from shards.errors import ConfigError, RunError, ShardError
-from shards.provenance import write_run
-from shards.sheets import save_png
+from sd3.contact_sheet import save_png
 
 # Nobody draws larger; the model's own size is what counts.
 LARGEST_SIDE_PX = 4096

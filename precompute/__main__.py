@@ -1,7 +1,7 @@
 """`python -m precompute`."""
 
+from common.options import stage_command
 from precompute.config import PrecomputeConfig
-from shards.options import stage_command
 
 
 def run(config: PrecomputeConfig) -> None:

@@ -7,14 +7,14 @@ from typing import Literal
 
 from PIL import ImageColor
 
-from precompute.buckets import STEP_PX
-from precompute.images import BACKGROUND
-from precompute.part import find_part
-from precompute.sources import SourceSettings
-from shards.checks import check_resolution, check_sequence_length, pair_up
-from shards.errors import ConfigError
-from shards.manifest import CONTROL_NAME, DEFAULT_CONDITIONING
-from shards.options import option
+from common.checks import check_resolution, check_sequence_length, pair_up
+from common.errors import ConfigError
+from common.options import option
+from precompute.planning.workers import find_part
+from precompute.sources.source import SourceSettings
+from sd3.buckets import STEP_PX
+from sd3.images import BACKGROUND
+from shards.format.manifest import CONTROL_NAME, DEFAULT_CONDITIONING
 
 
 @dataclass(frozen=True)

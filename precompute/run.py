@@ -9,20 +9,21 @@ from collections.abc import Mapping
 import click
 import torch
 
+from common.atomic_files import require_space
+from common.device import keep_freed_memory
+from common.interruption import InterruptedRun, between_shards
+from common.provenance import write_run
 from precompute.config import PrecomputeConfig
-from precompute.interruption import InterruptedRun, between_shards
-from precompute.job import Job, prepare
-from precompute.latent_pass import latent_pass
-from precompute.plan import abandoned_files
-from precompute.previous import layout_arrays
-from precompute.stream import Busy
-from precompute.text_pass import text_pass
-from precompute.trial import dry_run
-from shards import manifest, seal, sidecar
-from shards.device import keep_freed_memory
-from shards.manifest import Manifest
-from shards.provenance import write_run
-from shards.writer import require_space, write_sidecar
+from precompute.dry_run import dry_run
+from precompute.encoding.image_pass import latent_pass
+from precompute.encoding.pipeline import Busy
+from precompute.encoding.text_pass import text_pass
+from precompute.planning.existing_layout import layout_arrays
+from precompute.planning.job import Job, prepare
+from precompute.planning.plan import abandoned_files
+from shards.format import manifest, seal, sidecar
+from shards.format.manifest import Manifest
+from shards.format.writer import write_sidecar
 
 
 def precompute(config: PrecomputeConfig) -> None:

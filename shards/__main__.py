@@ -8,18 +8,20 @@ from typing import Any
 import click
 from tqdm import tqdm
 
-from shards import manifest, seal, transfer, verify
-from shards.cache import Cache
-from shards.device import pick_device
-from shards.errors import ConfigError
-from shards.manifest import DEFAULT_CONDITIONING, Manifest
-from shards.options import CONTEXT, user_errors
-from shards.pretrained import find_base
-from shards.remote import RemoteFolder, is_url
-from shards.sheets import save_png
-from shards.sidecar import tar_path
-from shards.streaming import LOCAL_CACHE_GB, open_files
-from shards.transfer import Copied
+from common.device import pick_device
+from common.errors import ConfigError
+from common.options import CONTEXT, user_errors
+from sd3.contact_sheet import save_png
+from sd3.pretrained import find_base
+from shards import verify
+from shards.format import manifest, seal
+from shards.format.manifest import DEFAULT_CONDITIONING, Manifest
+from shards.format.sidecar import tar_path
+from shards.reading.cache import Cache
+from shards.remote import transfer
+from shards.remote.folder import RemoteFolder, is_url
+from shards.remote.streaming import LOCAL_CACHE_GB, open_files
+from shards.remote.transfer import Copied
 
 OVERWRITE = click.option(
     "--overwrite", is_flag=True, help="Change a complete cache that is there and is another."

@@ -5,12 +5,12 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-from shards.cache import Cache
-from shards.decoder import decode, to_bytes
-from shards.errors import ConfigError, ShardError
-from shards.order import Order
-from shards.pretrained import read_config
-from shards.sheets import contact_sheet
+from common.errors import ConfigError, ShardError
+from sd3.contact_sheet import contact_sheet
+from sd3.pretrained import read_config
+from sd3.vae_decoder import decode, to_bytes
+from shards.reading.cache import Cache
+from shards.reading.order import Order
 
 
 def preview(

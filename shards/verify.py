@@ -7,13 +7,13 @@ from pathlib import Path
 
 import torch
 
-from shards import manifest, sidecar
-from shards.errors import ShardError
-from shards.files import LocalFiles, file_sha256
-from shards.manifest import Manifest, Product
-from shards.reader import ProductReader
-from shards.sidecar import Sidecar
-from shards.writer import MEMBERS
+from common.errors import ShardError
+from shards.format import manifest, sidecar
+from shards.format.manifest import Manifest, Product
+from shards.format.sidecar import Sidecar
+from shards.format.writer import MEMBERS
+from shards.reading.location import LocalFiles, file_sha256
+from shards.reading.reader import ProductReader
 
 CHUNK_BYTES = 1 << 20
 

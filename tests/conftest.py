@@ -23,13 +23,13 @@ from torch import Tensor
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # read at the first import of huggingface_hub
 
-import demo.base
+import demo.base_model.pipeline
 from benchmarks.synthetic import Shape, write_cache
 from demo.circles import circles as draw
 from demo.circles import write_circles
 from precompute.config import PrecomputeConfig
 from precompute.run import precompute
-from shards.pretrained import DATA_KEY
+from sd3.pretrained import DATA_KEY
 from train import loop, models
 from train.config import TrainConfig
 from train.data import Batch
@@ -64,9 +64,9 @@ def one_accelerator_a_test() -> None:
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A miniature SD3 base; its VAE's posterior is narrow, as a trained one's is."""
     folder = tmp_path_factory.mktemp("models") / "base"
-    pipeline = demo.base.build_pipeline(0, num_layers=4)
+    pipeline = demo.base_model.pipeline.build_pipeline(0, num_layers=4)
     narrow_posterior(pipeline.vae)
-    demo.base.save_base(folder, pipeline)
+    demo.base_model.pipeline.save_base(folder, pipeline)
     return folder
 
 

@@ -1,47 +1,132 @@
-"""The arrows between the packages, and what importing a stage brings in."""
+"""The arrows between the folders, the size of the folders, and what importing a stage brings in."""
 
 import ast
 import subprocess
 import sys
+from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
 from tests.conftest import REPOSITORY
 
+# From the bottom to the top: a folder imports only from itself and from those named for it.
+# "shards" alone means the files directly in shards/.
+CACHE = {"common", "sd3", "shards.format", "shards.reading", "shards.remote"}
+STAGE = CACHE | {"shards"}
+PRECOMPUTE = {"precompute.sources", "precompute.planning", "precompute.encoding", "precompute"}
+TRAIN = {"train", "train.optim", "train.memory", "train.validation"}
+INFER = {"infer", "infer.drawing", "infer.scoring"}
+PRODUCT = STAGE | PRECOMPUTE | TRAIN | INFER
 ALLOWED = {
-    "shards": set(),
-    "precompute": {"shards"},
-    "train": {"shards"},
-    "infer": {
-        "shards",
-        "precompute.buckets",
-        "precompute.images",
-        "precompute.opening",
-        "precompute.sources",
-    },
-    "demo": {"shards", "precompute", "train", "infer"},
+    "common": set(),
+    "sd3": {"common"},
+    "shards.format": {"common", "sd3"},
+    "shards.reading": {"common", "sd3", "shards.format"},
+    "shards.remote": {"common", "sd3", "shards.format", "shards.reading"},
+    "shards": CACHE,
+    "precompute.sources": STAGE | {"precompute"},
+    "precompute.planning": STAGE | {"precompute", "precompute.sources"},
+    "precompute.encoding": STAGE | {"precompute", "precompute.sources", "precompute.planning"},
+    "precompute": STAGE | PRECOMPUTE,
+    "train.optim": STAGE | {"train"},
+    "train.memory": STAGE | {"train", "train.optim"},
+    "train.validation": STAGE | {"train", "train.optim", "train.memory"},
+    "train": STAGE | TRAIN,
+    "infer": STAGE | PRECOMPUTE | TRAIN | INFER,
+    "infer.drawing": STAGE | PRECOMPUTE | TRAIN | {"infer"},
+    "infer.scoring": STAGE | PRECOMPUTE | TRAIN | {"infer", "infer.drawing"},
+    "demo.base_model": PRODUCT | {"demo"},
+    "demo": PRODUCT | {"demo.base_model"},
+    "benchmarks": PRODUCT | {"demo", "demo.base_model"},
 }
+PACKAGES = {folder.split(".")[0] for folder in ALLOWED}
+MOST_MODULES = 14
 
 
-def imported_modules(package: str) -> set[str]:
-    names: set[str] = set()
-    for path in (REPOSITORY / package).rglob("*.py"):
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            if isinstance(node, ast.Import):
-                names |= {alias.name for alias in node.names}
-            elif isinstance(node, ast.ImportFrom):
-                assert node.level == 0, f"{path}: relative import"
-                names |= {f"{node.module}.{alias.name}" for alias in node.names}
-    return names
+def modules() -> dict[str, Path]:
+    """Return all modules of ours by dotted name, `__init__` files left out."""
+    return {
+        ".".join(path.relative_to(REPOSITORY).with_suffix("").parts): path
+        for package in PACKAGES
+        for path in (REPOSITORY / package).rglob("*.py")
+        if path.name != "__init__.py"
+    }
 
 
-@pytest.mark.parametrize("package", ALLOWED)
-def test_packages_import_only_what_the_design_allows(package: str) -> None:
-    for name in imported_modules(package):
-        root = name.split(".")[0]
-        if root in ALLOWED and root != package:
-            allowed = ALLOWED[package]
-            assert any(name == one or name.startswith(one + ".") for one in allowed), name
+MODULES = modules()
+
+
+def folder_of(module: str) -> str:
+    return module.rpartition(".")[0]
+
+
+def imported(path: Path) -> Iterator[str]:
+    """Give the modules of ours that a file imports, anywhere in it."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
+        else:
+            continue
+        for name in names:
+            while name and name not in MODULES:  # down from an attribute to its module
+                name = name.rpartition(".")[0]
+            if name:
+                yield name
+
+
+def test_every_folder_of_ours_has_its_arrows() -> None:
+    assert {folder_of(module) for module in MODULES} == set(ALLOWED)
+
+
+@pytest.mark.parametrize("folder", ALLOWED)
+def test_no_arrow_between_folders_runs_up(folder: str) -> None:
+    allowed = ALLOWED[folder] | {folder}
+    for module, path in MODULES.items():
+        if folder_of(module) == folder:
+            for name in imported(path):
+                assert folder_of(name) in allowed, f"{module} imports {name}"
+
+
+def circle(arrows: dict[str, set[str]]) -> list[str]:
+    """Return names that import each other in a circle, or nothing."""
+    done: set[str] = set()
+
+    def walk(name: str, path: list[str]) -> list[str]:
+        if name in path:
+            return [*path[path.index(name) :], name]
+        if name not in done:
+            for other in sorted(arrows[name]):
+                if found := walk(other, [*path, name]):
+                    return found
+            done.add(name)
+        return []
+
+    for name in arrows:
+        if found := walk(name, []):
+            return found
+    return []
+
+
+def test_a_circle_is_found() -> None:
+    assert circle({"a": {"b"}, "b": {"c"}, "c": set()}) == []
+    assert circle({"a": {"b"}, "b": {"c"}, "c": {"b"}}) == ["b", "c", "b"]
+
+
+def test_no_files_import_each_other_in_a_circle() -> None:
+    assert circle({module: set(imported(path)) for module, path in MODULES.items()}) == []
+
+
+def test_no_folder_is_crowded() -> None:
+    folders = [path.parent for path in MODULES.values()]
+    folders += [path.parent for path in (REPOSITORY / "tests").rglob("test_*.py")]
+    for folder in set(folders):
+        names = [path.name for path in folder.glob("*.py")]
+        count = len(set(names) - {"__init__.py", "__main__.py"})
+        assert count <= MOST_MODULES, f"{folder}: {count} modules"
 
 
 def loaded_modules(statement: str) -> set[str]:

@@ -10,8 +10,8 @@ import torch
 from PIL import Image
 
 from infer.config import GenerateConfig
-from infer.generate import generate
-from precompute.images import fit
+from infer.drawing.generate import generate
+from sd3.images import fit
 from tests.conftest import PROMPTS, REPOSITORY, RESOLUTION_PX, TOKENS
 
 # As diffusers documents the use of what its script trains, on a GPU at 1024 px in float16.

@@ -1,6 +1,6 @@
 """`python -m train`, or `accelerate launch -m train`."""
 
-from shards.options import stage_command
+from common.options import stage_command
 from train.config import MOVED, TrainConfig
 
 

@@ -8,22 +8,30 @@ import torch
 from accelerate import Accelerator
 from tqdm import tqdm
 
-from shards.device import compile_blocks
-from shards.pretrained import DATA_KEY
-from train import checkpoints, distribution, models, setup
+from common.device import compile_blocks
+from sd3.pretrained import DATA_KEY
+from train import checkpoints, distribution, models
 from train.compatibility import check_same_distribution
 from train.config import TrainConfig
-from train.ema import Average
-from train.fused_backward import FusedBackward
-from train.offload import OffloadedActivations
-from train.optimizer import (
+from train.inputs import (
+    WEIGHT_DTYPES,
+    Inputs,
+    find_inputs,
+    make_accelerator,
+    make_objective,
+    num_train_steps,
+    samples_a_step,
+)
+from train.loss import Objective
+from train.memory.activation_offload import OffloadedActivations
+from train.optim.adamw import (
     make_optimizer,
     make_schedule,
     peak_learning_rate,
     set_learning_rate,
 )
-from train.setup import Inputs
-from train.step import Objective
+from train.optim.ema import Average
+from train.optim.fused_backward import FusedBackward
 
 
 @dataclass(frozen=True)
@@ -73,8 +81,8 @@ def assemble(config: TrainConfig) -> Run:
         ConfigError: settings, base model, cache and checkpoint do not go together.
         ShardError: the cache is incomplete or damaged.
     """
-    accelerator = setup.make_accelerator(config)
-    inputs = setup.find_inputs(config, accelerator.num_processes)
+    accelerator = make_accelerator(config)
+    inputs = find_inputs(config, accelerator.num_processes)
     if inputs.checkpoint is not None:
         check_same_distribution(inputs.checkpoint, inputs.state, accelerator)
     torch.manual_seed(config.seed)
@@ -88,7 +96,7 @@ def assemble(config: TrainConfig) -> Run:
     else:
         controlnet = models.load_controlnet(inputs.controlnet)
         models.check_controlnet(controlnet, inputs.base)
-    weight_dtype = setup.WEIGHT_DTYPES[accelerator.mixed_precision]
+    weight_dtype = WEIGHT_DTYPES[accelerator.mixed_precision]
     transformer = models.load_transformer(
         inputs.base,
         config.variant,
@@ -109,8 +117,8 @@ def assemble(config: TrainConfig) -> Run:
         compile_blocks(controlnet, transformer)
     transformer.to(accelerator.device)
 
-    step_samples = setup.samples_a_step(config, accelerator.num_processes)
-    num_steps = setup.num_train_steps(config, inputs.order, step_samples)
+    step_samples = samples_a_step(config, accelerator.num_processes)
+    num_steps = num_train_steps(config, inputs.order, step_samples)
     trained = [parameter for parameter in controlnet.parameters() if parameter.requires_grad]
     num_trained = sum(parameter.numel() for parameter in trained)
     optimizer = make_optimizer(config, trained, step_samples)
@@ -140,7 +148,7 @@ def assemble(config: TrainConfig) -> Run:
         transformer=transformer,
         optimizer=optimizer,
         schedule=schedule,
-        objective=setup.make_objective(config, inputs, accelerator.device),
+        objective=make_objective(config, inputs, accelerator.device),
         fused=fused,
         saving=OffloadedActivations(controlnet, transformer)
         if config.offload_activations

@@ -21,13 +21,13 @@ from accelerate.utils import gather_object
 from diffusers import SD3ControlNetModel
 from safetensors import SafetensorError
 
-from shards.errors import ConfigError, RunError
-from shards.options import os_error_line
-from shards.pretrained import read_config
-from shards.provenance import write_run
-from shards.writer import write_text
+from common.atomic_files import write_text
+from common.errors import ConfigError, RunError
+from common.options import os_error_line
+from common.provenance import write_run
+from sd3.pretrained import read_config
 from train.distribution import Way, way, whole_weights
-from train.ema import Average
+from train.optim.ema import Average
 
 STATE_FILE = "train_state.json"
 CONTROLNET_FOLDER = "controlnet"

@@ -5,9 +5,9 @@ from typing import Any
 
 from accelerate import Accelerator
 
-from shards.errors import ConfigError
-from shards.manifest import LatentSpec, Manifest
-from shards.pretrained import has_component, read_config
+from common.errors import ConfigError
+from sd3.pretrained import has_component, read_config
+from shards.format.manifest import LatentSpec, Manifest
 from train.checkpoints import TrainState
 from train.distribution import WAY_NAMES, way
 

@@ -5,10 +5,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from shards.errors import ConfigError
-from shards.manifest import DEFAULT_CONDITIONING
-from shards.options import option
-from shards.streaming import LOCAL_CACHE_GB
+from common.errors import ConfigError
+from common.options import option
+from shards.format.manifest import DEFAULT_CONDITIONING
+from shards.remote.streaming import LOCAL_CACHE_GB
 
 AT_PRECOMPUTE = "this is settled when the cache is made; give it to python -m precompute."
 MOVED = {

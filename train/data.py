@@ -17,10 +17,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
-from shards.ahead import ahead
-from shards.cache import Cache
-from shards.order import Order
-from shards.records import TensorSpec
+from common.prefetch import ahead
+from shards.format.records import TensorSpec
+from shards.reading.cache import Cache
+from shards.reading.order import Order
 
 BATCHES_AHEAD = 2  # a thread that reads
 

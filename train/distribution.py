@@ -16,9 +16,9 @@ from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from shards.errors import ConfigError
-from train import fused_backward
+from common.errors import ConfigError
 from train.config import TrainConfig
+from train.optim import fused_backward
 
 Way = Literal["copies", "fsdp", "deepspeed"]
 WAYS: dict[DistributedType, Way] = {

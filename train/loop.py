@@ -11,14 +11,16 @@ import torch.distributed
 from accelerate import Accelerator
 from tqdm import tqdm
 
-from shards.interruption import Received, signals_noted
-from train import checkpoints, setup, validation
+from common.interruption import Received, signals_noted
+from train import checkpoints
 from train.assembly import Run
 from train.checkpoints import TrainState
 from train.data import RankBatches, Samples, loader
 from train.distribution import clip_gradients, way
-from train.guard import Guard
-from train.step import batch_losses
+from train.inputs import samples_a_step
+from train.loss import batch_losses
+from train.optim.nonfinite import Guard
+from train.validation import pictures
 
 
 def take_steps(run: Run) -> tuple[TrainState, Signals | None]:
@@ -60,14 +62,10 @@ def take_steps(run: Run) -> tuple[TrainState, Signals | None]:
         name=samples.key,
         say=tqdm.write,
     )
-    step_samples = setup.samples_a_step(config, accelerator.num_processes)
-    if (
-        state.step
-        and validation.is_due(run, state.step)
-        and not validation.is_done(run, state.step)
-    ):
+    step_samples = samples_a_step(config, accelerator.num_processes)
+    if state.step and pictures.is_due(run, state.step) and not pictures.is_done(run, state.step):
         # Killed between that step's checkpoint and its validation.
-        validation.validate(run, state.step)
+        pictures.validate(run, state.step)
     with (
         signals_noted("step") as received,
         tqdm(
@@ -98,8 +96,8 @@ def take_steps(run: Run) -> tuple[TrainState, Signals | None]:
                     run.average,
                     config,
                 )
-            if validation.is_due(run, state.step) and not signal:
-                validation.validate(run, state.step)
+            if pictures.is_due(run, state.step) and not signal:
+                pictures.validate(run, state.step)
         guard.finish()
     batches.close()
     if guard.num_skipped:

@@ -8,10 +8,10 @@ from diffusers import FlowMatchEulerDiscreteScheduler, SD3ControlNetModel, SD3Tr
 from safetensors import safe_open
 from torch import Tensor
 
-from shards.errors import ConfigError
-from shards.manifest import LatentSpec, Manifest
-from shards.pretrained import component_variant, controlnet_mismatches, read_config
-from shards.quantized import quantize
+from common.errors import ConfigError
+from sd3.pretrained import component_variant, controlnet_mismatches, read_config
+from sd3.quantized import quantize
+from shards.format.manifest import LatentSpec, Manifest
 
 DEFAULT_NUM_LAYERS = 12
 
@@ -35,7 +35,7 @@ def load_transformer(
         base: folder of the base model.
         variant: variant of its weight files.
         dtype: of its arithmetic, and of its weights unless they are quantised.
-        quantization: see `shards.quantized`; None for none.
+        quantization: see `sd3.quantized`; None for none.
         fp8_matmul: likewise.
     """
     transformer = SD3Transformer2DModel.from_pretrained(

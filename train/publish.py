@@ -5,15 +5,15 @@ from typing import Any
 
 from huggingface_hub import HfApi, ModelCardData
 
-from shards.errors import ConfigError, RunError
-from shards.options import as_dict
-from shards.pretrained import DATA_KEY, is_hub_id
-from shards.provenance import commit, versions
-from shards.writer import write_text
+from common.atomic_files import write_text
+from common.errors import ConfigError, RunError
+from common.options import as_dict
+from common.provenance import commit, versions
+from sd3.pretrained import DATA_KEY, is_hub_id
 from train.assembly import Run
 from train.checkpoints import AVERAGE_FOLDER
 from train.config import TrainConfig
-from train.sampling import read_pairs
+from train.validation.sampling import read_pairs
 
 CARD = "README.md"
 TAGS = ("controlnet", "diffusers-training", "sd3", "sd3-diffusers", "text-to-image")

@@ -9,13 +9,14 @@ from signal import SIGTERM
 import click
 import torch
 
-from shards.errors import RunError
-from shards.options import as_dict
-from shards.pretrained import DATA_KEY
-from shards.provenance import write_run
-from train import checkpoints, publish, setup
+from common.errors import RunError
+from common.options import as_dict
+from common.provenance import write_run
+from sd3.pretrained import DATA_KEY
+from train import checkpoints, publish
 from train.assembly import Run, assemble
 from train.config import TrainConfig
+from train.inputs import samples_a_step
 from train.loop import take_steps
 
 
@@ -48,8 +49,8 @@ def train(config: TrainConfig) -> None:
 def _memory(config: TrainConfig) -> Iterator[str]:
     """Give what the run takes, then what would make it less, which takes a while."""
     # A second to import, seldom needed.
-    from train.estimate import advice, find_sizes, report
-    from train.simulation import simulate
+    from train.memory.estimate import advice, find_sizes, report
+    from train.memory.simulation import simulate
 
     sizes = find_sizes(config)
     found = simulate(config, sizes)
@@ -107,7 +108,7 @@ def _announce(run: Run) -> None:
     if order.several_buckets:
         shapes = {order.buckets[shard] for shard in order.shards}
         buckets = f" in {len(shapes)} buckets, filled up to {order.start(1)} an epoch"
-    step_samples = setup.samples_a_step(run.config, run.accelerator.num_processes)
+    step_samples = samples_a_step(run.config, run.accelerator.num_processes)
     click.echo(
         f"train: {order.num_records} samples{buckets}, {run.num_steps} steps of {step_samples}, "
         f"{run.num_trained / 1e6:.1f} M parameters to train, {start}"

@@ -1,0 +1,57 @@
+"""Checks of settings that several stages have in common."""
+
+from pathlib import Path
+
+from common.errors import ConfigError
+
+RESOLUTION_STEP_PX = 16
+MAX_SEQUENCE_LENGTH = 512
+
+
+def pair_up(
+    prompts: tuple[str, ...], images: tuple[Path, ...], prompt_flag: str, image_flag: str
+) -> list[tuple[str, Path]]:
+    """Return (prompt, image) pairs: as many of one as of the other, or one of either.
+
+    Raises:
+        ConfigError: the numbers do not go together; naming the two options.
+    """
+    all_prompts = prompts * len(images) if len(prompts) == 1 else prompts
+    all_images = images * len(prompts) if len(images) == 1 else images
+    if len(all_prompts) != len(all_images):
+        raise ConfigError(
+            f"{len(prompts)} {prompt_flag} and {len(images)} {image_flag}: give as many of one as "
+            "of the other, or one of either."
+        )
+    return list(zip(all_prompts, all_images, strict=True))
+
+
+def check_resolution(resolution: int, flag: str = "--resolution") -> None:
+    """Refuse sizes that SD3 cannot have: the VAE divides by 8, the transformer takes 2 x 2.
+
+    Args:
+        resolution: in pixels.
+        flag: the option it was given with.
+
+    Raises:
+        ConfigError: with sizes that it can have.
+    """
+    if resolution <= 0 or resolution % RESOLUTION_STEP_PX:
+        below = max(resolution // RESOLUTION_STEP_PX, 1) * RESOLUTION_STEP_PX
+        raise ConfigError(
+            f"{flag} {resolution}: must be divisible by {RESOLUTION_STEP_PX} (VAE f8, "
+            f"patches of 2); try {below} or {below + RESOLUTION_STEP_PX}."
+        )
+
+
+def check_sequence_length(tokens: int) -> None:
+    """Refuse T5 lengths that the stock pipeline refuses.
+
+    Raises:
+        ConfigError: with the bound.
+    """
+    if not 1 <= tokens <= MAX_SEQUENCE_LENGTH:
+        raise ConfigError(
+            f"--max-sequence-length {tokens}: must be 1 to {MAX_SEQUENCE_LENGTH}, which is as "
+            "long as diffusers' pipeline takes."
+        )

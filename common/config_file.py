@@ -1,0 +1,80 @@
+"""TOML files of settings: one table a stage, checked against the stage's config dataclass."""
+
+import difflib
+import tomllib
+import types
+from pathlib import Path
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+from common.errors import ConfigError
+
+# A setting that is a number, or left to the program.
+NUMBER_OR_WORD = (int | Literal["auto"],)
+SECTIONS = ("demo", "circles", "precompute", "train", "infer", "score", "serve", "decode")
+
+
+def read_section(path: Path, section: str, config_class: type[Any]) -> dict[str, Any]:
+    """Return the settings of one stage from a TOML file, as its config class takes them.
+
+    Raises:
+        ConfigError: the file cannot be read, is not TOML, or holds an unknown table or key or a
+            value of another type.
+    """
+    try:
+        document = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"--config {path}: {error.strerror or error}") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"--config {path}: not valid TOML: {error}") from error
+    for name in document:
+        if name not in SECTIONS:
+            raise ConfigError(f"{path}: unknown table [{name}].{nearest(name, list(SECTIONS))}")
+    hints = get_type_hints(config_class)
+    settings: dict[str, Any] = {}
+    table = document.get(section, {})
+    if not isinstance(table, dict):
+        raise ConfigError(f"{path}: {section} must be a table, [{section}], found {table!r}.")
+    for key, value in table.items():
+        name = key.replace("-", "_")
+        if name not in hints:
+            raise ConfigError(
+                f"{path}: unknown key {key!r} in [{section}].{nearest(name, list(hints))}"
+            )
+        settings[name] = _checked(value, hints[name], f"{path}: {key} in [{section}]")
+    return settings
+
+
+def _checked(value: Any, hint: Any, where: str) -> Any:
+    multiple, kind = unwrap(hint)
+    if multiple:
+        if not isinstance(value, list):
+            raise ConfigError(f"{where}: expected a list, found {value!r}.")
+        return tuple(_checked(item, kind, where) for item in value)
+    if kind in NUMBER_OR_WORD:
+        if value == "auto":
+            return value
+        kind = int
+    choices = get_args(kind) if get_origin(kind) is Literal else None
+    expected = type(choices[0]) if choices else str if kind is Path else kind
+    # TOML tells 1 from 1.0 and from true; only an integer where a float is meant is harmless.
+    fits = type(value) is expected or (expected is float and type(value) is int)
+    if not fits:
+        raise ConfigError(f"{where}: expected {expected.__name__}, found {value!r}.")
+    if choices and value not in choices:
+        raise ConfigError(f"{where}: {value!r} is not one of {', '.join(map(repr, choices))}.")
+    return Path(value) if kind is Path else value
+
+
+def nearest(name: str, known: list[str]) -> str:
+    """Return ' Did you mean …?' for the known name most like `name`, or an empty string."""
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    return f" Did you mean {close[0]!r}?" if close else f" Known: {', '.join(sorted(known))}."
+
+
+def unwrap(hint: Any) -> tuple[bool, Any]:
+    """Return (repeatable, element type) of a field's annotation."""
+    if get_origin(hint) is tuple:
+        return True, get_args(hint)[0]
+    if get_origin(hint) in (types.UnionType, Union) and hint not in NUMBER_OR_WORD:
+        (hint,) = (arg for arg in get_args(hint) if arg is not type(None))
+    return False, hint

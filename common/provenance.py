@@ -1,0 +1,70 @@
+"""`run.json`: with which settings, versions and inputs a stage made its output."""
+
+import importlib.metadata
+import json
+import os
+import platform
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from common.atomic_files import write_text
+from common.options import as_dict
+
+RUN = "run.json"
+LIBRARIES = ("torch", "diffusers", "transformers", "accelerate", "safetensors", "numpy", "pillow")
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of Python and of the libraries that determine results."""
+    found = {"python": platform.python_version()}
+    for name in LIBRARIES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            found[name] = "absent"
+    return found
+
+
+def commit() -> str | None:
+    """Return the commit of this project's checkout, `+` appended if it was changed, or None."""
+    here = Path(__file__).resolve().parent
+    try:
+        head, changes = (
+            subprocess.run(
+                ["git", "-C", str(here), *arguments], capture_output=True, text=True, check=True
+            ).stdout.strip()
+            for arguments in (["rev-parse", "HEAD"], ["status", "--porcelain", "-uno"])
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return head + ("+" if changes else "")
+
+
+def machine() -> str:
+    """Return what this process computes on, in words."""
+    if torch.cuda.is_available():
+        return str(torch.cuda.get_device_name())
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return f"{cores} CPU cores"
+
+
+def write_run(folder: Path, stage: str, config: Any, **more: Any) -> None:
+    """Write `run.json` into a stage's output folder.
+
+    Args:
+        folder: the output folder, which exists.
+        stage: `precompute`, `train`, `infer` or `score`.
+        config: the stage's config dataclass.
+        more: further plain JSON values, e.g. fingerprints.
+    """
+    run = {
+        "stage": stage,
+        "config": as_dict(config),
+        "versions": versions(),
+        "commit": commit(),
+        **more,
+    }
+    write_text(folder / RUN, json.dumps(run, ensure_ascii=False, indent=1) + "\n")

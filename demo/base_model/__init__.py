@@ -1,0 +1,1 @@
+"""How the miniature base model was made."""

@@ -1,0 +1,205 @@
+"""What is to be drawn: prompts and conditioning images, wherever they are given."""
+
+import json
+import tomllib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+from xxhash import xxh3_128_hexdigest
+
+from common.checks import pair_up
+from common.config_file import nearest
+from common.errors import ConfigError
+from infer.config import GenerateConfig
+from sd3 import images
+from sd3.contact_sheet import save_png
+from sd3.images import BadImage
+from shards.reading.cache import Cache
+
+IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff"}
+KEYS = ("prompt", "image", "negative_prompt", "seed")
+
+
+@dataclass(frozen=True)
+class Control:
+    """A conditioning image.
+
+    Attributes:
+        path: of its file.
+        digest: of the file's bytes, XXH3-128.
+        image: in RGB, of any size.
+    """
+
+    path: Path
+    digest: str
+    image: Image.Image
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """A pair to draw.
+
+    Attributes:
+        prompt: what to draw.
+        negative_prompt: what not to draw.
+        controls: conditioning images; one, or one for each of the ControlNets that are combined.
+        seeds: a picture each.
+    """
+
+    prompt: str
+    negative_prompt: str
+    controls: tuple[Control, ...]
+    seeds: tuple[int, ...]
+
+
+def find_wanted(config: GenerateConfig, cache: Cache | None) -> list[Wanted]:
+    """Return what is to be drawn.
+
+    Args:
+        config: says it, or where it stands.
+        cache: whose validation pairs are drawn where nothing else is given.
+
+    Raises:
+        ConfigError: a file cannot be read, or what it says does not go together.
+    """
+    if config.pairs is not None:
+        entries = list(_from_folder(config) if config.pairs.is_dir() else _from_file(config.pairs))
+        if not entries:
+            raise ConfigError(f"--pairs {config.pairs}: nothing in it to draw.")
+    elif config.prompt:
+        entries = _from_options(config)
+    else:
+        assert cache is not None
+        entries = _from_validation(config, cache)
+    known: dict[Path, Control] = {}
+    return [_wanted(entry, config, known) for entry in entries]
+
+
+@dataclass(frozen=True)
+class _Entry:
+    """A pair as it is written down: where, and a negative prompt and a seed if it has its own."""
+
+    where: str
+    prompt: str
+    images: tuple[Path, ...]
+    negative_prompt: str | None = None
+    seed: int | None = None
+
+
+def _wanted(entry: _Entry, config: GenerateConfig, known: dict[Path, Control]) -> Wanted:
+    controls = []
+    for path in entry.images:
+        if path not in known:
+            try:
+                image, data = images.load(path)
+            except BadImage as error:
+                raise ConfigError(f"{entry.where} {path}: {error}.") from error
+            known[path] = Control(path, xxh3_128_hexdigest(data), image)
+        controls.append(known[path])
+    negative = config.negative_prompt if entry.negative_prompt is None else entry.negative_prompt
+    seeds = config.seed if entry.seed is None else (entry.seed,)
+    return Wanted(entry.prompt, negative, tuple(controls), seeds)
+
+
+def _from_options(config: GenerateConfig) -> list[_Entry]:
+    count = len(config.controlnet) if config.combine else 1
+    paths = config.image
+    if count > 1 and len(paths) > 1:
+        groups = [paths[at : at + count] for at in range(0, len(paths), count)]
+        prompts = config.prompt * (len(groups) if len(config.prompt) == 1 else 1)
+        groups *= len(prompts) if len(groups) == 1 else 1
+        if len(prompts) != len(groups) or len(paths) % count:
+            raise ConfigError(
+                f"{len(config.prompt)} --prompt and {len(paths)} --image for {count} ControlNets: "
+                f"give {count} images for each prompt, {count} in all, or one."
+            )
+        return [
+            _Entry("--image", prompt, group) for prompt, group in zip(prompts, groups, strict=True)
+        ]
+    pairs = pair_up(config.prompt, paths, "--prompt", "--image")
+    return [_Entry("--image", prompt, (path,)) for prompt, path in pairs]
+
+
+def _from_folder(config: GenerateConfig) -> Iterator[_Entry]:
+    """Give the images of a folder by name, each with the prompt in the text file beside it."""
+    assert config.pairs is not None
+    for path in sorted(config.pairs.iterdir()):
+        if path.suffix.lower() not in IMAGE_SUFFIXES:
+            continue
+        text = path.with_suffix(".txt")
+        try:
+            prompt = text.read_text(encoding="utf-8").strip()
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(
+                f"--pairs {config.pairs}: {path.name} needs its prompt in {text.name} ({error})."
+            ) from error
+        yield _Entry("--pairs", prompt, (path,))
+
+
+def _from_file(path: Path) -> Iterator[_Entry]:
+    """Give the pairs of TOML's [[pair]] tables, or of JSON lines; paths start at the file."""
+    try:
+        text = path.read_text(encoding="utf-8")
+        if path.suffix == ".toml":
+            tables = tomllib.loads(text).get("pair", [])
+            lines = [(f"{path}, pair {number}:", one) for number, one in enumerate(tables, 1)]
+        else:
+            lines = [
+                (f"{path}, line {number}:", json.loads(line))
+                for number, line in enumerate(text.split("\n"), 1)
+                if line.strip()
+            ]
+    except OSError as error:
+        raise ConfigError(f"--pairs {path}: {error.strerror or error}.") from error
+    except ValueError as error:  # of JSON, TOML and UTF-8
+        raise ConfigError(f"--pairs {path}: neither TOML nor JSON lines ({error}).") from error
+    for where, one in lines:
+        yield _entry(where, one, path.parent)
+
+
+def _entry(where: str, one: Any, folder: Path) -> _Entry:
+    if not isinstance(one, dict):
+        raise ConfigError(f"{where} expected prompt and image, found {one!r}.")
+    for name in one:
+        if name not in KEYS:
+            raise ConfigError(f"{where} unknown key {name!r}.{nearest(name, list(KEYS))}")
+    paths = one.get("image")
+    paths = [paths] if isinstance(paths, str) else paths
+    kinds = (
+        ("prompt", str, one.get("prompt")),
+        ("negative_prompt", str, one.get("negative_prompt", "")),
+        ("seed", int, one.get("seed", 0)),
+    )
+    for name, kind, value in kinds:
+        if type(value) is not kind:
+            raise ConfigError(f"{where} {name}: expected {kind.__name__}, found {value!r}.")
+    if not isinstance(paths, list) or not paths or not all(isinstance(name, str) for name in paths):
+        raise ConfigError(f"{where} image: expected a path, or a list of them, found {paths!r}.")
+    return _Entry(
+        where,
+        one["prompt"],
+        tuple(folder / name for name in paths),
+        one.get("negative_prompt"),
+        one.get("seed"),
+    )
+
+
+def _from_validation(config: GenerateConfig, cache: Cache) -> list[_Entry]:
+    """Return the cache's validation pairs; their conditioning images become files."""
+    entries: list[_Entry] = []
+    reader = cache.validation
+    for place in reader.places():
+        pixels = reader.tensors(*place)["conditioning_image"]
+        path = config.output_dir / f"conditioning-{len(entries):03d}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_png(path, Image.fromarray(pixels.permute(1, 2, 0).numpy()))
+        prompt = str(reader.about(*place).get("prompt", ""))
+        entries.append(_Entry("--cache", prompt, (path,)))
+    if not entries:
+        raise ConfigError(
+            f"--cache {config.cache}: it has no validation pairs; give --prompt and --image."
+        )
+    return entries

@@ -1,0 +1,1 @@
+"""Encoding what is missing, and writing it as shards."""

@@ -1,0 +1,87 @@
+"""The latent pass: images and conditioning images through the VAE, once.
+
+Axes: B images, 3 colours, H x W pixels, C latent channels, h x w latent grid (H / 8, W / 8).
+"""
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from common.device import OnItsWay
+from precompute.encoding.batch_size import BatchSize, in_parts
+from precompute.planning.encoder_spec import LatentSettings
+from sd3.images import to_pixels
+from sd3.pretrained import component_variant
+
+
+class LatentEncoder:
+    """The VAE's encoder on a device.
+
+    Args:
+        base: model folder with a VAE.
+        settings: number formats and what to keep of the posterior.
+        device: where it runs.
+        variant: variant of the weight files.
+        compiled: whether torch compiles it.
+    """
+
+    def __init__(
+        self,
+        base: Path,
+        settings: LatentSettings,
+        device: torch.device,
+        variant: str | None,
+        *,
+        compiled: bool = False,
+    ) -> None:
+        from diffusers import AutoencoderKL
+
+        self.dtype = getattr(torch, settings.compute_dtype)
+        self.cache_dtype = getattr(torch, settings.cache_dtype)
+        self.posterior = settings.posterior
+        self.device = device
+        vae = AutoencoderKL.from_pretrained(
+            base,
+            subfolder="vae",
+            variant=component_variant(base / "vae", variant),
+            dtype=self.dtype,
+            use_safetensors=True,
+            device_map={"": str(device)},  # straight to where it runs
+        )
+        vae.decoder = None
+        if settings.tiled:
+            vae.enable_tiling()
+        if compiled:
+            vae.encoder = torch.compile(vae.encoder, dynamic=False)
+        self.vae = vae.eval()
+
+    @torch.no_grad()
+    def encode(self, uint8: Tensor, pixel_range: str, name: str, size: BatchSize) -> OnItsWay:
+        """Return the latents of images, raw as the VAE gives them: not shifted, not scaled.
+
+        Args:
+            uint8: [B, 3, H, W], 0 to 255.
+            pixel_range: see `sd3.images.to_pixels`.
+            name: of the tensor, `latent` or `conditioning_latent`.
+            size: how many of them go through the VAE at once.
+
+        Returns:
+            `<name>` [B, C, h, w], and `<name>_std` where the cache keeps it; on their way to the
+            CPU, in the cache's number format.
+        """
+
+        def compute(part: Tensor) -> dict[str, Tensor]:
+            pixels = to_pixels(part.to(self.device, non_blocking=True), pixel_range)
+            posterior = self.vae.encode(pixels.to(self.dtype)).latent_dist
+            tensors = {name: posterior.mean}
+            if self.posterior == "mean_std":
+                tensors[f"{name}_std"] = posterior.std
+            return tensors
+
+        return OnItsWay(in_parts(compute, [uint8], size), self.cache_dtype)
+
+
+def finite(tensors: dict[str, Tensor]) -> bool:
+    """Tell whether all numbers of a record are finite."""
+    return all(bool(torch.isfinite(tensor).all()) for tensor in tensors.values())

@@ -1,0 +1,69 @@
+"""Fingerprints: digests of exactly what changes the bytes of a record.
+
+Weights count by their content, not by where they lie or what they are called; so moving or renaming
+a model, a source or a cache keeps everything.
+"""
+
+import json
+from pathlib import Path
+
+import xxhash
+
+from precompute.planning.digest_cache import Content, Remembered
+from precompute.sources.source_files import file_version
+from sd3.pretrained import component_variant
+
+CHUNK_BYTES = 1 << 22
+# Entries of a config.json that say who wrote it, not what it computes.
+PROVENANCE_KEYS = {"transformers_version", "torch_dtype", "dtype"}
+
+
+def hash_bytes(data: bytes) -> str:
+    """Return a 128-bit digest of an image's bytes or a prompt, in hex."""
+    return xxhash.xxh3_128_hexdigest(data)
+
+
+def hash_component(folder: Path, variant: str | None, remembered: Remembered) -> str:
+    """Return a digest of a model component: its weights and tokenizer files and its configuration.
+
+    Args:
+        folder: e.g. `<base>/vae`.
+        variant: whose weight files count, where the component has them; else those of none.
+        remembered: digests of files that were hashed before.
+    """
+    digest = xxhash.xxh3_128()
+    variant = component_variant(folder, variant)
+    for path in sorted(folder.iterdir()):
+        if path.suffix == ".safetensors":
+            if f".{variant}" in path.name if variant else path.name.count(".") == 1:
+                digest.update(b"weights")
+                digest.update(_hash_file(path, remembered))
+        elif path.name == "config.json":
+            digest.update(_behaviour(path))
+        elif path.suffix in {".json", ".txt", ".model"} and "index" not in path.name:
+            digest.update(path.name.encode())
+            digest.update(_hash_file(path, remembered))
+    return digest.hexdigest()
+
+
+def _behaviour(config: Path) -> bytes:
+    values = json.loads(config.read_text(encoding="utf-8"))
+    kept = {
+        key: value
+        for key, value in values.items()
+        if not key.startswith("_") and key not in PROVENANCE_KEYS
+    }
+    return json.dumps(kept, sort_keys=True).encode()
+
+
+def _hash_file(path: Path, remembered: Remembered) -> bytes:
+    version = file_version(path.absolute())
+    (known,) = remembered.find([version])
+    if known is not None:
+        return known.digest
+    digest = xxhash.xxh3_128()
+    with path.open("rb") as file:
+        while chunk := file.read(CHUNK_BYTES):
+            digest.update(chunk)
+    remembered.add(version, Content(digest.digest()))
+    return digest.digest()

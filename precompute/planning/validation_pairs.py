@@ -1,0 +1,74 @@
+"""Validation pairs: prompts and conditioning images that training draws, encoded beforehand."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from common.errors import ConfigError
+from precompute.config import PrecomputeConfig
+from precompute.planning.fingerprint import hash_bytes
+from precompute.planning.inventory import digests_of
+from precompute.planning.layout import arrange, items_of_slots
+from precompute.planning.plan import ProductPlan
+from sd3 import images
+from sd3.buckets import nearest_buckets
+from sd3.images import BadImage
+
+
+@dataclass(frozen=True)
+class ValidationPair:
+    """A prompt and its conditioning image, fitted to a bucket, [3, H, W] in 0 to 255."""
+
+    prompt: str
+    image_hash: str
+    bucket: int
+    conditioning_image: Tensor
+
+
+def find_pairs(config: PrecomputeConfig, shapes: list[tuple[int, int]]) -> list[ValidationPair]:
+    """Return the pairs that the settings name.
+
+    Args:
+        config: the settings.
+        shapes: width and height of each bucket, in pixels.
+
+    Raises:
+        ConfigError: an image cannot be used.
+    """
+    pairs = []
+    for prompt, path in config.validation_pairs():
+        try:
+            image, data = images.load(path, config.background)
+            bucket = int(nearest_buckets(np.array([image.size], np.int32), shapes)[0])
+            pixels = images.to_uint8(images.fit(image, shapes[bucket]))
+        except BadImage as error:
+            raise ConfigError(f"--validation-image {path}: {error}.") from error
+        pairs.append(ValidationPair(prompt, hash_bytes(data), bucket, pixels))
+    return pairs
+
+
+def plan_validation(
+    folder: Path,
+    pairs: Sequence[ValidationPair],
+    identity: Mapping[str, Any],
+    pair_bytes: Sequence[int],
+) -> ProductPlan:
+    """Return the plan of the validation pairs: a shard for each bucket that they are in.
+
+    Args:
+        folder: of the product.
+        pairs: all there are to be.
+        identity: see `ProductPlan`.
+        pair_bytes: size of a record's tensors, by bucket.
+    """
+    contents = digests_of(f"{pair.image_hash} {pair.prompt}" for pair in pairs)
+    buckets = np.array([pair.bucket for pair in pairs], np.int64)
+    sizes = [max(1, int((buckets == bucket).sum())) for bucket in range(len(pair_bytes))]
+    layout, slots = arrange(contents[:, 0], buckets, sizes)
+    return ProductPlan(
+        folder, identity, layout, items_of_slots(layout, slots), contents, pair_bytes
+    )

@@ -1,0 +1,52 @@
+"""Which shards are this worker's: every worker makes every n-th, and none waits for another."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from common.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Part:
+    """One of `count` workers, counted from 0."""
+
+    index: int = 0
+    count: int = 1
+
+    def has(self, shard: int) -> bool:
+        """Tell whether a shard is this worker's."""
+        return shard % self.count == self.index
+
+    @property
+    def leads(self) -> bool:
+        """Whether this is the worker that speaks for all."""
+        return self.index == 0
+
+    def __str__(self) -> str:
+        """Return e.g. `2/8`."""
+        return f"{self.index}/{self.count}"
+
+
+def find_part(given: str | None, environment: Mapping[str, str]) -> Part:
+    """Return this process's part: of `--part`, and of that what `accelerate launch` says.
+
+    Args:
+        given: `i/n`, i from 0 to n - 1; or None.
+        environment: of the process; `RANK` and `WORLD_SIZE` count.
+
+    Raises:
+        ConfigError: not of this form.
+    """
+    part = _parsed(given) if given is not None else Part()
+    rank, world = int(environment.get("RANK", 0)), int(environment.get("WORLD_SIZE", 1))
+    return Part(part.index * world + rank, part.count * world)
+
+
+def _parsed(given: str) -> Part:
+    index, _, count = given.partition("/")
+    if not (index.isdecimal() and count.isdecimal() and int(index) < int(count)):
+        raise ConfigError(
+            f"--part {given}: expected i/n with i from 0 to n - 1, e.g. 0/4, 1/4, 2/4 and 3/4 on "
+            "four machines."
+        )
+    return Part(int(index), int(count))

@@ -1,0 +1,101 @@
+"""The columns of a table: which hold the images, and which the captions."""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from common.errors import ConfigError
+from precompute.sources.source import SourceSettings
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+METADATA_HINT = (
+    "An image folder's captions and conditioning images stand in metadata.jsonl beside the images, "
+    'a line each: {"file_name": "0.png", "conditioning_image_file_name": "…", "text": "…"}.'
+)
+
+
+@dataclass(frozen=True)
+class Columns:
+    """Names of a table's columns.
+
+    Attributes:
+        image: bytes or file names.
+        conditioning_image: likewise; None where nobody wants them.
+        caption: text or lists of text.
+        captions_are_json: `datasets` keeps columns of mixed types as JSON.
+    """
+
+    image: str
+    conditioning_image: str | None
+    caption: str
+    captions_are_json: bool
+
+
+def find_columns(dataset: "Dataset", settings: SourceSettings, where: str) -> Columns:
+    """Return the columns that the settings name.
+
+    Args:
+        dataset: the table.
+        settings: with the names of the columns.
+        where: the data set as the user gave it, for errors.
+
+    Raises:
+        ConfigError: a column is missing, or no column of images.
+    """
+    from datasets import features
+
+    wanted = {
+        "image_column": _holds_images,
+        "conditioning_image_column": _holds_images,
+        "caption_column": _holds_text,
+    }
+    if not settings.wants_conditioning:
+        del wanted["conditioning_image_column"]
+    named = [getattr(settings, option) for option in wanted]
+    types = {field.name: field.type for field in dataset.features.arrow_schema}
+    for option, holds in wanted.items():
+        name, flag = getattr(settings, option), f"--{option.replace('_', '-')}"
+        if name not in types:
+            obvious = _holds_bytes if holds is _holds_images else _holds_text
+            others = [
+                one
+                for one in types
+                if one not in named and not one.startswith("__") and obvious(types[one])
+            ]
+            hint = f"Did you mean {flag} {others[0]}?" if len(others) == 1 else f"Name it: {flag}."
+            if not any(map(_holds_text, types.values())):
+                hint = METADATA_HINT
+            raise ConfigError(f"{where}: no column {name!r}; it has {', '.join(types)}. {hint}")
+        if holds is _holds_images and not holds(types[name]):
+            raise ConfigError(
+                f"{where}: column {name!r} holds {types[name]}; {flag} needs images or file names."
+            )
+    kind = getattr(features, "Json", None)  # of datasets 4.7 and later
+    mixed = kind is not None and isinstance(dataset.features[settings.caption_column], kind)
+    conditioning = settings.conditioning_image_column if settings.wants_conditioning else None
+    return Columns(settings.image_column, conditioning, settings.caption_column, mixed)
+
+
+def _holds_images(type_: Any) -> bool:
+    """Tell whether an Arrow type can be an image: bytes, a file name, or both."""
+    from pyarrow import types
+
+    return bool(_holds_bytes(type_) or types.is_string(type_) or types.is_large_string(type_))
+
+
+def _holds_bytes(type_: Any) -> bool:
+    from pyarrow import types
+
+    if types.is_struct(type_):
+        return {type_.field(at).name for at in range(type_.num_fields)} <= {"bytes", "path"}
+    return bool(types.is_binary(type_) or types.is_large_binary(type_))
+
+
+def _holds_text(type_: Any) -> bool:
+    """Tell whether an Arrow type can be a caption, or a list of captions."""
+    from pyarrow import types
+
+    if types.is_list(type_) or types.is_large_list(type_):
+        type_ = type_.value_type
+    return bool(types.is_string(type_) or types.is_large_string(type_))

@@ -1,0 +1,46 @@
+"""Opening the data set that the settings name."""
+
+from pathlib import Path
+
+from common.errors import ConfigError
+from precompute.sources import fill50k, tables
+from precompute.sources.source import Source, SourceSettings
+from sd3.pretrained import is_hub_id
+
+
+def open_source(settings: SourceSettings) -> Source:
+    """Return the data set that the settings name.
+
+    Raises:
+        ConfigError: none or several are named, nothing is there, it cannot be read, or it lacks
+            a column.
+    """
+    flag, name = _place(settings)
+    where, path = f"{flag} {name}", Path(name)
+    if not path.exists():
+        if flag == "--dataset-name" and is_hub_id(name):
+            return tables.open_hub(settings, name, where)
+        hub = ", and not a hub id (owner/name)" if flag == "--dataset-name" else ""
+        raise ConfigError(
+            f"{where}: no such file or folder{hub}. Expected fill50k: the folder with "
+            f"{fill50k.PROMPTS}, or its zip; or a folder that `datasets` can load."
+        )
+    if fill50k.is_fill50k(path):
+        return fill50k.open_fill50k(path, where, settings.wants_conditioning)
+    return tables.open_local(settings, path, where)
+
+
+def _place(settings: SourceSettings) -> tuple[str, str]:
+    """Return the flag that names the data set, and the name."""
+    named = [
+        (f"--{field.replace('_', '-')}", value)
+        for field in ("source", "dataset_name", "train_data_dir")
+        if (value := getattr(settings, field)) is not None
+    ]
+    if len(named) != 1:
+        found = " and ".join(flag for flag, _ in named) or "none of them"
+        raise ConfigError(
+            "give one of --source, --dataset-name and --train-data-dir, which say where the rows "
+            f"come from; found {found}."
+        )
+    return named[0]

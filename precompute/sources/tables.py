@@ -1,0 +1,165 @@
+"""Data sets that the `datasets` library reads: image folders, Parquet, WebDataset tars, the hub.
+
+Tables stay Arrow on disk, mapped into memory; images are never decoded here.
+"""
+
+import json
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from common.errors import ConfigError
+from precompute.sources.columns import Columns, find_columns
+from precompute.sources.hub import load_hub
+from precompute.sources.local import load_local
+from precompute.sources.source import Kind, Row, Source, SourceSettings
+from precompute.sources.source_files import file_version, names_version, read_file
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+
+class Table:
+    """A table of images and captions.
+
+    An image is bytes, a file name, or both; a file name is relative to the data set's folder.
+    """
+
+    def __init__(self, dataset: "Dataset", columns: Columns, folder: str | None) -> None:
+        self.origin = dataset, columns, folder
+        self.folder = folder
+        self.has_conditioning_images = columns.conditioning_image is not None
+        table = dataset.with_format("arrow")[:]
+        self.captions = table[columns.caption]
+        self.captions_are_json = columns.captions_are_json
+        self.paths: dict[Kind, Any] = {}
+        self.bytes: dict[Kind, Any] = {}
+        names: dict[Kind, str | None] = {
+            "image": columns.image,
+            "conditioning_image": columns.conditioning_image,
+        }
+        for kind, name in names.items():
+            if name is not None:
+                self.paths[kind], self.bytes[kind] = _paths_and_bytes(table[name])
+        self.names = names
+        self.files_version = _files_version(dataset)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Map the table anew in another process."""
+        return Table, self.origin
+
+    def __len__(self) -> int:
+        """Return the number of rows."""
+        return len(self.captions)
+
+    def rows(self, indices: Sequence[int]) -> Iterator[Row]:
+        """Return the rows of these numbers."""
+        for index in indices:
+            yield Row(
+                f"row {index}",
+                self._path(index, "image"),
+                self._path(index, "conditioning_image"),
+                self._caption(index),
+            )
+
+    def read(self, index: int, kind: Kind) -> bytes:
+        """Return the bytes of a row's image."""
+        if (embedded := _value(self.bytes[kind], index)) is not None:
+            return bytes(embedded)
+        return read_file(self._file(index, kind))
+
+    def version(self, index: int, kind: Kind) -> bytes | None:
+        """Return what changes whenever the image may have changed."""
+        column = self.bytes[kind]
+        if column is not None and column[index].is_valid:
+            if self.files_version is None:
+                return None
+            return names_version(self.files_version.hex(), str(self.names[kind]), index)
+        try:
+            return file_version(self._file(index, kind))
+        except OSError:
+            return None
+
+    def _caption(self, index: int) -> Any:
+        caption = self.captions[index].as_py()
+        if self.captions_are_json and caption is not None:
+            return json.loads(caption)
+        return caption
+
+    def _path(self, index: int, kind: Kind) -> str:
+        return _value(self.paths.get(kind), index) or ""
+
+    def _file(self, index: int, kind: Kind) -> str:
+        path = self._path(index, kind)
+        if not path:
+            raise OSError("the row has no image")
+        if path.startswith("zip://"):
+            raise OSError("lies in an archive; unpack it beside its table first")
+        if "://" in path:
+            raise OSError("is an address, not a file; images are not downloaded one by one")
+        if self.folder is None and not os.path.isabs(path):  # noqa: PTH117
+            raise OSError("is a file name, and the data set does not hold the file")
+        return os.path.join(self.folder or "", path)  # noqa: PTH118
+
+
+def _value(column: Any, index: int) -> Any:
+    return None if column is None else column[index].as_py()
+
+
+def _paths_and_bytes(column: Any) -> tuple[Any, Any]:
+    """Return the file names and the bytes in a column of images; None for what it does not have."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    if pa.types.is_struct(column.type):
+        fields = [column.type.field(at).name for at in range(column.type.num_fields)]
+        found = {name: pc.struct_field(column, name) for name in fields}
+        return found.get("path"), found.get("bytes")
+    if pa.types.is_string(column.type) or pa.types.is_large_string(column.type):
+        return column, None
+    return None, column
+
+
+def _files_version(dataset: "Dataset") -> bytes | None:
+    """Return what changes when the table's Arrow files do; None if it has none."""
+    parts: list[str | int] = []
+    for file in sorted(file["filename"] for file in dataset.cache_files):
+        found = os.stat(file)  # noqa: PTH116
+        parts += [os.path.abspath(file), found.st_size, found.st_mtime_ns]  # noqa: PTH100
+    return names_version(*parts) if parts else None
+
+
+def open_local(settings: SourceSettings, path: Path, where: str) -> Source:
+    """Return a local data set.
+
+    Args:
+        settings: its configuration and columns.
+        path: of its folder, or of one file.
+        where: the path as the user gave it, for errors.
+
+    Raises:
+        ConfigError: it cannot be read, or lacks a column.
+    """
+    dataset, folder = load_local(settings, path, where)
+    return _open(dataset, settings, str(folder), where)
+
+
+def open_hub(settings: SourceSettings, name: str, where: str) -> Source:
+    """Return a data set of the hub.
+
+    Args:
+        settings: its configuration, revision and columns.
+        name: its hub id.
+        where: the id as the user gave it, for errors.
+
+    Raises:
+        ConfigError: it cannot be had or read, or lacks a column.
+    """
+    return _open(load_hub(settings, name, where), settings, None, where)
+
+
+def _open(dataset: "Dataset", settings: SourceSettings, folder: str | None, where: str) -> Source:
+    if not len(dataset):
+        raise ConfigError(f"{where}: holds no rows.")
+    return Table(dataset, find_columns(dataset, settings, where), folder)

@@ -1,0 +1,211 @@
+"""Finding a base model's folders: a folder on disk, or only the needed part of a hub repository."""
+
+import contextlib
+import fnmatch
+import json
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from common.errors import ConfigError
+
+# How the data was made, in a ControlNet's config.json. diffusers keeps entries with a leading
+# underscore and passes them over when it builds the model.
+DATA_KEY = "_precompute"
+# What a component folder may hold that loading it needs; everything else stays on the hub.
+FILE_PATTERNS = ("*.json", "*.txt", "*.model")
+
+
+def find_base(
+    name_or_path: str,
+    subfolders: Sequence[str],
+    *,
+    revision: str | None = None,
+    variant: str | None = None,
+    cache_dir: Path | None = None,
+    weights: bool = True,
+) -> Path:
+    """Return the local folder of a base model, with at least `subfolders` in it.
+
+    Args:
+        name_or_path: a diffusers model folder, or a hub id such as
+            `stabilityai/stable-diffusion-3.5-medium`.
+        subfolders: components that the caller needs, e.g. `("vae",)`; of a hub repository only
+            these are downloaded.
+        revision: branch, tag or commit on the hub.
+        variant: weight files to take, e.g. `fp16`, of the components that have them.
+        cache_dir: where downloads are kept; the hub's default otherwise.
+        weights: whether they are needed, or configurations alone.
+
+    Raises:
+        ConfigError: neither a folder nor a hub id, no access, or components missing.
+    """
+    folder = Path(name_or_path)
+    if not folder.is_dir():
+        if not is_hub_id(name_or_path):
+            raise ConfigError(
+                f"base model {name_or_path!r}: no such folder, and not a hub id (owner/name). "
+                "Give --pretrained-model-name-or-path a diffusers model folder or a hub id."
+            )
+        patterns = [f"{name}/{kind}" for name in subfolders for kind in FILE_PATTERNS]
+        if weights:
+            patterns += _weight_patterns(name_or_path, subfolders, revision, variant)
+        ignored = [] if variant else ["*.fp16*", "*.bf16*"]
+        folder = _download(
+            name_or_path, ["model_index.json", *patterns], ignored, revision, cache_dir
+        )
+    missing = [name for name in subfolders if not has_component(folder, name)]
+    if missing:
+        present = sorted(entry.name for entry in folder.iterdir() if entry.is_dir())
+        raise ConfigError(
+            f"base model {name_or_path!r}: no {', '.join(f'{name}/' for name in missing)} in it; "
+            f"found {', '.join(f'{name}/' for name in present) or 'no folders'}. "
+            "A diffusers model folder has one folder for each component."
+        )
+    return folder
+
+
+def has_component(folder: Path, name: str) -> bool:
+    """Tell whether a model folder holds a component with a configuration."""
+    return any((folder / name).glob("*.json"))
+
+
+def component_variant(component: Path, variant: str | None) -> str | None:
+    """Return `variant` if a component's folder has weights of it, else None for the plain ones."""
+    has_it = variant is not None and any(component.glob(f"*.{variant}*safetensors"))
+    return variant if has_it else None
+
+
+def read_config(folder: Path, name: str) -> dict[str, Any]:
+    """Return a component's configuration, from its `config.json` or `scheduler_config.json`.
+
+    Raises:
+        ConfigError: missing, or not a JSON object.
+    """
+    path = folder / name / ("scheduler_config.json" if name == "scheduler" else "config.json")
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{path}: cannot be read as a configuration: {error}") from error
+    if not isinstance(config, dict):
+        raise ConfigError(f"{path}: expected a JSON object, found {type(config).__name__}")
+    return config
+
+
+def find_controlnet(name_or_path: str, flag: str, *, cache_dir: Path | None = None) -> Path:
+    """Return the local folder of a ControlNet.
+
+    Args:
+        name_or_path: a folder with a ControlNet's config.json and weights, or a hub id.
+        flag: the option it was given with, for the error.
+        cache_dir: where downloads are kept; the hub's default otherwise.
+
+    Raises:
+        ConfigError: neither a folder nor a hub id, no access, or no ControlNet in it.
+    """
+    folder = Path(name_or_path)
+    if not folder.is_dir():
+        if not is_hub_id(name_or_path):
+            raise ConfigError(
+                f"{flag} {name_or_path}: no such folder, and not a hub id (owner/name). "
+                "Train one first: python -m train."
+            )
+        patterns = ["config.json", "*.safetensors", "*.index.json"]
+        folder = _download(name_or_path, patterns, ["*/*"], None, cache_dir)
+    if not ((folder / "config.json").is_file() and any(folder.glob("*.safetensors"))):
+        inner = sorted(folder.glob("checkpoint-*/controlnet"))
+        hint = f" Did you mean {inner[-1]}?" if inner else " Train one first: python -m train."
+        raise ConfigError(f"{flag} {name_or_path}: no ControlNet in it.{hint}")
+    return folder
+
+
+def controlnet_mismatches(controlnet: Mapping[str, Any], base: Mapping[str, Any]) -> list[str]:
+    """Return what keeps a ControlNet from working with a base model, a line each.
+
+    Args:
+        controlnet: the ControlNet's configuration.
+        base: the transformer's configuration.
+    """
+    names = ["in_channels", "attention_head_dim", "num_attention_heads", "pooled_projection_dim"]
+    if controlnet.get("joint_attention_dim") is not None:  # SD3.5-large's own take no text
+        names.append("joint_attention_dim")
+    return [
+        f"  {name}: ControlNet {controlnet.get(name)}, base model {base.get(name)}"
+        for name in names
+        if controlnet.get(name) != base.get(name)
+    ]
+
+
+def is_hub_id(name: str) -> bool:
+    """Tell whether a name has the form owner/name."""
+    return re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name) is not None
+
+
+def _weight_patterns(
+    repo: str, subfolders: Sequence[str], revision: str | None, variant: str | None
+) -> list[str]:
+    """Return the patterns of the weights to download: of the variant where a component has it."""
+    from huggingface_hub import list_repo_files
+
+    present: list[str] = []
+    if variant is not None:
+        # Whatever is wrong with the repository or the network, the download itself says better;
+        # and the errors of the HTTP library underneath change with its version.
+        with contextlib.suppress(Exception):
+            present = list_repo_files(repo, revision=revision)
+    patterns = []
+    for name in subfolders:
+        wanted = f"{name}/*.{variant}*safetensors"
+        found = any(fnmatch.fnmatch(path, wanted) for path in present)
+        patterns.append(wanted if found else f"{name}/*.safetensors")
+    return patterns
+
+
+def _download(
+    repo: str,
+    allow_patterns: list[str],
+    ignore_patterns: list[str],
+    revision: str | None,
+    cache_dir: Path | None,
+) -> Path:
+    """Return the local copy of the matching files of a hub repository.
+
+    Raises:
+        ConfigError: gated, unknown or out of reach.
+    """
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HfHubHTTPError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+
+    try:
+        return Path(
+            snapshot_download(
+                repo,
+                revision=revision,
+                cache_dir=cache_dir,
+                allow_patterns=allow_patterns,
+                ignore_patterns=ignore_patterns,
+            )
+        )
+    except GatedRepoError as error:
+        raise ConfigError(
+            f"{repo!r} is gated: accept its terms on its hub page, then `hf auth login`."
+        ) from error
+    except RepositoryNotFoundError as error:
+        raise ConfigError(
+            f"{repo!r}: no such folder here and no such repository on the hub "
+            "(or it is private: `hf auth login`)."
+        ) from error
+    except RevisionNotFoundError as error:
+        raise ConfigError(f"{repo!r} has no revision {revision!r}.") from error
+    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
+        raise ConfigError(
+            f"{repo!r}: no such folder here, and the hub could not be reached "
+            f"({type(error).__name__}). Check the name and the network."
+        ) from error

@@ -1,0 +1,1 @@
+"""What lies on disk: records, shards, sidecars, the manifest."""

@@ -1,0 +1,1 @@
+"""Reading a cache: the order of samples, and their records."""

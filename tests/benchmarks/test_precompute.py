@@ -1,0 +1,69 @@
+"""The benchmarks of stage 1 in small: what they count is what arithmetic says."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks import planning, precompute
+from benchmarks.encoders import save_true_size
+from precompute.config import PrecomputeConfig
+from precompute.planning.job import prepare
+
+
+def test_planning_a_few_thousand_rows(tmp_path: Path) -> None:
+    for edition in (0, 1):
+        source = planning.MadeUpRows(3000, edition)
+        planning.remember(tmp_path / f"hashes{edition}.npy", source)
+    found = planning.measure(3000, tmp_path)
+    assert found["prompts"] == 2401  # four of five rows, and the empty prompt
+    # 128 MB hold 244 latents of 524,288 bytes and 134 prompts of 950,272, less what breaks batches.
+    assert found["shards"] == {"text": 19, "latents": 14, "conditioning": 14}
+    # The first 30 rows changed: they stand in the first shard of each.
+    assert found["again_same_shards"] == {"text": 18, "latents": 13, "conditioning": 13}
+
+
+def test_bytes_a_sample(tmp_path: Path) -> None:
+    found = precompute.bytes_a_sample(tmp_path, 2.0)["512"]
+    latent = 16 * 64 * 64 * 2
+    text = 2 * (77 * 2048 + 77 * 4096 + 2048)
+    for name, size in (("ours: latent", latent), ("ours: text, shared", text / 2)):
+        assert size < found[name] < size + 4096  # headers, padding, sidecar
+    assert found["one padded float16 embedding a row, text alone"] == 2 * (154 * 4096 + 2048)
+    arrow = 4 * (154 * 4096 + 2048)
+    assert arrow < found["the reference's Arrow cache, text alone"] < 1.01 * arrow
+
+
+def test_rows_that_share_a_prompt() -> None:
+    captions = {circle.prompt for circle in precompute.circles(500, seed=0)}
+    assert precompute.prompts_shared(500) == pytest.approx(500 / len(captions))
+
+
+def test_encoders_are_busy(precompute_config: PrecomputeConfig, tmp_path: Path) -> None:
+    from dataclasses import replace
+
+    found = precompute.speed(replace(precompute_config, output_dir=tmp_path / "cache"))
+    for one in found.values():
+        assert 0 < one["busy"] <= 1
+        assert one["seconds"] > 0
+
+
+@pytest.mark.slow
+def test_the_true_size_is_that_of_sd3(tmp_path: Path, circles: Path) -> None:
+    save_true_size(tmp_path / "base", dtype=torch.bfloat16, layers=1)
+    config = PrecomputeConfig(
+        source=str(circles),
+        pretrained_model_name_or_path=str(tmp_path / "base"),
+        output_dir=tmp_path / "cache",
+        device="cpu",
+    )
+    job = prepare(config)
+    assert vars(job.text_spec) | {"dtype": ""} == {
+        "clip_tokens": 77,
+        "clip_width": 2048,
+        "max_sequence_length": 77,
+        "t5_width": 4096,
+        "pooled_width": 2048,
+        "dtype": "",
+    }
+    assert (job.latent_spec.latent_channels, job.latent_spec.vae_scale_factor) == (16, 8)

@@ -1,0 +1,172 @@
+"""The benchmarks of stage 2 in small: what they count is what arithmetic says."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+
+from benchmarks import against_reference, train_step
+from benchmarks.bases import CLIP, T5, TRANSFORMERS, VAE
+from benchmarks.encoders import num_parameters
+from benchmarks.presets import cards, has_4_bit, preset
+from benchmarks.train_step import PLAIN, TINY, Row
+from common.config_file import read_section
+from tests.conftest import flags, run_python
+from train.config import TrainConfig
+from train.memory import simulation
+from train.memory.simulation import Sizes, simulate
+
+CUDA_BYTES = 0.5e9
+
+
+def controlnet(transformer: dict[str, Any], num_layers: int = 12) -> dict[str, Any]:
+    return transformer | {"num_layers": num_layers, "extra_conditioning_channels": 0}
+
+
+def test_a_row_is_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(simulation, "_use_float32_norms", lambda network: None)
+    monkeypatch.setattr(train_step, "SECONDS", 0.1)
+    train_step.save_random(tmp_path / "base", TINY)
+    settings = {"train_batch_size": 2, "gradient_accumulation_steps": 2}
+    found = train_step.measure(Row("a row", 256, settings), tmp_path, TINY, 1e-3)
+    assert found["samples"] == 4
+    assert found["samples_per_second"] == pytest.approx(4 / found["seconds_per_step"])
+    assert found["of_matrix_rate"] == pytest.approx(found["tflops"] / 1e-3)
+    # Batches that are read ahead are in host memory, which on a CPU is the same.
+    assert sum(found["estimated_bytes"].values()) == pytest.approx(
+        found["measured_bytes"], rel=0.04
+    )
+    assert "a row" in train_step.line(found)
+    # A miniature of 4 blocks has no ear for 6.
+    found = train_step.measure(
+        Row("too many", 256, {"num_controlnet_layers": 6}), tmp_path, TINY, 1e-3
+    )
+    assert "1 to 2" in found["failed"]
+    assert found["failed"] in train_step.line(found)
+
+
+def test_operations_of_a_step() -> None:
+    sizes = Sizes(TINY, controlnet(TINY, 2), None, (16, 16), (3, 48), (5, 96), False)
+    config = TrainConfig("x", "y", **PLAIN)
+    found = train_step.flops(config, sizes)
+    assert train_step.flops(replace(config, gradient_checkpointing=True), sizes) == found
+    assert train_step.flops(replace(config, gradient_accumulation_steps=3), sizes) == 3 * found
+    # Blocks of width w: queries, keys, values, output and a feedforward of 8 w^2, both for the
+    # picture's 64 tokens and the text's 8; attention over all of them.
+    width, tokens = 64, 64 + 8
+    products = 2 * tokens * (4 + 8) * width**2
+    attention = 4 * tokens**2 * width
+    forward = (4 + 2) * (products + attention)
+    # The frozen base's gradients are of its inputs, the ControlNet's also of its weights; nothing
+    # reaches back into the base's first block, after which the ControlNet's first residual comes.
+    blocks = forward + (3 + 2) * (products + 2 * attention) + 2 * products
+    # Modulation, embeddings and the ends are what is left.
+    assert blocks < found < 1.1 * blocks
+
+
+def test_operations_of_attention() -> None:
+    query, key = torch.Size([1, 2, 3, 4]), torch.Size([1, 2, 5, 4])
+    assert train_step.attention_flops(query, key, key) == 2 * (2 * 3 * 5 * 4 + 2 * 3 * 5 * 4)
+    assert train_step.attention_backward_flops(query, query, key, key) == 960
+
+
+def test_the_memory_is_drawn(tmp_path: Path) -> None:
+    rows = [
+        {"name": "plain, batch 1", "px": 64, "estimated_bytes": {"ControlNet": 10**9}},
+        {
+            "name": "card of 8 GB",
+            "px": 64,
+            "estimated_bytes": {"frozen base": 2 * 10**9},
+            "measured_bytes": 2.1e9,
+        },
+        {"name": "card of 80 GB", "px": 64, "failed": "out of memory"},
+    ]
+    train_step.draw(rows, tmp_path / "memory.png", "a base")
+    with Image.open(tmp_path / "memory.png") as image:
+        assert image.width > 500
+
+
+def test_the_encoders_weigh_what_the_published_ones_do() -> None:
+    # CLIP-L 123.65 M, CLIP-G 694.66 M, T5-XXL 4,762.31 M, VAE 83.82 M.
+    assert num_parameters() == pytest.approx(5664.4e6, rel=0.001)
+
+
+@pytest.mark.parametrize("base", sorted(TRANSFORMERS))
+def test_every_card_goes_with_every_base(base: str) -> None:
+    run = read_section(Path(f"configs/{base}.toml"), "train", TrainConfig)
+    for path in cards():
+        card = read_section(path, "train", TrainConfig)
+        config = TrainConfig(**run | card | {"shards": "cache"})
+        samples = config.train_batch_size * config.gradient_accumulation_steps
+        assert samples == (1 if config.fused_backward_pass else 4)
+        text = path.read_text()
+        assert f"CARD={path.stem}" in text
+        assert f"# For a card of {path.stem.removesuffix('gb')} GB" in text
+        assert "# Gives up:" in text
+    assert [path.stem for path in cards() if has_4_bit(path.stem)] == ["6gb"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("card", [path.stem for path in cards()])
+def test_every_preset_fits_its_card(card: str) -> None:
+    size = int(card.removesuffix("gb")) * 2**30 - CUDA_BYTES
+    for base, side in (("sd3-medium", 128), ("sd35-medium", 64 if card == "6gb" else 128)):
+        run = read_section(Path(f"configs/{base}.toml"), "train", TrainConfig)
+        changes = read_section(Path(f"configs/cards/{card}.toml"), "train", TrainConfig)
+        config = TrainConfig(**run | changes | {"shards": "cache"})
+        transformer = TRANSFORMERS[base]
+        vae = VAE if config.validation_decode == "vae" else None
+        sizes = Sizes(transformer, controlnet(transformer), vae, (side, side), CLIP, T5, True)
+        assert simulate(config, sizes).peak < size
+
+
+def test_presets_change_no_samples(tmp_path: Path) -> None:
+    base = TrainConfig("x", "y", train_batch_size=8, output_dir=tmp_path)
+    for path in cards():
+        config = preset(base, path)
+        assert config.train_batch_size * config.gradient_accumulation_steps == 8
+
+
+def test_ratios_are_drawn(tmp_path: Path) -> None:
+    figures: dict[str, dict[str, float | None]] = {
+        "reference": {"steps a second": 2.0, "most device memory, GB": None},
+        "ours": {"steps a second": 3.0, "most device memory, GB": None},
+    }
+    against_reference.draw(figures, tmp_path / "chart.png")
+    with Image.open(tmp_path / "chart.png") as image:
+        assert image.width > 500
+
+
+def test_figures_of_two_runs() -> None:
+    runs = [
+        {"start": 100.0, "times": [110.0 + 2 * step for step in range(9)], "host_bytes": 1},
+        {"start": 200.0, "times": [205.0 + 2 * step for step in range(9)], "host_bytes": 3e9},
+    ]
+    for one in runs:
+        one["device_bytes"] = None
+    found = against_reference.figures(runs, before=30.0, cached=4_000_000)
+    assert found == {
+        "seconds to the first step, first start": 40.0,
+        "seconds to the first step, second start": 5.0,
+        "steps a second": 0.5,
+        "most host memory, GB": 3.0,
+        "most device memory, GB": None,
+        "cached on disk, MB": 4.0,
+    }
+
+
+@pytest.mark.slow
+def test_a_run_is_watched(train_config: TrainConfig, tmp_path: Path) -> None:
+    config = replace(train_config, logging_steps=1, report_to="tensorboard", validation_steps=0)
+    noted = tmp_path / "figures.json"
+    done = run_python("-m", "benchmarks.watched", noted, "train", *flags(config))
+    assert done.returncode == 0, done.stderr
+    found = json.loads(noted.read_text())
+    assert len(found["times"]) == config.max_train_steps
+    assert found["times"] == sorted(found["times"])
+    assert found["host_bytes"] > 10**8
+    assert (config.output_dir / "config.json").is_file()

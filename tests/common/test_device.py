@@ -1,0 +1,41 @@
+"""The device by name, and memory that stays with the process."""
+
+import platform
+
+import pytest
+import torch
+
+from common.device import pick_device
+from common.errors import ConfigError
+from tests.conftest import run_python
+
+FAULTS = """
+import resource, torch
+from common.device import keep_freed_memory
+if {keep}:
+    keep_freed_memory(torch.device("cpu"))
+for _ in range(40):  # until the heap is as large as it gets
+    torch.ones(1 << 24)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(8):
+    torch.ones(1 << 24)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+def test_an_unknown_device_is_refused() -> None:
+    assert pick_device("cpu") == torch.device("cpu")
+    with pytest.raises(ConfigError, match="--device nowhere: not available here"):
+        pick_device("nowhere")
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="glibc's malloc")
+def test_freed_memory_is_used_again() -> None:
+    """64 MB, eight times: pages of 4 KiB cleared anew each time, or none."""
+    pages = 8 * (1 << 26) // 4096
+    default, kept = (
+        int(run_python("-c", FAULTS.format(keep=keep)).stdout) for keep in (False, True)
+    )
+    assert kept < pages / 100
+    if default < pages / 2:  # huge pages: nothing to be gained here
+        pytest.skip(f"{default} page faults by default")

@@ -1,0 +1,145 @@
+"""Command lines and TOML files: one definition, the reference script's spelling, clear refusals."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import pytest
+from click.testing import CliRunner, Result
+
+from common.checks import pair_up
+from common.errors import ConfigError, ShardError
+from common.options import as_dict, option, stage_command
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Do something."""
+
+    source: Path = option(help="where from")
+    train_batch_size: int = option(4, help="samples")
+    learning_rate: float = option(1e-4, help="rate")
+    name: str | None = option(None, help="name")
+    kind: Literal["one", "two"] = option("one", help="kind")
+    maybe: Literal["yes", "no"] | None = option(None, help="maybe")
+    fast: bool = option(False, help="fast")
+    prompt: tuple[str, ...] = option((), help="prompts")
+
+
+Call = Callable[..., Result]
+seen: list[Settings] = []
+
+
+@pytest.fixture
+def call() -> Call:
+    seen.clear()
+    main = stage_command(
+        "test", Settings, seen.append, section="train", moved={"--resolution": "see elsewhere."}
+    )
+
+    def invoke(*arguments: object) -> Result:
+        return CliRunner().invoke(main, [str(argument) for argument in arguments])
+
+    return invoke
+
+
+def test_flags_fill_the_dataclass(call: Call) -> None:
+    result = call(
+        "--source", "x", "--train-batch-size", 8, "--fast", "--kind", "two", "--maybe", "no"
+    )
+    assert result.exit_code == 0, result.output
+    assert seen == [Settings(Path("x"), train_batch_size=8, fast=True, kind="two", maybe="no")]
+
+
+def test_the_reference_scripts_spelling_works(call: Call) -> None:
+    call("--source=x", "--train_batch_size=8", "--prompt", "a b", "c", "--learning_rate", "1e-5")
+    assert seen == [
+        Settings(Path("x"), train_batch_size=8, learning_rate=1e-5, prompt=("a b", "c"))
+    ]
+
+
+def test_a_file_gives_defaults_and_flags_win(call: Call, tmp_path: Path) -> None:
+    file = tmp_path / "run.toml"
+    file.write_text(
+        "[precompute]\nanything = 1\n"
+        '[train]\nsource = "x"\nlearning-rate = 1\nprompt = ["p", "q"]\nfast = true\n'
+    )
+    call("--config", file, "--learning-rate", "0.5")
+    assert seen == [Settings(Path("x"), learning_rate=0.5, prompt=("p", "q"), fast=True)]
+    call("--learning-rate", "0.5", "--config", file, "--no-fast", "--prompt", "r")
+    assert seen[1:] == [Settings(Path("x"), learning_rate=0.5, prompt=("r",))]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (
+            "[train]\ntrain_batchsize = 4",
+            "'train_batchsize' in [train]. Did you mean 'train_batch_",
+        ),
+        ("[trian]\n", "unknown table [trian]. Did you mean 'train'?"),
+        ("[train]\nlearning_rate = 'fast'", "learning_rate in [train]: expected float, found 'fa"),
+        ("[train]\ntrain_batch_size = 1.5", "train_batch_size in [train]: expected int, found 1.5"),
+        ("[train]\nprompt = 'one'", "prompt in [train]: expected a list, found 'one'"),
+        ("[train]\nkind = 'three'", "kind in [train]: 'three' is not one of 'one', 'two'"),
+        ("[train\n", "not valid TOML"),
+        ("train = 3", "train must be a table, [train], found 3"),
+    ],
+)
+def test_a_wrong_file_is_refused(call: Call, tmp_path: Path, text: str, message: str) -> None:
+    file = tmp_path / "run.toml"
+    file.write_text(text)
+    result = call("--config", file, "--source", "x")
+    assert result.exit_code == 2
+    assert message in result.output
+    assert result.output.count("\n") == 1
+    assert seen == []
+
+
+def test_a_missing_file_is_named(call: Call, tmp_path: Path) -> None:
+    result = call("--config", tmp_path / "none.toml")
+    assert result.exit_code == 2
+    assert "none.toml: No such file" in result.output
+
+
+def test_an_option_that_moved_says_where(call: Call) -> None:
+    result = call("--source", "x", "--resolution", 512)
+    assert result.exit_code == 2
+    assert "--resolution: see elsewhere." in result.output
+
+
+def test_an_unknown_option_names_the_nearest(call: Call) -> None:
+    result = call("--source", "x", "--train-batchsize", 4)
+    assert result.exit_code == 2
+    assert "--train-batch-size" in result.output
+
+
+@pytest.mark.parametrize(
+    "error", [ConfigError("what to do"), ShardError("what to do"), OSError(28, "what to do", "f")]
+)
+def test_errors_end_in_one_line_and_exit_code_2(error: Exception) -> None:
+    def fail(_: Settings) -> None:
+        raise error
+
+    main = stage_command("test", Settings, fail, section="train")
+    result = CliRunner().invoke(main, ["--source", "x"])
+    assert result.exit_code == 2
+    assert result.output.startswith("Error: ")
+    assert result.output.endswith("what to do\n")
+
+
+def test_settings_become_plain_values() -> None:
+    values = as_dict(Settings(Path("x"), prompt=("a",)))
+    assert values["source"] == "x"
+    assert values["prompt"] == ["a"]
+
+
+def test_pairs_go_one_to_one_or_one_to_all() -> None:
+    a, b = Path("a"), Path("b")
+    assert pair_up(("p", "q"), (a, b), "--p", "--i") == [("p", a), ("q", b)]
+    assert pair_up(("p",), (a, b), "--p", "--i") == [("p", a), ("p", b)]
+    assert pair_up(("p", "q"), (a,), "--p", "--i") == [("p", a), ("q", a)]
+    assert pair_up((), (), "--p", "--i") == []
+    with pytest.raises(ConfigError, match="2 --p and 3 --i"):
+        pair_up(("p", "q"), (a, b, a), "--p", "--i")

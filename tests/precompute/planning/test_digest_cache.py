@@ -1,0 +1,85 @@
+"""Remembered digests: found again, never for another version, and never in the way."""
+
+import multiprocessing
+import time
+from pathlib import Path
+
+import numpy as np
+
+from precompute.planning.digest_cache import Content, Remembered
+
+
+def version(number: int) -> bytes:
+    return ((number << 64) + number**2).to_bytes(16, "big")
+
+
+def content(number: int) -> Content:
+    return Content(bytes(reversed(version(number))), number, 2 * number)
+
+
+def test_what_was_added_is_found_again(tmp_path: Path) -> None:
+    path = tmp_path / "cache" / "hashes.npy"
+    remembered = Remembered(path)
+    numbers = [5, 1, 2**30]
+    for number in numbers:
+        remembered.add(version(number), content(number))
+    remembered.add(None, content(7))
+    # Two of which the first halves are those of others.
+    strangers = [version(5)[:8] + bytes(8), version(1)[:8] + b"\xff" * 8, bytes(16), b"\xff" * 16]
+    asked = [*map(version, numbers), *strangers]
+    expected = [*map(content, numbers), None, None, None, None]
+    assert remembered.find([*asked, None]) == [*expected, None]
+    remembered.save()
+    assert Remembered(path).find([*asked, None]) == [*expected, None]
+    later = Remembered(path)
+    later.add(version(3), content(3))
+    later.add(version(5), content(6))
+    later.save()
+    found = Remembered(path).find([version(1), version(3), version(5)])
+    assert found == [content(1), content(3), content(6)]
+    entries = np.load(path, allow_pickle=False)
+    assert (len(entries), entries.itemsize) == (4, 40)
+
+
+def test_a_damaged_file_is_as_good_as_none(tmp_path: Path) -> None:
+    path = tmp_path / "hashes.npy"
+    for damaged in (b"", b"nothing", b"\x93NUMPY\x01\x00garbage", b"\x93NUMPY" + bytes(200)):
+        path.write_bytes(damaged)
+        remembered = Remembered(path)
+        assert remembered.find([version(1)]) == [None]
+    remembered.add(version(1), content(1))
+    remembered.save()
+    assert Remembered(path).find([version(1)]) == [content(1)]
+    Remembered(path).forget()
+    assert Remembered(path).find([version(1)]) == [None]
+
+
+def test_without_keep_nothing_is_written(tmp_path: Path) -> None:
+    remembered = Remembered(tmp_path / "cache" / "hashes.npy", keep=False)
+    with remembered.hashing_alone():
+        remembered.add(version(1), content(1))
+    remembered.save()
+    assert list(tmp_path.iterdir()) == []
+
+
+def _hash_once(path: Path, counter: Path) -> None:
+    remembered = Remembered(path)
+    with remembered.hashing_alone():
+        if remembered.find([version(1)]) == [None]:
+            with counter.open("a") as file:
+                file.write("hashed\n")
+            time.sleep(0.05)
+            remembered.add(version(1), content(1))
+            remembered.save()
+
+
+def test_workers_of_one_disk_hash_once(tmp_path: Path) -> None:
+    context = multiprocessing.get_context("spawn")
+    arguments = (tmp_path / "hashes.npy", tmp_path / "counter")
+    workers = [context.Process(target=_hash_once, args=arguments) for _ in range(3)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+        assert worker.exitcode == 0
+    assert (tmp_path / "counter").read_text() == "hashed\n"

@@ -1,0 +1,621 @@
+"""Stage 1: what is cached is what the stock models compute, and nothing is computed twice."""
+
+import gc
+import json
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import AutoencoderKL, StableDiffusion3Pipeline
+from diffusers.image_processor import VaeImageProcessor
+from PIL import Image
+from transformers import CLIPTextModelWithProjection, T5EncoderModel, T5TokenizerFast
+
+from common.errors import ConfigError, ShardError
+from precompute.config import PrecomputeConfig
+from precompute.planning.bad_rows import BadRows
+from precompute.run import precompute
+from precompute.sources.fill50k import Folder
+from precompute.sources.source import Kind
+from shards import verify
+from shards.format import manifest, sidecar
+from shards.format.sidecar import Skipped
+from shards.reading.cache import Cache
+from shards.reading.order import Order
+from tests.conftest import NUM_ROWS, PROMPTS, RESOLUTION_PX, TOKENS, Outcome
+from train.data import Samples
+
+
+def rows(source: Path) -> list[dict[str, str]]:
+    return [json.loads(line) for line in (source / "prompt.json").read_text().splitlines()]
+
+
+def copy_of(source: Path, folder: Path, edit: Callable[[list[dict[str, object]]], None]) -> Path:
+    shutil.copytree(source, folder)
+    lines = [dict(row) for row in rows(source)]
+    edit(lines)
+    (folder / "prompt.json").write_text("\n".join(map(json.dumps, lines)))
+    return folder
+
+
+def times(cache: Path, product: str) -> dict[str, int]:
+    return {path.name: path.stat().st_mtime_ns for path in (cache / product).rglob("*.tar")}
+
+
+def test_prompts_are_what_the_stock_pipeline_encodes(cache: Path, base: Path) -> None:
+    pipeline = StableDiffusion3Pipeline.from_pretrained(base)
+    found = Cache(cache)
+    seen = []
+    for shard, count in enumerate(found.manifest.text.shard_records):
+        for index in range(count):
+            prompt = found.text.about(shard, index)["prompt"]
+            seen.append(prompt)
+            tensors = found.text.tensors(shard, index)
+            with torch.no_grad():
+                embeds, _, pooled, _ = pipeline.encode_prompt(
+                    prompt, None, None, max_sequence_length=TOKENS
+                )
+            clip, t5 = embeds[0].split([24, TOKENS])
+            # A batch of two and of one differ in the last digit.
+            torch.testing.assert_close(tensors["clip_embeds"], clip[:, :80], rtol=1e-5, atol=1e-5)
+            torch.testing.assert_close(tensors["t5_embeds"], t5, rtol=1e-5, atol=1e-5)
+            torch.testing.assert_close(tensors["pooled_embeds"], pooled[0], rtol=1e-5, atol=1e-5)
+            assert not clip[:, 80:].any()
+    assert seen[0] == ""
+    assert len(seen) == len(set(seen))
+
+
+def stock_posteriors(base: Path, files: list[Path]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return mean and std [B, 16, h, w] of images from the stock VAE, all at once.
+
+    The cached ones went through it two at a time, which rounds otherwise.
+    """
+    vae = AutoencoderKL.from_pretrained(base, subfolder="vae")
+    processor = VaeImageProcessor(vae_scale_factor=8)
+    size = (RESOLUTION_PX, RESOLUTION_PX)
+    images = [Image.open(f).convert("RGB").resize(size, Image.Resampling.BILINEAR) for f in files]
+    with torch.no_grad():
+        posterior = vae.encode(processor.preprocess(images)).latent_dist
+    return posterior.mean, posterior.std
+
+
+def test_latents_are_what_the_stock_vae_encodes(cache: Path, base: Path, circles: Path) -> None:
+    found = Cache(cache)
+    samples = [
+        found.sample(shard, index)
+        for shard, count in enumerate(found.conditioning.product.shard_records)
+        for index in range(count)
+    ]
+    assert len(samples) == NUM_ROWS
+    for name, file in (("latent", "target"), ("conditioning_latent", "source")):
+        expected, _ = stock_posteriors(base, [circles / row[file] for row in rows(circles)])
+        cached = torch.stack([tensors[name] for _, tensors, _ in samples])
+        torch.testing.assert_close(cached, expected, rtol=1e-4, atol=1e-4)
+    prompts = [found.text.about(*found.text.locate(p[0]))["prompt"] for _, _, p in samples]
+    assert prompts == [row["prompt"] for row in rows(circles)]
+
+
+def test_a_finished_cache_is_left_alone(cache: Path, precompute_config: PrecomputeConfig) -> None:
+    def files() -> dict[Path, int]:
+        return {
+            path: path.stat().st_mtime_ns
+            for path in cache.rglob("*")
+            if path.is_file() and not path.name.startswith("hashes.")
+        }
+
+    before = files()
+    precompute(precompute_config)
+    assert before == files()
+
+
+def test_the_same_inputs_elsewhere_give_the_same_bytes(
+    cache: Path, fresh: PrecomputeConfig, circles: Path, base: Path, tmp_path: Path
+) -> None:
+    source, model = tmp_path / "other source", tmp_path / "other model"
+    shutil.copytree(circles, source)
+    shutil.copytree(base, model)
+    precompute(replace(fresh, source=source, pretrained_model_name_or_path=str(model)))
+    ours = {path.relative_to(cache): path.read_bytes() for path in cache.rglob("0*.*")}
+    theirs = {
+        path.relative_to(fresh.output_dir): path.read_bytes()
+        for path in fresh.output_dir.rglob("0*.*")
+    }
+    assert len(ours) > 10
+    assert ours == theirs
+
+
+def test_a_new_resolution_keeps_the_text(cache: Path, fresh: PrecomputeConfig) -> None:
+    shutil.copytree(cache, fresh.output_dir)
+    text = times(fresh.output_dir, "text")
+    precompute(replace(fresh, resolution=48))
+    assert times(fresh.output_dir, "text") == text
+    assert Cache(fresh.output_dir).sample(0, 0)[1]["latent"].shape == (16, 6, 6)
+
+
+def test_a_new_caption_keeps_the_latents(
+    cache: Path, fresh: PrecomputeConfig, circles: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(cache, fresh.output_dir)
+    latents = times(fresh.output_dir, "latents") | times(fresh.output_dir, "conditioning")
+
+    def edit(lines: list[dict[str, object]]) -> None:
+        lines[0]["prompt"] = "something else"
+
+    precompute(replace(fresh, source=copy_of(circles, tmp_path / "edited", edit)))
+    kept = times(fresh.output_dir, "latents") | times(fresh.output_dir, "conditioning")
+    assert kept == latents
+    found = Cache(fresh.output_dir)
+    prompts = [
+        found.text.about(*found.text.locate(found.sample(shard, index)[2][0]))["prompt"]
+        for shard, count in enumerate(found.conditioning.product.shard_records)
+        for index in range(count)
+    ]
+    assert prompts == ["something else", *(row["prompt"] for row in rows(circles)[1:])]
+
+
+def test_swapped_captions_are_noticed(
+    cache: Path, fresh: PrecomputeConfig, circles: Path, tmp_path: Path
+) -> None:
+    # The set of prompts and its order of appearance stay the same; only who bears them changes.
+    first, second = (row["prompt"] for row in rows(circles)[:2])
+
+    def edit(lines: list[dict[str, object]]) -> None:
+        lines[2]["prompt"] = first
+
+    source = copy_of(circles, tmp_path / "one", edit)
+    precompute(replace(fresh, source=source))
+    before = manifest.load(fresh.output_dir)
+
+    def swap(lines: list[dict[str, object]]) -> None:
+        lines[2]["prompt"] = second
+
+    precompute(replace(fresh, source=copy_of(circles, tmp_path / "two", swap)))
+    after = manifest.load(fresh.output_dir)
+    assert after.text == before.text
+    assert after.latents.shard_sha256 == before.latents.shard_sha256
+    assert after.latents.fingerprint == before.latents.fingerprint
+    assert after.captions != before.captions
+    found = Cache(fresh.output_dir)
+    assert found.text.about(*found.text.locate(found.sample(0, 2)[2][0]))["prompt"] == second
+
+
+def test_repeated_prompts_are_encoded_once(
+    fresh: PrecomputeConfig, circles: Path, tmp_path: Path
+) -> None:
+    def edit(lines: list[dict[str, object]]) -> None:
+        for line in lines:
+            line["prompt"] = "the same"
+
+    precompute(replace(fresh, source=copy_of(circles, tmp_path / "edited", edit)))
+    found = manifest.load(fresh.output_dir)
+    assert found.text.num_records == 2  # and the empty prompt
+    assert found.latents.num_records == NUM_ROWS
+
+
+def test_a_second_control_is_added_beside_the_first(cache: Path, fresh: PrecomputeConfig) -> None:
+    shutil.copytree(cache, fresh.output_dir)
+    kept = {path: path.stat().st_mtime_ns for path in fresh.output_dir.rglob("*.tar")}
+    precompute(replace(fresh, conditioning_name="raw", conditioning_range="0_1"))
+    now = {path: path.stat().st_mtime_ns for path in fresh.output_dir.rglob("*.tar")}
+    assert kept.items() <= now.items()
+    first, second = Cache(fresh.output_dir), Cache(fresh.output_dir, "raw")
+    assert first.conditioning_spec.pixel_range == "-1_1"
+    assert second.conditioning_spec.pixel_range == "0_1"
+    assert torch.equal(first.sample(0, 0)[1]["latent"], second.sample(0, 0)[1]["latent"])
+    one, other = (c.sample(0, 0)[1]["conditioning_latent"] for c in (first, second))
+    assert not torch.allclose(one, other)
+    assert all(not faults for _, faults in verify.faults(fresh.output_dir))
+
+
+def test_mean_and_standard_deviation_are_kept_on_request(
+    fresh: PrecomputeConfig, base: Path, circles: Path
+) -> None:
+    precompute(replace(fresh, posterior="mean_std"))
+    _, tensors, _ = Cache(fresh.output_dir).sample(0, 0)
+    files = [circles / row["target"] for row in rows(circles)[:2]]
+    mean, std = stock_posteriors(base, files)
+    torch.testing.assert_close(tensors["latent"], mean[0], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(tensors["latent_std"], std[0], rtol=1e-4, atol=1e-9)
+    assert tensors["conditioning_latent_std"].shape == (16, 8, 8)
+
+
+def test_half_precision_cache_is_the_rounded_one(cache: Path, fresh: PrecomputeConfig) -> None:
+    precompute(replace(fresh, cache_dtype="float16"))
+    half, full = Cache(fresh.output_dir).sample(0, 0)[1], Cache(cache).sample(0, 0)[1]
+    for name, tensor in full.items():
+        assert torch.equal(half[name], tensor.to(torch.float16))
+
+
+def test_validation_pairs_are_cached(cache: Path, base: Path, circles: Path) -> None:
+    found = Cache(cache)
+    pipeline = StableDiffusion3Pipeline.from_pretrained(base)
+    for index, prompt in enumerate(PROMPTS):
+        tensors = found.validation.tensors(0, index)
+        assert found.validation.about(0, index) == {"prompt": prompt}
+        with torch.no_grad():
+            _, _, pooled, _ = pipeline.encode_prompt(prompt, None, None)
+        torch.testing.assert_close(tensors["pooled_embeds"], pooled[0], rtol=1e-5, atol=1e-5)
+        image = Image.open(circles / "source" / f"{index}.png")
+        small = image.resize((RESOLUTION_PX,) * 2, Image.Resampling.BILINEAR)
+        pixels = VaeImageProcessor().preprocess(small)
+        unit = tensors["conditioning_image"][None] / 255
+        assert torch.equal(2 * unit - 1, pixels)
+        # The circle is among the data, so its conditioning latent is there as well.
+        latent = found.sample(0, index)[1]["conditioning_latent"]
+        torch.testing.assert_close(tensors["conditioning_latent"], latent, rtol=1e-4, atol=1e-4)
+
+
+def test_bad_rows_are_left_out_and_named(
+    fresh: PrecomputeConfig, circles: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def edit(lines: list[dict[str, object]]) -> None:
+        lines[1]["prompt"] = None
+        lines[3]["target"] = "target/none.png"
+        lines[9]["prompt"] = "\ud83d"
+
+    source = copy_of(circles, tmp_path / "bad", edit)
+    (source / "target" / "5.png").write_bytes(b"")
+    (source / "source" / "7.png").write_bytes(b"<html>")
+    config = replace(fresh, source=source, max_bad_fraction=0.5)
+    precompute(config)
+    found = manifest.load(fresh.output_dir)
+    assert found.num_skipped == 5
+    assert found.latents.num_records == 6  # row 7 has an image, though no conditioning image
+    assert found.conditioning["conditioning"].num_records == 5
+    first = sidecar.load(fresh.output_dir / "latents", 0)
+    assert first is not None
+    missing = "target/none.png: No such file or directory"
+    assert Skipped("line 4, target/none.png", missing) in first.skipped
+    output = capsys.readouterr().out
+    assert "5 rows were left out" in output
+    for line in (2, 4, 6, 8, 10):
+        assert f"  line {line}, target/" in output
+    assert all(not faults for _, faults in verify.faults(fresh.output_dir))
+    with pytest.raises(ShardError, match=r"5 of 10 rows cannot be used, more than --max-bad-fract"):
+        precompute(replace(config, max_bad_fraction=0.4))
+
+
+def test_strict_stops_at_any_bad_row(
+    fresh: PrecomputeConfig, circles: Path, tmp_path: Path
+) -> None:
+    source = copy_of(circles, tmp_path / "bad", lambda _: None)
+    (source / "target" / "5.png").write_bytes(b"")
+    config = replace(fresh, source=source, max_bad_fraction=0.5)
+    with pytest.raises(ShardError, match=r"1 of 10 rows .* 0 \(--strict\) allows"):
+        precompute(replace(config, strict=True))
+    precompute(config)
+
+
+def test_the_bound_on_bad_rows_is_met_exactly() -> None:
+    # As the user types it, of a hundred rows; 0.29 * 100 is 28.999999999999996.
+    for number in range(101):
+        skipped = [Skipped(f"line {row}", "") for row in range(number + 1)]
+        bad = BadRows(100, float(f"{number / 100:.2f}"))
+        bad.add(skipped[:-1])
+        if number < 100:
+            with pytest.raises(ShardError, match=f"{number + 1} of 100 rows cannot be used"):
+                bad.add(skipped)
+
+
+def test_prompts_that_are_cut_are_counted(
+    fresh: PrecomputeConfig, circles: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def edit(lines: list[dict[str, object]]) -> None:
+        lines[1]["prompt"] = "circle " * 300
+        lines[3]["prompt"] = "a circle " * 40
+
+    precompute(replace(fresh, source=copy_of(circles, tmp_path / "long", edit)))
+    output = capsys.readouterr().out
+    tokenizer = T5TokenizerFast.from_pretrained(
+        fresh.pretrained_model_name_or_path, subfolder="tokenizer_3"
+    )
+    longest = len(tokenizer("circle " * 300).input_ids)
+    assert longest > 300
+    prompts = {str(row["prompt"]) for row in rows(tmp_path / "long")}
+    long = [one for one in prompts if len(tokenizer(one).input_ids) > fresh.max_sequence_length]
+    assert len(long) >= 2
+    assert (
+        f"{len(long)} prompts have more T5 tokens than --max-sequence-length 20 and were cut; "
+        f"the longest has {longest}"
+    ) in output
+
+
+def test_conditioning_images_of_another_size_and_of_another_shape(
+    fresh: PrecomputeConfig, circles: Path, tmp_path: Path
+) -> None:
+    source = copy_of(circles, tmp_path / "sizes", lambda _: None)
+    for name, size in (("2", (256, 256)), ("4", (512, 300))):
+        path = source / "source" / f"{name}.png"
+        Image.open(path).resize(size).save(path)
+    precompute(replace(fresh, source=source, max_bad_fraction=0.1))
+    found = manifest.load(fresh.output_dir)
+    assert found.latents.num_records == 10
+    assert found.conditioning["conditioning"].num_records == 9
+    card = sidecar.load(fresh.output_dir / "conditioning" / "conditioning", 0)
+    assert card is not None
+    (skipped,) = card.skipped
+    assert skipped.row.startswith("line 5, ")
+    assert "source/4.png: 512 x 300 pixels, of another shape than its image's 512 x 512" in (
+        skipped.reason
+    )
+
+
+def test_another_background_makes_other_latents(
+    fresh: PrecomputeConfig, circles: Path, tmp_path: Path
+) -> None:
+    precompute(fresh)
+    before = manifest.load(fresh.output_dir)
+    precompute(replace(fresh, background="#FFF"))  # the same colour by another name
+    assert manifest.load(fresh.output_dir) == before
+    precompute(replace(fresh, background="black"))
+    after = manifest.load(fresh.output_dir)
+    assert after.latents.fingerprint != before.latents.fingerprint
+    assert after.text == before.text
+    with pytest.raises(ConfigError, match="--background purplish: no colour"):
+        replace(fresh, background="purplish")
+
+
+def test_a_file_that_changes_or_goes_while_working_stops_the_run(
+    fresh: PrecomputeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = Folder.read
+    for second, message in (
+        (lambda data: data + b" ", r"target/3\.png was changed while precompute was running"),
+        (None, r"target/3\.png could be read when the run was planned and cannot now"),
+    ):
+        seen: list[tuple[int, str]] = []
+
+        def read(
+            self: Folder,
+            index: int,
+            kind: Kind,
+            second: Callable[[bytes], bytes] | None = second,
+            seen: list[tuple[int, str]] = seen,
+        ) -> bytes:
+            data = original(self, index, kind)
+            if (index, kind) != (3, "image") or (index, kind) not in seen:
+                seen.append((index, kind))
+                return data
+            if second is None:
+                raise OSError(5, "Input/output error")
+            return second(data)
+
+        monkeypatch.setattr(Folder, "read", read)
+        with pytest.raises(ShardError, match=message):
+            precompute(fresh)
+    monkeypatch.setattr(Folder, "read", original)
+    precompute(fresh)
+    assert manifest.load(fresh.output_dir).num_skipped == 0
+
+
+def test_validation_pairs_of_another_control_go_stale_with_the_text(
+    cache: Path, fresh: PrecomputeConfig, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(cache, fresh.output_dir)
+    precompute(replace(fresh, conditioning_name="depth", max_sequence_length=TOKENS + 2))
+    assert "validation pairs of 'conditioning' had other text encoders" in capsys.readouterr().out
+    found = manifest.load(fresh.output_dir)
+    assert found.conditioning.keys() == {"conditioning", "depth"}
+    assert found.validation["conditioning"].num_records == 0
+    assert found.validation["depth"].num_records == 2
+    assert all(not faults for _, faults in verify.faults(fresh.output_dir))
+
+
+def test_other_controls_survive_an_interruption(
+    cache: Path, fresh: PrecomputeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import precompute.run
+
+    shutil.copytree(cache, fresh.output_dir)
+    precompute.run.precompute(replace(fresh, conditioning_name="depth"))
+    latent_pass = precompute.run.latent_pass
+
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    longer = replace(fresh, conditioning_name="depth", max_sequence_length=TOKENS + 2)
+    monkeypatch.setattr(precompute.run, "latent_pass", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        precompute.run.precompute(longer)
+    with pytest.raises(ShardError, match="incomplete"):
+        manifest.load(fresh.output_dir)
+    monkeypatch.setattr(precompute.run, "latent_pass", latent_pass)
+    precompute.run.precompute(longer)
+    assert manifest.load(fresh.output_dir).conditioning.keys() == {"conditioning", "depth"}
+    assert sorted(p.name for p in fresh.output_dir.glob("manifest*")) == ["manifest.json"]
+
+
+def test_files_of_others_are_left_alone(fresh: PrecomputeConfig) -> None:
+    (fresh.output_dir / "text").mkdir(parents=True)
+    mine = [fresh.output_dir / "text" / name for name in ("captions.json", "000099.jsonl")]
+    names = ("text/000001.tar", "hashes.npy", "plan.safetensors", "manifest.json")
+    stale = [fresh.output_dir / f"{name}.tmp-12" for name in names]
+    busy = [fresh.output_dir / f"{name}.tmp-13" for name in names]
+    for path in (*mine, *stale, *busy):
+        path.write_text("x")
+    for path in stale:
+        os.utime(path, (0, 0))
+    precompute(fresh)
+    assert all(path.exists() for path in (*mine, *busy))
+    assert not any(path.exists() for path in stale)
+    strange = fresh.output_dir.parent / "strange"
+    strange.mkdir()
+    (strange / "thesis.tex").write_text("x")
+    with pytest.raises(ConfigError, match=r"strange: not a cache, it holds thesis\.tex"):
+        precompute(replace(fresh, output_dir=strange))
+
+
+def test_encoders_are_gone_after_their_pass(
+    fresh: PrecomputeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import precompute.run
+
+    def alive(*kinds: type) -> int:
+        gc.collect()
+        return sum(isinstance(thing, kinds) for thing in gc.get_objects())
+
+    before = alive(CLIPTextModelWithProjection, T5EncoderModel, AutoencoderKL)
+    latent_pass = precompute.run.latent_pass
+
+    def watching(*arguments: object) -> None:
+        assert alive(CLIPTextModelWithProjection, T5EncoderModel, AutoencoderKL) == before
+        latent_pass(*arguments)
+
+    monkeypatch.setattr(precompute.run, "latent_pass", watching)
+    precompute.run.precompute(fresh)
+    assert alive(CLIPTextModelWithProjection, T5EncoderModel, AutoencoderKL) == before
+
+
+def test_an_interrupted_run_goes_on_where_it_stopped(
+    cache: Path, fresh: PrecomputeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from precompute.encoding.vae_encoder import LatentEncoder
+
+    original = LatentEncoder.encode
+    calls = 0
+
+    def failing(self: LatentEncoder, *arguments: object) -> object:
+        nonlocal calls
+        calls += 1
+        if calls == 7:
+            raise KeyboardInterrupt
+        return original(self, *arguments)
+
+    monkeypatch.setattr(LatentEncoder, "encode", failing)
+    with pytest.raises(KeyboardInterrupt):
+        precompute(fresh)
+    with pytest.raises(ShardError, match=r"incomplete.*latents: 2 finished.*Run the same"):
+        manifest.load(fresh.output_dir)
+    kept = times(fresh.output_dir, "latents")
+    precompute(fresh)
+    assert kept.items() <= times(fresh.output_dir, "latents").items()
+    for path in cache.rglob("0*.*"):
+        assert (fresh.output_dir / path.relative_to(cache)).read_bytes() == path.read_bytes()
+    assert not list(fresh.output_dir.rglob("*.tmp-*"))
+
+
+def test_a_shrunken_source_leaves_no_surplus_shards(
+    fresh: PrecomputeConfig, circles: Path, tmp_path: Path
+) -> None:
+    precompute(fresh)
+
+    def edit(lines: list[dict[str, object]]) -> None:
+        del lines[4:]
+
+    precompute(replace(fresh, source=copy_of(circles, tmp_path / "short", edit)))
+    assert sorted(path.name for path in (fresh.output_dir / "latents").iterdir()) == [
+        "000000.json",
+        "000000.tar",
+    ]
+    assert manifest.load(fresh.output_dir).latents.num_records == 4
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"resolution": 100}, "--resolution 100: must be divisible by 16"),
+        ({"resolution": 0}, "--resolution 0: must be divisible by 16"),
+        ({"shard_mb": 0}, "--shard-mb 0: must be above 0"),
+        ({"vae_batch_size": 0}, "--vae-batch-size 0: must be at least 1"),
+        ({"max_sequence_length": 513}, "--max-sequence-length 513: must be 1 to 512"),
+        ({"max_bad_fraction": 2.0}, "--max-bad-fraction"),
+        ({"conditioning_name": "../x"}, "--conditioning-name"),
+        ({"validation_image": ()}, "2 --validation-prompt and 0 --validation-image"),
+    ],
+)
+def test_wrong_settings_are_refused(
+    fresh: PrecomputeConfig, change: dict[str, object], message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        replace(fresh, **change)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--source", "nowhere"], "--source nowhere: no such file or folder"),
+        (["--resolution", "100"], "--resolution 100: must be divisible by 16"),
+        (["--pretrained-model-name-or-path", "./nowhere"], "no such folder, and not a hub id"),
+        (["--pretrained-model-name-or-path", "no/where"], "the hub could not be reached"),
+        (["--device", "cuda:99"], "--device cuda:99: not available here"),
+        (["--validation-image", "none.png"], "--validation-image none.png: No such file"),
+    ],
+)
+def test_bad_input_ends_in_one_line_and_leaves_nothing(
+    fresh: PrecomputeConfig,
+    command: Callable[..., Outcome],
+    arguments: list[str],
+    message: str,
+) -> None:
+    from tests.conftest import flags
+
+    plain = replace(fresh, validation_prompt=("p",), validation_image=())
+    outcome = command("precompute", *flags(plain)[:-2], *arguments)
+    assert outcome.exit_code == 2
+    assert message in outcome.output
+    assert outcome.output.rstrip().splitlines()[-1].startswith("Error: ")
+    assert not fresh.output_dir.exists()
+
+
+def test_a_base_without_a_vae_is_refused_before_anything_is_written(
+    fresh: PrecomputeConfig, base: Path, tmp_path: Path
+) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(base, model, ignore=shutil.ignore_patterns("vae"))
+    with pytest.raises(ConfigError, match=r"no vae/ in it; found scheduler/, text_encoder/"):
+        precompute(replace(fresh, pretrained_model_name_or_path=str(model)))
+    assert not fresh.output_dir.exists()
+
+
+def test_every_caption_of_a_list_is_cached_and_training_draws_one(
+    fresh: PrecomputeConfig, circles: Path, tmp_path: Path
+) -> None:
+    first, second = (row["prompt"] for row in rows(circles)[:2])
+
+    def edit(lines: list[dict[str, object]]) -> None:
+        lines[0]["prompt"] = [first, second, first, "a third"]
+        lines[3]["prompt"] = []
+        lines[4]["prompt"] = ["text", 5]
+
+    source = copy_of(circles, tmp_path / "lists", edit)
+    precompute(replace(fresh, source=source, max_bad_fraction=0.2))
+    found = Cache(fresh.output_dir)
+    _, _, keys = found.sample(0, 0)
+    texts = [found.text.about(*found.text.locate(key))["prompt"] for key in keys]
+    assert texts == [first, second, "a third"]
+    assert found.manifest.num_skipped == 2
+    order = Order(found.conditioning.product.shard_records, seed=0)
+    samples = Samples(found, order, seed=0, proportion_empty_prompts=0.0)
+    places = [p for p in range(400) if order.record(p) == (0, 0)]
+    expected = [found.embeddings(key)["pooled_embeds"] for key in keys]
+    drawn = {
+        next(n for n, one in enumerate(expected) if torch.equal(one, sample["pooled_embeds"]))
+        for sample in (samples[place] for place in places)
+    }
+    assert drawn == {0, 1, 2}
+
+
+def test_a_part_of_the_rows_is_chosen_by_seed_and_grows(
+    fresh: PrecomputeConfig, circles: Path
+) -> None:
+    def images(limit: int, seed: int = 0) -> list[str]:
+        precompute(replace(fresh, max_train_samples=limit, seed=seed))
+        found = Cache(fresh.output_dir).latents
+        return [
+            found.about(shard, index)["image_hash"]
+            for shard, count in enumerate(found.product.shard_records)
+            for index in range(count)
+        ]
+
+    everything = images(10)
+    some = images(4)
+    assert len(some) == 4
+    assert [one for one in everything if one in some] == some
+    assert set(some) < set(images(6))
+    assert set(some) != set(images(4, seed=1))
+    with pytest.raises(ConfigError, match="--max-train-samples 0: must be at least 1"):
+        replace(fresh, max_train_samples=0)

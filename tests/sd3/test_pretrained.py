@@ -1,0 +1,129 @@
+"""Finding base models: folders, hub ids, and only what a stage needs of them."""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub
+import pytest
+from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError
+
+from common.errors import ConfigError
+from precompute.planning.digest_cache import Remembered
+from precompute.planning.fingerprint import hash_component
+from sd3.pretrained import component_variant, find_base, find_controlnet
+
+HUB_FILES = (
+    "model_index.json",
+    "README.md",
+    "sd3_medium.safetensors",
+    "vae/config.json",
+    "vae/diffusion_pytorch_model.safetensors",
+    "text_encoder_3/config.json",
+    "text_encoder_3/model-00001-of-00002.safetensors",
+    "text_encoder_3/model.safetensors.index.json",
+    "text_encoder_3/model.fp16-00001-of-00002.safetensors",
+    "text_encoder_3/model.safetensors.index.fp16.json",
+    "transformer/config.json",
+    "transformer/diffusion_pytorch_model.safetensors",
+)
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """A hub that holds `some/model`; downloads filter as huggingface_hub's do."""
+
+    def download(repo: str, **options: Any) -> str:
+        assert repo == "some/model"
+        chosen = huggingface_hub.utils.filter_repo_objects(
+            HUB_FILES,
+            allow_patterns=options["allow_patterns"],
+            ignore_patterns=options["ignore_patterns"],
+        )
+        for name in chosen:
+            path = tmp_path / "snapshot" / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text("{}")
+        return str(tmp_path / "snapshot")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    monkeypatch.setattr(huggingface_hub, "list_repo_files", lambda repo, revision: list(HUB_FILES))
+    return tmp_path / "snapshot"
+
+
+def files(folder: Path) -> set[str]:
+    return {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_only_the_needed_folders_are_downloaded(hub: Path) -> None:
+    assert find_base("some/model", ("vae", "text_encoder_3")) == hub
+    assert files(hub) == {
+        "model_index.json",
+        "vae/config.json",
+        "vae/diffusion_pytorch_model.safetensors",
+        "text_encoder_3/config.json",
+        "text_encoder_3/model-00001-of-00002.safetensors",
+        "text_encoder_3/model.safetensors.index.json",
+    }
+
+
+def test_a_variant_is_taken_where_there_is_one(hub: Path) -> None:
+    find_base("some/model", ("vae", "text_encoder_3"), variant="fp16")
+    assert {name for name in files(hub) if name.endswith(".safetensors")} == {
+        "vae/diffusion_pytorch_model.safetensors",
+        "text_encoder_3/model.fp16-00001-of-00002.safetensors",
+    }
+    assert component_variant(hub / "vae", "fp16") is None
+    assert component_variant(hub / "text_encoder_3", "fp16") == "fp16"
+    assert component_variant(hub / "text_encoder_3", None) is None
+
+
+def test_a_gated_model_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    def gated(*_: Any, **__: Any) -> str:
+        error = GatedRepoError.__new__(GatedRepoError)
+        raise error
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", gated)
+    with pytest.raises(ConfigError, match=r"'some/model' is gated: accept .* `hf auth login`"):
+        find_base("some/model", ("vae",))
+
+
+def test_no_network_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    def offline(*_: Any, **__: Any) -> str:
+        raise LocalEntryNotFoundError("offline")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", offline)
+    with pytest.raises(ConfigError, match="the hub could not be reached"):
+        find_base("some/model", ("vae",))
+
+
+def test_a_controlnet_folder_is_told_from_its_run_folder(tmp_path: Path) -> None:
+    inner = tmp_path / "checkpoint-20" / "controlnet"
+    inner.mkdir(parents=True)
+    with pytest.raises(ConfigError, match=r"no ControlNet in it\. Did you mean .*checkpoint-20"):
+        find_controlnet(str(tmp_path), "--controlnet")
+    for name in ("config.json", "diffusion_pytorch_model.safetensors"):
+        (inner / name).write_text("{}")
+    assert find_controlnet(str(inner), "--controlnet") == inner
+
+
+def test_a_fingerprint_counts_weights_not_names(base: Path, tmp_path: Path) -> None:
+    remembered = Remembered(tmp_path / "hashes.npy")
+
+    def hashed(folder: Path, variant: str | None = None) -> str:
+        return hash_component(folder, variant, remembered)
+
+    before = hashed(base / "vae")
+    copy = tmp_path / "renamed"
+    shutil.copytree(base / "vae", copy)
+    config = copy / "config.json"
+    config.write_text(config.read_text().replace("0.42", "0.99").replace("{", '{"_name": "x",', 1))
+    assert hashed(copy) == before
+    (copy / "model.fp16.safetensors").write_bytes(b"other weights")
+    assert hashed(copy) == before
+    assert hashed(copy, "fp16") != before
+    weights = copy / "diffusion_pytorch_model.safetensors"
+    data = bytearray(weights.read_bytes())
+    data[-1] ^= 1
+    weights.write_bytes(data)
+    assert hashed(copy) != before

@@ -1,0 +1,467 @@
+"""Remote caches: real servers on loopback, well-behaved and not."""
+
+import contextlib
+import http.server
+import socketserver
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from functools import partial
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from benchmarks import synthetic
+from common.errors import ConfigError, ShardError
+from shards.reading.cache import Cache
+from shards.reading.order import Order
+from shards.remote import folder, streaming
+from shards.remote.folder import RemoteFolder
+from shards.remote.streaming import RemoteFiles, open_files
+from tests.conftest import flags, free_port, run_python
+from train.config import TrainConfig
+from train.data import RankBatches, Samples, loader
+from train.run import train
+
+pytest.importorskip("aiohttp")
+pytestmark = pytest.mark.usefixtures("patience")
+
+
+@pytest.fixture
+def patience(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Try again at once, and give up on a silent server soon."""
+    monkeypatch.setattr(folder, "FIRST_WAIT_S", 0.01)
+    monkeypatch.setattr(folder, "STALL_S", 0.5)
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+
+
+@dataclass
+class Server:
+    """What a test's HTTP server does, and what it was asked for.
+
+    Attributes:
+        url: of the folder it serves.
+        misbehave: gets (handler, path, how often it was asked for before, the file's bytes) and
+            either answers itself and returns True, or leaves it.
+        asked: paths, in order.
+    """
+
+    url: str = ""
+    misbehave: Callable[[Any, str, int, bytes], bool] = lambda *_: False
+    asked: list[str] = field(default_factory=list)
+
+
+@pytest.fixture
+def serve() -> Iterator[Callable[[Path], Server]]:
+    """Serve folders over HTTP."""
+    running: list[socketserver.BaseServer] = []
+
+    def start(folder: Path) -> Server:
+        server = Server()
+
+        class Handler(http.server.SimpleHTTPRequestHandler):
+            def do_GET(self) -> None:
+                path = self.path.lstrip("/")
+                before = server.asked.count(path)
+                server.asked.append(path)
+                file = folder / path
+                data = file.read_bytes() if file.is_file() else b""
+                if not server.misbehave(self, path, before, data):
+                    super().do_GET()
+
+            def log_message(self, *_: object) -> None:
+                pass
+
+        address = ("127.0.0.1", 0)
+        listening = http.server.ThreadingHTTPServer(address, partial(Handler, directory=folder))
+        threading.Thread(target=listening.serve_forever, daemon=True).start()
+        running.append(listening)
+        server.url = f"http://127.0.0.1:{listening.server_address[1]}"
+        return server
+
+    yield start
+    for one in running:
+        one.shutdown()
+        one.server_close()
+
+
+def open_remote(url: str, folder: Path, limit_bytes: int = 1 << 30) -> Cache:
+    return Cache(RemoteFiles(RemoteFolder(url), folder, limit_bytes))
+
+
+def everything(cache: Cache) -> list[torch.Tensor]:
+    found = list(cache.empty_prompt().values())
+    for shard, count in enumerate(cache.conditioning.product.shard_records):
+        for index in range(count):
+            _, tensors, prompts = cache.sample(shard, index)
+            found += [*tensors.values(), *cache.embeddings(prompts[0]).values()]
+    return found
+
+
+def same(one: list[torch.Tensor], other: list[torch.Tensor]) -> bool:
+    return len(one) == len(other) and all(map(torch.equal, one, other))
+
+
+def sent(handler: Any, data: bytes, length: int | None = None) -> bool:
+    handler.send_response(200)
+    handler.send_header("Content-Length", str(len(data) if length is None else length))
+    handler.end_headers()
+    handler.wfile.write(data)
+    return True
+
+
+def drops(handler: Any, path: str, before: int, data: bytes) -> bool:
+    """Close the connection in the middle of each file, twice."""
+    if before >= 2:
+        return False
+    sent(handler, data[: len(data) // 2], len(data))
+    handler.close_connection = True
+    return True
+
+
+def truncates(handler: Any, path: str, before: int, data: bytes) -> bool:
+    return before < 1 and sent(handler, data[: len(data) // 2])
+
+
+def stalls(handler: Any, path: str, before: int, data: bytes) -> bool:
+    if before >= 1:
+        return False
+    sent(handler, data[:100], len(data))
+    handler.wfile.flush()
+    time.sleep(1.5)
+    handler.close_connection = True
+    return True
+
+
+def trickles(handler: Any, path: str, before: int, data: bytes) -> bool:
+    handler.send_response(200)
+    handler.send_header("Content-Length", str(len(data)))
+    handler.end_headers()
+    for start in range(0, len(data), 1 + len(data) // 4):
+        handler.wfile.write(data[start : start + 1 + len(data) // 4])
+        time.sleep(0.02)
+    return True
+
+
+def alters_once(handler: Any, path: str, before: int, data: bytes) -> bool:
+    return before < 1 and path != "manifest.json" and sent(handler, data[:-1] + b"\xff")
+
+
+def overloaded(handler: Any, path: str, before: int, data: bytes) -> bool:
+    if before >= 2:
+        return False
+    handler.send_error(503)
+    return True
+
+
+@pytest.mark.parametrize(
+    "fault", [drops, truncates, stalls, trickles, alters_once, overloaded], ids=lambda f: f.__name__
+)
+def test_what_a_server_does_for_a_while_is_survived(
+    cache: Path, tmp_path: Path, serve: Callable[[Path], Server], fault: Callable[..., bool]
+) -> None:
+    server = serve(cache)
+    if fault is truncates:  # of a manifest's length nobody knows, so it is refused as damaged
+        server.misbehave = lambda handler, path, before, data: (
+            path != "manifest.json" and truncates(handler, path, before, data)
+        )
+    else:
+        server.misbehave = fault
+    assert same(everything(open_remote(server.url, tmp_path / "local")), everything(Cache(cache)))
+    left = [path for path in (tmp_path / "local").rglob("*.part") if path.is_file()]
+    assert left == []
+
+
+def always(act: Callable[[Any, bytes], bool]) -> Callable[..., bool]:
+    def fault(handler: Any, path: str, before: int, data: bytes) -> bool:
+        return path == "latents/000000.tar" and act(handler, data)
+
+    return fault
+
+
+def refuses(handler: Any, data: bytes) -> bool:
+    handler.send_error(403)
+    return True
+
+
+def floods(handler: Any, data: bytes) -> bool:
+    return sent(handler, data + bytes(1 << 20))
+
+
+@pytest.mark.parametrize(
+    ("act", "reason", "times"),
+    [
+        (lambda h, d: sent(h, d[:1000]), r"cut short, \d+ bytes expected, 1000 came", 6),
+        (lambda h, d: sent(h, bytes(len(d))), "not the bytes that the manifest lists", 2),
+        (refuses, "the server answers 403 Forbidden", 1),
+        (floods, "sends more than the \\d+ bytes expected", 1),
+        (lambda h, d: sent(h, d[:1000], len(d)), r"ClientPayloadError|ended|Connection", 6),
+    ],
+    ids=["truncates", "alters", "forbids", "floods", "drops"],
+)
+def test_what_a_server_does_for_ever_is_refused_with_url_and_reason(
+    cache: Path,
+    tmp_path: Path,
+    serve: Callable[[Path], Server],
+    act: Callable[[Any, bytes], bool],
+    reason: str,
+    times: int,
+) -> None:
+    server = serve(cache)
+    found = open_remote(server.url, tmp_path / "local")
+    server.misbehave = always(act)
+    with pytest.raises(ShardError, match=rf"^{server.url}/latents/000000\.tar: .*({reason})"):
+        found.sample(0, 0)
+    assert server.asked.count("latents/000000.tar") == times
+    assert not list((tmp_path / "local").rglob("000000.tar.*.part"))
+
+
+def test_a_missing_file_is_named(
+    cache: Path, tmp_path: Path, serve: Callable[[Path], Server]
+) -> None:
+    server = serve(tmp_path)
+    with pytest.raises(ShardError, match=r"/manifest\.json: no such file there"):
+        open_remote(server.url, tmp_path / "local")
+    nobody = f"http://127.0.0.1:{free_port()}"
+    with pytest.raises(ShardError, match=rf"^{nobody}/manifest\.json: .*\(tried 6 times\)"):
+        open_remote(nobody, tmp_path / "local")
+
+
+@pytest.mark.parametrize(
+    "address",
+    [
+        "pipe:cat /etc/passwd",
+        "simplecache::http://127.0.0.1/x",
+        "file:///etc",
+        "ssh://host/x",
+        "github://a:b@c",
+        "zip://x::http://y",
+        "http://",
+        "https://host/cache?token=1",
+    ],
+)
+def test_other_addresses_are_refused(address: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="address"):
+        open_files(address, tmp_path, 1.0)
+
+
+def test_a_half_fetched_file_is_never_used(
+    cache: Path, tmp_path: Path, serve: Callable[[Path], Server]
+) -> None:
+    server = serve(cache)
+    code = (
+        "import sys; from pathlib import Path\n"
+        "from shards.reading.cache import Cache; from shards.remote.folder import RemoteFolder\n"
+        "from shards.remote.streaming import RemoteFiles\n"
+        "found = Cache(RemoteFiles(RemoteFolder(sys.argv[1]), Path(sys.argv[2]), 1 << 30))\n"
+        "found.sample(0, 0)"
+    )
+
+    def hangs(handler: Any, path: str, before: int, data: bytes) -> bool:
+        if path != "latents/000000.tar":
+            return False
+        sent(handler, data[: len(data) // 2], len(data))
+        handler.wfile.flush()
+        time.sleep(30)
+        return True
+
+    server.misbehave = hangs
+    process = subprocess.Popen([sys.executable, "-c", code, server.url, str(tmp_path / "local")])
+    deadline = time.monotonic() + 60
+    while not any(p.stat().st_size for p in (tmp_path / "local").rglob("000000.tar.*.part")):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    process.kill()
+    process.wait()
+    server.misbehave = lambda *_: False
+    assert same(everything(open_remote(server.url, tmp_path / "local")), everything(Cache(cache)))
+
+
+def tar_bytes(folder: Path) -> int:
+    total = 0
+    for path in folder.rglob("*.tar"):
+        with contextlib.suppress(FileNotFoundError):  # removed meanwhile, as is meant
+            total += path.stat().st_size
+    return total
+
+
+@pytest.mark.parametrize("buckets", [[(4, 4)], [(2, 6), (6, 2)]])
+def test_a_bounded_folder_holds_what_is_read_and_what_comes_next(
+    tmp_path: Path, serve: Callable[[Path], Server], buckets: list[tuple[int, int]]
+) -> None:
+    cache, local = tmp_path / "cache", tmp_path / "local"
+    synthetic.write_cache(
+        cache, synthetic.TINY, num_shards=10, images_per_shard=12, buckets=buckets
+    )
+    server, here = serve(cache), Cache(cache)
+    products = (here.text.product, here.latents.product, here.conditioning.product)
+    # Room for five of ten shards of images with their prompts: two windows, and one to spare.
+    limit = sum(product.num_bytes for product in products) // 2
+    found = open_remote(server.url, local, limit)
+    order = Order(
+        found.conditioning.product.shard_records,
+        seed=0,
+        window=2,
+        shard_buckets=found.conditioning.product.shard_buckets,
+        group=2,
+    )
+
+    def batches(one: Cache, count: int) -> list[torch.Tensor]:
+        ours = Samples(one, order, seed=0, proportion_empty_prompts=0.0)
+        places = RankBatches(0, batch_size=2, rank=0, num_ranks=1)
+        reading = loader(ours, places, num_workers=2, pin=False)
+        read = []
+        for _, batch in islice(reading, count):
+            read += [batch.latent, batch.conditioning_latent, batch.t5_embeds]
+            sizes.append(tar_bytes(local))
+        reading.close()
+        return read
+
+    sizes: list[int] = []
+    assert same(batches(found, 150), batches(here, 150))  # two epochs and a half
+    assert max(sizes) <= limit
+    fetched = [path for path in server.asked if path.endswith(".tar")]
+    assert 60 <= len(fetched) <= 31 * 3  # more than two epochs; nothing came twice in one
+
+
+def test_nothing_else_in_the_local_folder_is_touched(
+    cache: Path, tmp_path: Path, serve: Callable[[Path], Server]
+) -> None:
+    local = tmp_path / "local"
+    for name in ("imagenet/train.tar", "imagenet/000000.tar", "imagenet/000000.json"):
+        (local / name).parent.mkdir(parents=True, exist_ok=True)
+        (local / name).write_bytes(bytes(1000))
+    largest = max(path.stat().st_size for path in cache.rglob("*.tar"))
+    everything(open_remote(serve(cache).url, local, 2 * largest))
+    assert sorted(path.name for path in (local / "imagenet").iterdir()) == [
+        "000000.json",
+        "000000.tar",
+        "train.tar",
+    ]
+    assert tar_bytes(local / "sd3-controlnet-shards") <= 2 * largest
+
+
+def test_reading_ahead_outlives_a_server_that_is_away_for_a_while(
+    tmp_path: Path, serve: Callable[[Path], Server], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(streaming, "POLL_S", 0.05)
+    cache = tmp_path / "cache"
+    synthetic.write_cache(cache, synthetic.TINY, num_shards=6, images_per_shard=4)
+    server = serve(cache)
+    found = open_remote(server.url, tmp_path / "local")
+    server.misbehave = lambda handler, path, *_: path.endswith(".json") and refuses(handler, b"")
+    order = Order(found.conditioning.product.shard_records, seed=0, window=1)
+    with found.following(order, 0):
+        time.sleep(0.3)
+        server.misbehave = lambda *_: False
+        deadline = time.monotonic() + 30
+        while len(list((tmp_path / "local").rglob("*.tar"))) < 3:
+            assert time.monotonic() < deadline, "nothing is read ahead any more"
+            time.sleep(0.05)
+
+
+def test_transfers_end_when_nobody_waits_for_them(
+    cache: Path, tmp_path: Path, serve: Callable[[Path], Server], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("shards.remote.folder.FIRST_WAIT_S", 60.0)
+    server = serve(cache)
+    server.misbehave = always(lambda h, d: sent(h, d[:1000], len(d)))
+    folder = RemoteFolder(server.url)
+    failed: list[Exception] = []
+
+    def fetch() -> None:
+        try:
+            folder.fetch("latents/000000.tar", tmp_path / "tar", size=10**6, sha256=None)
+        except ShardError as error:
+            failed.append(error)
+
+    thread = threading.Thread(target=fetch)
+    thread.start()
+    while not server.asked:
+        time.sleep(0.01)
+    folder.give_up()
+    thread.join(timeout=20)
+    assert not thread.is_alive()
+    assert "latents/000000.tar" in str(failed[0])
+
+
+def test_damage_in_the_local_folder_is_mended_or_named(
+    cache: Path, tmp_path: Path, serve: Callable[[Path], Server]
+) -> None:
+    server, local = serve(cache), tmp_path / "local"
+    everything(open_remote(server.url, local))
+    for path in local.rglob("*.json"):
+        path.write_bytes(b"{}")
+    assert same(everything(open_remote(server.url, local)), everything(Cache(cache)))
+    (path,) = local.rglob("latents/000000.tar")
+    path.write_bytes(bytes(path.stat().st_size))
+    with pytest.raises(ShardError, match=rf"delete {path}, and it is fetched again"):
+        everything(open_remote(server.url, local))
+    path.unlink()
+    assert same(everything(open_remote(server.url, local)), everything(Cache(cache)))
+
+
+def test_what_was_fetched_is_not_fetched_again(
+    cache: Path, tmp_path: Path, serve: Callable[[Path], Server]
+) -> None:
+    server = serve(cache)
+    everything(open_remote(server.url, tmp_path / "local"))
+    first = len(server.asked)
+    everything(open_remote(server.url, tmp_path / "local"))
+    assert server.asked[first:] == ["manifest.json"]
+
+
+def test_a_window_without_room_is_refused_before_anything_is_fetched(
+    cache: Path, tmp_path: Path, serve: Callable[[Path], Server]
+) -> None:
+    server = serve(cache)
+    found = open_remote(server.url, tmp_path / "local", 30_000)
+    order = Order(found.conditioning.product.shard_records, seed=0)
+    with (
+        pytest.raises(ShardError, match=r"2 shards mixed at a time .* give --shuffle-window 1"),
+        found.following(order, 0),
+    ):
+        pass
+
+
+@pytest.mark.slow
+def test_processes_share_a_folder(
+    cache: Path, tmp_path: Path, serve: Callable[[Path], Server]
+) -> None:
+    server = serve(cache)
+    server.misbehave = trickles
+    code = (
+        "import sys; from pathlib import Path\n"
+        "from tests.shards.remote.test_streaming import everything, open_remote\n"
+        "everything(open_remote(sys.argv[1], Path(sys.argv[2])))"
+    )
+    arguments = [sys.executable, "-c", code, server.url, str(tmp_path / "local")]
+    processes = [subprocess.Popen(arguments) for _ in range(3)]
+    assert [process.wait(timeout=120) for process in processes] == [0, 0, 0]
+    fetched = [path for path in server.asked if path != "manifest.json"]
+    assert sorted(fetched) == sorted(set(fetched))
+
+
+@pytest.mark.slow
+def test_training_from_a_url_gives_the_weights_of_training_from_the_folder(
+    train_config: TrainConfig, tmp_path: Path, serve: Callable[[Path], Server]
+) -> None:
+    train(train_config)
+    server = serve(Path(train_config.shards))
+    away = replace(
+        train_config,
+        shards=server.url,
+        output_dir=tmp_path / "away",
+        local_cache_dir=tmp_path / "local",
+        dataloader_num_workers=2,
+    )
+    done = run_python("-m", "train", *flags(away), NO_PROXY="127.0.0.1")
+    assert done.returncode == 0, done.stderr
+    name = "diffusion_pytorch_model.safetensors"
+    assert (away.output_dir / name).read_bytes() == (train_config.output_dir / name).read_bytes()

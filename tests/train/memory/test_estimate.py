@@ -1,0 +1,267 @@
+"""What is said of a run's memory before it starts, beside what it takes."""
+
+import re
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.profiler import ProfilerActivity, profile
+
+from benchmarks.synthetic import Shape, write_cache
+from demo.base_model.pipeline import build_pipeline, save_base
+from sd3.pretrained import read_config
+from tests.conftest import Outcome, flags
+from train import loop
+from train.assembly import assemble
+from train.config import TrainConfig
+from train.data import RankBatches, Samples, loader
+from train.memory import estimate, simulation
+from train.memory.estimate import find_sizes, remedies
+from train.memory.meter import Meter
+from train.memory.simulation import simulate
+from train.optim.nonfinite import Guard
+
+
+@pytest.fixture(scope="module")
+def wide(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A base whose activations weigh as much as its weights, and a cache for it."""
+    folder = tmp_path_factory.mktemp("wide")
+    save_base(
+        folder / "base",
+        build_pipeline(0, num_layers=6, num_attention_heads=4, attention_head_dim=32),
+    )
+    shape = Shape(side=32, tokens=24, clip_width=80, t5_width=96, pooled_width=80)
+    write_cache(folder / "cache", shape, 2, 4)
+    return folder / "base", folder / "cache"
+
+
+@pytest.fixture
+def config(wide: tuple[Path, Path], tmp_path: Path) -> TrainConfig:
+    base, cache = wide
+    return TrainConfig(
+        str(base),
+        str(cache),
+        output_dir=tmp_path / "out",
+        train_batch_size=2,
+        max_grad_norm=0.0,
+        validation_steps=0,
+        report_to="none",
+    )
+
+
+def taken(config: TrainConfig) -> int:
+    """Return the bytes that a run's second step takes beside weights and optimiser's state."""
+    run = assemble(config)
+    samples = Samples(run.inputs.cache, run.inputs.order, seed=0, proportion_empty_prompts=0.0)
+    places = RankBatches(0, batch_size=config.train_batch_size, rank=0, num_ranks=1)
+    batches = loader(samples, places, num_workers=0, pin=False)
+    guard = Guard(
+        run.optimizer.optimizer,
+        None,
+        too_late=False,
+        stop=True,
+        name=str,
+        say=print,
+    )
+    loop._step(run, batches, guard, 1)
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as found:
+        loop._step(run, batches, guard, 2)
+    batches.close()
+    events: Any = found.profiler
+    memory = [event for event in events.kineto_results.events() if event.name() == "[memory]"]
+    now = most = 0
+    for event in sorted(memory, key=lambda event: event.start_ns()):
+        now += event.nbytes()
+        most = max(most, now)
+    return most
+
+
+BF16 = {"mixed_precision": "bf16"}
+FUSED = {"fused_backward_pass": True, "gradient_checkpointing": True}
+
+
+@pytest.mark.parametrize(
+    ("settings", "within"),
+    [
+        ({}, 0.01),
+        ({"gradient_checkpointing": True}, 0.01),
+        ({"train_batch_size": 4}, 0.01),
+        ({"quantize_base": "int8"}, 0.01),
+        # The CPU's 8 bit product has a temporary of its own.
+        ({"quantize_base": "fp8", "fp8_matmul": True}, 0.03),
+        (FUSED, 0.01),
+        (BF16, 0.01),
+        # Likewise its attention's backward pass in 16 bit.
+        (BF16 | FUSED, 0.02),
+        (BF16 | FUSED | {"bf16_weights": True}, 0.02),
+    ],
+)
+def test_a_step_takes_what_was_said(
+    settings: dict[str, Any], within: float, config: TrainConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # What is measured here is the CPU, whose autocast leaves layer norms alone.
+    monkeypatch.setattr(simulation, "_use_float32_norms", lambda network: None)
+    config = replace(config, **settings)
+    step = simulate(config, find_sizes(config)).step
+    assert step["gradients"] + step["activations"] == pytest.approx(taken(config), rel=within)
+
+
+def test_weights_and_state_are_counted_one_by_one(config: TrainConfig) -> None:
+    run = assemble(config)
+    sizes = find_sizes(config)
+    buffers = sum(one.nbytes for one in run.controlnet.buffers())
+    frozen = sum(one.numel() for one in run.controlnet.parameters() if not one.requires_grad)
+    linear = [
+        layer
+        for layer in run.transformer.transformer_blocks.modules()
+        if isinstance(layer, nn.Linear)
+    ]
+    whole = sum(one.nbytes for one in (*run.transformer.parameters(), *run.transformer.buffers()))
+    inside = sum(layer.weight.numel() for layer in linear)
+    rows = sum(layer.out_features for layer in linear)
+
+    exact = simulate(replace(config, ema_decay=0.9), sizes).step
+    assert exact["frozen base"] == whole
+    assert exact["ControlNet"] == 4 * (run.num_trained + frozen) + buffers
+    assert exact["optimiser"] == 8 * run.num_trained
+    assert exact["average"] == 4 * run.num_trained
+
+    int8 = simulate(replace(config, quantize_base="int8"), sizes).step
+    assert int8["frozen base"] == whole - 4 * inside + inside + 4 * rows
+    nf4 = simulate(replace(config, quantize_base="nf4"), sizes).step
+    # Half a byte a weight and, for 64 of them, one byte and the 256th part of four.
+    packed = inside / 2 + inside / 64 + inside / (64 * 256) * 4
+    assert nf4["frozen base"] == pytest.approx(whole - 4 * inside + packed, rel=1e-3)
+
+    lean = replace(config, bf16_weights=True, mixed_precision="bf16", offload_optimizer=True)
+    found = simulate(lean, sizes)
+    small = [one.numel() for one in run.controlnet.parameters() if one.numel() < 4096]
+    assert found.step["ControlNet"] == 2 * (run.num_trained + frozen) + buffers // 2
+    assert found.step["optimiser"] < 8 * sum(small)
+    assert found.step["optimiser"] + found.host == 8 * run.num_trained
+
+
+@pytest.mark.parametrize("kind", ["int8", "nf4"])
+def test_state_in_8_bit_and_weights_in_less_take_what_the_libraries_make_of_them(
+    kind: str, config: TrainConfig
+) -> None:
+    pytest.importorskip("bitsandbytes")
+    config = replace(config, use_8bit_adam=True, quantize_base=kind)
+    run = assemble(config)
+    for parameter in run.controlnet.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    run.optimizer.step()
+    # Each has the table of 256 numbers of its format; they share it.
+    state = sum(
+        tensor.nbytes
+        for tensors in run.optimizer.optimizer.state.values()
+        for name, tensor in tensors.items()
+        if isinstance(tensor, torch.Tensor) and not name.startswith("qmap")
+    )
+    said = simulate(config, find_sizes(config)).step
+    assert said["optimiser"] == pytest.approx(state, rel=0.01)
+    if kind == "nf4":
+        packed = sum(
+            one.nbytes for one in (*run.transformer.parameters(), *run.transformer.buffers())
+        )
+        for parameter in run.transformer.parameters():
+            if hasattr(parameter, "quant_state"):
+                scales = parameter.quant_state
+                packed += scales.absmax.nbytes + scales.state2.absmax.nbytes
+        assert said["frozen base"] == pytest.approx(packed, rel=0.001)
+
+
+def test_the_meter_counts_arithmetic() -> None:
+    meter = Meter()
+    with meter:
+        one = torch.zeros(1000)
+        meter.count(one, "weights")
+        two = torch.zeros(500)
+        three = one + 1
+        view = three[:10]
+        assert meter.now == {"weights": 4000, "activations": 6000}
+        del two, three
+        assert meter.now == {"weights": 4000, "activations": 4000}
+        del view
+        assert meter.now == {"weights": 4000, "activations": 0}
+        assert meter.peak == {"weights": 4000, "activations": 6000}
+        meter.start_anew()
+        assert meter.peak == {"weights": 4000, "activations": 0}
+
+
+def test_validation_counts_drawing_and_decoding(config: TrainConfig) -> None:
+    sizes = replace(find_sizes(config), validates=True)
+    few = simulate(replace(config, num_validation_images=1), sizes).validation
+    many = simulate(replace(config, num_validation_images=16), sizes).validation
+    assert few < many
+    decoded = simulate(config, replace(sizes, vae=dict(vae_config(config)))).validation
+    # An RGB picture in float32 is the least that decoding keeps.
+    assert decoded > few + 3 * 256 * 256 * 4
+
+
+def vae_config(config: TrainConfig) -> dict[str, Any]:
+    return read_config(Path(config.pretrained_model_name_or_path), "vae")
+
+
+@pytest.fixture
+def few(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only some of what may be advised is tried."""
+    some = ({"gradient_checkpointing": True}, {"use_8bit_adam": True})
+    monkeypatch.setattr(estimate, "REMEDIES", some)
+
+
+@pytest.mark.usefixtures("few")
+def test_it_is_said_without_any_weights(
+    config: TrainConfig, command: Callable[..., Outcome], tmp_path: Path
+) -> None:
+    bare = tmp_path / "bare"
+    for name in ("transformer", "vae"):
+        (bare / name).mkdir(parents=True)
+        source = Path(config.pretrained_model_name_or_path) / name / "config.json"
+        shutil.copy(source, bare / name)
+    bare_config = replace(config, pretrained_model_name_or_path=str(bare), estimate=True)
+    outcome = command("train", *flags(bare_config))
+    assert outcome.exit_code == 0
+    lines = [line.strip() for line in outcome.output.splitlines()]
+    assert lines[0] == "memory of one device, nothing shared out, 2 x 256 x 256 px a batch, in GB:"
+    parts = [float(line.split("  ")[0]) for line in lines[1:] if line[0].isdigit()]
+    assert sum(parts[:-1]) == pytest.approx(parts[-1], abs=0.03)
+    assert any(line.endswith("--gradient-checkpointing") for line in lines)
+    assert not config.output_dir.exists()
+
+
+@pytest.mark.slow
+def test_what_is_advised_saves_as_much(config: TrainConfig) -> None:
+    sizes = find_sizes(config)
+    estimated = simulate(config, sizes)
+    now = estimated.peak
+    found = dict(remedies(config, sizes, estimated))
+    saved = found["--gradient-checkpointing"]
+    assert now - simulate(replace(config, gradient_checkpointing=True), sizes).peak == saved
+    assert "--train-batch-size 1 --gradient-accumulation-steps 2" in found
+    assert list(found.values()) == sorted(found.values(), reverse=True)
+    # What is on already is not advised, nor what would not go with it.
+    checkpointed = replace(config, gradient_checkpointing=True)
+    on = dict(remedies(checkpointed, sizes, simulate(checkpointed, sizes)))
+    assert not any("checkpointing" in flags for flags in on)
+
+
+@pytest.mark.usefixtures("few")
+def test_out_of_memory_says_what_would_help(
+    config: TrainConfig, command: Callable[..., Outcome], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.\nmore")
+
+    monkeypatch.setattr(loop, "batch_losses", full)
+    outcome = command("train", *flags(config))
+    assert outcome.exit_code == 2
+    assert (
+        "Error: out of memory: CUDA out of memory. Tried to allocate 20.00 MiB." in outcome.output
+    )
+    assert re.search(r"^ +-0\.\d\d  --gradient-checkpointing$", outcome.output, re.MULTILINE)

@@ -1,0 +1,373 @@
+"""What saves memory or time and must not change what is learnt."""
+
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from benchmarks.reference import logged_losses
+from common.errors import ConfigError
+from sd3.quantized import RowLinear
+from tests.conftest import Outcome, Spoil, flags
+from tests.train.test_faults import second_is_nan
+from tests.train.test_run import same, weights
+from train import models
+from train.config import TrainConfig
+from train.memory import activation_offload
+from train.optim import adamw, fused_backward
+from train.run import train
+
+
+@pytest.fixture
+def unclipped(train_config: TrainConfig) -> TrainConfig:
+    """Every step's loss, and no clipping."""
+    return replace(train_config, max_grad_norm=0.0, logging_steps=1, report_to="tensorboard")
+
+
+@pytest.fixture
+def visiting(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The miniature's tensors are as much worth a trip as larger ones."""
+    monkeypatch.setattr(adamw, "VISITING_NUMBERS", 64)
+    monkeypatch.setattr(activation_offload, "SMALLEST_BYTES", 64)
+
+
+SAME_BITS: list[dict[str, Any]] = [
+    {"fused_backward_pass": True},
+    {"offload_optimizer": True},
+    {"offload_activations": True},
+    {"offload_activations": True, "gradient_checkpointing": True},
+    {"offload_optimizer": True, "fused_backward_pass": True, "gradient_checkpointing": True},
+]
+
+
+@pytest.mark.usefixtures("visiting")
+@pytest.mark.parametrize("settings", SAME_BITS)
+def test_what_only_moves_numbers_gives_the_same_bits(
+    settings: dict[str, Any], unclipped: TrainConfig, tmp_path: Path
+) -> None:
+    train(unclipped)
+    other = replace(unclipped, output_dir=tmp_path / "other", **settings)
+    train(other)
+    assert logged_losses(other.output_dir) == logged_losses(unclipped.output_dir)
+    assert same(other.output_dir, unclipped.output_dir)
+
+
+def test_host_memory_is_taken_in_large_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(adamw, "PIECE_BYTES", 1024)
+    kind: Any = type("Adam", (adamw.WeightByWeight, torch.optim.AdamW), {})
+    adam = kind([nn.Parameter(torch.zeros(1))], offload=True)
+    cpu = torch.device("cpu")
+    homes = [adam._home(torch.zeros(100), cpu) for _ in range(3)]
+    large = adam._home(torch.zeros(30, 20), cpu)
+    starts = [home.untyped_storage().data_ptr() for home in homes]
+    assert starts[0] == starts[1] != starts[2]
+    assert homes[1].data_ptr() - homes[0].data_ptr() == 4 * 128  # 100, to a multiple of 64
+    assert large.shape == (30, 20)
+    assert large.untyped_storage().nbytes() == 2400
+
+
+@pytest.mark.usefixtures("visiting")
+def test_state_in_8_bit_goes_on_from_host_memory(unclipped: TrainConfig, tmp_path: Path) -> None:
+    pytest.importorskip("bitsandbytes")
+    whole = replace(unclipped, lr_scheduler="constant", use_8bit_adam=True, offload_optimizer=True)
+    train(whole)
+    halves = replace(whole, output_dir=tmp_path / "halves", resume_from_checkpoint="latest")
+    train(replace(halves, max_train_steps=2))
+    train(halves)
+    assert same(halves.output_dir, whole.output_dir)
+
+
+@pytest.mark.usefixtures("visiting")
+@pytest.mark.parametrize("option", ["fused_backward_pass", "offload_optimizer"])
+def test_checkpoints_go_on_with_and_without(
+    option: str, unclipped: TrainConfig, tmp_path: Path
+) -> None:
+    whole = replace(unclipped, lr_scheduler="constant")
+    train(whole)
+    for first, second in ((True, False), (False, True)):
+        halves = replace(whole, output_dir=tmp_path / f"{first}", resume_from_checkpoint="latest")
+        train(replace(halves, max_train_steps=2, **{option: first}))
+        train(replace(halves, max_train_steps=4, **{option: second}))
+        assert same(halves.output_dir, whole.output_dir)
+
+
+def test_what_is_offloaded_is_in_host_memory() -> None:
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        large, small = (nn.Parameter(torch.empty(count, device="cuda")) for count in (8192, 16))
+        kind: Any = type("Adam", (adamw.WeightByWeight, torch.optim.AdamW), {})
+        adam = kind([large, small], offload=True, fused=True)
+        for _ in range(2):
+            large.grad, small.grad = torch.empty_like(large), torch.empty_like(small)
+            adam.step()
+            assert adam.state[large]["exp_avg"].device.type == "cpu"
+            assert adam.state[large]["exp_avg_sq"].device.type == "cpu"
+            assert adam.state[small]["exp_avg"].device.type == "cuda"
+        moved: list[str] = []
+        to = Tensor.to
+
+        def watched(self: Tensor, device: Any, **more: Any) -> Tensor:
+            moved.append(f"{self.numel()} to {torch.device(device).type}")
+            return to(self, device, **more)
+
+        state = adam.state_dict()
+        with pytest.MonkeyPatch.context() as patched:
+            patched.setattr(Tensor, "to", watched)
+            adam.load_state_dict(state)
+        assert adam.state[large]["exp_avg"].device.type == "cpu"
+        assert adam.state[small]["exp_avg"].device.type == "cuda"
+        # Not for a moment is a large one on the device.
+        assert not any(one.startswith("8192") for one in moved)
+
+
+def test_activations_go_to_the_host_and_weights_stay(visiting: None) -> None:
+    layer = nn.Linear(8, 8)
+    inputs = torch.randn(8, 8, requires_grad=True)
+    saving = activation_offload.OffloadedActivations(layer)
+    with saving:
+        outputs = layer(inputs.exp()).square()
+    node: Any = outputs.grad_fn
+    kept: list[Tensor] = [node._saved_self, node.next_functions[0][0]._saved_mat1]
+    assert kept[0].data_ptr() != kept[1].data_ptr()
+    for tensor in (layer.weight, layer.weight.t(), torch.zeros(2)):
+        assert saving.pack_hook(tensor) is tensor
+    packed = saving.pack_hook(inputs)
+    assert not isinstance(packed, Tensor)
+    assert packed[1].data_ptr() != inputs.data_ptr()
+    assert saving.unpack_hook(packed).equal(inputs)
+
+
+def test_bfloat16_is_rounded_to_the_mean() -> None:
+    torch.manual_seed(0)
+    # Between 1 and 1 + 2**-7, the next bfloat16, a quarter of the way.
+    exact = torch.tensor([1 + 2**-9, -1 - 2**-9, 1.0, math.inf, -math.inf, math.nan])
+    found = adamw.rounded_at_random(exact.repeat(100_000, 1)).float()
+    above = (found[:, 0] == 1 + 2**-7).float().mean()
+    assert set(found[:, 0].tolist()) == {1.0, 1 + 2**-7}
+    assert set(found[:, 1].tolist()) == {-1.0, -1 - 2**-7}
+    # The deviation of this mean is 0.0014.
+    assert above == pytest.approx(0.25, abs=0.006)
+    assert (found[:, 2:5] == exact[2:5]).all()
+    assert found[:, 5].isnan().all()
+
+
+def test_small_updates_do_not_vanish_in_bfloat16() -> None:
+    torch.manual_seed(0)
+    parameter = nn.Parameter(torch.ones(100_000, dtype=torch.bfloat16))
+    kind: Any = type("Adam", (adamw.WeightByWeight, torch.optim.AdamW), {})
+    adam = kind([parameter], offload=False, fused=True, lr=1e-4, weight_decay=0.0)
+    for _ in range(10):
+        parameter.grad = torch.ones_like(parameter)
+        adam.step()
+    assert parameter.dtype == torch.bfloat16
+    assert adam.state[parameter]["exp_avg_sq"].dtype == torch.float32
+    # AdamW's step is its rate where the gradient stays the same; to the nearest, 1 would stay 1.
+    assert float(parameter.detach().float().mean()) == pytest.approx(1 - 10 * 1e-4, abs=5e-5)
+
+
+@pytest.mark.parametrize("more", [{}, {"offload_optimizer": True, "fused_backward_pass": True}])
+def test_training_in_bfloat16_weights(
+    more: dict[str, Any], unclipped: TrainConfig, tmp_path: Path
+) -> None:
+    exact = replace(unclipped, mixed_precision="bf16", lr_scheduler="constant")
+    train(exact)
+    rounded = replace(exact, output_dir=tmp_path / "rounded", bf16_weights=True, **more)
+    train(rounded)
+    assert logged_losses(rounded.output_dir) == pytest.approx(
+        logged_losses(exact.output_dir), rel=0.02
+    )
+    found = weights(rounded.output_dir)
+    assert {tensor.dtype for tensor in found.values()} == {torch.bfloat16}
+    # A checkpoint goes on to the same bits, rounding included.
+    halves = replace(rounded, output_dir=tmp_path / "halves", resume_from_checkpoint="latest")
+    train(replace(halves, max_train_steps=2))
+    train(halves)
+    assert same(halves.output_dir, rounded.output_dir)
+
+
+def test_no_gradient_outlives_its_step() -> None:
+    layers = nn.Sequential(*(nn.Linear(8, 8) for _ in range(4)))
+    alive: list[int] = []
+    optimizer = torch.optim.AdamW(layers.parameters(), fused=True)
+    fused = fused_backward.FusedBackward(optimizer)
+    for parameter in layers.parameters():
+        parameter.register_hook(
+            lambda _: alive.append(sum(one.grad is not None for one in layers.parameters()))
+        )
+    before = [parameter.detach().clone() for parameter in layers.parameters()]
+    layers(torch.randn(2, 8)).sum().backward()
+    assert len(alive) == 8
+    assert max(alive) == 0
+    assert not fused.bad()
+    assert all(
+        not torch.equal(one, other) for one, other in zip(layers.parameters(), before, strict=True)
+    )
+
+
+def test_weights_without_finite_gradients_stay(
+    unclipped: TrainConfig,
+    in_batch: Callable[[int, Spoil], None],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    in_batch(2, second_is_nan)
+    config = replace(
+        unclipped, fused_backward_pass=True, on_nonfinite="skip", checkpointing_steps=1
+    )
+    train(config)
+    one, two, three = (config.output_dir / f"checkpoint-{step}/controlnet" for step in (1, 2, 3))
+    before, after = weights(one), weights(two)
+    changed = {name for name, tensor in before.items() if not tensor.equal(after[name])}
+    # What the last block's text asks has no effect, so its gradient is zero whatever the loss is.
+    unheard = ("attn.add_q_proj.weight", "attn.add_q_proj.bias", "attn.norm_added_q.weight")
+    assert changed <= {f"transformer_blocks.1.{name}" for name in unheard}
+    assert not same(two, three)
+    assert "step 2: " in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("settings", "more", "message"),
+    [
+        ({"max_grad_norm": 1.0}, {}, "--max-grad-norm 1 clips the norm of all"),
+        ({"gradient_accumulation_steps": 2}, {}, "--gradient-accumulation-steps keeps"),
+        ({}, {"num_processes": 2}, "several processes exchange theirs first"),
+        ({}, {"scales": True}, "--mixed-precision fp16 looks at all"),
+    ],
+)
+def test_what_needs_all_gradients_is_refused(
+    unclipped: TrainConfig, settings: dict[str, Any], more: dict[str, Any], message: str
+) -> None:
+    alone: dict[str, Any] = {"num_processes": 1, "scales": False}
+    fused_backward.check(unclipped, **alone)
+    with pytest.raises(ConfigError, match=f"^--fused-backward-pass: {message}"):
+        fused_backward.check(replace(unclipped, **settings), **(alone | more))
+
+
+def test_clipping_and_steps_in_the_backward_pass_end_in_one_line(
+    train_config: TrainConfig, command: Callable[..., Outcome]
+) -> None:
+    outcome = command("train", *flags(replace(train_config, fused_backward_pass=True)))
+    assert outcome.exit_code == 2
+    assert "--max-grad-norm 0 leaves that out" in outcome.output
+    assert not train_config.output_dir.exists()
+
+
+def rounded_rows(weight: Tensor, largest: float) -> Tensor:
+    """Return rows rounded to steps of their largest value over `largest`."""
+    scale = weight.abs().amax(dim=1, keepdim=True) / largest
+    return (weight / scale).round() * scale
+
+
+def rounded_to_fp8(weight: Tensor) -> Tensor:
+    scale = weight.abs().amax(dim=1, keepdim=True) / 448
+    return (weight / scale).to(torch.float8_e4m3fn).float() * scale
+
+
+# The sixteen values of NF4: Dettmers et al. 2023, arXiv:2305.14314, appendix E.
+NF4 = [
+    *(-1.0, -0.6961928, -0.52507305, -0.3949175, -0.28444138, -0.18477343, -0.09105004, 0.0),
+    *(0.0795803, 0.1609302, 0.2461123, 0.33791524, 0.44070983, 0.562617, 0.72295684, 1.0),
+]
+
+
+def rounded_to_nf4(weight: Tensor) -> Tensor:
+    groups = weight.reshape(-1, 64)
+    scale = groups.abs().amax(dim=1, keepdim=True)
+    values = torch.tensor(NF4)
+    nearest = ((groups / scale)[..., None] - values).abs().argmin(dim=-1)
+    return (values[nearest] * scale).reshape(weight.shape)
+
+
+@pytest.mark.parametrize(
+    ("kind", "rounded", "error"),
+    [
+        ("int8", lambda weight: rounded_rows(weight, 127), 0.02),
+        ("fp8", rounded_to_fp8, 0.04),
+        ("nf4", rounded_to_nf4, 0.15),
+    ],
+)
+def test_quantised_layers_compute_with_rounded_weights(
+    kind: str, rounded: Callable[[Tensor], Tensor], error: float, base: Path
+) -> None:
+    if kind == "nf4":
+        pytest.importorskip("bitsandbytes")
+    exact = models.load_transformer(base, None, torch.float32)
+    transformer = models.load_transformer(base, None, torch.float32, kind).to("cpu")
+    assert transformer.dtype == torch.float32
+    plain = exact.transformer_blocks[0].ff.net[2]
+    layer = transformer.transformer_blocks[0].ff.net[2]
+    inputs = torch.randn(3, plain.in_features, requires_grad=True)
+    saved: list[Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda one: saved.append(one) or one, lambda one: one
+    ):
+        found = layer(inputs)
+    assert all(one.numel() < plain.weight.numel() for one in saved)
+    expected = nn.functional.linear(inputs, rounded(plain.weight.detach()), plain.bias)
+    assert (found - expected).norm() < 2e-3 * (expected - plain.bias).norm()
+    away = (found - plain(inputs)).norm() / (plain(inputs) - plain.bias).norm()
+    assert 1e-3 < away < error
+    (gradient,) = torch.autograd.grad(found.sum(), inputs)
+    (right,) = torch.autograd.grad(expected.sum(), inputs)
+    assert (gradient - right).norm() < 2e-3 * right.norm()
+
+
+def test_products_in_8_bit_round_both_sides() -> None:
+    torch.manual_seed(0)
+    plain = nn.Linear(64, 32, dtype=torch.bfloat16).requires_grad_(False)
+    layer = RowLinear(plain, torch.float8_e4m3fn, fp8_matmul=True)
+    inputs = torch.randn(5, 64, dtype=torch.bfloat16, requires_grad=True)
+    found = layer(inputs)
+    rounded = rounded_to_fp8(plain.weight.float())
+    expected = rounded_to_fp8(inputs.detach().float()) @ rounded.t() + plain.bias.float()
+    assert (found - expected).norm() < 5e-3 * expected.norm()
+    upstream = torch.randn(5, 32, dtype=torch.bfloat16)
+    (gradient,) = torch.autograd.grad(found, inputs, upstream)
+    exact = upstream.float() @ rounded
+    # Three bits of the significand: the error is at most 1/16 and evenly spread about 0.027.
+    assert 0.01 < (gradient - exact).norm() / exact.norm() < 0.04
+
+
+def test_products_in_float16_do_not_overflow() -> None:
+    torch.manual_seed(0)
+    plain = nn.Linear(512, 64).requires_grad_(False)
+    layer = RowLinear(plain, torch.float8_e4m3fn, fp8_matmul=False)
+    layer.bias = nn.Parameter(plain.bias.half(), requires_grad=False)
+    inputs = 100 * torch.randn(64, 512)
+    found = layer(inputs.half()).float()
+    assert (found - plain(inputs)).norm() < 0.04 * plain(inputs).norm()
+
+
+def test_products_in_8_bit_need_weights_in_8_bit(unclipped: TrainConfig) -> None:
+    with pytest.raises(ConfigError, match="--fp8-matmul: goes with --quantize-base fp8"):
+        replace(unclipped, fp8_matmul=True)
+
+
+@pytest.mark.parametrize(("kind", "error"), [("int8", 0.01), ("fp8", 0.03), ("nf4", 0.1)])
+def test_training_beside_a_quantised_base(
+    kind: str, error: float, unclipped: TrainConfig, tmp_path: Path
+) -> None:
+    if kind == "nf4":
+        pytest.importorskip("bitsandbytes")
+    train(unclipped)
+    config = replace(unclipped, output_dir=tmp_path / kind, quantize_base=kind)
+    train(config)
+    exact, found = logged_losses(unclipped.output_dir), logged_losses(config.output_dir)
+    assert found != exact
+    assert found == pytest.approx(exact, rel=error)
+
+
+@pytest.mark.slow
+def test_compiled_blocks_compute_the_same(unclipped: TrainConfig, tmp_path: Path) -> None:
+    train(unclipped)
+    config = replace(
+        unclipped, output_dir=tmp_path / "compiled", compile=True, gradient_checkpointing=True
+    )
+    train(config)
+    assert logged_losses(config.output_dir) == pytest.approx(
+        logged_losses(unclipped.output_dir), rel=1e-4
+    )

@@ -1,0 +1,76 @@
+"""The average of weights: diffusers' formula, and what is saved of it."""
+
+import contextlib
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import SD3ControlNetModel
+from diffusers.training_utils import EMAModel
+
+from train import checkpoints
+from train.config import TrainConfig
+from train.optim.ema import Average
+from train.run import train
+
+
+def walk(network: torch.nn.Module, generator: torch.Generator) -> None:
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter.add_(torch.randn(parameter.shape, generator=generator))
+
+
+@pytest.mark.parametrize("decay", [0.5, 0.999])
+def test_it_is_what_diffusers_averages(decay: float) -> None:
+    network, generator = torch.nn.Linear(3, 4), torch.Generator().manual_seed(0)
+    ours, theirs = Average(network, decay), EMAModel(network.parameters(), decay=decay)
+    for _ in range(30):
+        walk(network, generator)
+        ours.step()
+        theirs.step(network.parameters())
+        for mine, its in zip(ours.weights, theirs.shadow_params, strict=True):
+            torch.testing.assert_close(mine, its)
+
+
+def test_the_network_bears_it_for_a_while() -> None:
+    network, generator = torch.nn.Linear(2, 2), torch.Generator().manual_seed(1)
+    average = Average(network, 0.9)
+    average.step()
+    before = network.weight.detach().clone()
+    walk(network, generator)
+    own = network.weight.detach().clone()
+    with contextlib.suppress(KeyError), average.in_place():
+        assert torch.equal(network.weight, before)
+        raise KeyError
+    assert torch.equal(network.weight, own)
+
+
+def test_it_is_saved_and_resumed(train_config: TrainConfig, tmp_path: Path) -> None:
+    config = replace(train_config, ema_decay=0.5)
+    train(config)
+    folder = config.output_dir / checkpoints.AVERAGE_FOLDER
+    average = SD3ControlNetModel.from_pretrained(folder).state_dict()
+    own = SD3ControlNetModel.from_pretrained(config.output_dir).state_dict()
+    assert any(not torch.equal(average[name], own[name]) for name in own)
+
+    resumed = replace(config, output_dir=tmp_path / "resumed", resume_from_checkpoint="latest")
+    resumed.output_dir.mkdir()
+    (config.output_dir / "checkpoint-2").rename(resumed.output_dir / "checkpoint-2")
+    assert checkpoints.read_state(resumed.output_dir / "checkpoint-2").averaged_steps == 2
+    train(resumed)
+    again = SD3ControlNetModel.from_pretrained(resumed.output_dir / checkpoints.AVERAGE_FOLDER)
+    for name, tensor in again.state_dict().items():
+        assert torch.equal(tensor, average[name]), name
+
+
+def test_by_hand(train_config: TrainConfig) -> None:
+    # Weights after steps 1 and 2 are w1 and w2; the average is w1, then 2/11 w1 + 9/11 w2.
+    config = replace(train_config, ema_decay=0.9, checkpointing_steps=1, max_train_steps=2)
+    train(config)
+    w1, w2, average = (
+        SD3ControlNetModel.from_pretrained(config.output_dir / folder).state_dict()
+        for folder in ("checkpoint-1/controlnet", "checkpoint-2/controlnet", "controlnet_ema")
+    )
+    for name, tensor in average.items():
+        torch.testing.assert_close(tensor, w1[name] * 2 / 11 + w2[name] * 9 / 11)

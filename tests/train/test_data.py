@@ -1,0 +1,252 @@
+"""Batches: drawn by place alone, shared out among ranks without overlap, padded as SD3 is."""
+
+from dataclasses import replace
+from itertools import islice
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from benchmarks.synthetic import TINY, write_cache
+from precompute.config import PrecomputeConfig
+from precompute.run import precompute
+from sd3.prompt_embeds import prompt_embeds
+from shards.reading.cache import Cache
+from shards.reading.order import Order
+from shards.reading.reader import ProductReader
+from tests.conftest import BUCKETS
+from train.data import RankBatches, Samples, loader
+
+
+def samples(cache: Path, seed: int = 0, empty: float = 0.0) -> Samples:
+    found = Cache(cache)
+    order = Order(found.conditioning.product.shard_records, seed=seed)
+    return Samples(found, order, seed=seed, proportion_empty_prompts=empty)
+
+
+def equal(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
+
+
+@given(
+    ranks=st.integers(1, 16),
+    batch=st.integers(1, 5),
+    steps=st.integers(1, 6),
+    start=st.integers(0, 100),
+)
+def test_ranks_share_out_the_sequence(ranks: int, batch: int, steps: int, start: int) -> None:
+    taken = [
+        list(islice(RankBatches(start, batch_size=batch, rank=rank, num_ranks=ranks), steps))
+        for rank in range(ranks)
+    ]
+    in_order = [
+        place for step in range(steps) for rank in range(ranks) for place in taken[rank][step]
+    ]
+    assert in_order == list(range(start, start + ranks * batch * steps))
+
+
+def test_a_place_draws_the_same_whenever_it_is_asked(cache: Path) -> None:
+    first = samples(cache)
+    assert equal(first[13], samples(cache)[13])
+    assert not torch.equal(first[3]["noise"], first[13]["noise"])
+    assert not torch.equal(samples(cache, seed=1)[13]["noise"], first[13]["noise"])
+
+
+def test_a_sample_comes_with_its_own_caption(cache: Path) -> None:
+    ours, found = samples(cache), Cache(cache)
+    for place in range(10):
+        _, tensors, prompts = found.sample(*ours.order.record(place))
+        assert torch.equal(ours[place]["latent"], tensors["latent"])
+        assert torch.equal(ours[place]["t5_embeds"], found.embeddings(prompts[0])["t5_embeds"])
+
+
+def test_draws_have_the_right_distribution(cache: Path) -> None:
+    ours = samples(cache)
+    drawn = [ours[place] for place in range(200)]
+    noise = torch.stack([one["noise"] for one in drawn])
+    count = noise.numel()
+    assert abs(noise.mean().item()) < 5 / count**0.5
+    assert abs(noise.var().item() - 1) < 5 * (2 / count) ** 0.5
+    uniform = torch.stack([one["uniform"] for one in drawn])
+    assert uniform.min() >= 0
+    assert uniform.max() < 1
+    assert uniform.mean().item() == pytest.approx(0.5, abs=5 * (1 / 12 / 200) ** 0.5)
+
+
+def test_prompts_are_dropped_anew_each_epoch(cache: Path) -> None:
+    empty = Cache(cache).empty_prompt()["pooled_embeds"]
+    ours = samples(cache, empty=0.3)
+    dropped = [torch.equal(ours[place]["pooled_embeds"], empty) for place in range(500)]
+    assert sum(dropped) == pytest.approx(150, abs=5 * (500 * 0.3 * 0.7) ** 0.5)
+    records = [{ours.order.record(p) for p in range(e, e + 10) if dropped[p]} for e in (0, 10, 20)]
+    assert records[0] != records[1]
+    assert not any(torch.equal(samples(cache)[p]["pooled_embeds"], empty) for p in range(30))
+
+
+def test_the_posterior_is_sampled_anew(fresh: PrecomputeConfig) -> None:
+    precompute(replace(fresh, posterior="mean_std"))
+    ours, found = samples(fresh.output_dir), Cache(fresh.output_dir)
+    # The same record in four epochs: its draws differ, and by no more than its deviation allows.
+    shard, index = ours.order.record(0)
+    _, tensors, _ = found.sample(shard, index)
+    places = [p for p in range(40) if ours.order.record(p) == (shard, index)]
+    tensors["latent_std"].fill_(0.5)
+    draws = torch.stack([ours[place]["latent"] for place in places])
+    assert draws.shape[0] == 4
+    largest = (draws - tensors["latent"]).abs().max()
+    # narrow_posterior in conftest.py: the deviation is exp(-30 / 2), diffusers' lower bound.
+    assert largest <= 7 * 3.1e-7 + 1e-6
+
+
+@pytest.fixture(scope="module")
+def many(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A cache of 35 tiny samples in 7 shards."""
+    folder = tmp_path_factory.mktemp("many") / "cache"
+    write_cache(folder, TINY, num_shards=7, images_per_shard=5)
+    return folder
+
+
+@given(
+    phases=st.lists(
+        st.tuples(st.integers(1, 16), st.integers(0, 4), st.integers(1, 2), st.integers(1, 3)),
+        min_size=1,
+        max_size=3,
+    ),
+    start=st.integers(0, 100),
+    window=st.none() | st.integers(1, 8),
+)
+@settings(max_examples=30, deadline=None)
+def test_resumed_on_other_ranks_and_workers_the_sequence_goes_on(
+    many: Path, phases: list[tuple[int, int, int, int]], start: int, window: int | None
+) -> None:
+    found = Cache(many)
+    order = Order(found.conditioning.product.shard_records, seed=3, window=window)
+    ours = Samples(found, order, seed=3, proportion_empty_prompts=0.2)
+    place = start
+    for ranks, workers, batch_size, steps in phases:
+        for rank in range(ranks):
+            places = RankBatches(place, batch_size=batch_size, rank=rank, num_ranks=ranks)
+            reading = loader(ours, places, num_workers=workers, pin=False)
+            for step, (_, batch) in enumerate(islice(reading, steps)):
+                first = place + (step * ranks + rank) * batch_size
+                for row in range(batch_size):
+                    expected = ours[first + row]
+                    for name, values in vars(batch).items():
+                        assert torch.equal(values[row], expected[name]), (name, first + row)
+            reading.close()
+        place += ranks * batch_size * steps
+    # Each record once an epoch, whatever the phases were.
+    seen = [order.record(one) for one in range(start, start + 35)]
+    if start % 35 == 0:
+        assert len(set(seen)) == 35
+
+
+@given(
+    phases=st.lists(
+        st.tuples(
+            st.sampled_from([(1, 16), (2, 8), (4, 4), (4, 2), (8, 2), (16, 1), (8, 1), (2, 2)]),
+            st.integers(0, 3),
+            st.integers(1, 3),
+        ),
+        min_size=1,
+        max_size=3,
+    ),
+    start=st.integers(0, 6),
+    window=st.none() | st.integers(1, 8),
+)
+@settings(max_examples=20, deadline=None)
+def test_batches_are_of_one_bucket_however_a_step_is_shared_out(
+    bucketed: Path,
+    phases: list[tuple[tuple[int, int], int, int]],
+    start: int,
+    window: int | None,
+) -> None:
+    found = Cache(bucketed)
+    product = found.conditioning.product
+    group = 16  # ranks x batch size x accumulated batches
+    order = Order(
+        product.shard_records,
+        seed=3,
+        window=window,
+        shard_buckets=product.shard_buckets,
+        group=group,
+    )
+    ours = Samples(found, order, seed=3, proportion_empty_prompts=0.2)
+    place = start * group
+    for (ranks, batch_size), workers, steps in phases:
+        accumulation = group // (ranks * batch_size)
+        shapes = []
+        for rank in range(ranks):
+            places = RankBatches(place, batch_size=batch_size, rank=rank, num_ranks=ranks)
+            reading = loader(ours, places, num_workers=workers, pin=False)
+            mine = []
+            for number, (_, batch) in enumerate(islice(reading, steps * accumulation)):
+                first = place + (number * ranks + rank) * batch_size
+                mine.append(batch.latent.shape[1:])
+                assert batch.noise.shape == batch.latent.shape == batch.conditioning_latent.shape
+                for row in range(batch_size):
+                    _, tensors, _ = found.sample(*order.record(first + row))
+                    assert torch.equal(batch.latent[row], tensors["latent"])
+                    expected = tensors["conditioning_latent"]
+                    assert torch.equal(batch.conditioning_latent[row], expected)
+                    assert torch.equal(batch.noise[row], ours[first + row]["noise"])
+                    assert torch.equal(batch.t5_embeds[row], ours[first + row]["t5_embeds"])
+            reading.close()
+            shapes.append(mine)
+        for step in range(steps):
+            batches = slice(step * accumulation, (step + 1) * accumulation)
+            (shape,) = {one for mine in shapes for one in mine[batches]}
+            assert shape == (16, *BUCKETS[ours.bucket(place + step * group)])
+        place += group * steps
+
+
+def test_places_of_two_buckets_are_no_batch(bucketed: Path) -> None:
+    ours = samples(bucketed)  # in an order that knows of no buckets
+    buckets = [ours.bucket(place) for place in range(35)]
+    other = next(place for place in range(35) if buckets[place] != buckets[0])
+    with pytest.raises(AssertionError):
+        ours.fill(ours.memory(2, buckets[0]), [0, other])
+
+
+def test_a_prompt_that_comes_again_is_read_once(
+    cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ours = samples(cache, empty=1.0)
+    read: list[tuple[int, int]] = []
+    original = type(ours.cache.text).read_into
+
+    def read_into(self: ProductReader, shard: int, index: int, *more: object) -> None:
+        if self is ours.cache.text:
+            read.append((shard, index))
+        original(self, shard, index, *more)
+
+    monkeypatch.setattr(ProductReader, "read_into", read_into)
+    batch = ours.fill(ours.memory(4), range(4))
+    assert read == [(0, 0)]
+    empty = Cache(cache).empty_prompt()
+    for name, expected in empty.items():
+        assert all(torch.equal(row, expected) for row in getattr(batch, name))
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_workers_change_nothing(cache: Path, workers: int) -> None:
+    places = RankBatches(4, batch_size=3, rank=1, num_ranks=2)
+    reading = loader(samples(cache), places, num_workers=workers, pin=False)
+    batches = [batch for _, batch in islice(reading, 3)]
+    ours = samples(cache)
+    for number, batch in enumerate(batches):
+        first = 4 + 3 + 6 * number
+        for row in range(3):
+            assert torch.equal(batch.noise[row], ours[first + row]["noise"])
+            assert torch.equal(batch.latent[row], ours[first + row]["latent"])
+
+
+def test_clip_is_padded_to_the_width_of_t5() -> None:
+    clip, t5 = torch.ones(2, 3, 4), torch.full((2, 5, 7), 2.0)
+    joined = prompt_embeds(clip, t5)
+    assert joined.shape == (2, 8, 7)
+    assert joined[:, :3, :4].eq(1).all()
+    assert joined[:, :3, 4:].eq(0).all()
+    assert joined[:, 3:].eq(2).all()

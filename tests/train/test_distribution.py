@@ -1,0 +1,112 @@
+"""Ways of sharing out training that it cannot go, or not with some options."""
+
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from accelerate.utils import DistributedType
+
+from common.errors import ConfigError
+from train import checkpoints, compatibility, distribution
+from train.config import TrainConfig
+
+
+def accelerator(kind: DistributedType, **more: Any) -> Any:
+    """Return what is read of an Accelerator."""
+    stage = more.pop("stage", 2)
+    plugin = SimpleNamespace(deepspeed_config={"zero_optimization": {"stage": stage}})
+    return SimpleNamespace(
+        **{
+            "distributed_type": kind,
+            "gradient_accumulation_steps": 1,
+            "num_processes": 2,
+            "device": torch.device("cpu"),
+            "mixed_precision": "bf16",
+            "is_fsdp2": True,
+            "deepspeed_plugin": plugin,
+        }
+        | more
+    )
+
+
+FSDP, DEEPSPEED = DistributedType.FSDP, DistributedType.DEEPSPEED
+REFUSED: list[tuple[Any, dict[str, Any], str]] = [
+    (accelerator(DistributedType.MULTI_GPU), {"bf16_weights": True}, "each process would round"),
+    (
+        accelerator(DistributedType.NO, num_processes=1, mixed_precision="no"),
+        {"bf16_weights": True},
+        "--bf16-weights: goes with --mixed-precision bf16",
+    ),
+    (accelerator(FSDP), {"offload_optimizer": True}, "--offload-optimizer: accelerate's own"),
+    (accelerator(DEEPSPEED), {"offload_activations": True}, "--offload-activations: accelerate's"),
+    (accelerator(DistributedType.MEGATRON_LM), {}, "set up for MEGATRON_LM"),
+    (accelerator(FSDP, is_fsdp2=False), {}, "needs fsdp_version: 2"),
+    (accelerator(FSDP), {"use_8bit_adam": True}, "--use-8bit-adam: "),
+    (accelerator(DEEPSPEED), {"use_8bit_adam": True}, "--use-8bit-adam: "),
+    (accelerator(DEEPSPEED), {"ema_decay": 0.9}, "--ema-decay: DeepSpeed keeps"),
+    (accelerator(DEEPSPEED), {"on_nonfinite": "skip"}, "--on-nonfinite skip: DeepSpeed"),
+    (accelerator(DEEPSPEED, stage=1), {}, "ZeRO stage 1: use 2 or 3"),
+    (
+        accelerator(DistributedType.NO, gradient_accumulation_steps=4),
+        {"gradient_accumulation_steps": 2},
+        "--gradient-accumulation-steps 2: accelerate's own configuration says 4",
+    ),
+]
+
+
+@pytest.mark.parametrize(("found", "settings", "message"), REFUSED)
+def test_what_cannot_be_is_refused(
+    train_config: TrainConfig, found: Any, settings: dict[str, Any], message: str
+) -> None:
+    distribution.check(accelerator(FSDP), train_config)
+    distribution.check(accelerator(DEEPSPEED, stage=3), train_config)
+    with pytest.raises(ConfigError, match=message):
+        distribution.check(found, replace(train_config, **settings))
+
+
+@pytest.mark.parametrize(
+    ("was", "processes", "now", "message"),
+    [
+        ("copies", 2, FSDP, "written with one process or DDP, and this is FSDP2"),
+        ("fsdp", 2, DEEPSPEED, "written with FSDP2, and this is DeepSpeed"),
+        ("deepspeed", 4, DEEPSPEED, "written by 4 processes of DeepSpeed, and these are 2"),
+        ("deepspeed", 2, DEEPSPEED, None),
+        ("fsdp", 8, FSDP, None),
+        ("copies", 8, DistributedType.MULTI_GPU, None),
+    ],
+)
+def test_checkpoints_go_on_as_they_can(
+    was: distribution.Way, processes: int, now: DistributedType, message: str | None
+) -> None:
+    state = checkpoints.TrainState(
+        step=1,
+        place=2,
+        seed=0,
+        shuffle_window=None,
+        bucket_group=2,
+        fingerprints={},
+        distribution=was,
+        num_processes=processes,
+    )
+    folder = Path("out/checkpoint-1")
+    if message is None:
+        compatibility.check_same_distribution(folder, state, accelerator(now))
+        return
+    with pytest.raises(ConfigError, match=message):
+        compatibility.check_same_distribution(folder, state, accelerator(now))
+
+
+def test_products_in_8_bit_need_hardware(
+    train_config: TrainConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = replace(train_config, quantize_base="fp8", fp8_matmul=True)
+    card = accelerator(DistributedType.NO, num_processes=1, device=torch.device("cuda"))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a card")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 6))
+    with pytest.raises(ConfigError, match=r"--fp8-matmul: a card has none .*8\.6, 8\.9 is needed"):
+        distribution.check(card, config)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    distribution.check(card, config)

@@ -1,0 +1,176 @@
+"""The held-out loss: known values, the same each time, and on any number of processes."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate import Accelerator
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch import Tensor
+
+from shards.reading.cache import Cache
+from tests.conftest import awaken, train_in_two_processes
+from train import inputs, models
+from train.config import TrainConfig
+from train.loss import Objective
+from train.run import train
+from train.validation import held_out as measured
+from train.validation.held_out import NUM_LEVELS, batches, held_out_records, level_losses, read
+
+
+@pytest.fixture
+def config(train_config: TrainConfig, held_out: Path) -> TrainConfig:
+    return replace(train_config, shards=str(held_out), validation_steps=2, num_validation_images=1)
+
+
+@pytest.fixture
+def objective(config: TrainConfig) -> Objective:
+    return inputs.make_objective(config, inputs.find_inputs(config, 1), torch.device("cpu"))
+
+
+class Oracle(torch.nn.Module):
+    """A transformer that says the same of everything, and notes what it is asked."""
+
+    def __init__(self, velocity: Tensor) -> None:
+        super().__init__()
+        self.velocity = velocity
+        self.asked: list[dict[str, Tensor]] = []
+        self.dtype = torch.float32
+
+    def forward(self, **asked: Tensor) -> tuple[Tensor]:
+        self.asked.append(asked)
+        return (self.velocity,)
+
+
+def no_control(**_: Tensor) -> tuple[list[Tensor]]:
+    return ([],)
+
+
+def test_levels_are_eighths_and_losses_the_squared_error_of_the_velocity(
+    held_out: Path, objective: Objective
+) -> None:
+    cache = Cache(held_out)
+    samples = read(cache, held_out_records(cache)[:2])
+    scaled = (samples.latent - objective.latent_spec.shift_factor) * (
+        objective.latent_spec.scaling_factor
+    )
+    right = samples.noise - scaled
+    off = torch.tensor([1.0, 3.0]).view(2, 1, 1, 1)
+    oracle = Oracle(right + off)
+    losses = level_losses(samples, no_control, oracle, objective)
+    torch.testing.assert_close(losses, torch.tensor([[1.0, 9.0]]).expand(NUM_LEVELS, 2))
+    for level, asked in enumerate(oracle.asked):
+        share = level / 8
+        assert asked["timestep"].tolist() == [1000 * share] * 2
+        expected = (1 - share) * scaled + share * samples.noise
+        torch.testing.assert_close(asked["hidden_states"], expected)
+
+
+def test_the_noise_belongs_to_the_image(held_out: Path) -> None:
+    cache = Cache(held_out)
+    records = held_out_records(cache)
+    assert len(records) == 3
+    together, alone = read(cache, records), read(cache, records[1:2])
+    assert torch.equal(together.noise[1], alone.noise[0])
+    assert not torch.equal(together.noise[0], together.noise[1])
+    assert abs(float(together.noise.mean())) < 0.1
+    assert float(together.noise.std()) == pytest.approx(1, abs=0.05)
+
+
+def test_batches_are_of_one_bucket(bucketed: Path) -> None:
+    cache = Cache(bucketed)
+    cache.manifest.held_out.extend([1, 2, 3, 4])
+    found = batches(cache, 4)
+    assert sorted(record for batch in found for record in batch) == [
+        (shard, index) for shard in (1, 2, 3, 4) for index in range(5)
+    ]
+    for batch in found:
+        assert len({cache.conditioning.bucket(shard) for shard, _ in batch}) == 1
+        assert 1 <= len(batch) <= 4
+
+
+class Rank(Accelerator):
+    """One of two processes, whose sums are kept instead of sent."""
+
+    def __init__(self, rank: int) -> None:
+        super().__init__(cpu=True)
+        self.rank = rank
+        self.sums: list[Tensor] = []
+
+    @property
+    def process_index(self) -> int:
+        return self.rank
+
+    @property
+    def num_processes(self) -> int:
+        return 2
+
+    def reduce(self, tensor: Tensor, **_: object) -> Tensor:
+        self.sums.append(tensor)
+        return tensor
+
+
+def test_two_processes_measure_what_one_does(
+    held_out: Path, base: Path, objective: Objective, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache = Cache(held_out)
+    controlnet, transformer = (
+        models.new_controlnet(base, None, 2),
+        models.load_transformer(base, None, torch.float32),
+    )
+    awaken(controlnet)
+    common = (controlnet, transformer, objective)
+    whole = measured.held_out_loss(cache, Accelerator(cpu=True), *common, 2)
+    assert len(whole) == NUM_LEVELS
+    passes: list[int] = []
+    original = measured.level_losses
+    monkeypatch.setattr(measured, "level_losses", lambda *args: passes.append(0) or original(*args))
+    ranks = [Rank(0), Rank(1)]
+    for rank in ranks:
+        measured.held_out_loss(cache, rank, *common, 1)
+    # Three samples: the second process computes as many batches as the first, and counts one.
+    assert len(passes) == 4
+    sums = sum(rank.sums[0] for rank in ranks)
+    assert (sums[:-1] / sums[-1]).tolist() == pytest.approx(whole, rel=1e-5)
+
+
+def test_it_is_logged_whole_and_by_level_and_kept(config: TrainConfig) -> None:
+    train(replace(config, report_to="tensorboard", ema_decay=0.5, validation_decode="latents"))
+    events = EventAccumulator(str(config.output_dir / "logs" / "train_controlnet")).Reload()
+    for step in (2, 4):
+        text = (config.output_dir / f"validation/step-{step:06d}/held_out.json").read_text()
+        kept = json.loads(text)
+        assert kept.keys() == {"held_out_loss", "ema_held_out_loss"}
+        for name, levels in kept.items():
+            logged = {event.step: event.value for event in events.Scalars(name)}
+            assert logged[step] == pytest.approx(sum(levels) / 8)
+            for level, loss in enumerate(levels):
+                of_level = events.Scalars(f"{name}/level-{level}")
+                assert {event.step: event.value for event in of_level}[step] == pytest.approx(loss)
+
+
+def test_it_does_not_depend_on_the_runs_seed(config: TrainConfig, tmp_path: Path) -> None:
+    still = replace(config, learning_rate=0.0, adam_weight_decay=0.0, max_train_steps=1)
+    kept = []
+    for seed in (0, 1):
+        one = replace(still, seed=seed, output_dir=tmp_path / str(seed), train_batch_size=2 + seed)
+        train(one)
+        kept.append(
+            json.loads((one.output_dir / "validation/step-000001/held_out.json").read_text())
+        )
+    assert kept[0]["held_out_loss"] == pytest.approx(kept[1]["held_out_loss"], rel=1e-5)
+
+
+@pytest.mark.slow
+def test_two_real_processes_log_what_one_does(config: TrainConfig, tmp_path: Path) -> None:
+    still = replace(config, learning_rate=0.0, adam_weight_decay=0.0, max_train_steps=1)
+    train(still)
+    two = replace(still, output_dir=tmp_path / "two", train_batch_size=1)
+    train_in_two_processes(two)
+    one, other = (
+        json.loads((folder / "validation/step-000001/held_out.json").read_text())["held_out_loss"]
+        for folder in (still.output_dir, two.output_dir)
+    )
+    assert one == pytest.approx(other, rel=1e-5)

@@ -1,0 +1,1 @@
+"""What training takes in memory, and how to take less."""

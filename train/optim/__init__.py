@@ -1,0 +1,1 @@
+"""AdamW and what goes with it."""
