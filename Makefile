@@ -18,8 +18,7 @@ IS_DEMO := $(filter configs/demo%.toml,$(CONFIG))
 # The configuration's own paths stand where SOURCE, BASE, CACHE and OUTPUT are not given.
 SOURCE_FLAG     = $(if $(SOURCE),--source "$(SOURCE)")
 BASE_FLAG       = $(if $(BASE),--pretrained-model-name-or-path "$(BASE)")
-CACHE_OUT_FLAG  = $(if $(CACHE),--output-dir "$(CACHE)")
-CACHE_IN_FLAG   = $(if $(CACHE),--shards "$(CACHE)")
+CACHE_FLAG      = $(if $(CACHE),--cache "$(CACHE)")
 OUTPUT_FLAG     = $(if $(OUTPUT),--output-dir "$(OUTPUT)")
 CARD_FLAG       = $(if $(CARD),--config "configs/cards/$(CARD).toml")
 CONTROLNET_FLAG = $(if $(OUTPUT),--controlnet "$(OUTPUT)")
@@ -59,10 +58,10 @@ circles: setup  ## The demo's data set
 	$(RUN) python -m demo.circles --config "$(CONFIG)"
 
 precompute: setup $(if $(IS_DEMO),$(if $(SOURCE),,circles))  ## Stage 1: encode SOURCE with BASE's encoders into CACHE
-	$(RUN) $(LAUNCH) -m precompute --config "$(CONFIG)" $(SOURCE_FLAG) $(BASE_FLAG) $(CACHE_OUT_FLAG) $(ARGS)
+	$(RUN) $(LAUNCH) -m precompute --config "$(CONFIG)" $(SOURCE_FLAG) $(BASE_FLAG) $(CACHE_FLAG) $(ARGS)
 
 train: setup  ## Stage 2: train a ControlNet for BASE from CACHE into OUTPUT
-	$(RUN) $(LAUNCH) -m train --config "$(CONFIG)" $(CARD_FLAG) $(BASE_FLAG) $(CACHE_IN_FLAG) $(OUTPUT_FLAG) $(ARGS)
+	$(RUN) $(LAUNCH) -m train --config "$(CONFIG)" $(CARD_FLAG) $(BASE_FLAG) $(CACHE_FLAG) $(OUTPUT_FLAG) $(ARGS)
 
 infer: setup  ## Stage 3: draw pictures with BASE and OUTPUT's ControlNet
 	$(RUN) python -m infer generate --config "$(CONFIG)" $(BASE_FLAG) $(CONTROLNET_FLAG) $(IMAGES_FLAG) $(ARGS)

@@ -150,7 +150,7 @@ def compare(script: Path, job: Job, folder: Path) -> dict[str, Any]:
         *flags(
             pretrained_model_name_or_path=base,
             train_data_dir=data,
-            output_dir=cache,
+            cache=cache,
             cache_dir=folder / "our-datasets",
             resolution=job.px,
             max_sequence_length=TOKENS,
@@ -158,7 +158,7 @@ def compare(script: Path, job: Job, folder: Path) -> dict[str, Any]:
     )
     precompute_seconds = time.time() - start
     mine = common | {
-        "shards": cache,
+        "cache": cache,
         "num_controlnet_layers": CONTROLNET_BLOCKS,
         "validation_steps": 0,
         "logging_steps": 1,

@@ -37,7 +37,7 @@ from benchmarks.synthetic import Shape, write_cache
 from common.atomic_files import write_text
 from common.device import keep_freed_memory
 from common.options import CONTEXT
-from common.prefetch import ahead
+from common.prefetch import prefetch
 from common.provenance import commit, machine, versions
 from shards.format import manifest, sidecar
 from shards.format.manifest import Product
@@ -160,7 +160,7 @@ def ours(cache: Cache, images: int, threads: int) -> int:
         for first in range(0, images - BATCH + 1, BATCH)
     )
     with ThreadPoolExecutor(threads) as pool:
-        count = sum(1 for _ in ahead(pool, read, batches, lead=2 * threads))
+        count = sum(1 for _ in prefetch(pool, read, batches, lead=2 * threads))
     return count * BATCH
 
 

@@ -25,7 +25,7 @@ from common.atomic_files import write_text
 from common.options import CONTEXT
 from common.provenance import commit, machine, versions
 from precompute.planning import plan
-from precompute.planning.digest_cache import ENTRY, Remembered
+from precompute.planning.digest_cache import ENTRY, DigestCache
 from precompute.planning.existing_layout import layout_arrays
 from precompute.planning.inventory import take_inventory
 from precompute.planning.layout import EMPTY, Layout
@@ -99,7 +99,7 @@ def planned(
         nonlocal start
         seconds[name], start = time.perf_counter() - start, time.perf_counter()
 
-    remembered = Remembered(folder / f"hashes{source.edition}.npy", keep=False)
+    remembered = DigestCache(folder / f"hashes{source.edition}.npy", keep=False)
     inventory = take_inventory(source, range(len(source)), remembered, conditioning=True)
     lap("inventory")
     prompts = plan.distinct_prompts(inventory)

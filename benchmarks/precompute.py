@@ -29,9 +29,9 @@ from common.provenance import commit, machine, versions
 from demo.circles import circles, write_circles
 from precompute.config import PrecomputeConfig
 from precompute.encoding.image_pass import latent_pass
-from precompute.encoding.pipeline import Busy
+from precompute.encoding.pipeline import EncoderClock
 from precompute.encoding.text_pass import text_pass
-from precompute.planning.digest_cache import Remembered
+from precompute.planning.digest_cache import DigestCache
 from precompute.planning.inventory import take_inventory
 from precompute.planning.job import prepare
 from precompute.planning.plan import distinct_prompts
@@ -84,7 +84,7 @@ def main(
         config = PrecomputeConfig(
             source=str(folder / "source"),
             pretrained_model_name_or_path=str(base),
-            output_dir=folder / "cache",
+            cache=folder / "cache",
             resolution=resolution,
             text_dtype="bfloat16" if true_size else "float32",
             vae_batch_size=vae_batch_size,
@@ -129,7 +129,7 @@ def speed(config: PrecomputeConfig) -> dict[str, dict[str, float]]:
     """
     job = prepare(config)
 
-    def measured(count: int, busy: Busy, start: float) -> dict[str, float]:
+    def measured(count: int, busy: EncoderClock, start: float) -> dict[str, float]:
         seconds = time.perf_counter() - busy.began
         return {
             "busy": busy.seconds / seconds,
@@ -138,10 +138,10 @@ def speed(config: PrecomputeConfig) -> dict[str, dict[str, float]]:
             "loading_s": busy.began - start,
         }
 
-    found, busy, start = {}, Busy(job.device), time.perf_counter()
+    found, busy, start = {}, EncoderClock(job.device), time.perf_counter()
     embeds = text_pass(job, lambda: None, busy)
     found["text"] = measured(len(job.prompts), busy, start)
-    busy, start = Busy(job.device), time.perf_counter()
+    busy, start = EncoderClock(job.device), time.perf_counter()
     latent_pass(job, embeds, lambda: None, busy)
     found["latents"] = measured(2 * len(job.inventory), busy, start)
     return found
@@ -177,7 +177,7 @@ def prompts_shared(num_rows: int) -> float:
     """Return how many rows share a prompt record, of rows drawn from fill50k's name pairs."""
     source = Captions([circle.prompt for circle in circles(num_rows, seed=0)])
     with tempfile.TemporaryDirectory() as name:
-        remembered = Remembered(Path(name) / "hashes.npy", keep=False)
+        remembered = DigestCache(Path(name) / "hashes.npy", keep=False)
         inventory = take_inventory(source, range(num_rows), remembered, conditioning=True)
     return num_rows / (len(distinct_prompts(inventory)) - 1)
 

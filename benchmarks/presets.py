@@ -79,7 +79,7 @@ def with_cache(folder: Path) -> TrainConfig:
     stage1 = read_section(DEMO, "precompute", PrecomputeConfig)
     moved = {
         "source": folder / "circles/train",
-        "output_dir": folder / "cache",
+        "cache": folder / "cache",
         "validation_rows": HELD_OUT_ROWS,
         "validation_prompt": (),
         "validation_image": (),
@@ -87,7 +87,7 @@ def with_cache(folder: Path) -> TrainConfig:
     precompute(PrecomputeConfig(**stage1 | moved))
     stage2 = read_section(DEMO, "train", TrainConfig)
     ours = {
-        "shards": str(folder / "cache"),
+        "cache": str(folder / "cache"),
         "train_batch_size": SAMPLES,
         "max_train_steps": STEPS,
         "lr_warmup_steps": STEPS // 10,

@@ -101,7 +101,7 @@ def compare(script: Path, folder: Path) -> dict[str, Any]:
         *flags(
             pretrained_model_name_or_path=base,
             train_data_dir=data,
-            output_dir=cache,
+            cache=cache,
             cache_dir=folder / "datasets",
             resolution=RESOLUTION_PX,
             max_sequence_length=TOKENS,
@@ -124,7 +124,7 @@ def compare(script: Path, folder: Path) -> dict[str, Any]:
             "train",
             *flags(
                 **common,
-                shards=cache,
+                cache=cache,
                 output_dir=ours,
                 num_controlnet_layers=CONTROLNET_BLOCKS,
                 validation_steps=0,

@@ -41,7 +41,7 @@ from train.config import TrainConfig
 from train.data import RankBatches, Samples, loader
 from train.memory.estimate import find_sizes
 from train.memory.simulation import PARTS, Simulation, Sizes, simulate
-from train.optim.nonfinite import Guard
+from train.optim.nonfinite import NonFiniteGuard
 
 IMAGES = 16
 SECONDS, MOST_STEPS = 3.0, 20
@@ -260,7 +260,7 @@ class Steps:
         workers = run.config.dataloader_num_workers
         pin = self.device.type == "cuda"
         self.batches = loader(samples, places, num_workers=workers, pin=pin)
-        self.guard = Guard(
+        self.guard = NonFiniteGuard(
             run.optimizer.optimizer, None, too_late=False, stop=True, name=str, say=click.echo
         )
         self.number = 0

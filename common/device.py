@@ -69,7 +69,7 @@ def compile_blocks(*networks: Any) -> None:
             block.compile()
 
 
-class OnItsWay:
+class AsyncHostCopy:
     """Tensors that are being copied to the host, while the device goes on computing.
 
     Args:

@@ -9,7 +9,7 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
-def ahead(
+def prefetch(
     pool: ThreadPoolExecutor, work: Callable[[Item], Result], items: Iterable[Item], lead: int
 ) -> Generator[Result, None, None]:
     """Yield work(item) for each item, computed up to `lead` items ahead of the consumer.

@@ -55,7 +55,7 @@ class Comparison:
 
 def compare(config: DemoConfig, steps: int) -> Comparison:
     """Return the comparison of a finished run of `steps` training steps."""
-    contents = manifest.load(config.precompute.output_dir)
+    contents = manifest.load(config.precompute.cache)
     text = contents.text_spec
     tokens = text.clip_tokens + text.max_sequence_length
     floats = tokens * text.t5_width + text.pooled_width

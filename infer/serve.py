@@ -26,7 +26,7 @@ from common.provenance import write_run
 from infer.config import GenerateConfig, PipelineConfig, ServeConfig
 from infer.drawing import metadata
 from infer.drawing.generate import Column, draw, find_columns, pictures_of
-from infer.drawing.requests import Control, Wanted
+from infer.drawing.requests import Control, DrawRequest
 from infer.pipeline import Convention, load_pipeline
 from sd3.contact_sheet import save_png
 
@@ -134,7 +134,7 @@ class Studio:
                     "controlnet_conditioning_scale": controlnet_conditioning_scale,
                 }
             )
-            wanted = Wanted(prompt, negative_prompt, (control,), (seed,))
+            wanted = DrawRequest(prompt, negative_prompt, (control,), (seed,))
             (picture,) = pictures_of(config, column, [wanted], 1)
             try:
                 self._load(column)

@@ -29,7 +29,7 @@ class PrecomputeConfig:
         help="Base model: a diffusers folder or a hub id; only VAE, text encoders and tokenizers "
         "are read."
     )
-    output_dir: Path = option(help="The cache's folder.")
+    cache: Path = option(help="The cache's folder.")
     source: str | None = option(
         None, help="fill50k: the folder with prompt.json, or the zip itself; or any local data set."
     )

@@ -37,10 +37,8 @@ def dry_run(job: Job) -> None:
         if reason:
             click.echo(f"  {folder}: {reason}")
     needed = sum(_bytes(product, job.todo(product)) for product in job.products().values())
-    free = shutil.disk_usage(_existing(config.output_dir)).free
-    click.echo(
-        f"disk: {needed / 1e6:.1f} MB needed, {free / 1e6:.1f} MB free at {config.output_dir}"
-    )
+    free = shutil.disk_usage(_existing(config.cache)).free
+    click.echo(f"disk: {needed / 1e6:.1f} MB needed, {free / 1e6:.1f} MB free at {config.cache}")
     if needed > free:
         click.echo("  that does not fit")
     prompts = _records(job.text, job.todo(job.text))

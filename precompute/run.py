@@ -16,7 +16,7 @@ from common.provenance import write_run
 from precompute.config import PrecomputeConfig
 from precompute.dry_run import dry_run
 from precompute.encoding.image_pass import latent_pass
-from precompute.encoding.pipeline import Busy
+from precompute.encoding.pipeline import EncoderClock
 from precompute.encoding.text_pass import text_pass
 from precompute.planning.existing_layout import layout_arrays
 from precompute.planning.job import Job, prepare
@@ -27,7 +27,7 @@ from shards.format.writer import write_sidecar
 
 
 def precompute(config: PrecomputeConfig) -> None:
-    """Bring the cache at `config.output_dir` to what the settings ask for.
+    """Bring the cache at `config.cache` to what the settings ask for.
 
     Raises:
         ConfigError: see `prepare`.
@@ -41,7 +41,7 @@ def precompute(config: PrecomputeConfig) -> None:
     if config.dry_run:
         dry_run(job)
         return
-    cache = config.output_dir
+    cache = config.cache
     todo = {folder: job.todo(product) for folder, product in job.products().items()}
     before = seal.previous_manifest(cache)
     say_what_is_to_do(job, todo)
@@ -59,7 +59,7 @@ def precompute(config: PrecomputeConfig) -> None:
         # What it says is about to be untrue. What it says of other controls is needed at the end.
         with contextlib.suppress(FileNotFoundError):  # another worker was first
             (cache / manifest.MANIFEST).rename(cache / manifest.PREVIOUS)
-    busy = Busy(job.device)
+    busy = EncoderClock(job.device)
     try:
         with between_shards() as check:
             validation_embeds = text_pass(job, check, busy)
@@ -78,7 +78,7 @@ def precompute(config: PrecomputeConfig) -> None:
 
 def _finish(job: Job, plan: seal.Plan, before: Manifest | None) -> None:
     """Seal the cache, if this worker finds every shard there."""
-    cache = job.config.output_dir
+    cache = job.config.cache
     missing = plan.missing(cache)
     if missing:
         click.echo(
@@ -138,7 +138,7 @@ def _renew_captions(job: Job) -> None:
 
 def _changes_what_is_listed(job: Job, before: Manifest, todo: Mapping[str, list[int]]) -> bool:
     """Tell whether the work ahead touches a product that the present manifest vouches for."""
-    if not (job.config.output_dir / manifest.MANIFEST).is_file():
+    if not (job.config.cache / manifest.MANIFEST).is_file():
         return False
     listed = dict(before.products())
     return bool(job.outdated_captions()) or any(
@@ -161,7 +161,7 @@ def _report(job: Job, now: Manifest, before: Manifest | None) -> None:
     held = sum(now.latents.shard_records[shard] for shard in now.held_out)
     held_out = f" ({held} held out of training)" if held else ""
     click.echo(
-        f"{job.config.output_dir}: complete, {now.latents.num_records} images{held_out}, "
+        f"{job.config.cache}: complete, {now.latents.num_records} images{held_out}, "
         f"{now.text.num_records} prompts ({per_prompt:.1f} images each), {size / 1e6:.1f} MB"
     )
 

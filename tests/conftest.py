@@ -112,7 +112,7 @@ def precompute_config(
     return PrecomputeConfig(
         source=circles,
         pretrained_model_name_or_path=str(base),
-        output_dir=tmp_path_factory.mktemp("cache") / "cache",
+        cache=tmp_path_factory.mktemp("cache") / "cache",
         resolution=RESOLUTION_PX,
         max_sequence_length=TOKENS,
         validation_prompt=PROMPTS,
@@ -130,16 +130,14 @@ def precompute_config(
 def cache(precompute_config: PrecomputeConfig) -> Path:
     """A complete cache of the circles."""
     precompute(precompute_config)
-    return precompute_config.output_dir
+    return precompute_config.cache
 
 
 @pytest.fixture(scope="session")
 def held_out(precompute_config: PrecomputeConfig, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same rows, three of them held out of training; with standard deviations."""
     folder = tmp_path_factory.mktemp("held_out") / "cache"
-    precompute(
-        replace(precompute_config, output_dir=folder, validation_rows=3, posterior="mean_std")
-    )
+    precompute(replace(precompute_config, cache=folder, validation_rows=3, posterior="mean_std"))
     return folder
 
 
@@ -154,7 +152,7 @@ def bucketed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def fresh(precompute_config: PrecomputeConfig, tmp_path: Path) -> PrecomputeConfig:
     """The cache's settings, for a cache of the test's own."""
-    return replace(precompute_config, output_dir=tmp_path / "cache")
+    return replace(precompute_config, cache=tmp_path / "cache")
 
 
 @pytest.fixture
@@ -162,7 +160,7 @@ def train_config(base: Path, cache: Path, tmp_path: Path) -> TrainConfig:
     """Four steps of two samples, without pictures."""
     return TrainConfig(
         pretrained_model_name_or_path=str(base),
-        shards=str(cache),
+        cache=str(cache),
         output_dir=tmp_path / "out",
         num_controlnet_layers=2,
         train_batch_size=2,

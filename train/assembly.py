@@ -30,7 +30,7 @@ from train.optim.adamw import (
     peak_learning_rate,
     set_learning_rate,
 )
-from train.optim.ema import Average
+from train.optim.ema import Ema
 from train.optim.fused_backward import FusedBackward
 
 
@@ -64,7 +64,7 @@ class Run:
     objective: Objective
     fused: FusedBackward | None
     saving: AbstractContextManager[Any]
-    average: Average | None
+    average: Ema | None
     num_steps: int
     num_trained: int
 
@@ -137,7 +137,7 @@ def assemble(config: TrainConfig) -> Run:
     fused = FusedBackward(optimizer.optimizer) if config.fused_backward_pass else None
     average = None
     if config.ema_decay is not None:
-        average = Average(accelerator.unwrap_model(controlnet), config.ema_decay)
+        average = Ema(accelerator.unwrap_model(controlnet), config.ema_decay)
         if inputs.checkpoint is not None:
             checkpoints.restore_average(inputs.checkpoint, average, inputs.state.averaged_steps)
     return Run(

@@ -27,7 +27,7 @@ from common.options import os_error_line
 from common.provenance import write_run
 from sd3.pretrained import read_config
 from train.distribution import Way, way, whole_weights
-from train.optim.ema import Average
+from train.optim.ema import Ema
 
 STATE_FILE = "train_state.json"
 CONTROLNET_FOLDER = "controlnet"
@@ -138,7 +138,7 @@ def save(
     output_dir: Path,
     state: TrainState,
     limit: int | None,
-    average: Average | None,
+    average: Ema | None,
     config: Any,
 ) -> Path:
     """Save all that a resume needs; every process must call this.
@@ -207,7 +207,7 @@ def _together(accelerator: Accelerator, part: Callable[[], None], partial: Path)
     )
 
 
-def restore_average(checkpoint: Path, average: Average, num_steps: int) -> None:
+def restore_average(checkpoint: Path, average: Ema, num_steps: int) -> None:
     """Go on from a checkpoint's average; from its weights where it has none."""
     if (checkpoint / AVERAGE_FOLDER).is_dir():
         saved = SD3ControlNetModel.from_pretrained(checkpoint, subfolder=AVERAGE_FOLDER)
@@ -242,7 +242,7 @@ def use_diffusers_format(accelerator: Accelerator) -> None:
 
 
 def save_result(
-    accelerator: Accelerator, controlnet: Any, average: Average | None, output_dir: Path
+    accelerator: Accelerator, controlnet: Any, average: Ema | None, output_dir: Path
 ) -> None:
     """Save the trained ControlNet into the run's folder, and its average into one in there.
 

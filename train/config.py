@@ -39,7 +39,7 @@ class TrainConfig:
         help="Base model: a diffusers folder or a hub id; only transformer and scheduler are read, "
         "and the VAE's decoder for validation images."
     )
-    shards: str = option(
+    cache: str = option(
         help="The cache: a folder, or the address of one, s3://, gs://, hf://, http:// or https://."
     )
     output_dir: Path = option(

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
-from common.prefetch import ahead
+from common.prefetch import prefetch
 from shards.format.records import TensorSpec
 from shards.reading.cache import Cache
 from shards.reading.order import Order
@@ -246,6 +246,6 @@ def loader(
         samples.cache.following(samples.order, places.start),
     ):
         lead = BATCHES_AHEAD * num_workers
-        for group, batch in ahead(pool, fill, work, lead) if num_workers else map(fill, work):
+        for group, batch in prefetch(pool, fill, work, lead) if num_workers else map(fill, work):
             samples.cache.files.reached(group[0])
             yield group, batch

@@ -61,10 +61,10 @@ def find_inputs(config: TrainConfig, num_processes: int) -> Inputs:
         ConfigError: the base model, the cache and the checkpoint do not go together.
     """
     _require_packages(config)
-    files = open_files(config.shards, config.local_cache_dir, config.local_cache_gb)
+    files = open_files(config.cache, config.local_cache_dir, config.local_cache_gb)
     cache = Cache(files, config.conditioning_name)
     if not sum(cache.manifest.training_records(config.conditioning_name)):
-        raise ShardError(f"{config.shards}: the cache holds no samples")
+        raise ShardError(f"{config.cache}: the cache holds no samples")
     draws = config.validation_steps > 0 and cache.validation.product.num_records > 0
     measures = config.validation_steps > 0 and bool(held_out_records(cache))
     decodes = draws and config.validation_decode != "latents"

@@ -19,7 +19,7 @@ from train.data import RankBatches, Samples, loader
 from train.distribution import clip_gradients, way
 from train.inputs import samples_a_step
 from train.loss import batch_losses
-from train.optim.nonfinite import Guard
+from train.optim.nonfinite import NonFiniteGuard
 from train.validation import pictures
 
 
@@ -53,7 +53,7 @@ def take_steps(run: Run) -> tuple[TrainState, Signals | None]:
         num_workers=config.dataloader_num_workers,
         pin=accelerator.device.type == "cuda",
     )
-    guard = Guard(
+    guard = NonFiniteGuard(
         run.optimizer.optimizer,
         accelerator.scaler,
         too_late=way(accelerator) == "deepspeed",
@@ -105,7 +105,7 @@ def take_steps(run: Run) -> tuple[TrainState, Signals | None]:
     return state, signal
 
 
-def _step(run: Run, batches: Any, guard: Guard, step: int) -> None:
+def _step(run: Run, batches: Any, guard: NonFiniteGuard, step: int) -> None:
     """Take one optimiser step."""
     config, accelerator = run.config, run.accelerator
     losses, of_places = [], []
@@ -134,7 +134,7 @@ def _step(run: Run, batches: Any, guard: Guard, step: int) -> None:
     guard.after_update(step, of_places, torch.cat(losses), bad)
 
 
-def _log(run: Run, guard: Guard, state: TrainState, bar: "tqdm[Any]") -> None:
+def _log(run: Run, guard: NonFiniteGuard, state: TrainState, bar: "tqdm[Any]") -> None:
     """Log the mean loss since the last time, over all processes, and the learning rate."""
     sums = guard.sums().to(run.accelerator.device)
     loss_sum, count = run.accelerator.reduce(sums, reduction="sum").tolist()

@@ -18,7 +18,7 @@ from train.validation.sampling import read_pairs
 CARD = "README.md"
 TAGS = ("controlnet", "diffusers-training", "sd3", "sd3-diffusers", "text-to-image")
 # Where a run was, and who it was for, is nobody's business.
-PRIVATE = ("output_dir", "shards", "local_cache_dir", "cache_dir", "logging_dir")
+PRIVATE = ("output_dir", "cache", "local_cache_dir", "cache_dir", "logging_dir")
 
 
 def create_repository(config: TrainConfig) -> None:

@@ -18,7 +18,7 @@ from common.provenance import write_run
 from infer.config import GenerateConfig, PipelineConfig
 from infer.drawing import metadata
 from infer.drawing.prompts import CachedPrompts
-from infer.drawing.requests import Control, Wanted, find_wanted
+from infer.drawing.requests import Control, DrawRequest, find_requests
 from infer.pipeline import (
     COMPONENTS,
     TEXT_COMPONENTS,
@@ -79,7 +79,7 @@ class Picture:
 
     path: Path
     about: str
-    wanted: Wanted
+    wanted: DrawRequest
     seed: int
     size: tuple[int, int]
     controls: tuple[Control, ...]
@@ -114,7 +114,7 @@ def generate(config: GenerateConfig) -> None:
     if config.cache is not None:
         files = open_files(config.cache, None, LOCAL_CACHE_GB)
         cache = Cache(files, config.conditioning_name)
-    wanted = find_wanted(config, cache)
+    wanted = find_requests(config, cache)
     prompts = None
     if cache is not None:
         every = [one.prompt for one in wanted]
@@ -210,7 +210,7 @@ def _check_alike(columns: Sequence[Column]) -> None:
 
 
 def pictures_of(
-    config: GenerateConfig, column: Column, wanted: Sequence[Wanted], num_columns: int
+    config: GenerateConfig, column: Column, wanted: Sequence[DrawRequest], num_columns: int
 ) -> list[Picture]:
     """Return the pictures of a column, ready to be drawn.
 

@@ -39,7 +39,7 @@ class Control:
 
 
 @dataclass(frozen=True)
-class Wanted:
+class DrawRequest:
     """A pair to draw.
 
     Attributes:
@@ -55,7 +55,7 @@ class Wanted:
     seeds: tuple[int, ...]
 
 
-def find_wanted(config: GenerateConfig, cache: Cache | None) -> list[Wanted]:
+def find_requests(config: GenerateConfig, cache: Cache | None) -> list[DrawRequest]:
     """Return what is to be drawn.
 
     Args:
@@ -89,7 +89,7 @@ class _Entry:
     seed: int | None = None
 
 
-def _wanted(entry: _Entry, config: GenerateConfig, known: dict[Path, Control]) -> Wanted:
+def _wanted(entry: _Entry, config: GenerateConfig, known: dict[Path, Control]) -> DrawRequest:
     controls = []
     for path in entry.images:
         if path not in known:
@@ -101,7 +101,7 @@ def _wanted(entry: _Entry, config: GenerateConfig, known: dict[Path, Control]) -
         controls.append(known[path])
     negative = config.negative_prompt if entry.negative_prompt is None else entry.negative_prompt
     seeds = config.seed if entry.seed is None else (entry.seed,)
-    return Wanted(entry.prompt, negative, tuple(controls), seeds)
+    return DrawRequest(entry.prompt, negative, tuple(controls), seeds)
 
 
 def _from_options(config: GenerateConfig) -> list[_Entry]:

@@ -7,12 +7,12 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from common.device import OnItsWay
+from common.device import AsyncHostCopy
 from common.errors import ShardError
 from common.interruption import Check
 from precompute.encoding.batch_size import BatchSize, find_batch_size
 from precompute.encoding.load_image import load_picture
-from precompute.encoding.pipeline import Batch, Busy, Encoded, encode_ahead, in_order
+from precompute.encoding.pipeline import Batch, Encoded, EncoderClock, encode_ahead, in_order
 from precompute.encoding.shard_build import Work, prepare_work, write_work
 from precompute.encoding.vae_encoder import LatentEncoder, finite
 from precompute.planning.job import Job
@@ -35,7 +35,7 @@ class Pictures(NamedTuple):
 
 
 def latent_pass(
-    job: Job, validation_embeds: dict[str, dict[str, Tensor]], check: Check, busy: Busy
+    job: Job, validation_embeds: dict[str, dict[str, Tensor]], check: Check, busy: EncoderClock
 ) -> None:
     """Write the unfinished latent, conditioning and validation shards.
 
@@ -91,7 +91,7 @@ def _encode_product(
     size: BatchSize,
     bar: "tqdm[Any]",
     check: Check,
-    busy: Busy,
+    busy: EncoderClock,
 ) -> None:
     """Write the unfinished shards of the latents or of the conditioning latents."""
     controls = kind != "latent"
@@ -116,7 +116,7 @@ def _encode_product(
             pixels[place] = images.to_uint8(picture)
         return Pictures(pixels, reasons)
 
-    def encode(loaded: Pictures) -> OnItsWay | None:
+    def encode(loaded: Pictures) -> AsyncHostCopy | None:
         if loaded.pixels is None:
             return None
         return encoder.encode(loaded.pixels, pixel_range, kind, size)

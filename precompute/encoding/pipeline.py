@@ -21,9 +21,9 @@ from typing import Any, Generic, TypeVar
 import torch
 from tqdm import tqdm
 
-from common.device import OnItsWay
+from common.device import AsyncHostCopy
 from common.errors import ShardError
-from common.prefetch import ahead
+from common.prefetch import prefetch
 from precompute.encoding.batch_size import BatchSize
 from precompute.encoding.shard_build import Work
 from shards.format import sidecar
@@ -61,10 +61,10 @@ class Encoded(Generic[Loaded]):
 
     batch: Batch
     loaded: Loaded
-    tensors: OnItsWay | None
+    tensors: AsyncHostCopy | None
 
 
-class Busy:
+class EncoderClock:
     """How long encoders computed.
 
     Args:
@@ -129,11 +129,11 @@ def batches_of(work: Work, size: int) -> Iterator[Batch]:
 def encode_ahead(
     works: Iterable[Work],
     load: Callable[[Batch], Loaded],
-    encode: Callable[[Loaded], OnItsWay | None],
+    encode: Callable[[Loaded], AsyncHostCopy | None],
     *,
     batch_size: BatchSize,
     num_threads: int,
-    busy: Busy,
+    busy: EncoderClock,
 ) -> Iterator[tuple[Work, Iterator[Encoded[Loaded]]]]:
     """Yield each shard's work with its batches, encoded; the batches are to be consumed.
 
@@ -159,8 +159,8 @@ def encode_ahead(
     with (
         ThreadPoolExecutor(num_threads, "load") as loaders,
         ThreadPoolExecutor(1, "encode") as encoder,
-        contextlib.closing(ahead(loaders, loading, batches, num_threads + 1)) as loaded,
-        contextlib.closing(ahead(encoder, encoding, loaded, BATCHES_AHEAD)) as encoded,
+        contextlib.closing(prefetch(loaders, loading, batches, num_threads + 1)) as loaded,
+        contextlib.closing(prefetch(encoder, encoding, loaded, BATCHES_AHEAD)) as encoded,
     ):
         yield from itertools.groupby(encoded, key=lambda one: one.batch.work)
 

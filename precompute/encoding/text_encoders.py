@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from common.device import OnItsWay
+from common.device import AsyncHostCopy
 from common.errors import ShardError
 from precompute.encoding.batch_size import BatchSize, in_parts
 from precompute.planning.encoder_spec import (
@@ -100,7 +100,7 @@ class TextEncoders:
         )
 
     @torch.no_grad()
-    def encode(self, tokens: Tokens, size: BatchSize) -> OnItsWay:
+    def encode(self, tokens: Tokens, size: BatchSize) -> AsyncHostCopy:
         """Return `clip_embeds` [B, T, W], `t5_embeds` [B, T, W] and `pooled_embeds` [B, W].
 
         They are on their way to the CPU, in the cache's number format.
@@ -110,7 +110,7 @@ class TextEncoders:
             size: how many of them go through the encoders at once.
         """
         embeds = in_parts(self._embeds, [tokens.t5, *tokens.clip], size)
-        return OnItsWay(embeds, getattr(torch, self.settings.cache_dtype))
+        return AsyncHostCopy(embeds, getattr(torch, self.settings.cache_dtype))
 
     def _embeds(self, t5: Tensor, *clip: Tensor) -> dict[str, Tensor]:
         hidden, pooled = [], []

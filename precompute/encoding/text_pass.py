@@ -8,7 +8,7 @@ from tqdm import tqdm
 
 from common.interruption import Check
 from precompute.encoding.batch_size import BatchSize, find_batch_size
-from precompute.encoding.pipeline import Batch, Busy, Encoded, encode_ahead, in_order
+from precompute.encoding.pipeline import Batch, Encoded, EncoderClock, encode_ahead, in_order
 from precompute.encoding.shard_build import prepare_work, write_work
 from precompute.encoding.text_encoders import LongPrompts, TextEncoders, Tokens, require_finite
 from precompute.planning.job import Job
@@ -24,7 +24,7 @@ class Prompts(NamedTuple):
     tokens: Tokens | None
 
 
-def text_pass(job: Job, check: Check, busy: Busy) -> dict[str, dict[str, Tensor]]:
+def text_pass(job: Job, check: Check, busy: EncoderClock) -> dict[str, dict[str, Tensor]]:
     """Write the unfinished text shards; return the embeddings of the validation prompts.
 
     The encoders live in this function alone, so that they are gone when it returns.

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from common.device import OnItsWay
+from common.device import AsyncHostCopy
 from precompute.encoding.batch_size import BatchSize, in_parts
 from precompute.planning.encoder_spec import LatentSettings
 from sd3.images import to_pixels
@@ -57,7 +57,7 @@ class LatentEncoder:
         self.vae = vae.eval()
 
     @torch.no_grad()
-    def encode(self, uint8: Tensor, pixel_range: str, name: str, size: BatchSize) -> OnItsWay:
+    def encode(self, uint8: Tensor, pixel_range: str, name: str, size: BatchSize) -> AsyncHostCopy:
         """Return the latents of images, raw as the VAE gives them: not shifted, not scaled.
 
         Args:
@@ -79,7 +79,7 @@ class LatentEncoder:
                 tensors[f"{name}_std"] = posterior.std
             return tensors
 
-        return OnItsWay(in_parts(compute, [uint8], size), self.cache_dtype)
+        return AsyncHostCopy(in_parts(compute, [uint8], size), self.cache_dtype)
 
 
 def finite(tensors: dict[str, Tensor]) -> bool:

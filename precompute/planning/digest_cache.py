@@ -32,7 +32,7 @@ class Content(NamedTuple):
     height: int = 0
 
 
-class Remembered:
+class DigestCache:
     """Contents by version; a version is a digest of path, size and time, 16 bytes.
 
     Args:

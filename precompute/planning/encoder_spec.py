@@ -7,7 +7,7 @@ from typing import Any
 from PIL import ImageColor
 
 from common.errors import ConfigError
-from precompute.planning.digest_cache import Remembered
+from precompute.planning.digest_cache import DigestCache
 from precompute.planning.fingerprint import hash_component
 from sd3.pretrained import read_config
 from shards.format.manifest import LatentSpec, TextSpec
@@ -71,7 +71,7 @@ def clip_tokens(base: Path) -> int:
 
 
 def text_identity(
-    base: Path, variant: str | None, settings: TextSettings, remembered: Remembered
+    base: Path, variant: str | None, settings: TextSettings, remembered: DigestCache
 ) -> dict[str, Any]:
     """Return everything that the bytes of a text record depend on, but for the prompt."""
     return {
@@ -136,7 +136,7 @@ def latent_spec(base: Path, settings: LatentSettings, pixel_range: str) -> Laten
 
 
 def latent_identity(
-    base: Path, variant: str | None, settings: LatentSettings, remembered: Remembered
+    base: Path, variant: str | None, settings: LatentSettings, remembered: DigestCache
 ) -> dict[str, Any]:
     """Return everything that the bytes of a latent record depend on, but for the image."""
     return {

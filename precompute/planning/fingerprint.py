@@ -9,7 +9,7 @@ from pathlib import Path
 
 import xxhash
 
-from precompute.planning.digest_cache import Content, Remembered
+from precompute.planning.digest_cache import Content, DigestCache
 from precompute.sources.source_files import file_version
 from sd3.pretrained import component_variant
 
@@ -23,7 +23,7 @@ def hash_bytes(data: bytes) -> str:
     return xxhash.xxh3_128_hexdigest(data)
 
 
-def hash_component(folder: Path, variant: str | None, remembered: Remembered) -> str:
+def hash_component(folder: Path, variant: str | None, remembered: DigestCache) -> str:
     """Return a digest of a model component: its weights and tokenizer files and its configuration.
 
     Args:
@@ -56,7 +56,7 @@ def _behaviour(config: Path) -> bytes:
     return json.dumps(kept, sort_keys=True).encode()
 
 
-def _hash_file(path: Path, remembered: Remembered) -> bytes:
+def _hash_file(path: Path, remembered: DigestCache) -> bytes:
     version = file_version(path.absolute())
     (known,) = remembered.find([version])
     if known is not None:

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 from xxhash import xxh3_64_intdigest, xxh3_128_digest
 
-from precompute.planning.digest_cache import Content, Remembered
+from precompute.planning.digest_cache import Content, DigestCache
 from precompute.planning.layout import Ids, Numbers
 from precompute.sources.source import Kind, Row, Source, printable
 from sd3 import images
@@ -69,7 +69,7 @@ def chosen(num_rows: int, limit: int | None, seed: int) -> Sequence[int]:
 
 
 def take_inventory(
-    source: Source, rows: Sequence[int], remembered: Remembered, *, conditioning: bool
+    source: Source, rows: Sequence[int], remembered: DigestCache, *, conditioning: bool
 ) -> Inventory:
     """Read and hash all that rows of a source name, but for what is remembered.
 

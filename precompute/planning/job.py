@@ -13,11 +13,11 @@ from numpy.typing import NDArray
 
 from common.device import pick_device
 from common.errors import ConfigError, ShardError
-from common.provenance import versions
+from common.provenance import RUN, versions
 from precompute.config import PrecomputeConfig
 from precompute.planning import plan
 from precompute.planning.bad_rows import BadRows, bad_rows
-from precompute.planning.digest_cache import Remembered
+from precompute.planning.digest_cache import DigestCache
 from precompute.planning.encoder_spec import (
     COMPONENTS,
     LatentSettings,
@@ -59,7 +59,7 @@ class Job:
     config: PrecomputeConfig
     part: Part
     source: Source
-    remembered: Remembered
+    remembered: DigestCache
     base: Path
     device: torch.device
     bad: BadRows
@@ -82,7 +82,7 @@ class Job:
     @cached_property
     def reasons(self) -> dict[str, str]:
         """Why shards have to be made, by folder."""
-        return why_made(self.config.output_dir, self.products())
+        return why_made(self.config.cache, self.products())
 
     def products(self) -> dict[str, ProductPlan]:
         """Return the product plans by folder name, in the order they are made."""
@@ -232,7 +232,7 @@ def prepare(config: PrecomputeConfig) -> Job:
         ConfigError: the source or base model cannot be used.
         ShardError: too many of the source's files are missing.
     """
-    cache = config.output_dir
+    cache = config.cache
     _check_output(cache)
     part = find_part(config.part, os.environ)
     device = pick_device(config.device or _device_of_this_process())
@@ -266,7 +266,7 @@ def prepare(config: PrecomputeConfig) -> Job:
     latents = latent_spec(base, latent_settings, "-1_1")
     conditioning = latent_spec(base, latent_settings, config.conditioning_range)
     pairs = find_pairs(config, latent_settings.shapes)
-    remembered = Remembered(cache / HASHES, keep=not config.dry_run)
+    remembered = DigestCache(cache / HASHES, keep=not config.dry_run)
     text_id = text_identity(base, config.variant, text_settings, remembered)
     latent_id = latent_identity(base, config.variant, latent_settings, remembered)
     control_id = {**latent_id, "conditioning_range": config.conditioning_range, "drawn_by": drawn}
@@ -354,7 +354,7 @@ def _check_output(cache: Path) -> None:
         "latents",
         "conditioning",
         "validation",
-        manifest.RUN,
+        RUN,
         manifest.MANIFEST,
         manifest.PREVIOUS,
         seal.PLAN,
@@ -367,6 +367,6 @@ def _check_output(cache: Path) -> None:
         )
         if strange:
             raise ConfigError(
-                f"--output-dir {cache}: not a cache, it holds {', '.join(strange[:4])}; "
+                f"--cache {cache}: not a cache, it holds {', '.join(strange[:4])}; "
                 "give a new or empty folder, or a cache."
             )

@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from common.atomic_files import atomic_file
 from common.errors import ConfigError, ShardError
-from common.prefetch import ahead
+from common.prefetch import prefetch
 from common.provenance import RUN
 from shards.format import json_files, manifest
 from shards.format.manifest import MANIFEST, PREVIOUS, Manifest
@@ -190,7 +190,7 @@ def _for_each(
         ) as bar,
     ):
         try:
-            for size, copied in ahead(pool, work, shards, lead=AT_A_TIME):
+            for size, copied in prefetch(pool, work, shards, lead=AT_A_TIME):
                 counts[copied] += 1
                 num_bytes += size if copied else 0
                 bar.update(size)

@@ -42,7 +42,7 @@ def test_rows_that_share_a_prompt() -> None:
 def test_encoders_are_busy(precompute_config: PrecomputeConfig, tmp_path: Path) -> None:
     from dataclasses import replace
 
-    found = precompute.speed(replace(precompute_config, output_dir=tmp_path / "cache"))
+    found = precompute.speed(replace(precompute_config, cache=tmp_path / "cache"))
     for one in found.values():
         assert 0 < one["busy"] <= 1
         assert one["seconds"] > 0
@@ -54,7 +54,7 @@ def test_the_true_size_is_that_of_sd3(tmp_path: Path, circles: Path) -> None:
     config = PrecomputeConfig(
         source=str(circles),
         pretrained_model_name_or_path=str(tmp_path / "base"),
-        output_dir=tmp_path / "cache",
+        cache=tmp_path / "cache",
         device="cpu",
     )
     job = prepare(config)

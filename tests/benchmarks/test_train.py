@@ -100,7 +100,7 @@ def test_every_card_goes_with_every_base(base: str) -> None:
     run = read_section(Path(f"configs/{base}.toml"), "train", TrainConfig)
     for path in cards():
         card = read_section(path, "train", TrainConfig)
-        config = TrainConfig(**run | card | {"shards": "cache"})
+        config = TrainConfig(**run | card | {"cache": "cache"})
         samples = config.train_batch_size * config.gradient_accumulation_steps
         assert samples == (1 if config.fused_backward_pass else 4)
         text = path.read_text()
@@ -117,7 +117,7 @@ def test_every_preset_fits_its_card(card: str) -> None:
     for base, side in (("sd3-medium", 128), ("sd35-medium", 64 if card == "6gb" else 128)):
         run = read_section(Path(f"configs/{base}.toml"), "train", TrainConfig)
         changes = read_section(Path(f"configs/cards/{card}.toml"), "train", TrainConfig)
-        config = TrainConfig(**run | changes | {"shards": "cache"})
+        config = TrainConfig(**run | changes | {"cache": "cache"})
         transformer = TRANSFORMERS[base]
         vae = VAE if config.validation_decode == "vae" else None
         sizes = Sizes(transformer, controlnet(transformer), vae, (side, side), CLIP, T5, True)

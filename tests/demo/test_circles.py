@@ -159,8 +159,6 @@ def test_shipped_configurations_are_valid(path: Path, command: Callable[..., Out
         assert whole.infer.prompt == whole.precompute.validation_prompt
         return
     # The names that a real run gives on the command line; nothing else may be missing.
-    outcome = command(
-        "precompute", "--config", path, "--source", "nowhere", "--output-dir", "cache"
-    )
+    outcome = command("precompute", "--config", path, "--source", "nowhere", "--cache", "cache")
     assert outcome.exit_code == 2
     assert "--source nowhere: no such file or folder" in outcome.output

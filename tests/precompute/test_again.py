@@ -59,7 +59,7 @@ def encoded(monkeypatch: pytest.MonkeyPatch) -> Encoded:
 @pytest.fixture
 def again(cache: Path, fresh: PrecomputeConfig, circles: Path, tmp_path: Path) -> PrecomputeConfig:
     """A copy of the cache, and of its source, to be changed."""
-    shutil.copytree(cache, fresh.output_dir)
+    shutil.copytree(cache, fresh.cache)
     shutil.copytree(circles, tmp_path / "source")
     return replace(fresh, source=str(tmp_path / "source"))
 
@@ -78,8 +78,8 @@ def repaint(config: PrecomputeConfig, name: str) -> None:
 
 def tars(config: PrecomputeConfig) -> dict[str, bytes]:
     return {
-        path.relative_to(config.output_dir).as_posix(): path.read_bytes()
-        for path in sorted(config.output_dir.rglob("*.tar"))
+        path.relative_to(config.cache).as_posix(): path.read_bytes()
+        for path in sorted(config.cache.rglob("*.tar"))
     }
 
 
@@ -89,7 +89,7 @@ def changed(before: dict[str, bytes], after: dict[str, bytes]) -> list[str]:
 
 def contents(config: PrecomputeConfig) -> dict[str, tuple[list[float], list[float], list[str]]]:
     """What training gets, by the image's content: whatever the places."""
-    found = Cache(config.output_dir, config.conditioning_name)
+    found = Cache(config.cache, config.conditioning_name)
     result = {}
     for shard, count in enumerate(found.conditioning.product.shard_records):
         for index in range(count):
@@ -104,7 +104,7 @@ def contents(config: PrecomputeConfig) -> dict[str, tuple[list[float], list[floa
 
 def assert_as_from_nothing(config: PrecomputeConfig, tmp_path: Path) -> None:
     """The cache holds what one made from nothing does, and is whole."""
-    other = replace(config, output_dir=tmp_path / "from-nothing")
+    other = replace(config, cache=tmp_path / "from-nothing")
     precompute(other)
     ours, theirs = contents(config), contents(other)
     assert ours.keys() == theirs.keys()
@@ -113,7 +113,7 @@ def assert_as_from_nothing(config: PrecomputeConfig, tmp_path: Path) -> None:
         # A record that stands elsewhere in its batch may differ in the last digit.
         assert latent == pytest.approx(theirs[key][0], rel=1e-4, abs=1e-4)
         assert control == pytest.approx(theirs[key][1], rel=1e-4, abs=1e-4)
-    assert all(not faults for _, faults in verify.faults(config.output_dir))
+    assert all(not faults for _, faults in verify.faults(config.cache))
     before = tars(config)
     precompute(config)
     assert tars(config) == before
@@ -216,8 +216,8 @@ def test_deleted_rows_leave_gaps_and_encode_nothing(
     touched = changed(before, tars(again))
     assert "latents/000000.tar" in touched
     assert "latents/000001.tar" not in touched
-    assert manifest.load(again.output_dir).latents.shard_records == [7, 2]
-    card = sidecar.load(again.output_dir / "latents", 0)
+    assert manifest.load(again.cache).latents.shard_records == [7, 2]
+    card = sidecar.load(again.cache / "latents", 0)
     assert card is not None
     assert [int(key.split("-")[1]) for key in card.keys] == [0, 1, 3, 4, 5, 6, 7]
     assert_as_from_nothing(again, tmp_path)
@@ -242,7 +242,7 @@ def test_a_kept_record_has_the_bytes_that_encoding_gives(
     expected = tars(again)
     encoded.taken()
     for folder in ("latents", "conditioning/conditioning"):
-        (again.output_dir / folder / "000000.json").unlink()
+        (again.cache / folder / "000000.json").unlink()
     precompute(again)
     assert encoded.taken() == {"latents": 8, "conditioning": 8}
     assert tars(again) == expected
@@ -250,7 +250,7 @@ def test_a_kept_record_has_the_bytes_that_encoding_gives(
 
 def test_a_damaged_record_is_not_taken_over(again: PrecomputeConfig, encoded: Encoded) -> None:
     repaint(again, "target/3.png")
-    path = again.output_dir / "latents" / "000000.tar"
+    path = again.cache / "latents" / "000000.tar"
     card = sidecar.load(path.parent, 0)
     assert card is not None
     data = bytearray(path.read_bytes())
@@ -258,14 +258,14 @@ def test_a_damaged_record_is_not_taken_over(again: PrecomputeConfig, encoded: En
     path.write_bytes(data)
     precompute(again)
     assert encoded.taken() == {"latents": 2, "conditioning": 1}
-    assert all(not faults for _, faults in verify.faults(again.output_dir))
+    assert all(not faults for _, faults in verify.faults(again.cache))
 
 
 def test_a_cache_copied_without_its_plan_keeps_everything(
     again: PrecomputeConfig, encoded: Encoded
 ) -> None:
-    (again.output_dir / "plan.safetensors").unlink()
-    (again.output_dir / "hashes.npy").unlink(missing_ok=True)
+    (again.cache / "plan.safetensors").unlink()
+    (again.cache / "hashes.npy").unlink(missing_ok=True)
     edit(again, lambda rows: rows.reverse())
     before = tars(again)
     precompute(again)
@@ -281,17 +281,15 @@ def test_another_control_is_added_and_nothing_else_encoded(
     # Its validation pairs are its own.
     assert encoded.taken() == {"conditioning": NUM_ROWS}
     assert all(tars(again)[name] == before[name] for name in before)
-    found = manifest.load(again.output_dir)
+    found = manifest.load(again.cache)
     assert sorted(found.conditioning) == ["canny", "conditioning"]
-    assert (
-        Cache(again.output_dir).sample(0, 0)[0] == Cache(again.output_dir, "canny").sample(0, 0)[0]
-    )
+    assert Cache(again.cache).sample(0, 0)[0] == Cache(again.cache, "canny").sample(0, 0)[0]
 
 
 def test_a_mirrored_set_beside_the_plain_one(again: PrecomputeConfig, encoded: Encoded) -> None:
     precompute(replace(again, random_flip=True))
     assert encoded.taken() == {"latents": NUM_ROWS, "conditioning": NUM_ROWS}
-    assert manifest.load(again.output_dir).conditioning["conditioning"].num_records == 2 * NUM_ROWS
+    assert manifest.load(again.cache).conditioning["conditioning"].num_records == 2 * NUM_ROWS
 
 
 def test_what_is_made_and_why_is_said(

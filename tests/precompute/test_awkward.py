@@ -254,7 +254,7 @@ def config(
     return replace(
         precompute_config,
         source=str(source),
-        output_dir=tmp_path_factory.mktemp("awkward-cache") / "cache",
+        cache=tmp_path_factory.mktemp("awkward-cache") / "cache",
         background=BACKGROUND,
         max_bad_fraction=1.0,
         validation_prompt=(),
@@ -271,7 +271,7 @@ def made(config: PrecomputeConfig, cases: list[Case]) -> PrecomputeConfig:
 
 def said_file(config: PrecomputeConfig) -> Path:
     """Return where the first run's output went."""
-    return config.output_dir.with_name("said.txt")
+    return config.cache.with_name("said.txt")
 
 
 def is_good(case: Case) -> bool:
@@ -299,7 +299,7 @@ def test_good_rows_hold_what_the_stock_vae_gives(
 ) -> None:
     vae = AutoencoderKL.from_pretrained(base, subfolder="vae")
     processor = VaeImageProcessor(vae_scale_factor=8)
-    found = Cache(made.output_dir)
+    found = Cache(made.cache)
     samples = {}
     for shard, count in enumerate(found.conditioning.product.shard_records):
         for index in range(count):
@@ -327,7 +327,7 @@ def test_good_rows_hold_what_the_stock_vae_gives(
 
 
 def test_bad_rows_are_named_with_their_reasons(made: PrecomputeConfig, cases: list[Case]) -> None:
-    found = manifest.load(made.output_dir)
+    found = manifest.load(made.cache)
     bad = [(number, case) for number, case in enumerate(cases) if not is_good(case)]
     assert found.num_skipped == len(bad)
     said = said_file(made).read_text().splitlines()
@@ -340,14 +340,14 @@ def test_bad_rows_are_named_with_their_reasons(made: PrecomputeConfig, cases: li
         # Each row has a slot, so a shard's rows are those of its eight.
         reasons = {}
         for folder in ("latents", "conditioning/conditioning"):
-            card = sidecar.load(made.output_dir / folder, number // SHARD_LATENTS)
+            card = sidecar.load(made.cache / folder, number // SHARD_LATENTS)
             assert card is not None
             reasons |= {one.row: one.reason for one in card.skipped}
         assert re.search(case.reason, reasons[row]), (row, reasons[row])
         lines += f"  {row}: {reasons[row]}" in table
     assert lines == TABLE_LINES
     assert f"  … and {len(bad) - TABLE_LINES} more" in table
-    assert all(not faults for _, faults in verify.faults(made.output_dir))
+    assert all(not faults for _, faults in verify.faults(made.cache))
     # A row whose conditioning image is bad has a latent and is no sample.
     only_latents = sum(case.by_hand is not None for _, case in bad)
     num_samples = found.conditioning["conditioning"].num_records
@@ -361,9 +361,9 @@ def test_the_bound_and_strict(made: PrecomputeConfig, cases: list[Case], tmp_pat
     with pytest.raises(ShardError, match=f"{bad} of {rows} rows cannot be used, more than"):
         precompute(replace(made, max_bad_fraction=(bad - 1) / rows))
     with pytest.raises(ShardError, match=r"rows cannot be used, more than --max-bad-fraction 0\.1"):
-        precompute(replace(made, output_dir=tmp_path / "a", max_bad_fraction=0.1))
+        precompute(replace(made, cache=tmp_path / "a", max_bad_fraction=0.1))
     with pytest.raises(ShardError, match=r"--max-bad-fraction 0 \(--strict\)"):
-        precompute(replace(made, output_dir=tmp_path / "b", strict=True))
+        precompute(replace(made, cache=tmp_path / "b", strict=True))
     for folder in ("a", "b"):
         assert not list((tmp_path / folder).rglob("*.tar"))
 
@@ -381,14 +381,14 @@ def test_taking_bad_rows_out_encodes_nothing(
     kept = [line for line, case in zip(lines, cases, strict=True) if is_good(case)]
     (cleaned / "prompt.json").write_text("\n".join(kept))
     cache = tmp_path / "cache"
-    shutil.copytree(made.output_dir, cache)
+    shutil.copytree(made.cache, cache)
 
     def never(*_: object) -> None:
         raise AssertionError("nothing is new")
 
     monkeypatch.setattr(LatentEncoder, "encode", never)
     monkeypatch.setattr(TextEncoders, "encode", never)
-    precompute(replace(made, source=str(cleaned), output_dir=cache))
+    precompute(replace(made, source=str(cleaned), cache=cache))
     assert manifest.load(cache).num_skipped == 0
     # Shards behind the last good row are gone. Of the others those change that held a latent
     # without a conditioning latent, and lose no other record.
@@ -402,8 +402,7 @@ def test_taking_bad_rows_out_encodes_nothing(
         assert tars == [f"{shard:06d}.tar" for shard in range(num_shards)]
         for shard in range(num_shards):
             old, new = (
-                sidecar.tar_path(one / folder, shard).read_bytes()
-                for one in (made.output_dir, cache)
+                sidecar.tar_path(one / folder, shard).read_bytes() for one in (made.cache, cache)
             )
             assert (old != new) == (folder == "latents" and shard in changed)
     before, after = (
@@ -413,7 +412,7 @@ def test_taking_bad_rows_out_encodes_nothing(
             if (card := sidecar.load(one / "latents", shard))
             for key, sums in zip(card.keys, card.checksums, strict=True)
         }
-        for one in (made.output_dir, cache)
+        for one in (made.cache, cache)
     )
     assert after.items() <= before.items()
     assert len(before) - len(after) == len(gone) == 2

@@ -111,7 +111,7 @@ Samples = dict[str, list[dict[str, torch.Tensor]]]
 
 def samples(config: PrecomputeConfig) -> Samples:
     """Return the samples of a cache by caption; of each first the plain one, then the mirror."""
-    found = Cache(config.output_dir, config.conditioning_name)
+    found = Cache(config.cache, config.conditioning_name)
     result: dict[str, list[tuple[bool, dict[str, torch.Tensor]]]] = {}
     for shard, count in enumerate(found.conditioning.product.shard_records):
         for index in range(count):
@@ -131,11 +131,11 @@ def close(one: torch.Tensor, other: torch.Tensor) -> None:
 
 def test_every_image_is_in_its_bucket(config: PrecomputeConfig, base: Path, tmp_path: Path) -> None:
     precompute(config)
-    found = manifest.load(config.output_dir)
+    found = manifest.load(config.cache)
     assert found.buckets == [(height // 8, width // 8) for width, height in SHAPES]
     card_buckets = {}
     for shard, bucket in enumerate(found.latents.shard_buckets):
-        card = sidecar.load(config.output_dir / "latents", shard)
+        card = sidecar.load(config.cache / "latents", shard)
         assert card is not None
         card_buckets |= dict.fromkeys(card.keys, bucket)
     assert sorted(card_buckets.values()) == sorted(SIZES.values())
@@ -146,7 +146,7 @@ def test_every_image_is_in_its_bucket(config: PrecomputeConfig, base: Path, tmp_
             image = Image.open(tmp_path / "source" / file).convert("RGB")
             close(tensors[name], encoded(base, by_hand(image, SHAPES[bucket])))
     assert found.validation["conditioning"].shard_buckets == [1, 0]  # of pictures 0 and 1
-    assert all(not faults for _, faults in verify.faults(config.output_dir))
+    assert all(not faults for _, faults in verify.faults(config.cache))
 
 
 def test_a_row_of_another_shape_adds_a_shard_and_touches_no_other(
@@ -154,11 +154,11 @@ def test_a_row_of_another_shape_adds_a_shard_and_touches_no_other(
 ) -> None:
     # Ten rows of one bucket do not fit its last shard.
     precompute(config)
-    before = {path: path.read_bytes() for path in config.output_dir.rglob("latents/*.tar")}
+    before = {path: path.read_bytes() for path in config.cache.rglob("latents/*.tar")}
     per_shard = int(config.shard_mb * 1e6 / (16 * 8 * 32 * 4))
     write_source(tmp_path / "source", [(100, 310)] * (per_shard + 1), first=len(SIZES))
     precompute(config)
-    found = manifest.load(config.output_dir)
+    found = manifest.load(config.cache)
     assert sorted(found.latents.shard_buckets)[:2] == [0, 0]
     for path, data in before.items():
         if found.latents.shard_buckets[int(path.stem)] != 0:
@@ -177,19 +177,19 @@ def test_the_first_row_of_a_shape_adds_a_shard_and_touches_no_other(
         return {
             path: (path.stat().st_mtime_ns, path.read_bytes())
             for product in ("latents", "conditioning")
-            for path in config.output_dir.rglob(f"{product}/**/*.tar")
+            for path in config.cache.rglob(f"{product}/**/*.tar")
         }
 
-    before, buckets = tars(), manifest.load(config.output_dir).latents.shard_buckets
+    before, buckets = tars(), manifest.load(config.cache).latents.shard_buckets
     assert set(buckets) == {1, 2}
     write_source(source, [(100, 310)], first=len(SIZES))
     precompute(wide)
-    after, found = tars(), manifest.load(config.output_dir)
+    after, found = tars(), manifest.load(config.cache)
     assert found.latents.shard_buckets == [*buckets, 0]
     assert found.conditioning["conditioning"].shard_buckets == [*buckets, 0]
     assert before.items() <= after.items()
     assert len(after) - len(before) == 2
-    cached = Cache(config.output_dir)
+    cached = Cache(config.cache)
     for shard, bucket in enumerate(found.latents.shard_buckets):
         width, height = SHAPES[bucket]
         for index in range(found.latents.shard_records[shard]):
@@ -201,7 +201,7 @@ def test_training_on_buckets(
     config: PrecomputeConfig, train_config: TrainConfig, capsys: pytest.CaptureFixture[str]
 ) -> None:
     precompute(config)
-    train(replace(train_config, shards=str(config.output_dir), max_train_steps=3))
+    train(replace(train_config, cache=str(config.output_dir), max_train_steps=3))
     assert (train_config.output_dir / "diffusion_pytorch_model.safetensors").is_file()
 
 
@@ -218,7 +218,7 @@ def test_mirrors_are_rows_of_their_own(
             close(plain[name], encoded(base, picture))
             close(mirror[name], encoded(base, ImageOps.mirror(picture)))
     # Of each image two records, with keys of their own, that tell which image and which of both.
-    found = Cache(config.output_dir)
+    found = Cache(config.cache)
     keys, halves = set(), []
     for shard, count in enumerate(found.manifest.latents.shard_records):
         for index in range(count):
@@ -310,7 +310,7 @@ def test_a_changed_annotator_draws_again(
     monkeypatch.syspath_prepend(module.parent)
     drawn = replace(config, conditioning_from="drawing:same")
     precompute(drawn)
-    latents = {path: path.stat().st_mtime_ns for path in config.output_dir.rglob("latents/*.tar")}
+    latents = {path: path.stat().st_mtime_ns for path in config.cache.rglob("latents/*.tar")}
     capsys.readouterr()
     precompute(drawn)
     assert "already complete" in capsys.readouterr().out
@@ -338,7 +338,7 @@ def test_a_changed_annotator_leaves_other_controls_alone(
     def others() -> dict[Path, int]:
         return {
             path: path.stat().st_mtime_ns
-            for path in config.output_dir.rglob("*.tar")
+            for path in config.cache.rglob("*.tar")
             if "turned" not in path.parts
         }
 
@@ -352,7 +352,7 @@ def test_a_changed_annotator_leaves_other_controls_alone(
         image = Image.open(tmp_path / "source" / f"{number}.png").convert("RGB")
         picture = by_hand(image, SHAPES[bucket]).transpose(Image.Transpose.ROTATE_180)
         close(cached[f"number {number}"][0]["conditioning_latent"], encoded(base, picture))
-    assert all(not faults for _, faults in verify.faults(config.output_dir))
+    assert all(not faults for _, faults in verify.faults(config.cache))
 
 
 @pytest.mark.parametrize(
@@ -368,7 +368,7 @@ def test_annotators_that_are_none(config: PrecomputeConfig, name: str, message: 
     with pytest.raises(ConfigError) as caught:
         precompute(replace(config, conditioning_from=name))
     assert message in str(caught.value)
-    assert not config.output_dir.exists()
+    assert not config.cache.exists()
 
 
 def test_buckets_need_multiples_of_64(config: PrecomputeConfig) -> None:

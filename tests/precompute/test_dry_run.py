@@ -74,11 +74,11 @@ def test_a_dry_run_over_a_cache_that_lacks_a_row(
     with (source / "prompt.json").open("a") as file:
         row = {"source": "source/1.png", "target": "target/new.png", "prompt": "a new one"}
         file.write("\n" + json.dumps(row))
-    shutil.copytree(cache, fresh.output_dir)
-    before = {path: path.stat().st_mtime_ns for path in fresh.output_dir.rglob("*")}
-    free_mb = shutil.disk_usage(fresh.output_dir).free / 1e6
+    shutil.copytree(cache, fresh.cache)
+    before = {path: path.stat().st_mtime_ns for path in fresh.cache.rglob("*")}
+    free_mb = shutil.disk_usage(fresh.cache).free / 1e6
     precompute(replace(fresh, source=str(source), dry_run=True))
-    assert {path: path.stat().st_mtime_ns for path in fresh.output_dir.rglob("*")} == before
+    assert {path: path.stat().st_mtime_ns for path in fresh.cache.rglob("*")} == before
     said = capsys.readouterr().out
     assert f"{NUM_ROWS + 1} rows, {NUM_ROWS + 1} captions, {NUM_ROWS + 2} distinct" in said
     # The last of six shards of two prompts has room for one; of eight images two shards hold ten,
@@ -108,7 +108,7 @@ def test_what_does_not_fit_the_disk_is_not_begun(
         outcome.output,
         re.MULTILINE,
     )
-    assert not list(fresh.output_dir.rglob("*.tar"))
+    assert not list(fresh.cache.rglob("*.tar"))
     dry = command("precompute", *flags(fresh), "--dry-run")
     assert "that does not fit" in dry.output
 

@@ -101,7 +101,7 @@ class Workers:
         ]
         for process in self.processes:
             process.start()
-        while not self.config.output_dir.exists() and self.processes[0].is_alive():
+        while not self.config.cache.exists() and self.processes[0].is_alive():
             time.sleep(0.001)
 
     def kill(self) -> None:
@@ -136,7 +136,7 @@ def check_what_is_left(cache: Path, expected: dict[str, bytes], kill: int) -> bo
 
 @pytest.mark.slow
 def test_killed_at_any_moment_it_is_finished_to_the_same_bytes(fresh: PrecomputeConfig) -> None:
-    workers, cache = Workers(fresh), fresh.output_dir
+    workers, cache = Workers(fresh), fresh.cache
     workers.finish()
     expected = files(cache)
     shutil.rmtree(cache)
@@ -160,7 +160,7 @@ def test_killed_at_any_moment_it_is_finished_to_the_same_bytes(fresh: Precompute
 def test_many_workers_killed_again_and_again_end_at_the_same_bytes(
     fresh: PrecomputeConfig,
 ) -> None:
-    workers, cache = Workers(fresh), fresh.output_dir
+    workers, cache = Workers(fresh), fresh.cache
     workers.finish()
     expected = files(cache)
     shutil.rmtree(cache)
@@ -206,7 +206,7 @@ def test_a_signal_ends_the_run_between_two_shards(
         stderr=subprocess.PIPE,
         text=True,
     )
-    text = fresh.output_dir / "text"
+    text = fresh.cache / "text"
     deadline = time.monotonic() + 120
     while not list(text.glob("*.tar*")):
         assert time.monotonic() < deadline
@@ -217,10 +217,10 @@ def test_a_signal_ends_the_run_between_two_shards(
     assert "ending after this shard; once more to end at once" in errors
     assert "ended between shards; the same command goes on from here" in output
     assert "Traceback" not in errors
-    assert not list(fresh.output_dir.rglob("*.tmp-*"))
-    tars = sorted(path.stem for path in fresh.output_dir.rglob("*.tar"))
-    assert tars == sorted(path.stem for path in fresh.output_dir.rglob("0*.json"))
-    assert not is_complete(fresh.output_dir)
+    assert not list(fresh.cache.rglob("*.tmp-*"))
+    tars = sorted(path.stem for path in fresh.cache.rglob("*.tar"))
+    assert tars == sorted(path.stem for path in fresh.cache.rglob("0*.json"))
+    assert not is_complete(fresh.cache)
     again = run_python("-m", "precompute", *flags(fresh))
     assert again.returncode == 0
-    assert files(fresh.output_dir) == files(cache)
+    assert files(fresh.cache) == files(cache)

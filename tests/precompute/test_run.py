@@ -121,34 +121,33 @@ def test_the_same_inputs_elsewhere_give_the_same_bytes(
     precompute(replace(fresh, source=source, pretrained_model_name_or_path=str(model)))
     ours = {path.relative_to(cache): path.read_bytes() for path in cache.rglob("0*.*")}
     theirs = {
-        path.relative_to(fresh.output_dir): path.read_bytes()
-        for path in fresh.output_dir.rglob("0*.*")
+        path.relative_to(fresh.cache): path.read_bytes() for path in fresh.cache.rglob("0*.*")
     }
     assert len(ours) > 10
     assert ours == theirs
 
 
 def test_a_new_resolution_keeps_the_text(cache: Path, fresh: PrecomputeConfig) -> None:
-    shutil.copytree(cache, fresh.output_dir)
-    text = times(fresh.output_dir, "text")
+    shutil.copytree(cache, fresh.cache)
+    text = times(fresh.cache, "text")
     precompute(replace(fresh, resolution=48))
-    assert times(fresh.output_dir, "text") == text
-    assert Cache(fresh.output_dir).sample(0, 0)[1]["latent"].shape == (16, 6, 6)
+    assert times(fresh.cache, "text") == text
+    assert Cache(fresh.cache).sample(0, 0)[1]["latent"].shape == (16, 6, 6)
 
 
 def test_a_new_caption_keeps_the_latents(
     cache: Path, fresh: PrecomputeConfig, circles: Path, tmp_path: Path
 ) -> None:
-    shutil.copytree(cache, fresh.output_dir)
-    latents = times(fresh.output_dir, "latents") | times(fresh.output_dir, "conditioning")
+    shutil.copytree(cache, fresh.cache)
+    latents = times(fresh.cache, "latents") | times(fresh.cache, "conditioning")
 
     def edit(lines: list[dict[str, object]]) -> None:
         lines[0]["prompt"] = "something else"
 
     precompute(replace(fresh, source=copy_of(circles, tmp_path / "edited", edit)))
-    kept = times(fresh.output_dir, "latents") | times(fresh.output_dir, "conditioning")
+    kept = times(fresh.cache, "latents") | times(fresh.cache, "conditioning")
     assert kept == latents
-    found = Cache(fresh.output_dir)
+    found = Cache(fresh.cache)
     prompts = [
         found.text.about(*found.text.locate(found.sample(shard, index)[2][0]))["prompt"]
         for shard, count in enumerate(found.conditioning.product.shard_records)
@@ -168,18 +167,18 @@ def test_swapped_captions_are_noticed(
 
     source = copy_of(circles, tmp_path / "one", edit)
     precompute(replace(fresh, source=source))
-    before = manifest.load(fresh.output_dir)
+    before = manifest.load(fresh.cache)
 
     def swap(lines: list[dict[str, object]]) -> None:
         lines[2]["prompt"] = second
 
     precompute(replace(fresh, source=copy_of(circles, tmp_path / "two", swap)))
-    after = manifest.load(fresh.output_dir)
+    after = manifest.load(fresh.cache)
     assert after.text == before.text
     assert after.latents.shard_sha256 == before.latents.shard_sha256
     assert after.latents.fingerprint == before.latents.fingerprint
     assert after.captions != before.captions
-    found = Cache(fresh.output_dir)
+    found = Cache(fresh.cache)
     assert found.text.about(*found.text.locate(found.sample(0, 2)[2][0]))["prompt"] == second
 
 
@@ -191,31 +190,31 @@ def test_repeated_prompts_are_encoded_once(
             line["prompt"] = "the same"
 
     precompute(replace(fresh, source=copy_of(circles, tmp_path / "edited", edit)))
-    found = manifest.load(fresh.output_dir)
+    found = manifest.load(fresh.cache)
     assert found.text.num_records == 2  # and the empty prompt
     assert found.latents.num_records == NUM_ROWS
 
 
 def test_a_second_control_is_added_beside_the_first(cache: Path, fresh: PrecomputeConfig) -> None:
-    shutil.copytree(cache, fresh.output_dir)
-    kept = {path: path.stat().st_mtime_ns for path in fresh.output_dir.rglob("*.tar")}
+    shutil.copytree(cache, fresh.cache)
+    kept = {path: path.stat().st_mtime_ns for path in fresh.cache.rglob("*.tar")}
     precompute(replace(fresh, conditioning_name="raw", conditioning_range="0_1"))
-    now = {path: path.stat().st_mtime_ns for path in fresh.output_dir.rglob("*.tar")}
+    now = {path: path.stat().st_mtime_ns for path in fresh.cache.rglob("*.tar")}
     assert kept.items() <= now.items()
-    first, second = Cache(fresh.output_dir), Cache(fresh.output_dir, "raw")
+    first, second = Cache(fresh.cache), Cache(fresh.cache, "raw")
     assert first.conditioning_spec.pixel_range == "-1_1"
     assert second.conditioning_spec.pixel_range == "0_1"
     assert torch.equal(first.sample(0, 0)[1]["latent"], second.sample(0, 0)[1]["latent"])
     one, other = (c.sample(0, 0)[1]["conditioning_latent"] for c in (first, second))
     assert not torch.allclose(one, other)
-    assert all(not faults for _, faults in verify.faults(fresh.output_dir))
+    assert all(not faults for _, faults in verify.faults(fresh.cache))
 
 
 def test_mean_and_standard_deviation_are_kept_on_request(
     fresh: PrecomputeConfig, base: Path, circles: Path
 ) -> None:
     precompute(replace(fresh, posterior="mean_std"))
-    _, tensors, _ = Cache(fresh.output_dir).sample(0, 0)
+    _, tensors, _ = Cache(fresh.cache).sample(0, 0)
     files = [circles / row["target"] for row in rows(circles)[:2]]
     mean, std = stock_posteriors(base, files)
     torch.testing.assert_close(tensors["latent"], mean[0], rtol=1e-4, atol=1e-4)
@@ -225,7 +224,7 @@ def test_mean_and_standard_deviation_are_kept_on_request(
 
 def test_half_precision_cache_is_the_rounded_one(cache: Path, fresh: PrecomputeConfig) -> None:
     precompute(replace(fresh, cache_dtype="float16"))
-    half, full = Cache(fresh.output_dir).sample(0, 0)[1], Cache(cache).sample(0, 0)[1]
+    half, full = Cache(fresh.cache).sample(0, 0)[1], Cache(cache).sample(0, 0)[1]
     for name, tensor in full.items():
         assert torch.equal(half[name], tensor.to(torch.float16))
 
@@ -262,11 +261,11 @@ def test_bad_rows_are_left_out_and_named(
     (source / "source" / "7.png").write_bytes(b"<html>")
     config = replace(fresh, source=source, max_bad_fraction=0.5)
     precompute(config)
-    found = manifest.load(fresh.output_dir)
+    found = manifest.load(fresh.cache)
     assert found.num_skipped == 5
     assert found.latents.num_records == 6  # row 7 has an image, though no conditioning image
     assert found.conditioning["conditioning"].num_records == 5
-    first = sidecar.load(fresh.output_dir / "latents", 0)
+    first = sidecar.load(fresh.cache / "latents", 0)
     assert first is not None
     missing = "target/none.png: No such file or directory"
     assert Skipped("line 4, target/none.png", missing) in first.skipped
@@ -274,7 +273,7 @@ def test_bad_rows_are_left_out_and_named(
     assert "5 rows were left out" in output
     for line in (2, 4, 6, 8, 10):
         assert f"  line {line}, target/" in output
-    assert all(not faults for _, faults in verify.faults(fresh.output_dir))
+    assert all(not faults for _, faults in verify.faults(fresh.cache))
     with pytest.raises(ShardError, match=r"5 of 10 rows cannot be used, more than --max-bad-fract"):
         precompute(replace(config, max_bad_fraction=0.4))
 
@@ -332,10 +331,10 @@ def test_conditioning_images_of_another_size_and_of_another_shape(
         path = source / "source" / f"{name}.png"
         Image.open(path).resize(size).save(path)
     precompute(replace(fresh, source=source, max_bad_fraction=0.1))
-    found = manifest.load(fresh.output_dir)
+    found = manifest.load(fresh.cache)
     assert found.latents.num_records == 10
     assert found.conditioning["conditioning"].num_records == 9
-    card = sidecar.load(fresh.output_dir / "conditioning" / "conditioning", 0)
+    card = sidecar.load(fresh.cache / "conditioning" / "conditioning", 0)
     assert card is not None
     (skipped,) = card.skipped
     assert skipped.row.startswith("line 5, ")
@@ -348,11 +347,11 @@ def test_another_background_makes_other_latents(
     fresh: PrecomputeConfig, circles: Path, tmp_path: Path
 ) -> None:
     precompute(fresh)
-    before = manifest.load(fresh.output_dir)
+    before = manifest.load(fresh.cache)
     precompute(replace(fresh, background="#FFF"))  # the same colour by another name
-    assert manifest.load(fresh.output_dir) == before
+    assert manifest.load(fresh.cache) == before
     precompute(replace(fresh, background="black"))
-    after = manifest.load(fresh.output_dir)
+    after = manifest.load(fresh.cache)
     assert after.latents.fingerprint != before.latents.fingerprint
     assert after.text == before.text
     with pytest.raises(ConfigError, match="--background purplish: no colour"):
@@ -389,20 +388,20 @@ def test_a_file_that_changes_or_goes_while_working_stops_the_run(
             precompute(fresh)
     monkeypatch.setattr(Folder, "read", original)
     precompute(fresh)
-    assert manifest.load(fresh.output_dir).num_skipped == 0
+    assert manifest.load(fresh.cache).num_skipped == 0
 
 
 def test_validation_pairs_of_another_control_go_stale_with_the_text(
     cache: Path, fresh: PrecomputeConfig, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    shutil.copytree(cache, fresh.output_dir)
+    shutil.copytree(cache, fresh.cache)
     precompute(replace(fresh, conditioning_name="depth", max_sequence_length=TOKENS + 2))
     assert "validation pairs of 'conditioning' had other text encoders" in capsys.readouterr().out
-    found = manifest.load(fresh.output_dir)
+    found = manifest.load(fresh.cache)
     assert found.conditioning.keys() == {"conditioning", "depth"}
     assert found.validation["conditioning"].num_records == 0
     assert found.validation["depth"].num_records == 2
-    assert all(not faults for _, faults in verify.faults(fresh.output_dir))
+    assert all(not faults for _, faults in verify.faults(fresh.cache))
 
 
 def test_other_controls_survive_an_interruption(
@@ -410,7 +409,7 @@ def test_other_controls_survive_an_interruption(
 ) -> None:
     import precompute.run
 
-    shutil.copytree(cache, fresh.output_dir)
+    shutil.copytree(cache, fresh.cache)
     precompute.run.precompute(replace(fresh, conditioning_name="depth"))
     latent_pass = precompute.run.latent_pass
 
@@ -422,19 +421,19 @@ def test_other_controls_survive_an_interruption(
     with pytest.raises(KeyboardInterrupt):
         precompute.run.precompute(longer)
     with pytest.raises(ShardError, match="incomplete"):
-        manifest.load(fresh.output_dir)
+        manifest.load(fresh.cache)
     monkeypatch.setattr(precompute.run, "latent_pass", latent_pass)
     precompute.run.precompute(longer)
-    assert manifest.load(fresh.output_dir).conditioning.keys() == {"conditioning", "depth"}
-    assert sorted(p.name for p in fresh.output_dir.glob("manifest*")) == ["manifest.json"]
+    assert manifest.load(fresh.cache).conditioning.keys() == {"conditioning", "depth"}
+    assert sorted(p.name for p in fresh.cache.glob("manifest*")) == ["manifest.json"]
 
 
 def test_files_of_others_are_left_alone(fresh: PrecomputeConfig) -> None:
-    (fresh.output_dir / "text").mkdir(parents=True)
-    mine = [fresh.output_dir / "text" / name for name in ("captions.json", "000099.jsonl")]
+    (fresh.cache / "text").mkdir(parents=True)
+    mine = [fresh.cache / "text" / name for name in ("captions.json", "000099.jsonl")]
     names = ("text/000001.tar", "hashes.npy", "plan.safetensors", "manifest.json")
-    stale = [fresh.output_dir / f"{name}.tmp-12" for name in names]
-    busy = [fresh.output_dir / f"{name}.tmp-13" for name in names]
+    stale = [fresh.cache / f"{name}.tmp-12" for name in names]
+    busy = [fresh.cache / f"{name}.tmp-13" for name in names]
     for path in (*mine, *stale, *busy):
         path.write_text("x")
     for path in stale:
@@ -442,11 +441,11 @@ def test_files_of_others_are_left_alone(fresh: PrecomputeConfig) -> None:
     precompute(fresh)
     assert all(path.exists() for path in (*mine, *busy))
     assert not any(path.exists() for path in stale)
-    strange = fresh.output_dir.parent / "strange"
+    strange = fresh.cache.parent / "strange"
     strange.mkdir()
     (strange / "thesis.tex").write_text("x")
     with pytest.raises(ConfigError, match=r"strange: not a cache, it holds thesis\.tex"):
-        precompute(replace(fresh, output_dir=strange))
+        precompute(replace(fresh, cache=strange))
 
 
 def test_encoders_are_gone_after_their_pass(
@@ -489,13 +488,13 @@ def test_an_interrupted_run_goes_on_where_it_stopped(
     with pytest.raises(KeyboardInterrupt):
         precompute(fresh)
     with pytest.raises(ShardError, match=r"incomplete.*latents: 2 finished.*Run the same"):
-        manifest.load(fresh.output_dir)
-    kept = times(fresh.output_dir, "latents")
+        manifest.load(fresh.cache)
+    kept = times(fresh.cache, "latents")
     precompute(fresh)
-    assert kept.items() <= times(fresh.output_dir, "latents").items()
+    assert kept.items() <= times(fresh.cache, "latents").items()
     for path in cache.rglob("0*.*"):
-        assert (fresh.output_dir / path.relative_to(cache)).read_bytes() == path.read_bytes()
-    assert not list(fresh.output_dir.rglob("*.tmp-*"))
+        assert (fresh.cache / path.relative_to(cache)).read_bytes() == path.read_bytes()
+    assert not list(fresh.cache.rglob("*.tmp-*"))
 
 
 def test_a_shrunken_source_leaves_no_surplus_shards(
@@ -507,11 +506,11 @@ def test_a_shrunken_source_leaves_no_surplus_shards(
         del lines[4:]
 
     precompute(replace(fresh, source=copy_of(circles, tmp_path / "short", edit)))
-    assert sorted(path.name for path in (fresh.output_dir / "latents").iterdir()) == [
+    assert sorted(path.name for path in (fresh.cache / "latents").iterdir()) == [
         "000000.json",
         "000000.tar",
     ]
-    assert manifest.load(fresh.output_dir).latents.num_records == 4
+    assert manifest.load(fresh.cache).latents.num_records == 4
 
 
 @pytest.mark.parametrize(
@@ -558,7 +557,7 @@ def test_bad_input_ends_in_one_line_and_leaves_nothing(
     assert outcome.exit_code == 2
     assert message in outcome.output
     assert outcome.output.rstrip().splitlines()[-1].startswith("Error: ")
-    assert not fresh.output_dir.exists()
+    assert not fresh.cache.exists()
 
 
 def test_a_base_without_a_vae_is_refused_before_anything_is_written(
@@ -568,7 +567,7 @@ def test_a_base_without_a_vae_is_refused_before_anything_is_written(
     shutil.copytree(base, model, ignore=shutil.ignore_patterns("vae"))
     with pytest.raises(ConfigError, match=r"no vae/ in it; found scheduler/, text_encoder/"):
         precompute(replace(fresh, pretrained_model_name_or_path=str(model)))
-    assert not fresh.output_dir.exists()
+    assert not fresh.cache.exists()
 
 
 def test_every_caption_of_a_list_is_cached_and_training_draws_one(
@@ -583,7 +582,7 @@ def test_every_caption_of_a_list_is_cached_and_training_draws_one(
 
     source = copy_of(circles, tmp_path / "lists", edit)
     precompute(replace(fresh, source=source, max_bad_fraction=0.2))
-    found = Cache(fresh.output_dir)
+    found = Cache(fresh.cache)
     _, _, keys = found.sample(0, 0)
     texts = [found.text.about(*found.text.locate(key))["prompt"] for key in keys]
     assert texts == [first, second, "a third"]
@@ -604,7 +603,7 @@ def test_a_part_of_the_rows_is_chosen_by_seed_and_grows(
 ) -> None:
     def images(limit: int, seed: int = 0) -> list[str]:
         precompute(replace(fresh, max_train_samples=limit, seed=seed))
-        found = Cache(fresh.output_dir).latents
+        found = Cache(fresh.cache).latents
         return [
             found.about(shard, index)["image_hash"]
             for shard, count in enumerate(found.product.shard_records)

@@ -9,7 +9,7 @@ import pytest
 from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError
 
 from common.errors import ConfigError
-from precompute.planning.digest_cache import Remembered
+from precompute.planning.digest_cache import DigestCache
 from precompute.planning.fingerprint import hash_component
 from sd3.pretrained import component_variant, find_base, find_controlnet
 
@@ -108,7 +108,7 @@ def test_a_controlnet_folder_is_told_from_its_run_folder(tmp_path: Path) -> None
 
 
 def test_a_fingerprint_counts_weights_not_names(base: Path, tmp_path: Path) -> None:
-    remembered = Remembered(tmp_path / "hashes.npy")
+    remembered = DigestCache(tmp_path / "hashes.npy")
 
     def hashed(folder: Path, variant: str | None = None) -> str:
         return hash_component(folder, variant, remembered)

@@ -87,7 +87,7 @@ def test_prompts_are_dropped_anew_each_epoch(cache: Path) -> None:
 
 def test_the_posterior_is_sampled_anew(fresh: PrecomputeConfig) -> None:
     precompute(replace(fresh, posterior="mean_std"))
-    ours, found = samples(fresh.output_dir), Cache(fresh.output_dir)
+    ours, found = samples(fresh.cache), Cache(fresh.cache)
     # The same record in four epochs: its draws differ, and by no more than its deviation allows.
     shard, index = ours.order.record(0)
     _, tensors, _ = found.sample(shard, index)

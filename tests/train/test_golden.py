@@ -19,7 +19,7 @@ SETTINGS: dict[str, dict[str, object]] = {
     "uniform, weighted": {"weighting_scheme": "cosmap"},
     "mode": {"weighting_scheme": "mode"},
     "dropped prompts": {"proportion_empty_prompts": 0.5},
-    "means and deviations": {"shards": "held_out"},
+    "means and deviations": {"cache": "held_out"},
     "accumulated": {"train_batch_size": 1, "gradient_accumulation_steps": 2},
 }
 
@@ -28,8 +28,8 @@ SETTINGS: dict[str, dict[str, object]] = {
 def test_losses_are_as_written_down(name: str, train_config: TrainConfig, held_out: Path) -> None:
     """`UPDATE_GOLDEN=1 pytest tests/train/test_golden.py` writes them down anew."""
     settings = dict(SETTINGS[name])
-    if "shards" in settings:
-        settings["shards"] = str(held_out)
+    if "cache" in settings:
+        settings["cache"] = str(held_out)
     config = replace(
         train_config,
         max_train_steps=20,

@@ -93,7 +93,7 @@ GONE = {
 # A seed is always there: whoever gives none gets 0, and the run can be repeated.
 OTHER_DEFAULTS = {"seed": 0}
 OURS = {
-    "shards",
+    "cache",
     "local_cache_dir",
     "local_cache_gb",
     "conditioning_name",

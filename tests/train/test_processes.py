@@ -126,7 +126,7 @@ def test_shared_out_training_is_that_of_one_process(
     """With accumulation, checkpointed activations, a resume, pictures and held-out losses."""
     config = replace(
         config,
-        shards=str(held_out),
+        cache=str(held_out),
         gradient_checkpointing=True,
         validation_steps=3,
         num_validation_images=1,

@@ -84,7 +84,7 @@ def test_the_card_says_what_it_is_and_how_to_load_it(config: TrainConfig) -> Non
     everything = [path for path in config.output_dir.rglob("*") if path.is_file()]
     assert not [path for path in everything if b"hf_secret" in path.read_bytes()]
     assert str(config.output_dir) not in text
-    assert str(config.shards) not in text
+    assert str(config.cache) not in text
 
 
 def test_what_is_uploaded(config: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:

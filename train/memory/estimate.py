@@ -37,7 +37,7 @@ def find_sizes(config: TrainConfig) -> Sizes:
         ConfigError: base or ControlNet are not there, or do not fit.
         ShardError: nor is the cache.
     """
-    files = open_files(config.shards, config.local_cache_dir, config.local_cache_gb)
+    files = open_files(config.cache, config.local_cache_dir, config.local_cache_gb)
     manifest = Cache(files, config.conditioning_name).manifest
     validates = config.validation_steps > 0
     validates &= manifest.validation[config.conditioning_name].num_records > 0

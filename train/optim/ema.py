@@ -11,7 +11,7 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 from train.distribution import forget_gathered, shared_out
 
 
-class Average:
+class Ema:
     """The exponential moving average of a network's trained weights.
 
     After n updates its decay is `decay`, but at most (1 + n) / (10 + n), and 0 at the first, as

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from common.device import OnItsWay
+from common.device import AsyncHostCopy
 from common.errors import RunError
 
 LISTED_SAMPLES = 8
@@ -48,10 +48,10 @@ class Report:
 
     step: int
     places: list[int]
-    copies: OnItsWay
+    copies: AsyncHostCopy
 
 
-class Guard:
+class NonFiniteGuard:
     """Watches over a run's steps.
 
     Args:
@@ -113,7 +113,7 @@ class Guard:
             RunError: the one before was bad, and that is to end the run.
         """
         self.finish()
-        copies = OnItsWay({"losses": losses.detach(), "bad": bad}, torch.float32)
+        copies = AsyncHostCopy({"losses": losses.detach(), "bad": bad}, torch.float32)
         self._under_way = Report(step, places, copies)
 
     def finish(self) -> None:

@@ -1,4 +1,4 @@
-"""Remembered digests: found again, never for another version, and never in the way."""
+"""DigestCache digests: found again, never for another version, and never in the way."""
 
 import multiprocessing
 import time
@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from precompute.planning.digest_cache import Content, Remembered
+from precompute.planning.digest_cache import Content, DigestCache
 
 
 def version(number: int) -> bytes:
@@ -19,7 +19,7 @@ def content(number: int) -> Content:
 
 def test_what_was_added_is_found_again(tmp_path: Path) -> None:
     path = tmp_path / "cache" / "hashes.npy"
-    remembered = Remembered(path)
+    remembered = DigestCache(path)
     numbers = [5, 1, 2**30]
     for number in numbers:
         remembered.add(version(number), content(number))
@@ -30,12 +30,12 @@ def test_what_was_added_is_found_again(tmp_path: Path) -> None:
     expected = [*map(content, numbers), None, None, None, None]
     assert remembered.find([*asked, None]) == [*expected, None]
     remembered.save()
-    assert Remembered(path).find([*asked, None]) == [*expected, None]
-    later = Remembered(path)
+    assert DigestCache(path).find([*asked, None]) == [*expected, None]
+    later = DigestCache(path)
     later.add(version(3), content(3))
     later.add(version(5), content(6))
     later.save()
-    found = Remembered(path).find([version(1), version(3), version(5)])
+    found = DigestCache(path).find([version(1), version(3), version(5)])
     assert found == [content(1), content(3), content(6)]
     entries = np.load(path, allow_pickle=False)
     assert (len(entries), entries.itemsize) == (4, 40)
@@ -45,17 +45,17 @@ def test_a_damaged_file_is_as_good_as_none(tmp_path: Path) -> None:
     path = tmp_path / "hashes.npy"
     for damaged in (b"", b"nothing", b"\x93NUMPY\x01\x00garbage", b"\x93NUMPY" + bytes(200)):
         path.write_bytes(damaged)
-        remembered = Remembered(path)
+        remembered = DigestCache(path)
         assert remembered.find([version(1)]) == [None]
     remembered.add(version(1), content(1))
     remembered.save()
-    assert Remembered(path).find([version(1)]) == [content(1)]
-    Remembered(path).forget()
-    assert Remembered(path).find([version(1)]) == [None]
+    assert DigestCache(path).find([version(1)]) == [content(1)]
+    DigestCache(path).forget()
+    assert DigestCache(path).find([version(1)]) == [None]
 
 
 def test_without_keep_nothing_is_written(tmp_path: Path) -> None:
-    remembered = Remembered(tmp_path / "cache" / "hashes.npy", keep=False)
+    remembered = DigestCache(tmp_path / "cache" / "hashes.npy", keep=False)
     with remembered.hashing_alone():
         remembered.add(version(1), content(1))
     remembered.save()
@@ -63,7 +63,7 @@ def test_without_keep_nothing_is_written(tmp_path: Path) -> None:
 
 
 def _hash_once(path: Path, counter: Path) -> None:
-    remembered = Remembered(path)
+    remembered = DigestCache(path)
     with remembered.hashing_alone():
         if remembered.find([version(1)]) == [None]:
             with counter.open("a") as file:

@@ -101,7 +101,7 @@ def test_held_out_rows_stand_in_shards_of_their_own(
 
 
 def test_training_never_sees_them(train_config: TrainConfig, held_out: Path) -> None:
-    inputs = find_inputs(replace(train_config, shards=str(held_out)), num_processes=1)
+    inputs = find_inputs(replace(train_config, cache=str(held_out)), num_processes=1)
     seen = [inputs.order.record(place) for place in range(2 * (NUM_ROWS - 3))]
     shards = {shard for shard, _ in seen}
     assert shards.isdisjoint(inputs.cache.manifest.held_out)
@@ -123,7 +123,7 @@ def test_holding_out_others_leaves_the_rest_alone(
 ) -> None:
     cache = tmp_path / "cache"
     shutil.copytree(held_out, cache)
-    config = replace(precompute_config, output_dir=cache, posterior="mean_std")
+    config = replace(precompute_config, cache=cache, posterior="mean_std")
     before = abouts(cache, "latents")
     for wanted in (4, 0):
         precompute(replace(config, validation_rows=wanted))
@@ -146,17 +146,15 @@ def test_a_copied_cache_without_its_plan_keeps_its_shards(
     shutil.copytree(held_out, cache)
     (cache / "plan.safetensors").unlink()
     before = {path.name: path.stat().st_ino for path in cache.glob("latents/*.tar")}
-    precompute(
-        replace(precompute_config, output_dir=cache, posterior="mean_std", validation_rows=3)
-    )
+    precompute(replace(precompute_config, cache=cache, posterior="mean_std", validation_rows=3))
     assert {path.name: path.stat().st_ino for path in cache.glob("latents/*.tar")} == before
     assert manifest.load(cache) == manifest.load(held_out)
 
 
 def test_mirrors_of_held_out_rows_are_held_out(fresh: PrecomputeConfig, circles: Path) -> None:
     precompute(replace(fresh, validation_rows=2, random_flip=True))
-    assert sorted(abouts(fresh.output_dir, "latents")["held out"])[::2] == sorted(
-        set(abouts(fresh.output_dir, "latents")["held out"])
+    assert sorted(abouts(fresh.cache, "latents")["held out"])[::2] == sorted(
+        set(abouts(fresh.cache, "latents")["held out"])
     )
 
 

@@ -32,11 +32,11 @@ def test_parts_in_any_order_give_the_bytes_of_one_worker(
     cache: Path, fresh: PrecomputeConfig, capsys: pytest.CaptureFixture[str], count: int
 ) -> None:
     for index in reversed(range(count)):
-        assert not (fresh.output_dir / "manifest.json").exists()
+        assert not (fresh.cache / "manifest.json").exists()
         precompute(replace(fresh, part=f"{index}/{count}"))
         said = capsys.readouterr().out
         assert (f"part {index}/{count} is done" in said) == (index > 0)
-    assert files(fresh.output_dir) == files(cache)
+    assert files(fresh.cache) == files(cache)
 
 
 def test_parts_without_a_common_disk_are_copied_together_and_sealed(
@@ -44,7 +44,7 @@ def test_parts_without_a_common_disk_are_copied_together_and_sealed(
 ) -> None:
     parts = [tmp_path / f"part{index}" for index in range(3)]
     for index, folder in enumerate(parts):
-        precompute(replace(fresh, output_dir=folder, part=f"{index}/3"))
+        precompute(replace(fresh, cache=folder, part=f"{index}/3"))
     together = tmp_path / "together"
     for folder in parts[:2]:
         shutil.copytree(folder, together, dirs_exist_ok=True)
@@ -74,7 +74,7 @@ def test_a_later_run_with_another_number_of_workers_finishes_the_rest(
     precompute(replace(fresh, part="1/3"))
     precompute(replace(fresh, part="0/2"))
     precompute(fresh)
-    assert files(fresh.output_dir) == files(cache)
+    assert files(fresh.cache) == files(cache)
 
 
 def test_changes_are_made_in_parts_as_well(
@@ -85,13 +85,13 @@ def test_changes_are_made_in_parts_as_well(
     shutil.copytree(circles, source)
     config = replace(fresh, source=str(source))
     for folder in (alone, shared):
-        precompute(replace(config, output_dir=folder))
+        precompute(replace(config, cache=folder))
     lines = (source / "prompt.json").read_text().splitlines()
     lines[3:5] = [lines[5].replace("circle", "disc"), lines[0].replace("circle", "disc")]
     (source / "prompt.json").write_text("\n".join(lines))
-    precompute(replace(config, output_dir=alone))
+    precompute(replace(config, cache=alone))
     for part in ("1/2", "0/2"):
-        precompute(replace(config, output_dir=shared, part=part))
+        precompute(replace(config, cache=shared, part=part))
     assert files(shared) == files(alone)
     assert manifest.load(shared).latents.shard_records == [8, 2]
 
@@ -118,7 +118,7 @@ def one_process(
 ) -> dict[str, bytes]:
     """The files of the cache that one launched process makes."""
     folder = tmp_path_factory.mktemp("one") / "cache"
-    launch(replace(precompute_config, output_dir=folder), 1)
+    launch(replace(precompute_config, cache=folder), 1)
     return files(folder)
 
 
@@ -127,7 +127,7 @@ def test_accelerate_launch_gives_the_bytes_of_one_process(
     one_process: dict[str, bytes], fresh: PrecomputeConfig, count: int
 ) -> None:
     said = launch(fresh, count)
-    assert files(fresh.output_dir) == one_process
+    assert files(fresh.cache) == one_process
     # One speaks for all.
     assert said.count("latents: 10 records in 2 shards") == 1
 
@@ -142,7 +142,7 @@ def test_two_workers_on_one_part_do_no_harm(cache: Path, fresh: PrecomputeConfig
     for worker in workers:
         _, errors = worker.communicate(timeout=200)
         assert worker.returncode == 0, errors
-    assert files(fresh.output_dir) == files(cache)
+    assert files(fresh.cache) == files(cache)
 
 
 def test_which_part_is_ours() -> None:

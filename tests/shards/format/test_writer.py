@@ -240,17 +240,15 @@ def test_a_full_disk_ends_in_one_line_and_finished_shards_stay(
     assert done.returncode == 2
     lines = [line for line in done.stderr.splitlines() if line.startswith("Error")]
     (line,) = lines
-    assert line.startswith(f"Error: {fresh.output_dir}/latents/000000.tar: cannot write: ")
+    assert line.startswith(f"Error: {fresh.cache}/latents/000000.tar: cannot write: ")
     assert re.search(r"\(about \d\.\d MB needed, [\d.]+ MB free\); make room and run again$", line)
     assert "Traceback" not in done.stderr
     for path in (cache / "text").iterdir():
-        assert (fresh.output_dir / "text" / path.name).read_bytes() == path.read_bytes()
-    assert not list(fresh.output_dir.rglob("*.tmp-*"))
-    assert not (fresh.output_dir / "manifest.json").exists()
+        assert (fresh.cache / "text" / path.name).read_bytes() == path.read_bytes()
+    assert not list(fresh.cache.rglob("*.tmp-*"))
+    assert not (fresh.cache / "manifest.json").exists()
     precompute(fresh)
-    assert (fresh.output_dir / "manifest.json").read_bytes() == (
-        cache / "manifest.json"
-    ).read_bytes()
+    assert (fresh.cache / "manifest.json").read_bytes() == (cache / "manifest.json").read_bytes()
 
 
 def test_what_cannot_fit_is_not_begun(tmp_path: Path) -> None:

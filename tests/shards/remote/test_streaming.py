@@ -453,10 +453,10 @@ def test_training_from_a_url_gives_the_weights_of_training_from_the_folder(
     train_config: TrainConfig, tmp_path: Path, serve: Callable[[Path], Server]
 ) -> None:
     train(train_config)
-    server = serve(Path(train_config.shards))
+    server = serve(Path(train_config.cache))
     away = replace(
         train_config,
-        shards=server.url,
+        cache=server.url,
         output_dir=tmp_path / "away",
         local_cache_dir=tmp_path / "local",
         dataloader_num_workers=2,

@@ -24,7 +24,7 @@ from train.memory import estimate, simulation
 from train.memory.estimate import find_sizes, remedies
 from train.memory.meter import Meter
 from train.memory.simulation import simulate
-from train.optim.nonfinite import Guard
+from train.optim.nonfinite import NonFiniteGuard
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +60,7 @@ def taken(config: TrainConfig) -> int:
     samples = Samples(run.inputs.cache, run.inputs.order, seed=0, proportion_empty_prompts=0.0)
     places = RankBatches(0, batch_size=config.train_batch_size, rank=0, num_ranks=1)
     batches = loader(samples, places, num_workers=0, pin=False)
-    guard = Guard(
+    guard = NonFiniteGuard(
         run.optimizer.optimizer,
         None,
         too_late=False,

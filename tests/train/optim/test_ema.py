@@ -11,7 +11,7 @@ from diffusers.training_utils import EMAModel
 
 from train import checkpoints
 from train.config import TrainConfig
-from train.optim.ema import Average
+from train.optim.ema import Ema
 from train.run import train
 
 
@@ -24,7 +24,7 @@ def walk(network: torch.nn.Module, generator: torch.Generator) -> None:
 @pytest.mark.parametrize("decay", [0.5, 0.999])
 def test_it_is_what_diffusers_averages(decay: float) -> None:
     network, generator = torch.nn.Linear(3, 4), torch.Generator().manual_seed(0)
-    ours, theirs = Average(network, decay), EMAModel(network.parameters(), decay=decay)
+    ours, theirs = Ema(network, decay), EMAModel(network.parameters(), decay=decay)
     for _ in range(30):
         walk(network, generator)
         ours.step()
@@ -35,7 +35,7 @@ def test_it_is_what_diffusers_averages(decay: float) -> None:
 
 def test_the_network_bears_it_for_a_while() -> None:
     network, generator = torch.nn.Linear(2, 2), torch.Generator().manual_seed(1)
-    average = Average(network, 0.9)
+    average = Ema(network, 0.9)
     average.step()
     before = network.weight.detach().clone()
     walk(network, generator)

@@ -22,7 +22,7 @@ from train.validation.held_out import NUM_LEVELS, batches, held_out_records, lev
 
 @pytest.fixture
 def config(train_config: TrainConfig, held_out: Path) -> TrainConfig:
-    return replace(train_config, shards=str(held_out), validation_steps=2, num_validation_images=1)
+    return replace(train_config, cache=str(held_out), validation_steps=2, num_validation_images=1)
 
 
 @pytest.fixture
