@@ -1,5 +1,6 @@
 """TOML files of settings: one table a stage, checked against the stage's config dataclass."""
 
+import dataclasses
 import difflib
 import tomllib
 import types
@@ -30,12 +31,18 @@ def read_section(path: Path, section: str, config_class: type[Any]) -> dict[str,
         if name not in SECTIONS:
             raise ConfigError(f"{path}: unknown table [{name}].{nearest(name, list(SECTIONS))}")
     hints = get_type_hints(config_class)
+    aliases = {
+        alias: field.name
+        for field in dataclasses.fields(config_class)
+        for alias in field.metadata.get("aliases", ())
+    }
     settings: dict[str, Any] = {}
     table = document.get(section, {})
     if not isinstance(table, dict):
         raise ConfigError(f"{path}: {section} must be a table, [{section}], found {table!r}.")
     for key, value in table.items():
         name = key.replace("-", "_")
+        name = aliases.get(name, name)
         if name not in hints:
             raise ConfigError(
                 f"{path}: unknown key {key!r} in [{section}].{nearest(name, list(hints))}"
