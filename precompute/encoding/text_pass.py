@@ -40,7 +40,7 @@ def text_pass(job: Job, check: Check, busy: EncoderClock) -> dict[str, dict[str,
         return {}
     config = job.config
     encoders = TextEncoders(
-        job.base, job.text_settings, job.device, config.variant, compiled=config.compile
+        job.base, job.text_settings, job.device, config.variant
     )
     size = find_batch_size(
         config.text_batch_size,
