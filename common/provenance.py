@@ -1,4 +1,4 @@
-"""`run.json`: with which settings, versions and inputs a stage made its output."""
+"""`run.json`: the settings, versions and inputs with which a stage made its output."""
 
 import importlib.metadata
 import json
@@ -27,7 +27,7 @@ def versions() -> dict[str, str]:
 
 
 def commit() -> str | None:
-    """Return the commit of this project's checkout, `+` appended if it was changed, or None."""
+    """Return the commit of this project's checkout, with `+` if files differ from it, or None."""
     here = Path(__file__).resolve().parent
     try:
         head, changes = (
