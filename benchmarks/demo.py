@@ -22,7 +22,7 @@ from common.provenance import commit, machine, versions
 from demo.circles import unseen_circles
 from demo.config import load_config
 from demo.times import StageTimes
-from infer.scoring.score import WITH, WITHOUT
+from infer.scoring.results import WITH, WITHOUT
 
 SEEDED = ("circles", "train", "infer", "score")
 

@@ -200,7 +200,11 @@ def settings_of(row: Row, folder: Path, transformer: dict[str, Any]) -> TrainCon
         pooled = int(transformer["pooled_projection_dim"])
         shape = Shape(side, clip_width=width // 2, t5_width=width, pooled_width=pooled)
         write_cache(cache, shape, 1, IMAGES)
-    config = TrainConfig(str(folder / "base"), str(cache), output_dir=folder / "out")
+    config = TrainConfig(
+        pretrained_model_name_or_path=str(folder / "base"),
+        cache=str(cache),
+        output_dir=folder / "out",
+    )
     return replace(config, **PLAIN | row.settings)
 
 

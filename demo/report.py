@@ -15,7 +15,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from common.provenance import commit, machine, versions
 from demo.comparison import compare
 from demo.config import DemoConfig
-from infer.scoring.score import WITHOUT
+from infer.scoring.results import WITHOUT
 from sd3 import images
 from sd3.contact_sheet import contact_sheet
 

@@ -51,7 +51,7 @@ def test_a_row_is_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
 
 def test_operations_of_a_step() -> None:
     sizes = Sizes(TINY, controlnet(TINY, 2), None, (16, 16), (3, 48), (5, 96), False)
-    config = TrainConfig("x", "y", **PLAIN)
+    config = TrainConfig(pretrained_model_name_or_path="x", cache="y", **PLAIN)
     found = train_step.flops(config, sizes)
     assert train_step.flops(replace(config, gradient_checkpointing=True), sizes) == found
     assert train_step.flops(replace(config, gradient_accumulation_steps=3), sizes) == 3 * found
@@ -125,7 +125,9 @@ def test_every_preset_fits_its_card(card: str) -> None:
 
 
 def test_presets_change_no_samples(tmp_path: Path) -> None:
-    base = TrainConfig("x", "y", train_batch_size=8, output_dir=tmp_path)
+    base = TrainConfig(
+        pretrained_model_name_or_path="x", cache="y", train_batch_size=8, output_dir=tmp_path
+    )
     for path in cards():
         config = preset(base, path)
         assert config.train_batch_size * config.gradient_accumulation_steps == 8

@@ -19,7 +19,7 @@ from demo.comparison import Comparison
 from demo.config import load_config
 from demo.report import draw_losses, read_losses, render_page
 from demo.times import StageTimes
-from infer.scoring.score import WITHOUT
+from infer.scoring.results import WITHOUT
 from shards.format import manifest
 from tests.conftest import REPOSITORY, run_python
 

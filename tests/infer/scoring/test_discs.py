@@ -16,7 +16,7 @@ from infer.scoring.discs import (
     color_difference,
     find_disc,
     find_patch,
-    measure,
+    measure_disc,
     outlined_disc,
 )
 from sd3.images import fit
@@ -49,7 +49,7 @@ def test_a_drawn_disc_is_found(radius: int, across: float, down: float, names: l
         return  # one cannot be told from the other
     free = 512 - 2 * radius
     circle = Circle(radius + int(across * free), radius + int(down * free), radius, *names)
-    found = measure(
+    found = measure_disc(
         small(draw_disc(circle)), small(draw_outline(circle)), COLORS[color], COLORS[background]
     )
     # Two rasters of one circle may differ by half a pixel of its radius.
@@ -63,7 +63,7 @@ def test_exact_discs_score_above_98_per_cent_on_average() -> None:
     from demo.circles import random_circles
 
     scores = [
-        measure(
+        measure_disc(
             small(draw_disc(c)), small(draw_outline(c)), COLORS[c.color], COLORS[c.background]
         ).iou
         for c in random_circles(60, seed=9)
@@ -81,7 +81,7 @@ def test_fringes_and_hairlines_are_no_part_of_a_disc() -> None:
     right = np.broadcast_to(columns > 64, away.shape)
     pixels[(away > 31) & (away < 38) & right] = (255, 240, 245)  # pinker than bisque is
     pixels[64, 90:120] = COLORS["burly wood"]
-    found = measure(
+    found = measure_disc(
         Image.fromarray(pixels), small(draw_outline(circle)), COLORS[circle.color], COLORS["bisque"]
     )
     assert found.iou > 0.95
@@ -92,7 +92,7 @@ def test_fringes_and_hairlines_are_no_part_of_a_disc() -> None:
 def test_a_shifted_disc_scores_what_geometry_gives(shift: int) -> None:
     drawn = Circle(200 + shift, 256, 120, "tomato", "old lace")
     wanted = Circle(200, 256, 120, "tomato", "old lace")
-    found = measure(
+    found = measure_disc(
         small(draw_disc(drawn)), small(draw_outline(wanted)), COLORS["tomato"], COLORS["old lace"]
     )
     assert found.iou == pytest.approx(lens(120, shift), abs=0.03)
@@ -100,7 +100,7 @@ def test_a_shifted_disc_scores_what_geometry_gives(shift: int) -> None:
 
 def test_wrong_colours_score_what_colorimetry_gives() -> None:
     drawn = Circle(256, 256, 100, "tomato", "old lace")
-    found = measure(
+    found = measure_disc(
         small(draw_disc(drawn)), small(draw_outline(drawn)), COLORS["royal blue"], COLORS["white"]
     )
     expected = color_difference(COLORS["tomato"], COLORS["royal blue"])
@@ -129,7 +129,7 @@ def test_pictures_without_a_disc_score_nothing(kind: str) -> None:
         pixels[40:80, 40:80] = 200
     assert find_disc(pixels) is None
     wanted = small(draw_outline(Circle(256, 256, 100, "red", "blue")))
-    found = measure(Image.fromarray(pixels), wanted, (255, 0, 0), (0, 0, 255))
+    found = measure_disc(Image.fromarray(pixels), wanted, (255, 0, 0), (0, 0, 255))
     assert found.iou == 0
     assert found.color_error is None
 
