@@ -20,7 +20,6 @@ from transformers import PreTrainedTokenizerBase
 from demo.base_model.pipeline import CLIP_TOKENS, build_pipeline
 from demo.base_model.shapes import PALETTE, TRAINED_PAIRS, caption, paint_discs
 from demo.base_model.training_state import (
-    Stateful,
     load_state,
     save_state,
     states_of,
@@ -105,12 +104,7 @@ def train_flow(
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimizer, LEARNING_RATE, NUM_STEPS, pct_start=WARMUP_FRACTION
     )
-    parts: dict[str, Stateful] = {
-        "models": models,
-        "average": average,
-        "optimizer": optimizer,
-        "schedule": schedule,
-    }
+    parts = {"models": models, "average": average, "optimizer": optimizer, "schedule": schedule}
     state = load_state(state_path, parts, device)
     start, history = state.get("step", 0), state.get("history", [])
     bar = tqdm(range(start, NUM_STEPS), desc="flow", initial=start, total=NUM_STEPS)

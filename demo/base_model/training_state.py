@@ -2,27 +2,17 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
 
-class Stateful(Protocol):
-    """A model, an optimiser or a learning rate schedule."""
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return the state."""
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> Any:
-        """Take over a state."""
-
-
-def load_state(path: Path, parts: Mapping[str, Stateful], device: torch.device) -> dict[str, Any]:
+def load_state(path: Path, parts: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
     """Load a saved state into the parts of a training; return all of it.
 
     Args:
         path: the file; if there is none, the parts stay as they are and the result is empty.
-        parts: what the state holds, by name.
+        parts: models, optimiser and learning rate schedule, by name.
         device: of the parts.
     """
     if not path.is_file():
@@ -40,7 +30,7 @@ def save_state(path: Path, state: dict[str, Any]) -> None:
     partial.replace(path)
 
 
-def states_of(parts: Mapping[str, Stateful]) -> dict[str, Any]:
+def states_of(parts: Mapping[str, Any]) -> dict[str, Any]:
     """Return the states of a training's parts, by name."""
     return {name: part.state_dict() for name, part in parts.items()}
 
