@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from benchmarks import against_reference, train_step
-from benchmarks.bases import CLIP, T5, TRANSFORMERS, VAE
+from benchmarks.bases import CLIP, T5, TRANSFORMERS, VAE, train_settings
 from benchmarks.encoders import num_parameters
 from benchmarks.presets import cards, has_4_bit, preset
 from benchmarks.train_step import PLAIN, TINY, Row
@@ -97,7 +97,7 @@ def test_the_encoders_weigh_what_the_published_ones_do() -> None:
 
 @pytest.mark.parametrize("base", sorted(TRANSFORMERS))
 def test_every_card_goes_with_every_base(base: str) -> None:
-    run = read_section(Path(f"configs/{base}.toml"), "train", TrainConfig)
+    run = train_settings(base)
     for path in cards():
         card = read_section(path, "train", TrainConfig)
         config = TrainConfig(**run | card | {"cache": "cache"})
@@ -115,7 +115,7 @@ def test_every_card_goes_with_every_base(base: str) -> None:
 def test_every_preset_fits_its_card(card: str) -> None:
     size = int(card.removesuffix("gb")) * 2**30 - CUDA_BYTES
     for base, side in (("sd3-medium", 128), ("sd35-medium", 64 if card == "6gb" else 128)):
-        run = read_section(Path(f"configs/{base}.toml"), "train", TrainConfig)
+        run = train_settings(base)
         changes = read_section(Path(f"configs/cards/{card}.toml"), "train", TrainConfig)
         config = TrainConfig(**run | changes | {"cache": "cache"})
         transformer = TRANSFORMERS[base]
