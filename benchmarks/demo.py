@@ -1,4 +1,4 @@
-"""`python -m benchmarks.demo`: the demonstration with several seeds, and how far its score varies.
+"""`python -m benchmarks.demo`: the demonstration with several seeds, to see how its scores vary.
 
 Each seed has its own circles, training and noise; the base model is the same. Results are added to
 the JSON file under the configuration's name and the seed. Run in the repository.
@@ -42,7 +42,7 @@ SEEDED = ("circles", "train", "infer", "score")
     show_default=True,
 )
 def main(config: Path, seeds: tuple[int, ...], results: Path) -> None:
-    """Run the demonstration once a seed, each in a folder of its own under runs/."""
+    """Run the demonstration with each seed, in a folder of its own under runs/."""
     for seed in seeds:
         with user_errors():
             figures = run(config, seed)
@@ -50,12 +50,12 @@ def main(config: Path, seeds: tuple[int, ...], results: Path) -> None:
         known.setdefault(config.stem, {})[str(seed)] = figures
         write_text(results, json.dumps(known, indent=1, sort_keys=True) + "\n")
     for name, by_seed in json.loads(results.read_text()).items():
-        for seed, found in by_seed.items():
-            controlled, free = found["with_controlnet"]["iou"], found["without_controlnet"]["iou"]
+        for seed, figures in by_seed.items():
+            controlled, free = figures[WITH]["iou"], figures[WITHOUT]["iou"]
             click.echo(
                 f"{name}, seed {seed}: IoU {controlled['mean']:.3f} "
                 f"[{controlled['low']:.3f}, {controlled['high']:.3f}] with, {free['mean']:.3f} "
-                f"without; {sum(found['seconds'].values()) / 60:.1f} minutes"
+                f"without; {sum(figures['seconds'].values()) / 60:.1f} minutes"
             )
 
 
@@ -69,7 +69,7 @@ def run(config: Path, seed: int) -> dict[str, Any]:
     settings = load_config(own)
     figures: dict[str, Any] = json.loads(settings.score.json_path.read_text())
     return {
-        **{way: figures[way] for way in (WITH, WITHOUT)},
+        **{variant: figures[variant] for variant in (WITH, WITHOUT)},
         "seconds": Times(settings.demo.times, own.read_text()).seconds,
         "machine": machine(),
         "threads": int(os.environ.get("OMP_NUM_THREADS", torch.get_num_threads())),
