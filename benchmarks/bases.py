@@ -1,6 +1,10 @@
 """Configurations of the published base models, for models with random weights."""
 
+from pathlib import Path
 from typing import Any
+
+from common.config_file import read_section
+from train.config import TrainConfig
 
 _SD3: dict[str, Any] = {
     "sample_size": 128,
@@ -50,3 +54,9 @@ VAE: dict[str, Any] = {
 }
 # Tokens and width of the embeddings.
 CLIP, T5 = (77, 2048), (77, 4096)
+
+
+def train_settings(base: str) -> dict[str, Any]:
+    """Return the settings of training that configs/ has for a base."""
+    complete = read_section(Path("configs/sd35-medium.toml"), "train", TrainConfig)
+    return complete | read_section(Path(f"configs/{base}.toml"), "train", TrainConfig)

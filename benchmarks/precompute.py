@@ -26,7 +26,7 @@ from common.atomic_files import write_text
 from common.device import keep_freed_memory, pick_device
 from common.options import CONTEXT
 from common.provenance import commit, machine, versions
-from demo.circles import circles, write_circles
+from demo.circles import random_circles, write_circles
 from precompute.config import PrecomputeConfig
 from precompute.encoding.image_pass import latent_pass
 from precompute.encoding.pipeline import EncoderClock
@@ -87,7 +87,7 @@ def main(
         if true_size:
             base = folder / "base"
             save_encoders(base, dtype=torch.bfloat16, layers=layers)
-        write_circles(folder / "source", circles(images, seed=0))
+        write_circles(folder / "source", random_circles(images, seed=0))
         config = PrecomputeConfig(
             source=str(folder / "source"),
             pretrained_model_name_or_path=str(base),
@@ -181,7 +181,7 @@ class Captions:
 
 def measure_sharing(num_rows: int) -> float:
     """Return the mean number of rows with the same prompt, over rows like fill50k's."""
-    source = Captions([circle.prompt for circle in circles(num_rows, seed=0)])
+    source = Captions([circle.prompt for circle in random_circles(num_rows, seed=0)])
     with tempfile.TemporaryDirectory() as name:
         digests = DigestCache(Path(name) / "hashes.npy", keep=False)
         inventory = take_inventory(source, range(num_rows), digests, conditioning=True)

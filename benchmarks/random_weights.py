@@ -12,7 +12,7 @@ from transformers import CLIPTextConfig, CLIPTextModelWithProjection, T5Config, 
 from benchmarks.bases import VAE
 from common.atomic_files import write_text
 from common.device import default_dtype
-from demo.base_model.pipeline import clip_tokenizer, t5_tokenizer
+from demo.base_model.pipeline import build_clip_tokenizer, build_t5_tokenizer
 
 CLIP_TOKENS = 77
 
@@ -29,7 +29,9 @@ def save_encoders(folder: Path, *, dtype: torch.dtype, layers: int | None = None
     with default_dtype(dtype):  # never in 32 bit, in which T5 takes 19 GB
         for suffix, model in text_encoders(layers):
             model.save_pretrained(folder / f"text_encoder{suffix}")
-            tokenizer = t5_tokenizer() if suffix == "_3" else clip_tokenizer(CLIP_TOKENS)
+            tokenizer = (
+                build_t5_tokenizer() if suffix == "_3" else build_clip_tokenizer(CLIP_TOKENS)
+            )
             tokenizer.save_pretrained(folder / f"tokenizer{suffix}")
     AutoencoderKL.from_config(VAE).save_pretrained(folder / "vae")
 
@@ -66,7 +68,7 @@ def text_encoders(layers: int | None = None) -> Iterator[tuple[str, Any]]:
     Args:
         layers: number of layers of each; SD3's own if None.
     """
-    tokenizer = clip_tokenizer(CLIP_TOKENS)
+    tokenizer = build_clip_tokenizer(CLIP_TOKENS)
     for suffix, width, depth, heads, activation in (
         ("", 768, 12, 12, "quick_gelu"),
         ("_2", 1280, 32, 20, "gelu"),

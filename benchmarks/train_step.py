@@ -19,7 +19,7 @@ from typing import Any
 import click
 import torch
 
-from benchmarks.bases import TRANSFORMERS
+from benchmarks.bases import TRANSFORMERS, train_settings
 from benchmarks.flops import count_step_flops, measure_matrix_rate
 from benchmarks.memory_chart import draw_memory
 from benchmarks.presets import card_files
@@ -156,7 +156,7 @@ def rows(base: str) -> Iterator[Row]:
     for name, settings in FLAGS.items():
         if name != "plain":
             yield Row(name, usual, settings)
-    run = read_section(Path(f"configs/{'sd3-medium' if tiny else base}.toml"), "train", TrainConfig)
+    run = train_settings("sd3-medium" if tiny else base)
     batches = {name: run[name] for name in ("train_batch_size", "gradient_accumulation_steps")}
     for path in card_files():
         card = batches | read_section(path, "train", TrainConfig)

@@ -13,7 +13,7 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from common.atomic_files import write_text
-from demo.circles import circles, write_circles
+from demo.circles import random_circles, write_circles
 
 # Standard deviation of the noise on the pictures. In flat ones the GroupNorm of a VAE with random
 # weights would divide by nearly zero.
@@ -22,7 +22,7 @@ GRAIN = 40
 
 def write_data(folder: Path, num_rows: int, seed: int) -> None:
     """Write pictures of circles, with noise on them, as an image folder that both programs read."""
-    rows = circles(num_rows, seed)
+    rows = random_circles(num_rows, seed)
     write_circles(folder, rows)
     (folder / "prompt.json").unlink()
     rng = np.random.default_rng(seed)

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from benchmarks import flops, memory_chart, timed_steps, train_step
-from benchmarks.bases import CLIP, T5, TRANSFORMERS, VAE
+from benchmarks.bases import CLIP, T5, TRANSFORMERS, VAE, train_settings
 from benchmarks.presets import apply_preset, card_files, has_4_bit
 from benchmarks.random_weights import num_encoder_parameters, save_transformer
 from benchmarks.reference import speed
@@ -100,7 +100,7 @@ def test_the_encoders_weigh_what_the_published_ones_do() -> None:
 
 @pytest.mark.parametrize("base", sorted(TRANSFORMERS))
 def test_every_card_goes_with_every_base(base: str) -> None:
-    run = read_section(Path(f"configs/{base}.toml"), "train", TrainConfig)
+    run = train_settings(base)
     for path in card_files():
         card = read_section(path, "train", TrainConfig)
         config = TrainConfig(**run | card | {"cache": "cache"})
@@ -118,7 +118,7 @@ def test_every_card_goes_with_every_base(base: str) -> None:
 def test_every_preset_fits_its_card(card: str) -> None:
     size = int(card.removesuffix("gb")) * 2**30 - CUDA_BYTES
     for base, side in (("sd3-medium", 128), ("sd35-medium", 64 if card == "6gb" else 128)):
-        run = read_section(Path(f"configs/{base}.toml"), "train", TrainConfig)
+        run = train_settings(base)
         changes = read_section(Path(f"configs/cards/{card}.toml"), "train", TrainConfig)
         config = TrainConfig(**run | changes | {"cache": "cache"})
         transformer = TRANSFORMERS[base]

@@ -14,7 +14,7 @@ from diffusers import SD3ControlNetModel
 from PIL import Image, ImageDraw
 
 from common.errors import ConfigError
-from demo.circles import circles, write_circles
+from demo.circles import random_circles, write_circles
 from infer.config import ScoreConfig
 from infer.scoring.charts import draw_curves
 from infer.scoring.edges import TOLERANCE, agreement, edge_agreement, has_lines, lines
@@ -137,12 +137,12 @@ def test_targets_are_compared_by_arithmetic() -> None:
 
 
 def test_what_a_data_set_can_be_measured_by() -> None:
-    circle = circles(1, seed=0)[0]
-    from demo.circles import outline
+    circle = random_circles(1, seed=0)[0]
+    from demo.circles import draw_outline
 
-    assert applicable_measures(Sample(0, circle.prompt, outline(circle), outline(circle))) == (
-        "circles",
-    )
+    assert applicable_measures(
+        Sample(0, circle.prompt, draw_outline(circle), draw_outline(circle))
+    ) == ("circles",)
     assert applicable_measures(Sample(0, "a house", drawing(ONE))) == ("edges",)
     assert applicable_measures(Sample(0, "a house", drawing(ONE), boxes(ONE))) == (
         "edges",
@@ -270,7 +270,7 @@ def test_what_cannot_be_measured_is_named(
 
 
 def test_circles_are_measured_as_such(config: ScoreConfig, tmp_path: Path) -> None:
-    write_circles(tmp_path / "circles", circles(2, seed=1))
+    write_circles(tmp_path / "circles", random_circles(2, seed=1))
     score(replace(config, source=tmp_path / "circles"))
     figures = json.loads((config.output_dir / "score.json").read_text())
     assert figures[WITHOUT].keys() == {"iou", "disc_color_error", "background_color_error"}

@@ -18,7 +18,7 @@ from diffusers import (
 )
 from PIL import Image
 
-from demo.circles import Circle, circles, disc, outline, write_circles
+from demo.circles import Circle, draw_disc, draw_outline, random_circles, write_circles
 from demo.colors import COLORS
 from infer.config import ScoreConfig
 from infer.scoring.charts import worst_sheet
@@ -37,7 +37,7 @@ VARIANTS = (WITH, WITHOUT)
 
 @pytest.fixture
 def config(base: Path, controlnet: Path, tmp_path: Path) -> ScoreConfig:
-    write_circles(tmp_path / "circles", circles(NUM_SAMPLES + 1, seed=3))
+    write_circles(tmp_path / "circles", random_circles(NUM_SAMPLES + 1, seed=3))
     return ScoreConfig(
         pretrained_model_name_or_path=str(base),
         controlnet=(str(controlnet),),
@@ -133,8 +133,8 @@ def drawn(folder: Path, number: int, shift: int) -> SampleResult:
     """A sample whose controlled picture is a disc shifted by so much, and whose other is flat."""
     wanted = Circle(200, 256, 100, "tomato", "old lace")
     moved = replace(wanted, x=200 + shift)
-    sample = Sample(number, wanted.prompt, fit(outline(wanted), 128))
-    pictures = {WITH: fit(disc(moved), 128), WITHOUT: Image.new("RGB", (128, 128), "blue")}
+    sample = Sample(number, wanted.prompt, fit(draw_outline(wanted), 128))
+    pictures = {WITH: fit(draw_disc(moved), 128), WITHOUT: Image.new("RGB", (128, 128), "blue")}
     files = {variant: folder / f"{number}-{variant}.png" for variant in pictures}
     for variant, picture in pictures.items():
         picture.save(files[variant])
