@@ -40,10 +40,11 @@ from common.options import CONTEXT
 from common.prefetch import prefetch
 from common.provenance import commit, machine, versions
 from shards.format import manifest, sidecar
-from shards.format.manifest import Product
+from shards.format.product import Product, product_of
 from shards.format.sidecar import sidecar_path, tar_path
 from shards.reading.cache import Cache
 from shards.reading.order import Order
+from shards.reading.tensors import empty_tensors
 from train.data import Batch, RankBatches, Samples, loader
 
 SD3_1024PX = Shape(side=128)
@@ -106,7 +107,7 @@ def report(figures: dict[str, Any]) -> None:
 def speed(cache: Path, images: int) -> dict[str, dict[str, float]]:
     """Return GB/s and samples/s by reader; the medians of some rounds, taken in turn."""
     found = Cache(cache)
-    sample_bytes = sum(spec.num_bytes for spec in found.batch_tensors(0).values())
+    sample_bytes = sum(spec.num_bytes for spec in found.sample_specs(0).values())
     files = sorted(path for path in cache.rglob("*.tar"))
     contestants: dict[str, Callable[[], tuple[int, float]]] = {
         "raw": lambda: (raw(files), images),
@@ -147,17 +148,17 @@ def raw(files: list[Path]) -> int:
 def ours(cache: Cache, images: int, threads: int) -> int:
     """Read an epoch in batches, shuffled; return how many samples that were."""
     order = Order(cache.conditioning.product.shard_records, seed=0)
-    specs = cache.batch_tensors(0)
+    specs = cache.sample_specs(0)
 
     def read(work: tuple[int, dict[str, Tensor]]) -> dict[str, Tensor]:
         first, batch = work
-        pairs = [cache.pair(*order.record(place)) for place in range(first, first + BATCH)]
-        cache.read(batch, pairs, [pair.prompts[0] for pair in pairs])
+        places = range(first, first + BATCH)
+        samples = [cache.sample_records(*order.record(place)) for place in places]
+        cache.read(batch, samples, [sample.prompts[0] for sample in samples])
         return batch
 
     batches = (
-        (first, {k: torch.empty((BATCH, *v.shape), dtype=v.dtype) for k, v in specs.items()})
-        for first in range(0, images - BATCH + 1, BATCH)
+        (first, empty_tensors(specs, BATCH)) for first in range(0, images - BATCH + 1, BATCH)
     )
     with ThreadPoolExecutor(threads) as pool:
         count = sum(1 for _ in prefetch(pool, read, batches, lead=2 * threads))
@@ -207,7 +208,7 @@ def arrow(cache: Cache) -> Callable[[], tuple[int, float]]:
     import datasets
 
     count = min(ARROW_ROWS, cache.conditioning.index(0).num_records)
-    pairs = [cache.pair(0, index) for index in range(count)]
+    pairs = [cache.sample_records(0, index) for index in range(count)]
     rows: dict[str, list[Any]] = {"prompt_embeds": [], "pooled_prompt_embeds": []}
     for pair in pairs:
         text = cache.embeddings(pair.prompts[0])
@@ -332,7 +333,7 @@ def _multiplied(template: Path, folder: Path, product: Product, num_shards: int)
         [first], (one for shard in range(1, num_shards) if (one := sidecar.load(folder, shard)))
     )
     buckets = [] if folder.name == "text" else [0] * num_shards
-    return manifest.product_of(folder, list(cards), buckets)
+    return product_of(folder, list(cards), buckets)
 
 
 if __name__ == "__main__":

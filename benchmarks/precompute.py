@@ -36,14 +36,17 @@ from precompute.planning.inventory import take_inventory
 from precompute.planning.job import prepare
 from precompute.planning.plan import distinct_prompts
 from precompute.sources.source import Kind, Row
-from shards.format.records import Record, TensorSpec, record_bytes, record_key
+from shards.format.keys import record_key
+from shards.format.records import Record
+from shards.format.tensor_spec import TensorSpec, record_bytes
 from shards.format.writer import write_shard
+from shards.reading.tensors import torch_dtype
 
 MINIATURE = Path("demo/miniature")
 FILL50K_ROWS = 50_000
 WRITTEN_RECORDS = 24
-PADDED = TensorSpec((154, 4096), torch.float16)
-POOLED = TensorSpec((2048,), torch.float16)
+PADDED = TensorSpec((154, 4096), "float16")
+POOLED = TensorSpec((2048,), "float16")
 
 
 @click.command(context_settings=CONTEXT)
@@ -189,9 +192,9 @@ def bytes_a_sample(folder: Path, rows_a_prompt: float) -> dict[str, dict[str, fl
     for resolution in (512, 1024):
         shape = Shape(side=resolution // 8)
         grid = (shape.side, shape.side)
-        text = _written(folder / f"text{resolution}", shape.text_spec().tensors())
+        text = _written(folder / f"text{resolution}", shape.text_spec().tensor_specs())
         latent = _written(
-            folder / f"latent{resolution}", shape.latent_spec().tensors("latent", grid)
+            folder / f"latent{resolution}", shape.latent_spec().tensor_specs("latent", grid)
         )
         padded = record_bytes({"prompt_embeds": PADDED, "pooled_prompt_embeds": POOLED})
         found[str(resolution)] = {
@@ -213,7 +216,9 @@ def bytes_a_sample(folder: Path, rows_a_prompt: float) -> dict[str, dict[str, fl
 
 def _written(folder: Path, specs: dict[str, TensorSpec]) -> float:
     """Write records of zeros; return the bytes that one takes, with its share of the sidecar."""
-    tensors = {name: torch.zeros(spec.shape, dtype=spec.dtype) for name, spec in specs.items()}
+    tensors = {
+        name: torch.zeros(spec.shape, dtype=torch_dtype(spec)) for name, spec in specs.items()
+    }
     about = {"image_hash": "0" * 32, "conditioning_hash": "0" * 32}
     records = (
         Record(record_key(0, row, "0" * 16), tensors, about) for row in range(WRITTEN_RECORDS)

@@ -8,9 +8,14 @@ import torch
 from torch import Tensor
 
 from shards.format import manifest
-from shards.format.manifest import Bucket, LatentSpec, Manifest, TextSpec, product_of
-from shards.format.records import Record, TensorSpec, record_key
+from shards.format.keys import record_key
+from shards.format.manifest import Manifest
+from shards.format.product import captions_digest, product_of
+from shards.format.records import Record
+from shards.format.specs import Bucket, LatentSpec, TextSpec
+from shards.format.tensor_spec import TensorSpec
 from shards.format.writer import write_shard
+from shards.reading.tensors import torch_dtype
 
 
 @dataclass(frozen=True)
@@ -71,7 +76,7 @@ def write_cache(
 
     def drawn(specs: dict[str, TensorSpec]) -> dict[str, Tensor]:
         return {
-            name: torch.randn(spec.shape, generator=generator).to(spec.dtype)
+            name: torch.randn(spec.shape, generator=generator).to(torch_dtype(spec))
             for name, spec in specs.items()
         }
 
@@ -79,7 +84,7 @@ def write_cache(
         return record_key(shard, row, f"{number:016x}")
 
     def records(shard: int, name: str) -> Iterator[Record]:
-        specs = latent.tensors(name, grids[shard_buckets[shard]])
+        specs = latent.tensor_specs(name, grids[shard_buckets[shard]])
         for row in range(images_per_shard):
             number = shard * images_per_shard + row
             yield Record(key(shard, row, number), drawn(specs), {"image_hash": f"{number:032x}"})
@@ -88,7 +93,7 @@ def write_cache(
         rows = range(images_per_shard) if shard else range(1)
         for row in rows:
             prompt = f"prompt {shard} {row}" if shard else ""
-            yield Record(key(shard, row, row), drawn(text.tensors()), {"prompt": prompt})
+            yield Record(key(shard, row, row), drawn(text.tensor_specs()), {"prompt": prompt})
 
     texts = [
         write_shard(folder / "text", shard, prompts(shard), fingerprint="0")
@@ -121,7 +126,7 @@ def write_cache(
             conditioning={"conditioning": product_of(controls, conditioning, shard_buckets)},
             conditioning_specs={"conditioning": latent},
             validation={"conditioning": product_of(folder, [])},
-            captions=manifest.captions_digest(latents),
+            captions=captions_digest(latents),
             num_skipped=0,
             made_by={"base": "random numbers"},
         ),

@@ -27,7 +27,7 @@ class CachedPrompts:
         # Records of validation pairs hold embeddings too.
         reader = cache.validation
         validation = {
-            str(reader.about(*place).get("prompt", "")): place for place in reader.places()
+            str(reader.metadata(*place).get("prompt", "")): place for place in reader.locations()
         }
         for prompt in dict.fromkeys(prompts):
             if prompt in validation:

@@ -191,12 +191,12 @@ def _from_validation(config: GenerateConfig, cache: Cache) -> list[_Entry]:
     """Return the cache's validation pairs; their conditioning images become files."""
     entries: list[_Entry] = []
     reader = cache.validation
-    for place in reader.places():
+    for place in reader.locations():
         pixels = reader.tensors(*place)["conditioning_image"]
         path = config.output_dir / f"conditioning-{len(entries):03d}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         save_png(path, Image.fromarray(pixels.permute(1, 2, 0).numpy()))
-        prompt = str(reader.about(*place).get("prompt", ""))
+        prompt = str(reader.metadata(*place).get("prompt", ""))
         entries.append(_Entry("--cache", prompt, (path,)))
     if not entries:
         raise ConfigError(
