@@ -1,6 +1,10 @@
 """Sizes of the published base models, as their configurations give them: for weights at random."""
 
+from pathlib import Path
 from typing import Any
+
+from common.config_file import read_section
+from train.config import TrainConfig
 
 _SD3: dict[str, Any] = {
     "sample_size": 128,
@@ -49,3 +53,9 @@ VAE: dict[str, Any] = {
     "shift_factor": 0.0609,
 }
 CLIP, T5 = (77, 2048), (77, 4096)
+
+
+def train_settings(base: str) -> dict[str, Any]:
+    """Return the settings of training that configs/ has for a base."""
+    complete = read_section(Path("configs/sd35-medium.toml"), "train", TrainConfig)
+    return complete | read_section(Path(f"configs/{base}.toml"), "train", TrainConfig)

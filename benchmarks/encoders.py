@@ -10,7 +10,7 @@ from transformers import CLIPTextConfig, CLIPTextModelWithProjection, T5Config, 
 
 from benchmarks.bases import VAE
 from common.device import default_dtype
-from demo.base_model.pipeline import clip_tokenizer, t5_tokenizer
+from demo.base_model.pipeline import build_clip_tokenizer, build_t5_tokenizer
 
 CLIP_TOKENS = 77
 
@@ -27,7 +27,9 @@ def save_true_size(folder: Path, *, dtype: torch.dtype, layers: int | None = Non
     with default_dtype(dtype):  # T5 in 32 bit, as it is made, is 19 GB
         for suffix, model in text_encoders(layers):
             model.save_pretrained(folder / f"text_encoder{suffix}")
-            tokenizer = t5_tokenizer() if suffix == "_3" else clip_tokenizer(CLIP_TOKENS)
+            tokenizer = (
+                build_t5_tokenizer() if suffix == "_3" else build_clip_tokenizer(CLIP_TOKENS)
+            )
             tokenizer.save_pretrained(folder / f"tokenizer{suffix}")
     AutoencoderKL.from_config(VAE).save_pretrained(folder / "vae")
 
@@ -45,7 +47,7 @@ def text_encoders(layers: int | None = None) -> Iterator[tuple[str, Any]]:
     Args:
         layers: of each; as many as SD3's have if None.
     """
-    tokenizer = clip_tokenizer(CLIP_TOKENS)
+    tokenizer = build_clip_tokenizer(CLIP_TOKENS)
     for suffix, width, depth, heads, activation in (
         ("", 768, 12, 12, "quick_gelu"),
         ("_2", 1280, 32, 20, "gelu"),

@@ -26,7 +26,7 @@ from common.atomic_files import write_text
 from common.device import keep_freed_memory, pick_device
 from common.options import CONTEXT
 from common.provenance import commit, machine, versions
-from demo.circles import circles, write_circles
+from demo.circles import random_circles, write_circles
 from precompute.config import PrecomputeConfig
 from precompute.encoding.image_pass import latent_pass
 from precompute.encoding.pipeline import EncoderClock
@@ -83,7 +83,7 @@ def main(
         if true_size:
             base = folder / "base"
             save_true_size(base, dtype=torch.bfloat16, layers=layers)
-        write_circles(folder / "source", circles(images, seed=0))
+        write_circles(folder / "source", random_circles(images, seed=0))
         config = PrecomputeConfig(
             source=str(folder / "source"),
             pretrained_model_name_or_path=str(base),
@@ -178,7 +178,7 @@ class Captions:
 
 def prompts_shared(num_rows: int) -> float:
     """Return how many rows share a prompt record, of rows drawn from fill50k's name pairs."""
-    source = Captions([circle.prompt for circle in circles(num_rows, seed=0)])
+    source = Captions([circle.prompt for circle in random_circles(num_rows, seed=0)])
     with tempfile.TemporaryDirectory() as name:
         remembered = DigestCache(Path(name) / "hashes.npy", keep=False)
         inventory = take_inventory(source, range(num_rows), remembered, conditioning=True)

@@ -13,7 +13,7 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from common.atomic_files import write_text
-from demo.circles import circles, write_circles
+from demo.circles import random_circles, write_circles
 
 # Flat pictures would have a random VAE's GroupNorm divide by next to nothing.
 GRAIN = 40
@@ -21,7 +21,7 @@ GRAIN = 40
 
 def write_data(folder: Path, num_rows: int, seed: int) -> None:
     """Write circles with grain as an image folder that both read."""
-    rows = circles(num_rows, seed)
+    rows = random_circles(num_rows, seed)
     write_circles(folder, rows)
     (folder / "prompt.json").unlink()
     rng = np.random.default_rng(seed)

@@ -25,7 +25,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.bases import TRANSFORMERS
+from benchmarks.bases import TRANSFORMERS, train_settings
 from benchmarks.encoders import num_parameters
 from benchmarks.presets import cards, forget_accelerator
 from benchmarks.synthetic import Shape, write_cache
@@ -165,7 +165,7 @@ def rows(base: str) -> Iterator[Row]:
     for name, settings in FLAGS.items():
         if name != "plain":
             yield Row(name, usual, settings)
-    run = read_section(Path(f"configs/{'sd3-medium' if tiny else base}.toml"), "train", TrainConfig)
+    run = train_settings("sd3-medium" if tiny else base)
     batches = {name: run[name] for name in ("train_batch_size", "gradient_accumulation_steps")}
     for path in cards():
         card = batches | read_section(path, "train", TrainConfig)
@@ -200,7 +200,11 @@ def settings_of(row: Row, folder: Path, transformer: dict[str, Any]) -> TrainCon
         pooled = int(transformer["pooled_projection_dim"])
         shape = Shape(side, clip_width=width // 2, t5_width=width, pooled_width=pooled)
         write_cache(cache, shape, 1, IMAGES)
-    config = TrainConfig(str(folder / "base"), str(cache), output_dir=folder / "out")
+    config = TrainConfig(
+        pretrained_model_name_or_path=str(folder / "base"),
+        cache=str(cache),
+        output_dir=folder / "out",
+    )
     return replace(config, **PLAIN | row.settings)
 
 

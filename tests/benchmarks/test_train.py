@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from benchmarks import against_reference, train_step
-from benchmarks.bases import CLIP, T5, TRANSFORMERS, VAE
+from benchmarks.bases import CLIP, T5, TRANSFORMERS, VAE, train_settings
 from benchmarks.encoders import num_parameters
 from benchmarks.presets import cards, has_4_bit, preset
 from benchmarks.train_step import PLAIN, TINY, Row
@@ -51,7 +51,7 @@ def test_a_row_is_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
 
 def test_operations_of_a_step() -> None:
     sizes = Sizes(TINY, controlnet(TINY, 2), None, (16, 16), (3, 48), (5, 96), False)
-    config = TrainConfig("x", "y", **PLAIN)
+    config = TrainConfig(pretrained_model_name_or_path="x", cache="y", **PLAIN)
     found = train_step.flops(config, sizes)
     assert train_step.flops(replace(config, gradient_checkpointing=True), sizes) == found
     assert train_step.flops(replace(config, gradient_accumulation_steps=3), sizes) == 3 * found
@@ -97,7 +97,7 @@ def test_the_encoders_weigh_what_the_published_ones_do() -> None:
 
 @pytest.mark.parametrize("base", sorted(TRANSFORMERS))
 def test_every_card_goes_with_every_base(base: str) -> None:
-    run = read_section(Path(f"configs/{base}.toml"), "train", TrainConfig)
+    run = train_settings(base)
     for path in cards():
         card = read_section(path, "train", TrainConfig)
         config = TrainConfig(**run | card | {"cache": "cache"})
@@ -115,7 +115,7 @@ def test_every_card_goes_with_every_base(base: str) -> None:
 def test_every_preset_fits_its_card(card: str) -> None:
     size = int(card.removesuffix("gb")) * 2**30 - CUDA_BYTES
     for base, side in (("sd3-medium", 128), ("sd35-medium", 64 if card == "6gb" else 128)):
-        run = read_section(Path(f"configs/{base}.toml"), "train", TrainConfig)
+        run = train_settings(base)
         changes = read_section(Path(f"configs/cards/{card}.toml"), "train", TrainConfig)
         config = TrainConfig(**run | changes | {"cache": "cache"})
         transformer = TRANSFORMERS[base]
@@ -125,7 +125,9 @@ def test_every_preset_fits_its_card(card: str) -> None:
 
 
 def test_presets_change_no_samples(tmp_path: Path) -> None:
-    base = TrainConfig("x", "y", train_batch_size=8, output_dir=tmp_path)
+    base = TrainConfig(
+        pretrained_model_name_or_path="x", cache="y", train_batch_size=8, output_dir=tmp_path
+    )
     for path in cards():
         config = preset(base, path)
         assert config.train_batch_size * config.gradient_accumulation_steps == 8

@@ -17,16 +17,25 @@ from common.options import as_dict, option, stage_command
 class Settings:
     """Do something."""
 
-    source: Path = option(help="where from")
-    train_batch_size: int = option(4, help="samples")
+    source: Path = option(help="where from", heading="Data", aliases=("origin",))
+    train_batch_size: int = option(4, help="samples", heading="Training")
     learning_rate: float = option(1e-4, help="rate")
     name: str | None = option(None, help="name")
-    kind: Literal["one", "two"] = option("one", help="kind")
+    kind: Literal["one", "two"] = option("one", help="kind", aliases=("sort_of",))
     maybe: Literal["yes", "no"] | None = option(None, help="maybe")
     fast: bool = option(False, help="fast")
     prompt: tuple[str, ...] = option((), help="prompts")
 
 
+@dataclass(frozen=True)
+class Special(Settings):
+    """Do something special."""
+
+    more: int = option(1, help="more", heading="Special")
+    own_rate: float = option(1.0, help="rate", heading="Training")
+
+
+ELSEWHERE = {"--resolution": "see there.", "--crop": "leave it out."}
 Call = Callable[..., Result]
 seen: list[Settings] = []
 
@@ -34,9 +43,7 @@ seen: list[Settings] = []
 @pytest.fixture
 def call() -> Call:
     seen.clear()
-    main = stage_command(
-        "test", Settings, seen.append, section="train", moved={"--resolution": "see elsewhere."}
-    )
+    main = stage_command("test", Settings, seen.append, section="train", elsewhere=ELSEWHERE)
 
     def invoke(*arguments: object) -> Result:
         return CliRunner().invoke(main, [str(argument) for argument in arguments])
@@ -104,9 +111,37 @@ def test_a_missing_file_is_named(call: Call, tmp_path: Path) -> None:
 
 
 def test_an_option_that_moved_says_where(call: Call) -> None:
-    result = call("--source", "x", "--resolution", 512)
+    result = call("--source", "x", "--resolution", 512, "--crop=1", "--fast")
     assert result.exit_code == 2
-    assert "--resolution: see elsewhere." in result.output
+    assert "--resolution: see there.\n" in result.output
+    assert "--crop: leave it out.\n" in result.output
+
+
+def test_another_name_of_an_option_works_and_is_not_in_the_help(call: Call, tmp_path: Path) -> None:
+    assert call("--origin", "x", "--sort_of=two").exit_code == 0
+    file = tmp_path / "run.toml"
+    file.write_text('[train]\norigin = "y"\n')
+    assert call("--config", file).exit_code == 0
+    assert seen == [Settings(Path("x"), kind="two"), Settings(Path("y"))]
+    assert "--origin" not in call("--help").output
+
+
+def test_help_has_the_options_in_groups(call: Call) -> None:
+    lines = call("--help").output.splitlines()
+    headings = [line for line in lines if line.endswith(":") and not line.startswith(" ")]
+    assert headings == ["Data:", "Training:", "General:"]
+    place = {word: number for number, line in enumerate(lines) for word in line.split()}
+    assert place["Data:"] < place["--source"] < place["Training:"] < place["--learning-rate"]
+    assert place["--prompt"] < place["General:"] < place["--config"] < place["--help"]
+
+
+def test_a_subclass_has_its_own_options_first_and_headings_merge() -> None:
+    main = stage_command("test", Special, lambda _: None, section="train")
+    lines = CliRunner().invoke(main, ["--help"]).output.splitlines()
+    headings = [line for line in lines if line.endswith(":") and not line.startswith(" ")]
+    assert headings == ["Special:", "Training:", "Data:", "General:"]
+    place = {word: number for number, line in enumerate(lines) for word in line.split()}
+    assert place["--more"] < place["--own-rate"] < place["--train-batch-size"] < place["Data:"]
 
 
 def test_an_unknown_option_names_the_nearest(call: Call) -> None:
