@@ -1,4 +1,4 @@
-"""Sizes of the published base models, as their configurations give them: for weights at random."""
+"""Configurations of the published base models, for models with random weights."""
 
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ _SD3: dict[str, Any] = {
     "pooled_projection_dim": 2048,
     "pos_embed_max_size": 192,
 }
-# Configurations of the transformers, by the names of the files in configs/.
+# Transformers, by the names of the files in configs/.
 TRANSFORMERS: dict[str, dict[str, Any]] = {
     "sd3-medium": _SD3,
     "sd35-medium": _SD3
@@ -52,6 +52,7 @@ VAE: dict[str, Any] = {
     "scaling_factor": 1.5305,
     "shift_factor": 0.0609,
 }
+# Tokens and width of the embeddings.
 CLIP, T5 = (77, 2048), (77, 4096)
 
 

@@ -1,4 +1,4 @@
-"""`python -m benchmarks.demo`: the demonstration with several seeds, and how far its score varies.
+"""`python -m benchmarks.demo`: the demonstration with several seeds, to see how its scores vary.
 
 Each seed has its own circles, training and noise; the base model is the same. Results are added to
 the JSON file under the last configuration's name and the seed. Run in the repository.
@@ -17,7 +17,7 @@ import click
 import torch
 
 from common.atomic_files import write_text
-from common.options import CONTEXT, user_errors
+from common.command import CONTEXT, user_errors
 from common.provenance import commit, machine, versions
 from demo.circles import unseen_circles
 from demo.config import load_config
@@ -46,7 +46,7 @@ SEEDED = ("circles", "train", "infer", "score")
     show_default=True,
 )
 def main(configs: tuple[Path, ...], seeds: tuple[int, ...], results: Path) -> None:
-    """Run the demonstration once a seed, each in a folder of its own under runs/."""
+    """Run the demonstration with each seed, in a folder of its own under runs/."""
     for seed in seeds:
         with user_errors():
             figures = run(configs, seed)
@@ -54,12 +54,12 @@ def main(configs: tuple[Path, ...], seeds: tuple[int, ...], results: Path) -> No
         known.setdefault(configs[-1].stem, {})[str(seed)] = figures
         write_text(results, json.dumps(known, indent=1, sort_keys=True) + "\n")
     for name, by_seed in json.loads(results.read_text()).items():
-        for seed, found in by_seed.items():
-            controlled, free = found["with_controlnet"]["iou"], found["without_controlnet"]["iou"]
+        for seed, figures in by_seed.items():
+            controlled, free = figures[WITH]["iou"], figures[WITHOUT]["iou"]
             click.echo(
                 f"{name}, seed {seed}: IoU {controlled['mean']:.3f} "
                 f"[{controlled['low']:.3f}, {controlled['high']:.3f}] with, {free['mean']:.3f} "
-                f"without; {sum(found['seconds'].values()) / 60:.1f} minutes"
+                f"without; {sum(figures['seconds'].values()) / 60:.1f} minutes"
             )
 
 
@@ -74,7 +74,7 @@ def run(configs: Sequence[Path], seed: int) -> dict[str, Any]:
     times = StageTimes(settings.demo.times, "".join(path.read_text() for path in copies))
     figures: dict[str, Any] = json.loads(settings.score.json_path.read_text())
     return {
-        **{way: figures[way] for way in (WITH, WITHOUT)},
+        **{variant: figures[variant] for variant in (WITH, WITHOUT)},
         "seconds": times.seconds,
         "machine": machine(),
         "threads": int(os.environ.get("OMP_NUM_THREADS", torch.get_num_threads())),

@@ -11,24 +11,53 @@ from common.errors import ConfigError
 
 # The type of a setting that is a number or `auto`.
 NUMBER_OR_WORD = (int | Literal["auto"],)
+EXTENDS = "extends"
 SECTIONS = ("demo", "circles", "precompute", "train", "infer", "score", "serve", "decode")
 
 
 def read_section(path: Path, section: str, config_class: type[Any]) -> dict[str, Any]:
     """Return the settings of one stage in a TOML file, as keyword arguments of its config class.
 
+    A file may begin with `extends = "other.toml"`, a path relative to its own folder. It then
+    changes the settings of that file, key by key.
+
     Raises:
-        ConfigError: the file cannot be read, is not TOML, or holds an unknown table, an unknown
-            key or a value of the wrong type.
+        ConfigError: a file cannot be read, is not TOML, or holds an unknown table, an unknown
+            key or a value of the wrong type; or files extend each other in a circle.
     """
+    settings: dict[str, Any] = {}
+    for file in reversed(_with_extended(path)):
+        settings |= _settings(file, section, config_class)
+    return settings
+
+
+def _with_extended(path: Path) -> list[Path]:
+    """Return a file, the file that it extends, the file that this one extends, and so on."""
+    files = [path]
+    while (extended := _document(files[-1]).get(EXTENDS)) is not None:
+        if not isinstance(extended, str):
+            raise ConfigError(f"{files[-1]}: extends: expected a path, found {extended!r}.")
+        file = files[-1].parent / extended
+        if file.resolve() in [known.resolve() for known in files]:
+            raise ConfigError(f"{files[-1]}: extends {extended!r}, which extends this file.")
+        files.append(file)
+    return files
+
+
+def _document(path: Path) -> dict[str, Any]:
     try:
-        document = tomllib.loads(path.read_text(encoding="utf-8"))
+        return tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigError(f"--config {path}: {error.strerror or error}") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"--config {path}: not valid TOML: {error}") from error
+
+
+def _settings(path: Path, section: str, config_class: type[Any]) -> dict[str, Any]:
+    """Return the settings that stand in one file."""
+    document = _document(path)
     for name in document:
-        if name not in SECTIONS:
+        if name not in (*SECTIONS, EXTENDS):
             raise ConfigError(f"{path}: unknown table [{name}].{nearest(name, list(SECTIONS))}")
     hints = get_type_hints(config_class)
     aliases = {
@@ -36,10 +65,10 @@ def read_section(path: Path, section: str, config_class: type[Any]) -> dict[str,
         for field in dataclasses.fields(config_class)
         for alias in field.metadata.get("aliases", ())
     }
-    settings: dict[str, Any] = {}
     table = document.get(section, {})
     if not isinstance(table, dict):
         raise ConfigError(f"{path}: {section} must be a table, [{section}], found {table!r}.")
+    settings: dict[str, Any] = {}
     for key, value in table.items():
         name = key.replace("-", "_")
         name = aliases.get(name, name)

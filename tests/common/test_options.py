@@ -9,8 +9,9 @@ import pytest
 from click.testing import CliRunner, Result
 
 from common.checks import pair_up
+from common.command import stage_command
 from common.errors import ConfigError, ShardError
-from common.options import as_dict, option, stage_command
+from common.options import as_dict, option
 
 
 @dataclass(frozen=True)
@@ -102,6 +103,36 @@ def test_a_wrong_file_is_refused(call: Call, tmp_path: Path, text: str, message:
     assert message in result.output
     assert result.output.count("\n") == 1
     assert seen == []
+
+
+def test_a_file_changes_the_one_that_it_extends(call: Call, tmp_path: Path) -> None:
+    (tmp_path / "bases").mkdir()
+    (tmp_path / "bases/first.toml").write_text(
+        '[train]\nsource = "x"\nlearning_rate = 1.0\nname = "first"\n'
+    )
+    (tmp_path / "bases/second.toml").write_text(
+        'extends = "first.toml"\n[train]\nlearning_rate = 2.0\n'
+    )
+    third = tmp_path / "third.toml"
+    third.write_text('extends = "bases/second.toml"\n[train]\nname = "third"\n')
+    assert call("--config", third).exit_code == 0
+    assert seen == [Settings(Path("x"), learning_rate=2.0, name="third")]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('extends = "none.toml"', "none.toml: No such file"),
+        ("extends = 3", "extends: expected a path, found 3"),
+        ('extends = "run.toml"', "extends 'run.toml', which extends this file"),
+    ],
+)
+def test_a_wrong_extension_is_refused(call: Call, tmp_path: Path, text: str, message: str) -> None:
+    file = tmp_path / "run.toml"
+    file.write_text(text)
+    result = call("--config", file, "--source", "x")
+    assert result.exit_code == 2
+    assert message in result.output
 
 
 def test_a_missing_file_is_named(call: Call, tmp_path: Path) -> None:
