@@ -44,7 +44,7 @@ from shards.format.manifest import Product
 from shards.format.sidecar import sidecar_path, tar_path
 from shards.reading.cache import Cache
 from shards.reading.order import Order
-from train.data import Batch, RankBatches, Samples, loader
+from train.data import Batch, RankPlaces, TrainingSamples, read_batches
 
 SD3_1024PX = Shape(side=128)
 BATCH = 8
@@ -175,9 +175,9 @@ def drawn(cache: Cache, images: int) -> int:
 def batches_of(cache: Cache) -> Generator[tuple[list[int], Batch], None, None]:
     """Return training's batches, and their places, without end."""
     order = Order(cache.conditioning.product.shard_records, seed=0)
-    samples = Samples(cache, order, seed=0, proportion_empty_prompts=0.0)
-    places = RankBatches(0, batch_size=BATCH, rank=0, num_ranks=1)
-    return loader(samples, places, num_workers=THREADS, pin=False)
+    samples = TrainingSamples(cache, order, seed=0, proportion_empty_prompts=0.0)
+    places = RankPlaces(0, batch_size=BATCH, rank=0, num_ranks=1)
+    return read_batches(samples, places, num_workers=THREADS, pin=False)
 
 
 def webdataset_bytes(files: list[Path]) -> int:

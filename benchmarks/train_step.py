@@ -38,7 +38,7 @@ from common.provenance import commit, machine, versions
 from train import loop
 from train.assembly import Run, assemble
 from train.config import TrainConfig
-from train.data import RankBatches, Samples, loader
+from train.data import RankPlaces, TrainingSamples, read_batches
 from train.memory.estimate import find_sizes
 from train.memory.simulation import PARTS, Simulation, Sizes, simulate
 from train.optim.nonfinite import NonFiniteGuard
@@ -255,20 +255,27 @@ class Steps:
     def __init__(self, run: Run) -> None:
         self.run = run
         self.device = run.accelerator.device
-        samples = Samples(run.inputs.cache, run.inputs.order, seed=0, proportion_empty_prompts=0.0)
-        places = RankBatches(0, batch_size=run.config.train_batch_size, rank=0, num_ranks=1)
+        samples = TrainingSamples(
+            run.inputs.cache, run.inputs.order, seed=0, proportion_empty_prompts=0.0
+        )
+        places = RankPlaces(0, batch_size=run.config.train_batch_size, rank=0, num_ranks=1)
         workers = run.config.dataloader_num_workers
         pin = self.device.type == "cuda"
-        self.batches = loader(samples, places, num_workers=workers, pin=pin)
+        self.batches = read_batches(samples, places, num_workers=workers, pin=pin)
         self.guard = NonFiniteGuard(
-            run.optimizer.optimizer, None, too_late=False, stop=True, name=str, say=click.echo
+            run.optimizer.optimizer,
+            None,
+            update_already_applied=False,
+            stop=True,
+            sample_key=str,
+            print=click.echo,
         )
         self.number = 0
 
     def take(self) -> None:
         """Take a step."""
         self.number += 1
-        loop._step(self.run, self.batches, self.guard, self.number)
+        loop.take_step(self.run, self.batches, self.guard, self.number)
 
     def seconds_a_step(self) -> float:
         """Return the time of a step once all is warm: after two."""
@@ -337,8 +344,10 @@ def flops(config: TrainConfig, sizes: Sizes) -> int:
         aten._scaled_dot_product_flash_attention_for_cpu_backward: attention_backward_flops,
     }
     counter = FlopCounterMode(display=False, custom_mapping=attention)
-    with FakeTensorMode(), Simulation(plain, sizes) as run, counter:
-        run.step()
+    with FakeTensorMode():
+        run = Simulation(plain, sizes)
+        with counter:
+            run.step()
     return int(counter.get_total_flops()) * config.gradient_accumulation_steps
 
 

@@ -1,10 +1,10 @@
-"""Checkpoints: written aside and renamed, so that each is whole; pruned only after that.
+"""Checkpoints: written to a temporary folder and renamed, so that each is complete.
 
 checkpoint-500/
     train_state.json      written last: see `TrainState`
     run.json              settings and versions, for people
     controlnet/           as diffusers loads it
-    controlnet_ema/       likewise, if an average is kept
+    controlnet_ema/       the averaged weights in the same form, if there are any
     optimizer.bin, scheduler.bin, random_states_*.pkl, scaler.pt    accelerate's
 """
 
@@ -13,9 +13,7 @@ import shutil
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
 
-import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from diffusers import SD3ControlNetModel
@@ -26,12 +24,12 @@ from common.errors import ConfigError, RunError
 from common.options import os_error_line
 from common.provenance import write_run
 from sd3.pretrained import read_config
-from train.distribution import Way, way, whole_weights
+from train.config import TrainConfig
+from train.distribution import Strategy, strategy
 from train.optim.ema import Ema
+from train.saved_controlnet import CONTROLNET_FOLDER, EMA_FOLDER, save_controlnet
 
 STATE_FILE = "train_state.json"
-CONTROLNET_FOLDER = "controlnet"
-AVERAGE_FOLDER = "controlnet_ema"
 PREFIX = "checkpoint-"
 
 
@@ -41,14 +39,14 @@ class TrainState:
 
     Attributes:
         step: optimiser steps done.
-        place: samples consumed; the next one's number in the run's order.
+        place: the next sample's number in the run's order; also the number of samples consumed.
         seed: of the order and all draws.
-        shuffle_window: of the order.
-        bucket_group: of the order: how many samples in a row are of one bucket.
+        shuffle_window: shards mixed at a time; None for all.
+        bucket_group: how many consecutive samples of the order belong to one bucket.
         fingerprints: of the data that the order refers to; see `Manifest.fingerprints`.
-        averaged_steps: updates that the average of weights has taken in; 0 if there is none.
+        averaged_steps: updates in the moving average of the weights; 0 without one.
         distribution: how the processes shared the ControlNet and its optimiser's state.
-        num_processes: that did.
+        num_processes: how many processes there were.
     """
 
     step: int
@@ -58,7 +56,7 @@ class TrainState:
     bucket_group: int
     fingerprints: dict[str, str]
     averaged_steps: int = 0
-    distribution: Way = "copies"
+    distribution: Strategy = "copies"
     num_processes: int = 1
 
 
@@ -70,11 +68,15 @@ def find(output_dir: Path) -> list[Path]:
 
 
 def choose(output_dir: Path, wanted: str | None) -> Path | None:
-    """Return the checkpoint to resume from, or None to start anew.
+    """Return the checkpoint to resume from, or None to start from the beginning.
+
+    Args:
+        output_dir: the run's folder.
+        wanted: a checkpoint's name or path, `latest`, or None.
 
     Raises:
-        ConfigError: the named one is not there; or going on from it, or starting anew, would mix
-            with later checkpoints that are there.
+        ConfigError: the wanted checkpoint does not exist, or the run would mix with later
+            checkpoints in the folder.
     """
     present = find(output_dir)
     if wanted == "latest":
@@ -88,7 +90,8 @@ def choose(output_dir: Path, wanted: str | None) -> Path | None:
         return None
     for path in (Path(wanted), output_dir / Path(wanted).name):
         if (path / STATE_FILE).is_file():
-            later = [one.name for one in present if read_state(one).step > read_state(path).step]
+            step = read_state(path).step
+            later = [other.name for other in present if read_state(other).step > step]
             if later:
                 raise ConfigError(
                     f"--resume-from-checkpoint {wanted}: {output_dir} holds later ones, "
@@ -102,7 +105,7 @@ def choose(output_dir: Path, wanted: str | None) -> Path | None:
 
 
 def read_state(checkpoint: Path) -> TrainState:
-    """Return where the run of a checkpoint stood.
+    """Return where a run stood when it saved a checkpoint.
 
     Raises:
         ConfigError: its state file is damaged.
@@ -115,10 +118,10 @@ def read_state(checkpoint: Path) -> TrainState:
 
 
 def check_same_model(checkpoint: Path, controlnet: SD3ControlNetModel) -> None:
-    """Hold the ControlNet of a checkpoint against the one that is to go on.
+    """Check that a checkpoint holds a ControlNet of the same sizes as the one to train.
 
     Raises:
-        ConfigError: they have other sizes.
+        ConfigError: it does not.
     """
     saved = read_config(checkpoint, CONTROLNET_FOLDER)
     wrong = [
@@ -133,68 +136,66 @@ def check_same_model(checkpoint: Path, controlnet: SD3ControlNetModel) -> None:
         )
 
 
-def save(
-    accelerator: Accelerator,
-    output_dir: Path,
-    state: TrainState,
-    limit: int | None,
-    average: Ema | None,
-    config: Any,
-) -> Path:
-    """Save all that a resume needs; every process must call this.
+def save(accelerator: Accelerator, config: TrainConfig, state: TrainState, ema: Ema | None) -> Path:
+    """Save all that a resume needs, then remove old checkpoints; every process must call this.
 
     Args:
-        accelerator: holds model, optimiser, schedule and scaler.
-        output_dir: the run's folder.
+        accelerator: holds ControlNet, optimiser, schedule and scaler.
+        config: settings of the run.
         state: where the run stands.
-        limit: checkpoints to keep, this one included.
-        average: of the ControlNet's weights, or None.
-        config: the run's settings, for people.
+        ema: the average of the ControlNet's weights, or None.
 
     Returns:
         The checkpoint's folder.
 
     Raises:
-        RunError: it could not be written; earlier ones are as they were.
+        RunError: it could not be written; earlier ones are unchanged.
     """
-    final = output_dir / f"{PREFIX}{state.step}"
-    partial = output_dir / f"{final.name}.partial"
-    main = accelerator.is_main_process
-    state = replace(state, distribution=way(accelerator), num_processes=accelerator.num_processes)
+    final = config.output_dir / f"{PREFIX}{state.step}"
+    partial = final.with_name(f"{final.name}.partial")
+    state = replace(
+        state,
+        averaged_steps=ema.num_steps if ema else 0,
+        distribution=strategy(accelerator),
+        num_processes=accelerator.num_processes,
+    )
 
     def begin() -> None:
-        if main:
+        if accelerator.is_main_process:
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir(parents=True)
 
     def write() -> None:
         accelerator.save_state(str(partial))
-        if average is not None:
-            with average.in_place():
-                _save_network(accelerator, average.network, partial / AVERAGE_FOLDER)
+        if ema is not None:
+            with ema.applied():
+                save_controlnet(accelerator, ema.network, partial / EMA_FOLDER)
 
     def complete() -> None:
-        if main:
+        if accelerator.is_main_process:
             write_run(partial, "train", config)
             write_text(partial / STATE_FILE, json.dumps(asdict(state)) + "\n")
             _remove(final)
             partial.rename(final)
-            for old in find(output_dir)[: -limit if limit else 0]:
-                _remove(old)
+            _remove_old(config.output_dir, config.checkpoints_total_limit)
 
-    for part in (begin, write, complete):
-        _together(accelerator, part, partial)
+    for phase in (begin, write, complete):
+        _run_on_all(accelerator, phase, partial)
     return final
 
 
-def _together(accelerator: Accelerator, part: Callable[[], None], partial: Path) -> None:
-    """Do a part of saving on all processes, none of which goes on if it failed on any."""
+def _run_on_all(accelerator: Accelerator, phase: Callable[[], None], partial: Path) -> None:
+    """Run a phase of saving on all processes; if it fails on any, all of them raise.
+
+    Raises:
+        RunError: it failed on at least one process.
+    """
     problem = ""
     try:
-        part()
+        phase()
     except (OSError, RuntimeError, SafetensorError) as error:  # torch.save raises RuntimeError
         problem = os_error_line(error) if isinstance(error, OSError) else str(error).splitlines()[0]
-    problems = [one for one in gather_object([problem]) if one]
+    problems = [text for text in gather_object([problem]) if text]
     if not problems:
         return
     if accelerator.is_main_process:
@@ -207,79 +208,16 @@ def _together(accelerator: Accelerator, part: Callable[[], None], partial: Path)
     )
 
 
-def restore_average(checkpoint: Path, average: Ema, num_steps: int) -> None:
-    """Go on from a checkpoint's average; from its weights where it has none."""
-    if (checkpoint / AVERAGE_FOLDER).is_dir():
-        saved = SD3ControlNetModel.from_pretrained(checkpoint, subfolder=AVERAGE_FOLDER)
-        average.restore(saved.state_dict(), num_steps)
+def _remove_old(output_dir: Path, limit: int | None) -> None:
+    """Remove all complete checkpoints but the last `limit`; None keeps them all."""
+    for old in find(output_dir)[: -limit if limit else 0]:
+        _remove(old)
 
 
 def _remove(checkpoint: Path) -> None:
-    """Remove a checkpoint in such a way that no half of it passes for one."""
+    """Remove a checkpoint so that an interruption leaves no half of it under its name."""
     if checkpoint.is_dir():
-        gone = checkpoint.with_name(checkpoint.name + ".removed")
-        shutil.rmtree(gone, ignore_errors=True)
-        checkpoint.rename(gone)
-        shutil.rmtree(gone)
-
-
-def use_diffusers_format(accelerator: Accelerator) -> None:
-    """Have checkpoints hold the ControlNet as a folder that diffusers loads."""
-
-    def save_model(models: list[Any], weights: list[Any], folder: str) -> None:
-        for model in models:
-            _save_network(accelerator, model, Path(folder) / CONTROLNET_FOLDER)
-        weights.clear()
-
-    def load_model(models: list[Any], folder: str) -> None:
-        while models:
-            unwrapped = accelerator.unwrap_model(models.pop())
-            saved = SD3ControlNetModel.from_pretrained(folder, subfolder=CONTROLNET_FOLDER)
-            unwrapped.load_state_dict(saved.state_dict())
-
-    accelerator.register_save_state_pre_hook(save_model)
-    accelerator.register_load_state_pre_hook(load_model)
-
-
-def save_result(
-    accelerator: Accelerator, controlnet: Any, average: Ema | None, output_dir: Path
-) -> None:
-    """Save the trained ControlNet into the run's folder, and its average into one in there.
-
-    Every process must call this.
-    """
-    _replace_network(accelerator, controlnet, output_dir)
-    if average is not None:
-        with average.in_place():
-            _replace_network(accelerator, controlnet, output_dir / AVERAGE_FOLDER)
-
-
-def _replace_network(accelerator: Accelerator, controlnet: Any, folder: Path) -> None:
-    """Save a network as `_save_network` does, but each file whole."""
-    partial = folder / "controlnet.partial"
-    if accelerator.is_main_process:
-        shutil.rmtree(partial, ignore_errors=True)
-    _save_network(accelerator, controlnet, partial)
-    if not accelerator.is_main_process:
-        return
-    # The configuration goes first and comes last: without it the folder is no model.
-    for stale in (folder / "config.json", *folder.glob("diffusion_pytorch_model*")):
-        stale.unlink(missing_ok=True)
-    for file in sorted(partial.iterdir(), key=lambda path: path.name == "config.json"):
-        file.replace(folder / file.name)
-    partial.rmdir()
-
-
-def _save_network(accelerator: Accelerator, controlnet: Any, folder: Path) -> None:
-    """Save a ControlNet with all of its weights, however it is shared out, as diffusers does.
-
-    Every process must call this.
-    """
-    weights = whole_weights(accelerator, controlnet)
-    if not accelerator.is_main_process:
-        return
-    config = accelerator.unwrap_model(controlnet).config
-    with torch.device("meta"):
-        network = SD3ControlNetModel.from_config(config)
-    network.load_state_dict(weights, assign=True)
-    network.save_pretrained(str(folder))
+        removed = checkpoint.with_name(checkpoint.name + ".removed")
+        shutil.rmtree(removed, ignore_errors=True)
+        checkpoint.rename(removed)
+        shutil.rmtree(removed)

@@ -28,7 +28,7 @@ def controlnet(transformer: dict[str, Any], num_layers: int = 12) -> dict[str, A
 
 
 def test_a_row_is_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(simulation, "_use_float32_norms", lambda network: None)
+    monkeypatch.setattr(simulation, "use_float32_norms", lambda network: None)
     monkeypatch.setattr(train_step, "SECONDS", 0.1)
     train_step.save_random(tmp_path / "base", TINY)
     settings = {"train_batch_size": 2, "gradient_accumulation_steps": 2}

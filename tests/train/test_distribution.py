@@ -79,7 +79,7 @@ def test_what_cannot_be_is_refused(
     ],
 )
 def test_checkpoints_go_on_as_they_can(
-    was: distribution.Way, processes: int, now: DistributedType, message: str | None
+    was: distribution.Strategy, processes: int, now: DistributedType, message: str | None
 ) -> None:
     state = checkpoints.TrainState(
         step=1,

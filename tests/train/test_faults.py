@@ -31,11 +31,11 @@ def infinite_gradient(losses: Tensor, controlnet: Any) -> Tensor:
 
 
 def key(config: TrainConfig, place: int) -> str:
-    from train.data import Samples
+    from train.data import TrainingSamples
     from train.inputs import find_inputs
 
     inputs = find_inputs(config, 1)
-    samples = Samples(inputs.cache, inputs.order, seed=0, proportion_empty_prompts=0)
+    samples = TrainingSamples(inputs.cache, inputs.order, seed=0, proportion_empty_prompts=0)
     return samples.key(place)
 
 
