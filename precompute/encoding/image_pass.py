@@ -50,9 +50,7 @@ def latent_pass(
     if not (latents or conditioning or validation):
         return
     config = job.config
-    encoder = LatentEncoder(
-        job.base, job.latent_settings, job.device, config.variant, compiled=config.compile
-    )
+    encoder = LatentEncoder(job.base, job.latent_settings, job.device, config.variant)
     # The largest shape; the others take no more.
     width, height = max(job.latent_settings.shapes, key=lambda shape: shape[0] * shape[1])
 

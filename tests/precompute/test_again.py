@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from demo.circles import circles as draw
+from demo.circles import random_circles as draw
 from demo.circles import write_circles
 from precompute.config import PrecomputeConfig
 from precompute.encoding.shard_build import prepare_work
