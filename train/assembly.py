@@ -10,7 +10,7 @@ from tqdm import tqdm
 
 from common.device import compile_blocks
 from sd3.pretrained import DATA_KEY
-from train import checkpoints, distribution, models
+from train import distribution, models
 from train.compatibility import check_controlnet, check_same_distribution
 from train.config import TrainConfig
 from train.inputs import (
@@ -32,7 +32,8 @@ from train.optim.adamw import (
 )
 from train.optim.ema import Ema
 from train.optim.fused_backward import FusedBackward
-from train.saved_controlnet import restore_ema, use_diffusers_format
+from train.saving import checkpoints
+from train.saving.controlnet import restore_ema, use_diffusers_format
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,8 @@ from diffusers import SD3ControlNetModel
 from common.errors import ConfigError
 from sd3.pretrained import controlnet_mismatches, has_component, read_config
 from shards.format.manifest import LatentSpec, Manifest
-from train.checkpoints import TrainState
 from train.distribution import STRATEGY_NAMES, strategy
+from train.saving.checkpoints import TrainState
 
 Comparison = tuple[str, object, object]  # what is compared, the left value, the right value
 

@@ -14,11 +14,12 @@ from sd3.pretrained import find_base, find_controlnet
 from shards.reading.cache import Cache
 from shards.reading.order import Order
 from shards.remote.streaming import open_files
-from train import checkpoints, distribution, models
-from train.checkpoints import TrainState
+from train import distribution, models
 from train.compatibility import check_base, check_same_order
 from train.config import TrainConfig
 from train.loss import Objective
+from train.saving import checkpoints
+from train.saving.checkpoints import TrainState
 from train.validation.held_out import held_out_records
 
 

@@ -12,14 +12,14 @@ from accelerate import Accelerator
 from tqdm import tqdm
 
 from common.interruption import Received, signals_noted
-from train import checkpoints
 from train.assembly import Run
-from train.checkpoints import TrainState
 from train.data import Batch, RankPlaces, TrainingSamples, read_batches
 from train.distribution import clip_gradients, strategy
 from train.inputs import samples_per_step
 from train.loss import batch_losses
 from train.optim.nonfinite import NonFiniteGuard
+from train.saving import checkpoints
+from train.saving.checkpoints import TrainState
 from train.validation import pictures
 
 

@@ -14,13 +14,13 @@ from common.errors import RunError
 from common.options import as_dict
 from common.provenance import write_run
 from sd3.pretrained import DATA_KEY
-from train import publish
 from train.assembly import Run, assemble
-from train.checkpoints import TrainState
 from train.config import TrainConfig
 from train.inputs import samples_per_step
 from train.loop import take_steps
-from train.saved_controlnet import save_result
+from train.saving import publish
+from train.saving.checkpoints import TrainState
+from train.saving.controlnet import save_result
 
 
 def train(config: TrainConfig) -> None:

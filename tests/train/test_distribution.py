@@ -10,8 +10,9 @@ import torch
 from accelerate.utils import DistributedType
 
 from common.errors import ConfigError
-from train import checkpoints, compatibility, distribution
+from train import compatibility, distribution
 from train.config import TrainConfig
+from train.saving import checkpoints
 
 
 def accelerator(kind: DistributedType, **more: Any) -> Any:

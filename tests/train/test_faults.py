@@ -16,9 +16,10 @@ from torch import Tensor
 from common.errors import RunError
 from tests.conftest import Outcome, Spoil, flags
 from tests.train.test_run import same, weights
-from train import assembly, checkpoints
+from train import assembly
 from train.config import TrainConfig
 from train.run import train
+from train.saving import checkpoints
 
 
 def second_is_nan(losses: Tensor, _: Any) -> Tensor:

@@ -18,9 +18,9 @@ from safetensors.torch import load_file
 
 from common.errors import ConfigError, RunError
 from tests.conftest import PROMPTS, Outcome
-from train import publish
 from train.config import TrainConfig
 from train.run import train
+from train.saving import publish
 
 
 @pytest.fixture

@@ -9,11 +9,11 @@ import torch
 from diffusers import SD3ControlNetModel
 from diffusers.training_utils import EMAModel
 
-from train import checkpoints
 from train.config import TrainConfig
 from train.optim.ema import Ema
 from train.run import train
-from train.saved_controlnet import EMA_FOLDER
+from train.saving import checkpoints
+from train.saving.controlnet import EMA_FOLDER
 
 
 def walk(network: torch.nn.Module, generator: torch.Generator) -> None:

@@ -12,7 +12,7 @@ from common.provenance import commit, versions
 from sd3.pretrained import DATA_KEY, is_hub_id
 from train.assembly import Run
 from train.config import TrainConfig
-from train.saved_controlnet import EMA_FOLDER
+from train.saving.controlnet import EMA_FOLDER
 from train.validation.sampling import read_pairs
 
 CARD = "README.md"

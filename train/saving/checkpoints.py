@@ -27,7 +27,7 @@ from sd3.pretrained import read_config
 from train.config import TrainConfig
 from train.distribution import Strategy, strategy
 from train.optim.ema import Ema
-from train.saved_controlnet import CONTROLNET_FOLDER, EMA_FOLDER, save_controlnet
+from train.saving.controlnet import CONTROLNET_FOLDER, EMA_FOLDER, save_controlnet
 
 STATE_FILE = "train_state.json"
 PREFIX = "checkpoint-"
