@@ -46,7 +46,7 @@ from common.device import keep_freed_memory
 from common.options import CONTEXT
 from common.provenance import commit, machine, versions
 from shards.format import manifest, sidecar
-from shards.format.manifest import Product
+from shards.format.product import Product, product_of
 from shards.format.sidecar import sidecar_path, tar_path
 from shards.reading.cache import Cache
 
@@ -110,7 +110,7 @@ def report(figures: dict[str, Any]) -> None:
 def measure_speed(folder: Path, images: int) -> dict[str, dict[str, float]]:
     """Return GB/s and samples/s by reader: medians of rounds in which the readers take turns."""
     cache = Cache(folder)
-    sample_bytes = sum(spec.num_bytes for spec in cache.batch_tensors(0).values())
+    sample_bytes = sum(spec.num_bytes for spec in cache.sample_specs(0).values())
     files = sorted(folder.rglob("*.tar"))
     readers: dict[str, Callable[[], tuple[int, int]]] = {
         "raw": lambda: (read_raw(files), images),
@@ -248,7 +248,7 @@ def _repeat_shard(template: Path, folder: Path, product: Product, num_shards: in
         loaded for shard in range(num_shards) if (loaded := sidecar.load(folder, shard)) is not None
     ]
     buckets = [] if folder.name == "text" else [0] * num_shards
-    return manifest.product_of(folder, sidecars, buckets)
+    return product_of(folder, sidecars, buckets)
 
 
 if __name__ == "__main__":

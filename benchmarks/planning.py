@@ -113,7 +113,7 @@ def make_plans(
     prompts = plan.distinct_prompts(inventory)
     lap("distinct prompts")
     text = plan.plan_text(
-        folder, prompts, {"": 0}, SD3_1024PX.text_spec().tensors(), SHARD_MB, before["text"]
+        folder, prompts, {"": 0}, SD3_1024PX.text_spec().tensor_specs(), SHARD_MB, before["text"]
     )
     none_held_out = np.zeros(len(inventory), bool)
     latents = plan.plan_latents(
@@ -122,7 +122,7 @@ def make_plans(
         np.zeros(len(inventory), np.int64),
         none_held_out,
         {"": 0},
-        [SD3_1024PX.latent_spec().tensors("latent", GRID)],
+        [SD3_1024PX.latent_spec().tensor_specs("latent", GRID)],
         SHARD_MB,
         before["latents"],
     )

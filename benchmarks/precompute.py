@@ -36,14 +36,17 @@ from precompute.planning.inventory import take_inventory
 from precompute.planning.job import prepare
 from precompute.planning.plan import distinct_prompts
 from precompute.sources.source import Kind, Row
-from shards.format.records import Record, TensorSpec, record_bytes, record_key
+from shards.format.keys import record_key
+from shards.format.records import Record
+from shards.format.tensor_spec import TensorSpec, record_bytes
 from shards.format.writer import write_shard
+from shards.reading.tensors import torch_dtype
 
 MINIATURE = Path("demo/miniature")
 FILL50K_ROWS = 50_000
 WRITTEN_RECORDS = 24
-PADDED = TensorSpec((154, 4096), torch.float16)
-POOLED = TensorSpec((2048,), torch.float16)
+PADDED = TensorSpec((154, 4096), "float16")
+POOLED = TensorSpec((2048,), "float16")
 
 
 @click.command(context_settings=CONTEXT)
@@ -195,9 +198,9 @@ def measure_bytes(folder: Path, rows_a_prompt: float) -> dict[str, dict[str, flo
     for resolution in (512, 1024):
         shape = Shape(side=resolution // 8)
         grid = (shape.side, shape.side)
-        text = _record_bytes(folder / f"text{resolution}", shape.text_spec().tensors())
+        text = _record_bytes(folder / f"text{resolution}", shape.text_spec().tensor_specs())
         latent = _record_bytes(
-            folder / f"latent{resolution}", shape.latent_spec().tensors("latent", grid)
+            folder / f"latent{resolution}", shape.latent_spec().tensor_specs("latent", grid)
         )
         padded = record_bytes({"prompt_embeds": PADDED, "pooled_prompt_embeds": POOLED})
         sizes[str(resolution)] = {
@@ -219,7 +222,9 @@ def measure_bytes(folder: Path, rows_a_prompt: float) -> dict[str, dict[str, flo
 
 def _record_bytes(folder: Path, specs: dict[str, TensorSpec]) -> float:
     """Write records of zeros; return the bytes of one, with its share of the sidecar."""
-    tensors = {name: torch.zeros(spec.shape, dtype=spec.dtype) for name, spec in specs.items()}
+    tensors = {
+        name: torch.zeros(spec.shape, dtype=torch_dtype(spec)) for name, spec in specs.items()
+    }
     about = {"image_hash": "0" * 32, "conditioning_hash": "0" * 32}
     records = (
         Record(record_key(0, slot, "0" * 16), tensors, about) for slot in range(WRITTEN_RECORDS)

@@ -13,6 +13,7 @@ from torch import Tensor
 from common.prefetch import prefetch
 from shards.reading.cache import Cache
 from shards.reading.order import Order
+from shards.reading.tensors import empty_tensors
 from train.data import Batch, RankPlaces, TrainingSamples, read_batches
 
 BATCH = 8
@@ -35,17 +36,17 @@ def read_raw(files: list[Path]) -> int:
 def read_shuffled(cache: Cache, images: int, threads: int) -> int:
     """Read an epoch in batches, shuffled; return the number of samples."""
     order = Order(cache.conditioning.product.shard_records, seed=0)
-    specs = cache.batch_tensors(0)
+    specs = cache.sample_specs(0)
 
     def read(work: tuple[int, dict[str, Tensor]]) -> dict[str, Tensor]:
         first, batch = work
-        pairs = [cache.pair(*order.record(place)) for place in range(first, first + BATCH)]
-        cache.read(batch, pairs, [pair.prompts[0] for pair in pairs])
+        places = range(first, first + BATCH)
+        samples = [cache.sample_records(*order.record(place)) for place in places]
+        cache.read(batch, samples, [sample.prompts[0] for sample in samples])
         return batch
 
     batches = (
-        (first, {k: torch.empty((BATCH, *v.shape), dtype=v.dtype) for k, v in specs.items()})
-        for first in range(0, images - BATCH + 1, BATCH)
+        (first, empty_tensors(specs, BATCH)) for first in range(0, images - BATCH + 1, BATCH)
     )
     with ThreadPoolExecutor(threads) as pool:
         count = sum(1 for _ in prefetch(pool, read, batches, lead=2 * threads))
@@ -120,10 +121,10 @@ def arrow_reader(cache: Cache) -> Callable[[], tuple[int, int]]:
 def _embedding_rows(cache: Cache) -> dict[str, list[Any]]:
     """Return the first prompt embeddings as the reference keeps them: padded, as nested lists."""
     count = min(ARROW_ROWS, cache.conditioning.index(0).num_records)
-    pairs = [cache.pair(0, index) for index in range(count)]
+    samples = [cache.sample_records(0, index) for index in range(count)]
     rows: dict[str, list[Any]] = {"prompt_embeds": [], "pooled_prompt_embeds": []}
-    for pair in pairs:
-        text = cache.embeddings(pair.prompts[0])
+    for sample in samples:
+        text = cache.embeddings(sample.prompts[0])
         padded = torch.nn.functional.pad(
             text["clip_embeds"], (0, text["t5_embeds"].shape[-1] - text["clip_embeds"].shape[-1])
         )

@@ -8,9 +8,14 @@ import torch
 from torch import Tensor
 
 from shards.format import manifest
-from shards.format.manifest import Bucket, LatentSpec, Manifest, TextSpec, product_of
-from shards.format.records import Record, TensorSpec, record_key
+from shards.format.keys import record_key
+from shards.format.manifest import Manifest
+from shards.format.product import captions_digest, product_of
+from shards.format.records import Record
+from shards.format.specs import Bucket, LatentSpec, TextSpec
+from shards.format.tensor_spec import TensorSpec
 from shards.format.writer import write_shard
+from shards.reading.tensors import torch_dtype
 
 
 @dataclass(frozen=True)
@@ -102,7 +107,7 @@ def write_cache(
             conditioning={"conditioning": product_of(controls, conditioning, shard_buckets)},
             conditioning_specs={"conditioning": shape.latent_spec()},
             validation={"conditioning": product_of(folder, [])},
-            captions=manifest.captions_digest(latents),
+            captions=captions_digest(latents),
             num_skipped=0,
             made_by={"base": "random numbers"},
         ),
@@ -125,7 +130,7 @@ class _RandomRecords:
 
     def prompts(self, shard: int) -> Iterator[Record]:
         """Yield the text records of a shard; the first shard holds the empty prompt alone."""
-        specs = self._shape.text_spec().tensors()
+        specs = self._shape.text_spec().tensor_specs()
         for slot in range(self._per_shard if shard else 1):
             prompt = f"prompt {shard} {slot}" if shard else ""
             yield Record(_key(shard, slot, slot), self._tensors(specs), {"prompt": prompt})
@@ -138,7 +143,7 @@ class _RandomRecords:
             name: name of the tensor.
             grid: height and width of the latents.
         """
-        specs = self._shape.latent_spec().tensors(name, grid)
+        specs = self._shape.latent_spec().tensor_specs(name, grid)
         for slot in range(self._per_shard):
             number = shard * self._per_shard + slot
             about = {"image_hash": f"{number:032x}"}
@@ -146,7 +151,7 @@ class _RandomRecords:
 
     def _tensors(self, specs: dict[str, TensorSpec]) -> dict[str, Tensor]:
         return {
-            name: torch.randn(spec.shape, generator=self._generator).to(spec.dtype)
+            name: torch.randn(spec.shape, generator=self._generator).to(torch_dtype(spec))
             for name, spec in specs.items()
         }
 

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from common.atomic_files import write_text
-from shards.format.manifest import digest
+from shards.format.json_files import digest
 
 
 class StageTimes:

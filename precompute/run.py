@@ -22,6 +22,7 @@ from precompute.planning.existing_layout import layout_arrays
 from precompute.planning.job import Job, prepare
 from precompute.planning.plan import abandoned_files
 from shards.format import manifest, seal, sidecar
+from shards.format.expected_cache import ExpectedCache, write_expected
 from shards.format.manifest import Manifest
 from shards.format.writer import write_sidecar
 
@@ -54,7 +55,7 @@ def precompute(config: PrecomputeConfig) -> None:
     cache.mkdir(parents=True, exist_ok=True)
     require_space(cache, missing)
     plan = job.sealing_plan()
-    seal.write_plan(cache, plan, layout_arrays({"text": job.text, "latents": job.latents}))
+    write_expected(cache, plan, layout_arrays({"text": job.text, "latents": job.latents}))
     if before is not None and _changes_what_is_listed(job, before, todo):
         # What it says is about to be untrue. What it says of other controls is needed at the end.
         with contextlib.suppress(FileNotFoundError):  # another worker was first
@@ -76,13 +77,13 @@ def precompute(config: PrecomputeConfig) -> None:
     _finish(job, plan, before)
 
 
-def _finish(job: Job, plan: seal.Plan, before: Manifest | None) -> None:
+def _finish(job: Job, plan: ExpectedCache, before: Manifest | None) -> None:
     """Seal the cache, if this worker finds every shard there."""
     cache = job.config.cache
     missing = plan.missing(cache)
     if missing:
         click.echo(
-            f"{cache}: part {job.part} is done; {seal.what_is_missing(plan, missing)}. "
+            f"{cache}: part {job.part} is done; {plan.describe(missing)}. "
             "Whichever part is last completes the cache; where the parts lie on several disks, "
             "copy them into one folder and run python -m shards seal."
         )

@@ -8,7 +8,8 @@ from diffusers import SD3ControlNetModel
 
 from common.errors import ConfigError
 from sd3.pretrained import controlnet_mismatches, has_component, read_config
-from shards.format.manifest import LatentSpec, Manifest
+from shards.format.manifest import Manifest
+from shards.format.specs import LatentSpec
 from train.distribution import STRATEGY_NAMES, strategy
 from train.saving.checkpoints import TrainState
 

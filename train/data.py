@@ -17,9 +17,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from common.prefetch import prefetch
-from shards.format.records import TensorSpec
+from shards.format.tensor_spec import TensorSpec
 from shards.reading.cache import Cache
 from shards.reading.order import Order
+from shards.reading.tensors import empty_tensors
 
 BATCHES_AHEAD = 2  # for each reading thread
 
@@ -97,7 +98,7 @@ class TrainingSamples:
         self.order = order
         self.seed = seed
         self.proportion_empty_prompts = proportion_empty_prompts
-        cached = cache.batch_tensors(0).keys()
+        cached = cache.sample_specs(0).keys()
         from_posterior = [
             name for name in ("latent", "conditioning_latent") if f"{name}_std" in cached
         ]
@@ -133,18 +134,15 @@ class TrainingSamples:
             pin: use pinned memory. Torch reuses freed pinned memory for later batches, but only
                 once all copies from it are done.
         """
-        tensors = self.cache.batch_tensors(bucket)
-        latent = TensorSpec(tensors["latent"].shape, torch.float32)
+        tensors = self.cache.sample_specs(bucket)
+        latent = TensorSpec(tensors["latent"].shape, "float32")
         draws = dict.fromkeys(self.drawn_latents, latent)
-        draws |= dict.fromkeys(("uniform", "normal"), TensorSpec((), torch.float32))
-
-        def empty(specs: dict[str, TensorSpec]) -> dict[str, Tensor]:
-            return {
-                name: torch.empty((count, *spec.shape), dtype=spec.dtype, pin_memory=pin)
-                for name, spec in specs.items()
-            }
-
-        return BatchMemory(empty(tensors), empty(draws), bucket)
+        draws |= dict.fromkeys(("uniform", "normal"), TensorSpec((), "float32"))
+        return BatchMemory(
+            empty_tensors(tensors, count, pin_memory=pin),
+            empty_tensors(draws, count, pin_memory=pin),
+            bucket,
+        )
 
     def fill(self, memory: BatchMemory, places: Sequence[int]) -> Batch:
         """Read and draw the samples at some places.
@@ -159,7 +157,7 @@ class TrainingSamples:
         draws = {name: tensor.numpy() for name, tensor in memory.draws.items()}
         pairs, prompts = [], []
         for index, place in enumerate(places):
-            pair = self.cache.pair(*self.order.record(place))
+            pair = self.cache.sample_records(*self.order.record(place))
             assert self.cache.conditioning.bucket(pair.conditioning[0]) == memory.bucket
             caption = self.draw(draws, index, place, len(pair.prompts))
             pairs.append(pair)
@@ -252,10 +250,10 @@ def read_batches(
     )
     with (
         ThreadPoolExecutor(max(1, num_workers), "read") as pool,
-        samples.cache.following(samples.order, batch_places.start),
+        samples.cache.read_ahead(samples.order, batch_places.start),
     ):
         lead = BATCHES_AHEAD * num_workers
         filled = prefetch(pool, fill, work, lead) if num_workers else map(fill, work)
         for places, batch in filled:
-            samples.cache.files.reached(places[0])
+            samples.cache.files.release_before(places[0])
             yield places, batch

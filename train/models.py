@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from common.errors import ConfigError
 from sd3.pretrained import component_variant, read_config
 from sd3.quantized import quantize
-from shards.format.manifest import LatentSpec, Manifest
+from shards.format.manifest import Manifest
+from shards.format.specs import LatentSpec
 from train.config import TrainConfig
 
 DEFAULT_NUM_LAYERS = 12

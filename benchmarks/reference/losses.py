@@ -198,7 +198,7 @@ def training_draws(cache: Path, data: Path) -> dict[str, Any]:
     for place in range(count):
         record = samples.order.record(place)
         samples.draw(draws, place, place, num_prompts=1)
-        order.append(rows[str(opened.conditioning.about(*record)["image_hash"])])
+        order.append(rows[str(opened.conditioning.metadata(*record)["image_hash"])])
     density = objective.timestep_density(
         memory.draws["uniform"], memory.draws["normal"], "logit_normal"
     )

@@ -30,7 +30,10 @@ class CachedPrompts:
         self._embeds: dict[str, tuple[Tensor, Tensor]] = {}
         # Records of validation pairs hold embeddings too.
         reader = cache.validation
-        validation = {str(reader.about(*slot).get("prompt", "")): slot for slot in reader.places()}
+        validation = {
+            str(reader.metadata(*location).get("prompt", "")): location
+            for location in reader.locations()
+        }
         for prompt in dict.fromkeys(prompts):
             if prompt in validation:
                 record = reader.tensors(*validation[prompt])

@@ -225,12 +225,12 @@ def _from_validation(config: GenerateConfig, cache: Cache) -> list[_Entry]:
     """
     entries: list[_Entry] = []
     reader = cache.validation
-    for slot in reader.places():
-        pixels = reader.tensors(*slot)["conditioning_image"]
+    for location in reader.locations():
+        pixels = reader.tensors(*location)["conditioning_image"]
         path = config.output_dir / f"conditioning-{len(entries):03d}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         save_png(path, Image.fromarray(pixels.permute(1, 2, 0).numpy()))
-        prompt = str(reader.about(*slot).get("prompt", ""))
+        prompt = str(reader.metadata(*location).get("prompt", ""))
         entries.append(_Entry("--cache", prompt, (path,)))
     if not entries:
         raise ConfigError(

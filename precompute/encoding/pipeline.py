@@ -27,7 +27,8 @@ from common.prefetch import prefetch
 from precompute.encoding.batch_size import BatchSize
 from precompute.encoding.shard_build import Work
 from shards.format import sidecar
-from shards.format.records import Members, Record
+from shards.format.members import Members
+from shards.format.records import Record
 
 Loaded = TypeVar("Loaded")
 # Encoded batches that may wait while a full shard is being committed.

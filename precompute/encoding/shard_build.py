@@ -9,7 +9,8 @@ from xxhash import xxh3_64_hexdigest
 from common.errors import ShardError
 from precompute.planning.plan import ProductPlan, ShardPlan
 from shards.format import sidecar
-from shards.format.records import Members, Record, about_to_bytes
+from shards.format.members import Members, metadata_to_bytes
+from shards.format.records import Record
 from shards.format.sidecar import Skipped
 from shards.format.writer import write_shard
 
@@ -75,7 +76,7 @@ def prepare_work(product: ProductPlan, shard: int, about: Callable[[int], dict[s
         product,
         plan,
         keys=[plan.key(at, ids) for at in range(len(plan.items))],
-        abouts=[about_to_bytes(about(int(item))) for item in plan.items],
+        abouts=[metadata_to_bytes(about(int(item))) for item in plan.items],
     )
     work.kept = _kept(work)
     work.wanted = set(range(len(plan.items))) - work.kept.keys()
@@ -131,7 +132,7 @@ def _kept(work: Work) -> dict[int, Kept]:
                 if at is not None:
                     one = Kept(key, tuple(span), checksums)
                     members = one.read(tar)
-                    if members is not None and members.about == work.abouts[at]:
+                    if members is not None and members.metadata == work.abouts[at]:
                         kept[at] = one
     except (ShardError, OSError):
         return {}  # damaged: all of it is made again

@@ -10,7 +10,7 @@ from common.errors import ConfigError
 from precompute.planning.digest_cache import DigestCache
 from precompute.planning.fingerprint import hash_component
 from sd3.pretrained import read_config
-from shards.format.manifest import LatentSpec, TextSpec
+from shards.format.specs import LatentSpec, TextSpec
 
 # Above this a whole picture's activations take more memory than many cards have.
 TILED_ABOVE_PX = 1024

@@ -11,9 +11,9 @@ from common.errors import ShardError
 from precompute.planning.layout import EMPTY, Layout
 from precompute.planning.plan import ProductPlan
 from shards.format import seal, sidecar
-from shards.format.manifest import digest
-from shards.format.records import place_of
-from shards.format.seal import read_plan
+from shards.format.expected_cache import read_expected
+from shards.format.json_files import digest
+from shards.format.keys import slot_of
 
 
 def layout_arrays(products: Mapping[str, ProductPlan]) -> dict[str, NDArray[Any]]:
@@ -34,7 +34,7 @@ def why_made(cache: Path, products: Mapping[str, ProductPlan]) -> dict[str, str]
         products: as they are planned now.
     """
     try:
-        before, arrays = read_plan(cache)
+        before, arrays = read_expected(cache)
     except ShardError:
         return {}
     reasons = {}
@@ -80,7 +80,7 @@ def layouts_before(cache: Path, identities: Mapping[str, Mapping[str, Any]]) -> 
         identities: of the products, by name.
     """
     try:
-        plan, arrays = read_plan(cache)
+        plan, arrays = read_expected(cache)
     except ShardError:
         return {name: _from_sidecars(cache, name, identities[name]) for name in identities}
     found = {}
@@ -113,9 +113,9 @@ def _from_sidecars(cache: Path, name: str, identity: Mapping[str, Any]) -> Layou
             return EMPTY
         if card is None or card.identity != digest(identity):
             return EMPTY
-        slots = [0] * (max((place_of(key)[1] for key in card.keys), default=-1) + 1)
+        slots = [0] * (max((slot_of(key)[1] for key in card.keys), default=-1) + 1)
         for key in card.keys:
-            slots[place_of(key)[1]] = int(key.rpartition("-")[2], 16)
+            slots[slot_of(key)[1]] = int(key.rpartition("-")[2], 16)
         ids += slots
         starts.append(len(ids))
     buckets = np.array(product.shard_buckets or [0] * product.num_shards, np.int64)

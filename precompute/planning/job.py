@@ -44,10 +44,12 @@ from precompute.sources.opening import open_source
 from precompute.sources.source import Kind, Source, printable
 from sd3.buckets import bucket_shapes, nearest_buckets
 from sd3.pretrained import find_base
-from shards.format import manifest, seal
-from shards.format.manifest import LatentSpec, TextSpec, conditioning_folder, validation_folder
-from shards.format.records import record_bytes
+from shards.format import manifest
+from shards.format.expected_cache import PLAN, ExpectedCache, ExpectedProduct
+from shards.format.manifest import conditioning_folder, validation_folder
 from shards.format.sidecar import Summary
+from shards.format.specs import LatentSpec, TextSpec
+from shards.format.tensor_spec import record_bytes
 
 HASHES = "hashes.npy"
 
@@ -199,11 +201,11 @@ class Job:
         """Return the validation pairs of a shard."""
         return [self.pairs[int(item)] for item in self.validation.shard(shard).items]
 
-    def sealing_plan(self) -> seal.Plan:
+    def sealing_plan(self) -> ExpectedCache:
         """Return what the cache must hold to be complete."""
-        return seal.Plan(
+        return ExpectedCache(
             products={
-                folder: seal.PlannedProduct(
+                folder: ExpectedProduct(
                     dict(product.identity),
                     list(product.fingerprints),
                     list(product.captions),
@@ -281,7 +283,7 @@ def prepare(config: PrecomputeConfig) -> Job:
     before = layouts_before(cache, {"text": text_id, "latents": latent_id})
     prompts = plan.distinct_prompts(inventory)
     text = plan.plan_text(
-        cache / "text", prompts, text_id, texts.tensors(), config.shard_mb, before["text"]
+        cache / "text", prompts, text_id, texts.tensor_specs(), config.shard_mb, before["text"]
     )
     copies = 2 if config.random_flip else 1
     contents = plan.image_contents(inventory, held_out, mirrored=config.random_flip)
@@ -291,7 +293,7 @@ def prepare(config: PrecomputeConfig) -> Job:
         np.repeat(nearest_buckets(inventory.sizes, latent_settings.shapes), copies),
         np.repeat(held_out, copies),
         latent_id,
-        [latents.tensors("latent", grid) for grid in grids],
+        [latents.tensor_specs("latent", grid) for grid in grids],
         config.shard_mb,
         before["latents"],
     )
@@ -305,8 +307,8 @@ def prepare(config: PrecomputeConfig) -> Job:
         control_id,
     )
     pair_bytes = [
-        record_bytes(texts.tensors())
-        + record_bytes(latents.tensors("latent", grid))
+        record_bytes(texts.tensor_specs())
+        + record_bytes(latents.tensor_specs("latent", grid))
         + 3 * shape[0] * shape[1]
         for grid, shape in zip(grids, latent_settings.shapes, strict=True)
     ]
@@ -357,7 +359,7 @@ def _check_output(cache: Path) -> None:
         RUN,
         manifest.MANIFEST,
         manifest.PREVIOUS,
-        seal.PLAN,
+        PLAN,
         HASHES,
         f"{HASHES}.lock",
     }

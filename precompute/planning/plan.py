@@ -29,9 +29,9 @@ from precompute.planning.layout import (
     items_of_slots,
 )
 from shards.format import sidecar
-from shards.format.manifest import digest
-from shards.format.records import TensorSpec, record_bytes
+from shards.format.json_files import digest
 from shards.format.sidecar import Summary
+from shards.format.tensor_spec import TensorSpec, record_bytes
 
 SHARD_FILE = re.compile(r"(?P<shard>\d{6,9})\.(tar|json)(?P<temporary>\.tmp-[0-9a-f]+)?")
 TEMPORARY_FILE = re.compile(r"[a-z.]+\.tmp-[0-9a-f]+")
@@ -162,7 +162,7 @@ class ProductPlan:
 
         Its captions may be others: they are in the sidecar alone.
         """
-        found = sidecar.summary(self.folder, shard)
+        found = sidecar.load_summary(self.folder, shard)
         as_planned = found is not None and found.fingerprint == self.fingerprints[shard]
         return found if as_planned else None
 

@@ -97,7 +97,7 @@ def contents(config: PrecomputeConfig) -> dict[str, tuple[list[float], list[floa
             result[key.rpartition("-")[2]] = (
                 tensors["latent"].flatten().tolist(),
                 tensors["conditioning_latent"].flatten().tolist(),
-                [found.text.about(*found.text.locate(one))["prompt"] for one in prompts],
+                [found.text.metadata(*found.text.locate(one))["prompt"] for one in prompts],
             )
     return result
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from sd3.prompt_embeds import prompt_embeds
-from shards.format.manifest import LatentSpec
+from shards.format.specs import LatentSpec
 from train.config import TrainConfig
 from train.data import Batch
 from train.loss import Objective, batch_losses

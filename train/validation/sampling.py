@@ -43,12 +43,12 @@ def read_pairs(cache: Cache) -> list[Pair]:
     """
     reader, spec = cache.validation, cache.conditioning_spec
     pairs = []
-    for shard, slot in reader.places():
+    for shard, slot in reader.locations():
         record = reader.tensors(shard, slot)
         latent = record["conditioning_latent"].float()
         pairs.append(
             Pair(
-                prompt=str(reader.about(shard, slot).get("prompt", "")),
+                prompt=str(reader.metadata(shard, slot).get("prompt", "")),
                 conditioning_image=record["conditioning_image"],
                 conditioning_latent=scaled(latent, spec.scaling_factor, spec.shift_factor),
                 embeds=record_embeds(record),
