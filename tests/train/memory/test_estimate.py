@@ -44,8 +44,8 @@ def wide(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 def config(wide: tuple[Path, Path], tmp_path: Path) -> TrainConfig:
     base, cache = wide
     return TrainConfig(
-        str(base),
-        str(cache),
+        pretrained_model_name_or_path=str(base),
+        cache=str(cache),
         output_dir=tmp_path / "out",
         train_batch_size=2,
         max_grad_norm=0.0,
