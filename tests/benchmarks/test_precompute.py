@@ -35,7 +35,7 @@ def test_bytes_a_sample(tmp_path: Path) -> None:
 
 
 def test_rows_that_share_a_prompt() -> None:
-    captions = {circle.prompt for circle in precompute.circles(500, seed=0)}
+    captions = {circle.prompt for circle in precompute.random_circles(500, seed=0)}
     assert precompute.measure_sharing(500) == pytest.approx(500 / len(captions))
 
 
