@@ -26,7 +26,7 @@ from shards.remote.folder import RemoteFolder
 from shards.remote.streaming import RemoteFiles, open_files
 from tests.conftest import flags, free_port, run_python
 from train.config import TrainConfig
-from train.data import RankBatches, Samples, loader
+from train.data import RankPlaces, TrainingSamples, read_batches
 from train.run import train
 
 pytest.importorskip("aiohttp")
@@ -86,9 +86,9 @@ def serve() -> Iterator[Callable[[Path], Server]]:
         return server
 
     yield start
-    for one in running:
-        one.shutdown()
-        one.server_close()
+    for server in running:
+        server.shutdown()
+        server.server_close()
 
 
 def open_remote(url: str, folder: Path, limit_bytes: int = 1 << 30) -> Cache:
@@ -104,8 +104,8 @@ def everything(cache: Cache) -> list[torch.Tensor]:
     return found
 
 
-def same(one: list[torch.Tensor], other: list[torch.Tensor]) -> bool:
-    return len(one) == len(other) and all(map(torch.equal, one, other))
+def same(read: list[torch.Tensor], right: list[torch.Tensor]) -> bool:
+    return len(read) == len(right) and all(map(torch.equal, read, right))
 
 
 def sent(handler: Any, data: bytes, length: int | None = None) -> bool:
@@ -312,10 +312,10 @@ def test_a_bounded_folder_holds_what_is_read_and_what_comes_next(
         group=2,
     )
 
-    def batches(one: Cache, count: int) -> list[torch.Tensor]:
-        ours = Samples(one, order, seed=0, proportion_empty_prompts=0.0)
-        places = RankBatches(0, batch_size=2, rank=0, num_ranks=1)
-        reading = loader(ours, places, num_workers=2, pin=False)
+    def batches(opened: Cache, count: int) -> list[torch.Tensor]:
+        ours = TrainingSamples(opened, order, seed=0, proportion_empty_prompts=0.0)
+        places = RankPlaces(0, batch_size=2, rank=0, num_ranks=1)
+        reading = read_batches(ours, places, num_workers=2, pin=False)
         read = []
         for _, batch in islice(reading, count):
             read += [batch.latent, batch.conditioning_latent, batch.t5_embeds]
