@@ -28,13 +28,13 @@ from common.options import CONTEXT
 from common.provenance import commit, machine, versions
 from demo.circles import circles, write_circles
 from precompute.config import PrecomputeConfig
-from precompute.encoding.image_pass import latent_pass
-from precompute.encoding.pipeline import EncoderClock
-from precompute.encoding.text_pass import text_pass
+from precompute.encoding.encoder_clock import EncoderClock
+from precompute.encoding.image_pass import encode_images
+from precompute.encoding.text_pass import encode_text
 from precompute.planning.digest_cache import DigestCache
 from precompute.planning.inventory import take_inventory
-from precompute.planning.job import prepare
-from precompute.planning.plan import distinct_prompts
+from precompute.planning.prepare import prepare
+from precompute.planning.products import distinct_prompts
 from precompute.sources.source import Kind, Row
 from shards.format.records import Record, TensorSpec, record_bytes, record_key
 from shards.format.writer import write_shard
@@ -127,23 +127,23 @@ def speed(config: PrecomputeConfig) -> dict[str, dict[str, float]]:
 
     The time is that from the first batch's start to the last shard's sidecar.
     """
-    job = prepare(config)
+    context = prepare(config)
 
-    def measured(count: int, busy: EncoderClock, start: float) -> dict[str, float]:
-        seconds = time.perf_counter() - busy.began
+    def measured(count: int, clock: EncoderClock, start: float) -> dict[str, float]:
+        seconds = time.perf_counter() - clock.began
         return {
-            "busy": busy.seconds / seconds,
+            "busy": clock.seconds / seconds,
             "per_s": count / seconds,
             "seconds": seconds,
-            "loading_s": busy.began - start,
+            "loading_s": clock.began - start,
         }
 
-    found, busy, start = {}, EncoderClock(job.device), time.perf_counter()
-    embeds = text_pass(job, lambda: None, busy)
-    found["text"] = measured(len(job.prompts), busy, start)
-    busy, start = EncoderClock(job.device), time.perf_counter()
-    latent_pass(job, embeds, lambda: None, busy)
-    found["latents"] = measured(2 * len(job.inventory), busy, start)
+    found, clock, start = {}, EncoderClock(context.device), time.perf_counter()
+    embeds = encode_text(context, lambda: None, clock)
+    found["text"] = measured(len(context.prompts), clock, start)
+    clock, start = EncoderClock(context.device), time.perf_counter()
+    encode_images(context, embeds, lambda: None, clock)
+    found["latents"] = measured(2 * len(context.inventory), clock, start)
     return found
 
 
@@ -177,8 +177,8 @@ def prompts_shared(num_rows: int) -> float:
     """Return how many rows share a prompt record, of rows drawn from fill50k's name pairs."""
     source = Captions([circle.prompt for circle in circles(num_rows, seed=0)])
     with tempfile.TemporaryDirectory() as name:
-        remembered = DigestCache(Path(name) / "hashes.npy", keep=False)
-        inventory = take_inventory(source, range(num_rows), remembered, conditioning=True)
+        digests = DigestCache(Path(name) / "hashes.npy", keep=False)
+        inventory = take_inventory(source, range(num_rows), digests, conditioning=True)
     return num_rows / (len(distinct_prompts(inventory)) - 1)
 
 

@@ -38,7 +38,7 @@ from infer.pipeline import (
 )
 from infer.scoring.measures import MEASURES, Measure, Sample, Values, fitting
 from infer.scoring.statistics import Summary, summarize
-from precompute.sources.opening import open_source
+from precompute.sources.open_source import open_source
 from precompute.sources.source import Source, SourceSettings
 from sd3 import images
 from sd3.contact_sheet import contact_sheet, save_png, thumbnail
