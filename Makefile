@@ -1,21 +1,32 @@
 # Everything a user types. `make demo` or `make test` may be the first command on a fresh clone:
-# each makes .venv, installs into it and runs. `make help` lists the targets.
+# each creates .venv, installs into it and runs. `make help` lists the targets.
 
 PYTHON ?= python3
 VENV   ?= .venv
+# One TOML file, or several between quotes: later ones win.
 CONFIG ?= configs/demo.toml
-# The graphics card that training is to fit, e.g. 12gb: see configs/cards/.
+# The size of graphics card that training has to fit, e.g. 12gb: see configs/cards/.
 CARD   ?=
 # What runs stages 1 and 2; on several GPUs: LAUNCH="accelerate launch --num_processes 8"
 LAUNCH ?= python
 ARGS   ?=
 
 RUN     := . $(VENV)/bin/activate &&
-# A process a core with a thread each: the models are too small for more.
+# One process per core with one thread each: the models are too small for more.
 TESTS   := $(RUN) OMP_NUM_THREADS=1 python -m pytest -n auto --maxprocesses 8 --dist worksteal
+INSTALL := $(VENV)/bin/python -m pip install --disable-pip-version-check -c constraints.txt
 STAMP   := $(VENV)/.installed
+SERVE_STAMP := $(VENV)/.installed-serve
 IS_DEMO := $(filter configs/demo%.toml,$(CONFIG))
-# The configuration's own paths stand where SOURCE, BASE, CACHE and OUTPUT are not given.
+
+# Short files go on top of a complete one, which comes first.
+ON_DEMO   := %configs/demo-fast.toml %configs/demo-full.toml
+ON_MEDIUM := %configs/sd3-medium.toml %configs/sd35-large.toml
+base_of    = $(if $(filter $(ON_DEMO),$1),configs/demo.toml) $(if $(filter $(ON_MEDIUM),$1),configs/sd35-medium.toml)
+flags_of   = $(foreach file,$(call base_of,$1) $(filter-out $(call base_of,$1),$1),--config "$(file)")
+
+CONFIG_FLAGS    = $(call flags_of,$(CONFIG))
+# Where SOURCE, BASE, CACHE or OUTPUT is not given, the configuration's own path stands.
 SOURCE_FLAG     = $(if $(SOURCE),--source "$(SOURCE)")
 BASE_FLAG       = $(if $(BASE),--pretrained-model-name-or-path "$(BASE)")
 CACHE_FLAG      = $(if $(CACHE),--cache "$(CACHE)")
@@ -33,57 +44,65 @@ SCORE_FLAG      = $(if $(OUTPUT),--output-dir "$(OUTPUT)/score")
 help:  ## List the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{ printf "%-13s %s\n", $$1, $$2 }'
 	@echo
-	@echo 'The stages run the demo by default. For real:'
+	@echo 'The stages run the demo by default. With your own data and a real base model:'
 	@echo '  make precompute CONFIG=configs/sd35-medium.toml SOURCE=fill50k.zip CACHE=cache'
 	@echo '  make train      CONFIG=configs/sd35-medium.toml CACHE=cache OUTPUT=out ARGS="--train-batch-size 8"'
 	@echo 'Variables: CONFIG CARD SOURCE BASE CACHE OUTPUT ARGS LAUNCH, and PYTHON for setup.'
 
-setup: $(STAMP)  ## Make .venv and install everything into it
+setup: $(STAMP)  ## Create .venv and install everything into it
 
 $(STAMP): pyproject.toml constraints.txt
-	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' || { \
-	  echo "Python 3.11, 3.12 or 3.13 is needed; '$(PYTHON)' is $$($(PYTHON) --version 2>&1)." \
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	  echo "Python 3.11, 3.12, 3.13 or 3.14 is needed; '$(PYTHON)' is $$($(PYTHON) --version 2>&1)." \
 	       "Name another: make PYTHON=python3.12 $(MAKECMDGOALS)" >&2; exit 2; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info >= (3, 15))' || \
+	  echo "Warning: $$($(PYTHON) --version) has not been tried; 3.11 to 3.14 have." >&2
+	@echo "Creating $(VENV) with $$($(PYTHON) --version) and installing PyTorch, diffusers and others into it."
+	@echo "This takes a few minutes and 2 GB, or several GB more where PyTorch comes with CUDA."
 	$(PYTHON) -m venv $(VENV)
-	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
+	$(INSTALL) -e ".[dev]"
+	@touch $@
+	@echo "$(VENV) is ready."
+
+$(SERVE_STAMP): $(STAMP)
+	$(INSTALL) -e ".[serve]"
 	@touch $@
 
-demo: setup  ## The whole pipeline on a laptop, in ten minutes; FAST=1: in two, learning nothing
-	$(RUN) python -m demo --config $(if $(filter-out 0,$(FAST)),configs/demo-fast.toml,"$(CONFIG)")
+demo: setup  ## Run the whole pipeline on a laptop in ten minutes; with FAST=1 in two, learning nothing
+	$(RUN) python -m demo $(call flags_of,$(if $(filter-out 0,$(FAST)),configs/demo-fast.toml,$(CONFIG)))
 
-demo-full: setup  ## The same, trained for longer, in an hour
-	$(RUN) python -m demo --config configs/demo-full.toml
+demo-full: setup  ## Run the demo with longer training, in half an hour
+	$(RUN) python -m demo $(call flags_of,configs/demo-full.toml)
 
-circles: setup  ## The demo's data set
-	$(RUN) python -m demo.circles --config "$(CONFIG)"
+circles: setup  ## Draw the demo's data set
+	$(RUN) python -m demo.circles $(CONFIG_FLAGS)
 
 precompute: setup $(if $(IS_DEMO),$(if $(SOURCE),,circles))  ## Stage 1: encode SOURCE with BASE's encoders into CACHE
-	$(RUN) $(LAUNCH) -m precompute --config "$(CONFIG)" $(SOURCE_FLAG) $(BASE_FLAG) $(CACHE_FLAG) $(ARGS)
+	$(RUN) $(LAUNCH) -m precompute $(CONFIG_FLAGS) $(SOURCE_FLAG) $(BASE_FLAG) $(CACHE_FLAG) $(ARGS)
 
 train: setup  ## Stage 2: train a ControlNet for BASE from CACHE into OUTPUT
-	$(RUN) $(LAUNCH) -m train --config "$(CONFIG)" $(CARD_FLAG) $(BASE_FLAG) $(CACHE_FLAG) $(OUTPUT_FLAG) $(ARGS)
+	$(RUN) $(LAUNCH) -m train $(CONFIG_FLAGS) $(CARD_FLAG) $(BASE_FLAG) $(CACHE_FLAG) $(OUTPUT_FLAG) $(ARGS)
 
 infer: setup  ## Stage 3: draw pictures with BASE and OUTPUT's ControlNet
-	$(RUN) python -m infer generate --config "$(CONFIG)" $(BASE_FLAG) $(CONTROLNET_FLAG) $(IMAGES_FLAG) $(ARGS)
+	$(RUN) python -m infer generate $(CONFIG_FLAGS) $(BASE_FLAG) $(CONTROLNET_FLAG) $(IMAGES_FLAG) $(ARGS)
 
-serve: setup  ## A page on which to draw a conditioning image and have OUTPUT's ControlNet follow it
-	$(RUN) python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[serve]"
-	$(RUN) python -m infer serve --config "$(CONFIG)" $(BASE_FLAG) $(CONTROLNET_FLAG) $(SERVE_FLAG) $(ARGS)
+serve: setup $(SERVE_STAMP)  ## Serve a web page where OUTPUT's ControlNet follows what you draw
+	$(RUN) python -m infer serve $(CONFIG_FLAGS) $(BASE_FLAG) $(CONTROLNET_FLAG) $(SERVE_FLAG) $(ARGS)
 
 score: setup  ## Measure how well OUTPUT's ControlNet draws SOURCE
-	$(RUN) python -m infer score --config "$(CONFIG)" $(SOURCE_FLAG) $(BASE_FLAG) $(CONTROLNET_FLAG) $(SCORE_FLAG) $(ARGS)
+	$(RUN) python -m infer score $(CONFIG_FLAGS) $(SOURCE_FLAG) $(BASE_FLAG) $(CONTROLNET_FLAG) $(SCORE_FLAG) $(ARGS)
 
 verify: setup  ## Check every record of CACHE
 	$(RUN) python -m shards verify "$(or $(CACHE),runs/demo/cache)"
 
-test: setup  ## The tests that take seconds
+test: setup  ## Run the tests that take seconds
 	$(TESTS) -m "not slow and not gpu and not network" $(ARGS)
 
-lint: setup  ## ruff and mypy --strict
+lint: setup  ## Run ruff and mypy --strict
 	$(RUN) ruff check . && ruff format --check . && mypy
 
-check: lint  ## lint, and all tests that need neither GPU nor network
+check: lint  ## Run lint, and all tests that need neither GPU nor network
 	$(TESTS) -m "not gpu and not network" $(ARGS)
 
-clean:  ## Remove what make made: .venv and the demo's runs
+clean:  ## Remove .venv, the demo's runs and the tools' caches
 	rm -rf $(VENV) runs/demo runs/demo-fast runs/demo-full .pytest_cache .mypy_cache .ruff_cache *.egg-info

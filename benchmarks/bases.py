@@ -1,6 +1,10 @@
-"""Sizes of the published base models, as their configurations give them: for weights at random."""
+"""Configurations of the published base models, for models with random weights."""
 
+from pathlib import Path
 from typing import Any
+
+from common.config_file import read_section
+from train.config import TrainConfig
 
 _SD3: dict[str, Any] = {
     "sample_size": 128,
@@ -15,7 +19,7 @@ _SD3: dict[str, Any] = {
     "pooled_projection_dim": 2048,
     "pos_embed_max_size": 192,
 }
-# Configurations of the transformers, by the names of the files in configs/.
+# Transformers, by the names of the files in configs/.
 TRANSFORMERS: dict[str, dict[str, Any]] = {
     "sd3-medium": _SD3,
     "sd35-medium": _SD3
@@ -48,4 +52,11 @@ VAE: dict[str, Any] = {
     "scaling_factor": 1.5305,
     "shift_factor": 0.0609,
 }
+# Tokens and width of the embeddings.
 CLIP, T5 = (77, 2048), (77, 4096)
+
+
+def train_settings(base: str) -> dict[str, Any]:
+    """Return the settings of training that configs/ has for a base."""
+    complete = read_section(Path("configs/sd35-medium.toml"), "train", TrainConfig)
+    return complete | read_section(Path(f"configs/{base}.toml"), "train", TrainConfig)

@@ -1,13 +1,14 @@
-"""`python -m benchmarks.demo`: the demonstration with several seeds, and how far its score varies.
+"""`python -m benchmarks.demo`: the demonstration with several seeds, to see how its scores vary.
 
 Each seed has its own circles, training and noise; the base model is the same. Results are added to
-the JSON file under the configuration's name and the seed. Run in the repository.
+the JSON file under the last configuration's name and the seed. Run in the repository.
 """
 
 import json
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,8 +21,8 @@ from common.options import CONTEXT, user_errors
 from common.provenance import commit, machine, versions
 from demo.circles import unseen_circles
 from demo.config import load_config
-from demo.times import Times
-from infer.scoring.score import WITH, WITHOUT
+from demo.times import StageTimes
+from infer.scoring.results import WITH, WITHOUT
 
 SEEDED = ("circles", "train", "infer", "score")
 
@@ -29,9 +30,12 @@ SEEDED = ("circles", "train", "infer", "score")
 @click.command(context_settings=CONTEXT)
 @click.option(
     "--config",
+    "configs",
     type=click.Path(path_type=Path),
-    default=Path("configs/demo.toml"),
+    multiple=True,
+    default=[Path("configs/demo.toml")],
     show_default=True,
+    help="TOML file of the demonstration. Of several the later ones win.",
 )
 @click.option("--seed", "seeds", type=int, multiple=True, default=(0, 1, 2), show_default=True)
 @click.option(
@@ -41,36 +45,37 @@ SEEDED = ("circles", "train", "infer", "score")
     default=Path("benchmarks/results/demo.json"),
     show_default=True,
 )
-def main(config: Path, seeds: tuple[int, ...], results: Path) -> None:
-    """Run the demonstration once a seed, each in a folder of its own under runs/."""
+def main(configs: tuple[Path, ...], seeds: tuple[int, ...], results: Path) -> None:
+    """Run the demonstration with each seed, in a folder of its own under runs/."""
     for seed in seeds:
         with user_errors():
-            figures = run(config, seed)
+            figures = run(configs, seed)
         known = json.loads(results.read_text()) if results.is_file() else {}
-        known.setdefault(config.stem, {})[str(seed)] = figures
+        known.setdefault(configs[-1].stem, {})[str(seed)] = figures
         write_text(results, json.dumps(known, indent=1, sort_keys=True) + "\n")
     for name, by_seed in json.loads(results.read_text()).items():
-        for seed, found in by_seed.items():
-            controlled, free = found["with_controlnet"]["iou"], found["without_controlnet"]["iou"]
+        for seed, figures in by_seed.items():
+            controlled, free = figures[WITH]["iou"], figures[WITHOUT]["iou"]
             click.echo(
                 f"{name}, seed {seed}: IoU {controlled['mean']:.3f} "
                 f"[{controlled['low']:.3f}, {controlled['high']:.3f}] with, {free['mean']:.3f} "
-                f"without; {sum(found['seconds'].values()) / 60:.1f} minutes"
+                f"without; {sum(figures['seconds'].values()) / 60:.1f} minutes"
             )
 
 
-def run(config: Path, seed: int) -> dict[str, Any]:
+def run(configs: Sequence[Path], seed: int) -> dict[str, Any]:
     """Run the demonstration with a seed; return its figures."""
-    folder = Path("runs") / f"{config.stem}-seed-{seed}"
+    folder = Path("runs") / f"{configs[-1].stem}-seed-{seed}"
     folder.mkdir(parents=True, exist_ok=True)
-    own = folder / config.name
-    write_text(own, seeded(config, seed, folder))
-    subprocess.run([sys.executable, "-m", "demo", "--config", str(own)], check=True)
-    settings = load_config(own)
+    copies = write_seeded(configs, seed, folder)
+    flags = [word for path in copies for word in ("--config", str(path))]
+    subprocess.run([sys.executable, "-m", "demo", *flags], check=True)
+    settings = load_config(*copies)
+    times = StageTimes(settings.demo.times, "".join(path.read_text() for path in copies))
     figures: dict[str, Any] = json.loads(settings.score.json_path.read_text())
     return {
-        **{way: figures[way] for way in (WITH, WITHOUT)},
-        "seconds": Times(settings.demo.times, own.read_text()).seconds,
+        **{variant: figures[variant] for variant in (WITH, WITHOUT)},
+        "seconds": times.seconds,
         "machine": machine(),
         "threads": int(os.environ.get("OMP_NUM_THREADS", torch.get_num_threads())),
         "versions": versions(),
@@ -78,17 +83,29 @@ def run(config: Path, seed: int) -> dict[str, Any]:
     }
 
 
-def seeded(config: Path, seed: int, folder: Path) -> str:
-    """Return a demonstration's TOML with another seed for everything random, in another folder."""
-    settings, text = load_config(config), config.read_text()
-    text = text.replace(f'"{settings.demo.output_dir}', f'"{folder}')
-    for stage in SEEDED:
-        value = f"[{seed}]" if stage == "infer" else seed
-        text = text.replace(f"[{stage}]\n", f"[{stage}]\nseed = {value}\n")
-    others = unseen_circles(replace(settings.circles, seed=seed))
-    for old, new in zip(settings.precompute.validation_prompt, others, strict=False):
-        text = text.replace(f'"{old}"', f'"{new.prompt}"')
-    return text
+def write_seeded(configs: Sequence[Path], seed: int, folder: Path) -> list[Path]:
+    """Copy a demonstration's TOML files with another seed for everything random.
+
+    Args:
+        configs: the files; later ones win.
+        seed: of circles, training and noise.
+        folder: where the copies go, and the demonstration's outputs in place of its own folder.
+    """
+    settings = load_config(*configs)
+    prompts = settings.precompute.validation_prompt
+    circles = unseen_circles(replace(settings.circles, seed=seed))
+    copies = []
+    for path in configs:
+        text = path.read_text().replace(f'"{settings.demo.output_dir}/', f'"{folder}/')
+        text = text.replace(f'"{settings.demo.output_dir}"', f'"{folder}"')
+        for stage in SEEDED:
+            value = f"[{seed}]" if stage == "infer" else seed
+            text = text.replace(f"[{stage}]\n", f"[{stage}]\nseed = {value}\n")
+        for prompt, circle in zip(prompts, circles, strict=False):
+            text = text.replace(f'"{prompt}"', f'"{circle.prompt}"')
+        copies.append(folder / path.name)
+        write_text(copies[-1], text)
+    return copies
 
 
 if __name__ == "__main__":

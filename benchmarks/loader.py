@@ -1,20 +1,20 @@
 """`python -m benchmarks.loader`: how fast a cache is read, and how much memory that takes.
 
-At the true record sizes of SD3 at 1024 px, page cache warm, all in one run:
+Records have the true sizes of SD3 at 1024 px, and the page cache is warm. All readers are timed in
+one run:
 
 - raw: the same files from front to back, into one buffer. No reader of these files is faster.
-- ours: records in shuffled order, checked, into batches; once more with the noise that training
+- ours: records in shuffled order, checked, into batches; and again with the noise that training
   draws for them.
 - webdataset: its stock pipeline streams the same tars in order, one after the other, decodes the
   members with safetensors and stacks them into batches.
-- arrow: what diffusers' training script does with the prompt embeddings that it keeps: rows of
-  nested float32 lists, turned into tensors and stacked. Its latents it encodes anew at each step.
+- arrow: as diffusers' training script reads the prompt embeddings that it keeps: rows of nested
+  float32 lists, turned into tensors and stacked. It encodes its latents anew at each step.
 
-Then resident memory with ten times the records, and a cache of 10,000 shards.
+Then follow resident memory with ten times the records, and a cache of 10,000 shards.
 """
 
 import dataclasses
-import itertools
 import json
 import os
 import shutil
@@ -23,44 +23,48 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Generator, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import click
-import safetensors.torch
 import torch
-from torch import Tensor
 
+from benchmarks.readers import (
+    BATCH,
+    THREADS,
+    arrow_reader,
+    read_for_training,
+    read_raw,
+    read_shuffled,
+    read_with_webdataset,
+    training_batches,
+)
 from benchmarks.synthetic import Shape, write_cache
 from common.atomic_files import write_text
 from common.device import keep_freed_memory
 from common.options import CONTEXT
-from common.prefetch import prefetch
 from common.provenance import commit, machine, versions
 from shards.format import manifest, sidecar
-from shards.format.manifest import Product
+from shards.format.product import Product, product_of
 from shards.format.sidecar import sidecar_path, tar_path
 from shards.reading.cache import Cache
-from shards.reading.order import Order
-from train.data import Batch, RankBatches, Samples, loader
 
 SD3_1024PX = Shape(side=128)
-BATCH = 8
-THREADS = 2  # as in the presets
-BUFFER_BYTES = 1 << 24
 ROUNDS = 5
-ARROW_ROWS = 24
 
 
 @click.command(context_settings=CONTEXT)
-@click.option("--images", default=2000, show_default=True, help="In the large cache; 2 MB each.")
-@click.option("--shards", default=10_000, show_default=True, help="Of the cache that is opened.")
+@click.option(
+    "--images", default=2000, show_default=True, help="Number in the large cache; 2 MB each."
+)
+@click.option(
+    "--shards", default=10_000, show_default=True, help="Number in the cache that is opened."
+)
 @click.option(
     "--folder",
     type=click.Path(path_type=Path),
-    help="Where the caches are made, for as long as this runs; the system's place by default.",
+    help="Where temporary caches are written; the system's own place by default.",
 )
 @click.option(
     "--json",
@@ -78,9 +82,9 @@ def main(images: int, shards: int, folder: Path | None, results: Path) -> None:
         write_cache(large, SD3_1024PX, 20, per_shard)
         write_cache(small, SD3_1024PX, 2, per_shard)
         figures = {
-            "speed": speed(large, per_shard * 20),
-            "memory": memory(small, large),
-            "many shards": many_shards(small, Path(name) / "many", shards),
+            "speed": measure_speed(large, per_shard * 20),
+            "memory": measure_memory(small, large),
+            "many shards": measure_many_shards(small, Path(name) / "many", shards),
             "images": per_shard * 20,
             "batch": BATCH,
             "machine": machine(),
@@ -94,151 +98,55 @@ def main(images: int, shards: int, folder: Path | None, results: Path) -> None:
 def report(figures: dict[str, Any]) -> None:
     """Print the figures as tables."""
     raw = figures["speed"]["raw"]["gb_per_s"]
-    for name, found in figures["speed"].items():
+    for name, rates in figures["speed"].items():
         click.echo(
-            f"{name:34s} {found['gb_per_s']:7.3f} GB/s {found['samples_per_s']:9.1f} samples/s "
-            f"{found['gb_per_s'] / raw:6.3f} of raw"
+            f"{name:34s} {rates['gb_per_s']:7.3f} GB/s {rates['samples_per_s']:9.1f} samples/s "
+            f"{rates['gb_per_s'] / raw:6.3f} of raw"
         )
     for name in ("memory", "many shards"):
         click.echo(f"{name}: " + ", ".join(f"{k} {v:.3f}" for k, v in figures[name].items()))
 
 
-def speed(cache: Path, images: int) -> dict[str, dict[str, float]]:
-    """Return GB/s and samples/s by reader; the medians of some rounds, taken in turn."""
-    found = Cache(cache)
-    sample_bytes = sum(spec.num_bytes for spec in found.batch_tensors(0).values())
-    files = sorted(path for path in cache.rglob("*.tar"))
-    contestants: dict[str, Callable[[], tuple[int, float]]] = {
-        "raw": lambda: (raw(files), images),
-        "ours, 1 thread": lambda: (ours(found, images, 1) * sample_bytes, images),
-        f"ours, {THREADS} threads": lambda: (ours(found, images, THREADS) * sample_bytes, images),
-        "webdataset": lambda: (webdataset_bytes(files), images),
-        "ours with training's draws": lambda: (drawn(found, images) * sample_bytes, images),
-        "arrow, text only": arrow(found),
+def measure_speed(folder: Path, images: int) -> dict[str, dict[str, float]]:
+    """Return GB/s and samples/s by reader: medians of rounds in which the readers take turns."""
+    cache = Cache(folder)
+    sample_bytes = sum(spec.num_bytes for spec in cache.sample_specs(0).values())
+    files = sorted(folder.rglob("*.tar"))
+    readers: dict[str, Callable[[], tuple[int, int]]] = {
+        "raw": lambda: (read_raw(files), images),
+        "ours, 1 thread": lambda: (read_shuffled(cache, images, 1) * sample_bytes, images),
+        f"ours, {THREADS} threads": lambda: (
+            read_shuffled(cache, images, THREADS) * sample_bytes,
+            images,
+        ),
+        "webdataset": lambda: (read_with_webdataset(files), images),
+        "ours with training's draws": lambda: (
+            read_for_training(cache, images) * sample_bytes,
+            images,
+        ),
+        "arrow, text only": arrow_reader(cache),
     }
-    raw(files)  # warms the page cache
-    taken: dict[str, list[tuple[float, float]]] = {name: [] for name in contestants}
+    read_raw(files)  # warms the page cache
+    rates: dict[str, list[tuple[float, float]]] = {name: [] for name in readers}
     for _ in range(ROUNDS):
-        for name, run in contestants.items():
+        for name, read in readers.items():
             start = time.perf_counter()
-            num_bytes, samples = run()
+            num_bytes, samples = read()
             seconds = time.perf_counter() - start
-            taken[name].append((num_bytes / seconds / 1e9, samples / seconds))
+            rates[name].append((num_bytes / seconds / 1e9, samples / seconds))
     return {
         name: {
-            "gb_per_s": statistics.median(rate for rate, _ in rates),
-            "samples_per_s": statistics.median(rate for _, rate in rates),
+            "gb_per_s": statistics.median(gb_per_s for gb_per_s, _ in rounds),
+            "samples_per_s": statistics.median(samples_per_s for _, samples_per_s in rounds),
         }
-        for name, rates in taken.items()
+        for name, rounds in rates.items()
     }
 
 
-def raw(files: list[Path]) -> int:
-    """Read files from front to back; return their bytes."""
-    buffer = bytearray(BUFFER_BYTES)
-    total = 0
-    for path in files:
-        with path.open("rb", buffering=0) as file:
-            while count := file.readinto(buffer):
-                total += count
-    return total
+def measure_memory(small: Path, large: Path) -> dict[str, float]:
+    """Return the peaks of resident memory in MB of two processes that read a cache each.
 
-
-def ours(cache: Cache, images: int, threads: int) -> int:
-    """Read an epoch in batches, shuffled; return how many samples that were."""
-    order = Order(cache.conditioning.product.shard_records, seed=0)
-    specs = cache.batch_tensors(0)
-
-    def read(work: tuple[int, dict[str, Tensor]]) -> dict[str, Tensor]:
-        first, batch = work
-        pairs = [cache.pair(*order.record(place)) for place in range(first, first + BATCH)]
-        cache.read(batch, pairs, [pair.prompts[0] for pair in pairs])
-        return batch
-
-    batches = (
-        (first, {k: torch.empty((BATCH, *v.shape), dtype=v.dtype) for k, v in specs.items()})
-        for first in range(0, images - BATCH + 1, BATCH)
-    )
-    with ThreadPoolExecutor(threads) as pool:
-        count = sum(1 for _ in prefetch(pool, read, batches, lead=2 * threads))
-    return count * BATCH
-
-
-def drawn(cache: Cache, images: int) -> int:
-    """Do as training does, noise and all; return how many samples that were."""
-    batches = batches_of(cache)
-    count = sum(1 for _ in itertools.islice(batches, images // BATCH))
-    batches.close()
-    return count * BATCH
-
-
-def batches_of(cache: Cache) -> Generator[tuple[list[int], Batch], None, None]:
-    """Return training's batches, and their places, without end."""
-    order = Order(cache.conditioning.product.shard_records, seed=0)
-    samples = Samples(cache, order, seed=0, proportion_empty_prompts=0.0)
-    places = RankBatches(0, batch_size=BATCH, rank=0, num_ranks=1)
-    return loader(samples, places, num_workers=THREADS, pin=False)
-
-
-def webdataset_bytes(files: list[Path]) -> int:
-    """Stream all tars with webdataset, decode and batch; return the bytes of the tensors."""
-    import webdataset
-
-    total = 0
-    for folder in sorted({path.parent for path in files}):
-        urls = [str(path) for path in files if path.parent == folder]
-        stream = (
-            webdataset.WebDataset(urls, shardshuffle=False, empty_check=False)
-            .map(lambda sample: safetensors.torch.load(sample["safetensors"]))
-            .batched(BATCH, collation_fn=_stack)
-        )
-        for batch in stream:
-            total += sum(tensor.nbytes for tensor in batch.values())
-    return total
-
-
-def _stack(samples: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
-    names = [name for name in samples[0] if not name.startswith("__")]  # such are webdataset's own
-    return {name: torch.stack([one[name] for one in samples]) for name in names}
-
-
-def arrow(cache: Cache) -> Callable[[], tuple[int, float]]:
-    """Return a measurement of reading prompt embeddings from an Arrow table of nested lists."""
-    import datasets
-
-    count = min(ARROW_ROWS, cache.conditioning.index(0).num_records)
-    pairs = [cache.pair(0, index) for index in range(count)]
-    rows: dict[str, list[Any]] = {"prompt_embeds": [], "pooled_prompt_embeds": []}
-    for pair in pairs:
-        text = cache.embeddings(pair.prompts[0])
-        padded = torch.nn.functional.pad(
-            text["clip_embeds"], (0, text["t5_embeds"].shape[-1] - text["clip_embeds"].shape[-1])
-        )
-        rows["prompt_embeds"].append(torch.cat([padded, text["t5_embeds"]]).float().tolist())
-        rows["pooled_prompt_embeds"].append(text["pooled_embeds"].float().tolist())
-    nested = datasets.Sequence(datasets.Sequence(datasets.Value("float32")))
-    table = datasets.Dataset.from_dict(
-        rows,
-        features=datasets.Features(
-            prompt_embeds=nested, pooled_prompt_embeds=datasets.Sequence(datasets.Value("float32"))
-        ),
-    )
-
-    def read() -> tuple[int, float]:
-        total = 0
-        for start in range(0, len(table), BATCH):
-            examples = [table[index] for index in range(start, min(start + BATCH, len(table)))]
-            for name in rows:
-                total += torch.stack([torch.tensor(one[name]) for one in examples]).nbytes
-        return total, len(table)
-
-    return read
-
-
-def memory(small: Path, large: Path) -> dict[str, float]:
-    """Return the peak of resident memory in MB, each in a process of its own.
-
-    As many samples are read from either, so that only the caches' sizes differ.
+    Both read the same number of samples, so that only the sizes of the caches differ.
     """
     samples = Cache(large).conditioning.product.num_records
     code = "import sys; from benchmarks.loader import peak_mb; print(peak_mb(*sys.argv[1:]))"
@@ -257,82 +165,90 @@ def memory(small: Path, large: Path) -> dict[str, float]:
 
 
 def peak_mb(folder: str, samples: str) -> float:
-    """Read so many samples as training does; return the peak of resident memory."""
+    """Read a number of samples as training does; return the peak of resident memory in MB."""
     keep_freed_memory(torch.device("cpu"))
-    drawn(Cache(Path(folder)), int(samples))
-    # getrusage would count what the process was before it became this one.
+    read_for_training(Cache(Path(folder)), int(samples))
+    # getrusage also counts the parent's memory from before this process's exec.
     status = Path("/proc/self/status").read_text()
     return next(int(line.split()[1]) for line in status.splitlines() if "VmHWM" in line) / 1e3
 
 
-def many_shards(template: Path, folder: Path, num_shards: int) -> dict[str, float]:
-    """Return seconds to open a cache of many shards and to its first batch, beside a small one's.
+def measure_many_shards(small: Path, many: Path, num_shards: int) -> dict[str, float]:
+    """Return seconds to open a cache of many shards and to read its first batch.
 
-    Its tars are links to those of the small cache, its sidecars as they would be.
+    Args:
+        small: folder of a small cache, which is measured too.
+        many: folder in which the cache of many shards is made.
+        num_shards: number of its shards.
     """
-    found = manifest.load(template)
-    products = {}
-    for name, product in found.products():
-        if product.num_shards:
-            products[name] = _multiplied(template / name, folder / name, product, num_shards)
-    manifest.write(
-        folder,
-        dataclasses.replace(
-            found,
-            text=products["text"],
-            latents=products["latents"],
-            conditioning={"conditioning": products["conditioning/conditioning"]},
-        ),
-    )
-
-    def timed(cache: Path) -> tuple[float, float]:
-        start = time.perf_counter()
-        opened = Cache(cache)
-        middle = time.perf_counter()
-        batches = batches_of(opened)
-        next(batches)
-        end = time.perf_counter()
-        batches.close()
-        return middle - start, end - middle
-
-    timed(template)
-    small, many = ([timed(cache) for _ in range(ROUNDS)] for cache in (template, folder))
+    _write_many_shards(small, many, num_shards)
+    _time_opening(small)  # warms the page cache
+    small_times, many_times = ([_time_opening(f) for _ in range(ROUNDS)] for f in (small, many))
     return {
         "shards": num_shards,
-        "open_s": statistics.median(one for one, _ in many),
-        "first_batch_s": statistics.median(one for _, one in many),
-        "small_open_s": statistics.median(one for one, _ in small),
-        "small_first_batch_s": statistics.median(one for _, one in small),
+        "open_s": statistics.median(open_s for open_s, _ in many_times),
+        "first_batch_s": statistics.median(batch_s for _, batch_s in many_times),
+        "small_open_s": statistics.median(open_s for open_s, _ in small_times),
+        "small_first_batch_s": statistics.median(batch_s for _, batch_s in small_times),
     }
 
 
-def _multiplied(template: Path, folder: Path, product: Product, num_shards: int) -> Product:
-    """Fill a folder with copies of a product's last shard under other numbers."""
+def _time_opening(folder: Path) -> tuple[float, float]:
+    """Return the seconds to open a cache, and from there to its first batch."""
+    start = time.perf_counter()
+    cache = Cache(folder)
+    opened = time.perf_counter()
+    batches = training_batches(cache)
+    next(batches)
+    end = time.perf_counter()
+    batches.close()
+    return opened - start, end - opened
+
+
+def _write_many_shards(template: Path, folder: Path, num_shards: int) -> None:
+    """Write a cache whose tars are links to those of another, with sidecars of its own."""
+    original = manifest.load(template)
+    products = {
+        name: _repeat_shard(template / name, folder / name, product, num_shards)
+        for name, product in original.products()
+        if product.num_shards
+    }
+    copy = dataclasses.replace(
+        original,
+        text=products["text"],
+        latents=products["latents"],
+        conditioning={"conditioning": products["conditioning/conditioning"]},
+    )
+    manifest.write(folder, copy)
+
+
+def _repeat_shard(template: Path, folder: Path, product: Product, num_shards: int) -> Product:
+    """Fill a folder with links to a product's last shard under other numbers."""
     folder.mkdir(parents=True)
     source = product.num_shards - 1
-    card = sidecar.load(template, source)
-    assert card is not None
+    original = sidecar.load(template, source)
+    assert original is not None
     for shard in range(num_shards):
         number = f"{shard:06d}"
-        other = dataclasses.replace(
-            card,
+        copy = dataclasses.replace(
+            original,
             shard=shard,
-            keys=[number + key[6:] for key in card.keys],
-            prompts=[[f"{max(shard, 1):06d}{key[6:]}" for key in keys] for keys in card.prompts],
+            keys=[number + key[6:] for key in original.keys],
+            prompts=[
+                [f"{max(shard, 1):06d}{key[6:]}" for key in keys] for keys in original.prompts
+            ],
         )
         os.link(tar_path(template, source), tar_path(folder, shard))
-        sidecar_path(folder, shard).write_text(sidecar.to_json(other))
+        sidecar_path(folder, shard).write_text(sidecar.to_json(copy))
     if folder.name == "text":  # the first record is the empty prompt
         for path in (tar_path, sidecar_path):
             path(folder, 0).unlink()
             shutil.copy(path(template, 0), path(folder, 0))
-    first = sidecar.load(folder, 0)
-    assert first is not None
-    cards: Iterator[sidecar.Sidecar] = itertools.chain(
-        [first], (one for shard in range(1, num_shards) if (one := sidecar.load(folder, shard)))
-    )
+    sidecars = [
+        loaded for shard in range(num_shards) if (loaded := sidecar.load(folder, shard)) is not None
+    ]
     buckets = [] if folder.name == "text" else [0] * num_shards
-    return manifest.product_of(folder, list(cards), buckets)
+    return product_of(folder, sidecars, buckets)
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
-"""`python -m benchmarks.planning`: how long planning takes, and how much memory.
+"""`python -m benchmarks.planning`: the time and the memory that planning takes.
 
-Rows are made up as they are asked for: every image and conditioning image is another one, four
-captions of five are distinct. Their digests are remembered, as on every run but the first, which
-reads every file. Planned are SD3's records at 1024 px; then once more, from the plan of before,
-with the first hundredth of the rows changed. Nothing is encoded.
+Rows are invented when they are read: all images and conditioning images differ, and four captions
+of five are distinct. Their digests are cached, as on every run but the first, which reads every
+file. SD3's records at 1024 px are planned; then again, on top of that plan, with the first
+hundredth of the rows changed. Nothing is encoded.
 """
 
 import json
@@ -36,15 +36,15 @@ SD3_1024PX = Shape(side=128)
 GRID = (128, 128)
 SHARD_MB = 128.0
 DISTINCT = 0.8
-CHANGED = 100  # the first of so many parts of the rows
+CHANGED = 100  # the first of 100 equal parts of the rows changes
 
 
-class MadeUpRows:
+class InventedRows:
     """A source of any length.
 
     Args:
-        num_rows: how long it is.
-        edition: another one has other contents in the first hundredth of its rows.
+        num_rows: number of rows.
+        edition: 0, or another number for other contents in the first hundredth of the rows.
     """
 
     has_conditioning_images = True
@@ -58,40 +58,48 @@ class MadeUpRows:
         """Return the number of rows."""
         return self.num_rows
 
-    def _changed(self, index: int) -> str:
+    def _edition_mark(self, index: int) -> str:
         return f" ({self.edition})" if self.edition and index < self.num_rows // CHANGED else ""
 
     def rows(self, indices: Sequence[int]) -> Iterator[Row]:
         """Return the rows of these numbers."""
         for index in indices:
             number = index % self.num_captions
-            caption = f"caption {number} of a photograph of something{self._changed(number)}"
+            caption = f"caption {number} of a photograph of something{self._edition_mark(number)}"
             yield Row(f"row {index}", f"images/{index}.jpg", f"edges/{index}.png", caption)
 
     def read(self, index: int, kind: Kind) -> bytes:
-        """Never asked for: everything is remembered."""
-        raise AssertionError(f"row {index}: {kind} is not remembered")
+        """Fail: all digests are cached, so that nothing is read."""
+        raise AssertionError(f"row {index}: {kind} is not in the digest cache")
 
     def version(self, index: int, kind: Kind) -> bytes | None:
-        """Return what stands for path, size and time."""
-        return xxh3_128_digest(f"{kind[0]} {index}{self._changed(index)}".encode())
+        """Return what stands for a file's path, size and time."""
+        return xxh3_128_digest(f"{kind[0]} {index}{self._edition_mark(index)}".encode())
 
 
-def remember(path: Path, source: MadeUpRows) -> None:
-    """Write the digests of all images of a source, as a run that read them would have."""
+def write_digests(path: Path, source: InventedRows) -> None:
+    """Write the digests of all images of a source, as a run that reads them does."""
     kinds: tuple[Kind, ...] = ("image", "conditioning_image")
-    found = [source.version(index, kind) or b"" for kind in kinds for index in range(len(source))]
-    entries = np.zeros(len(found), ENTRY)
-    entries["version"] = np.frombuffer(b"".join(found), ">u8").reshape(-1, 2)
+    versions = [
+        source.version(index, kind) or b"" for kind in kinds for index in range(len(source))
+    ]
+    entries = np.zeros(len(versions), ENTRY)
+    entries["version"] = np.frombuffer(b"".join(versions), ">u8").reshape(-1, 2)
     entries["digest"] = entries["version"] ^ np.uint64(0x5555555555555555)
     entries["width"] = entries["height"] = 1024
     np.save(path, entries[np.lexsort((entries["version"][:, 1], entries["version"][:, 0]))])
 
 
-def planned(
-    source: MadeUpRows, folder: Path, before: dict[str, Layout]
+def make_plans(
+    source: InventedRows, folder: Path, before: dict[str, Layout]
 ) -> tuple[dict[str, ProductPlan], dict[str, float]]:
-    """Return the plans of text, latents and conditioning, and the seconds that each part took."""
+    """Return the plans of text, latents and conditioning, and the seconds of each part of planning.
+
+    Args:
+        source: the rows.
+        folder: folder with the digests.
+        before: layouts of text and latents to build on.
+    """
     seconds: dict[str, float] = {}
     start = time.perf_counter()
 
@@ -105,7 +113,7 @@ def planned(
     prompts = plans.distinct_prompts(inventory)
     lap("distinct prompts")
     text = plans.plan_text(
-        folder, prompts, {"": 0}, SD3_1024PX.text_spec().tensors(), SHARD_MB, before["text"]
+        folder, prompts, {"": 0}, SD3_1024PX.text_spec().tensor_specs(), SHARD_MB, before["text"]
     )
     none_held_out = np.zeros(len(inventory), bool)
     latents = plans.plan_latents(
@@ -114,7 +122,7 @@ def planned(
         np.zeros(len(inventory), np.int64),
         none_held_out,
         {"": 0},
-        [SD3_1024PX.latent_spec().tensors("latent", GRID)],
+        [SD3_1024PX.latent_spec().tensor_specs("latent", GRID)],
         SHARD_MB,
         before["latents"],
     )
@@ -130,36 +138,35 @@ def planned(
 
 
 def measure(num_rows: int, folder: Path) -> dict[str, Any]:
-    """Plan twice; return what it took."""
-    fresh, seconds = planned(
-        MadeUpRows(num_rows), folder, dict.fromkeys(("text", "latents"), EMPTY)
+    """Plan twice; return the figures."""
+    first, seconds = make_plans(
+        InventedRows(num_rows), folder, dict.fromkeys(("text", "latents"), EMPTY)
     )
-    found: dict[str, Any] = {
+    figures: dict[str, Any] = {
         "rows": num_rows,
-        "prompts": fresh["text"].num_records,
-        "shards": {name: product.num_shards for name, product in fresh.items()},
+        "prompts": first["text"].num_records,
+        "shards": {name: product.num_shards for name, product in first.items()},
         "seconds": seconds,
         "total_s": sum(seconds.values()),
         "peak_gb": _peak_gb(),
     }
-    before = {name: fresh[name].layout for name in ("text", "latents")}
-    fingerprints = {name: product.fingerprints for name, product in fresh.items()}
-    del fresh
-    again, seconds = planned(MadeUpRows(num_rows, edition=1), folder, before)
-    found["again_s"] = sum(seconds.values())
-    found["again_peak_gb"] = _peak_gb()
-    found["again_same_shards"] = {
+    before = {name: first[name].layout for name in ("text", "latents")}
+    fingerprints = {name: product.fingerprints for name, product in first.items()}
+    del first
+    again, seconds = make_plans(InventedRows(num_rows, edition=1), folder, before)
+    figures["again_s"] = sum(seconds.values())
+    figures["again_peak_gb"] = _peak_gb()
+    figures["again_same_shards"] = {
         name: sum(
-            one == other
-            for one, other in zip(fingerprints[name], product.fingerprints, strict=False)
+            old == new for old, new in zip(fingerprints[name], product.fingerprints, strict=False)
         )
         for name, product in again.items()
     }
-    return found
+    return figures
 
 
 def _peak_gb() -> float:
-    """Return the peak of this process's own memory; pages of mapped files are the system's."""
+    """Return the peak of this process's resident memory in GB."""
     status = Path("/proc/self/status").read_text()
     if "RssAnon" not in status:
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
@@ -183,21 +190,21 @@ def main(rows: int, folder: Path | None, results: Path) -> None:
         return
     with tempfile.TemporaryDirectory() as name:
         for edition in (0, 1):
-            remember(Path(name) / f"hashes{edition}.npy", MadeUpRows(rows, edition))
+            write_digests(Path(name) / f"hashes{edition}.npy", InventedRows(rows, edition))
         arguments = ("-m", "benchmarks.planning", "--rows", str(rows), "--folder", name)
         done = subprocess.run([sys.executable, *arguments], stdout=subprocess.PIPE, check=True)
-    found = json.loads(done.stdout)
-    figures = {**found, "machine": machine(), "versions": versions(), "commit": commit()}
+    measured = json.loads(done.stdout)
+    figures = {**measured, "machine": machine(), "versions": versions(), "commit": commit()}
     write_text(results, json.dumps(figures, indent=1, sort_keys=True) + "\n")
-    for part, seconds in found["seconds"].items():
+    for part, seconds in measured["seconds"].items():
         click.echo(f"{part:18s} {seconds:7.1f} s")
     click.echo(
-        f"{rows} rows, {found['prompts']} prompts, {found['shards']} shards: "
-        f"{found['total_s']:.1f} s, {found['peak_gb']:.2f} GB"
+        f"{rows} rows, {measured['prompts']} prompts, {measured['shards']} shards: "
+        f"{measured['total_s']:.1f} s, {measured['peak_gb']:.2f} GB"
     )
     click.echo(
-        f"again, the first of {CHANGED} parts changed: {found['again_s']:.1f} s, "
-        f"{found['again_peak_gb']:.2f} GB; shards as they were: {found['again_same_shards']}"
+        f"again, the first of {CHANGED} parts changed: {measured['again_s']:.1f} s, "
+        f"{measured['again_peak_gb']:.2f} GB; shards as they were: {measured['again_same_shards']}"
     )
 
 

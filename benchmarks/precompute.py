@@ -1,12 +1,12 @@
-"""`python -m benchmarks.precompute`: how busy stage 1 keeps its encoders, and what its cache takes.
+"""`python -m benchmarks.precompute`: how busy stage 1 keeps its encoders, and its cache's size.
 
-- Speed: circles of some size through the two passes; the time in the encoders over the time from
-  the first to the last shard (1 is the limit), images and prompts a second. The miniature base on
-  a CPU; with --true-size random weights of SD3's sizes, for a GPU.
-- Prompts: how many of fill50k's rows share one, counted over rows drawn from its name pairs.
-- Bytes a sample at SD3's sizes, from records that are really written: ours; ours without sharing
-  prompts; a float16 cache with one padded [154, 4096] embedding a row; and the Arrow text cache of
-  diffusers' training script, also really written.
+- Speed: circles go through the two passes. Reported are images and prompts a second, and the time
+  in the encoders over the time from the first to the last shard, which is at most 1. The base is
+  the miniature; --true-size takes random weights of SD3's sizes, for a GPU.
+- Prompts: the number of fill50k's rows that share one, counted over rows with its pairs of colours.
+- Bytes a sample at SD3's sizes, from records that are written: ours; ours without sharing prompts;
+  a float16 cache with one padded [154, 4096] embedding a row; and the Arrow text cache of
+  diffusers' training script, written too.
 """
 
 import json
@@ -20,13 +20,13 @@ import click
 import numpy as np
 import torch
 
-from benchmarks.encoders import save_true_size
+from benchmarks.random_weights import save_encoders
 from benchmarks.synthetic import Shape
 from common.atomic_files import write_text
 from common.device import keep_freed_memory, pick_device
 from common.options import CONTEXT
 from common.provenance import commit, machine, versions
-from demo.circles import circles, write_circles
+from demo.circles import random_circles, write_circles
 from precompute.config import PrecomputeConfig
 from precompute.encoding.encoder_clock import EncoderClock
 from precompute.encoding.image_pass import encode_images
@@ -36,24 +36,34 @@ from precompute.planning.inventory import take_inventory
 from precompute.planning.prepare import prepare
 from precompute.planning.products import distinct_prompts
 from precompute.sources.source import Kind, Row
-from shards.format.records import Record, TensorSpec, record_bytes, record_key
+from shards.format.keys import record_key
+from shards.format.records import Record
+from shards.format.tensor_spec import TensorSpec, record_bytes
 from shards.format.writer import write_shard
+from shards.reading.tensors import torch_dtype
 
 MINIATURE = Path("demo/miniature")
 FILL50K_ROWS = 50_000
 WRITTEN_RECORDS = 24
-PADDED = TensorSpec((154, 4096), torch.float16)
-POOLED = TensorSpec((2048,), torch.float16)
+PADDED = TensorSpec((154, 4096), "float16")
+POOLED = TensorSpec((2048,), "float16")
 
 
 @click.command(context_settings=CONTEXT)
-@click.option("--images", default=128, show_default=True, help="To encode.")
-@click.option("--resolution", default=512, show_default=True, help="Of them, in pixels.")
-@click.option("--true-size", is_flag=True, help="SD3's own sizes, random weights; on a GPU.")
-@click.option("--layers", type=int, help="Of the true-size text encoders; all of them by default.")
+@click.option("--images", default=128, show_default=True, help="Number of images to encode.")
+@click.option("--resolution", default=512, show_default=True, help="Side of the images in pixels.")
+@click.option(
+    "--true-size", is_flag=True, help="Models of SD3's own sizes with random weights; for a GPU."
+)
+@click.option("--layers", type=int, help="Layers of the true-size text encoders; all by default.")
 @click.option("--vae-batch-size", default=8, show_default=True)
-@click.option("--rows", default=FILL50K_ROWS, show_default=True, help="To count prompts in.")
-@click.option("--device", help="The best there is by default.")
+@click.option(
+    "--rows",
+    default=FILL50K_ROWS,
+    show_default=True,
+    help="Number of rows in which prompts are counted.",
+)
+@click.option("--device", help="cuda, mps or cpu; the best one by default.")
 @click.option(
     "--json",
     "results",
@@ -72,15 +82,15 @@ def main(
     results: Path,
 ) -> None:
     """Measure stage 1."""
-    where = pick_device(device)
-    keep_freed_memory(where)
+    torch_device = pick_device(device)
+    keep_freed_memory(torch_device)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         base = MINIATURE
         if true_size:
             base = folder / "base"
-            save_true_size(base, dtype=torch.bfloat16, layers=layers)
-        write_circles(folder / "source", circles(images, seed=0))
+            save_encoders(base, dtype=torch.bfloat16, layers=layers)
+        write_circles(folder / "source", random_circles(images, seed=0))
         config = PrecomputeConfig(
             source=str(folder / "source"),
             pretrained_model_name_or_path=str(base),
@@ -88,13 +98,13 @@ def main(
             resolution=resolution,
             text_dtype="bfloat16" if true_size else "float32",
             vae_batch_size=vae_batch_size,
-            device=str(where),
+            device=str(torch_device),
         )
-        rows_a_prompt = prompts_shared(rows)
+        rows_a_prompt = measure_sharing(rows)
         figures = {
-            "speed": speed(config),
+            "speed": measure_speed(config),
             "rows a prompt": rows_a_prompt,
-            "bytes": bytes_a_sample(folder, rows_a_prompt),
+            "bytes": measure_bytes(folder, rows_a_prompt),
             "images": images,
             "resolution": resolution,
             "true size": true_size,
@@ -110,26 +120,26 @@ def main(
 
 def report(figures: dict[str, Any]) -> None:
     """Print the figures as tables."""
-    for name, found in figures["speed"].items():
+    for name, speed in figures["speed"].items():
         click.echo(
-            f"{name:8s} {found['per_s']:8.1f} a second, encoders busy {found['busy']:.1%} "
-            f"of {found['seconds']:.1f} s (loading not counted: {found['loading_s']:.1f} s)"
+            f"{name:8s} {speed['per_s']:8.1f} a second, encoders busy {speed['busy']:.1%} "
+            f"of {speed['seconds']:.1f} s (loading not counted: {speed['loading_s']:.1f} s)"
         )
     click.echo(f"rows a prompt record: {figures['rows a prompt']:.2f} of fill50k's")
-    for resolution, found in figures["bytes"].items():
+    for resolution, sizes in figures["bytes"].items():
         click.echo(f"{resolution} px, bytes a sample:")
-        for name, size in found.items():
+        for name, size in sizes.items():
             click.echo(f"  {name:52s} {size:12.0f}" if size > 10 else f"  {name:52s} {size:12.3f}")
 
 
-def speed(config: PrecomputeConfig) -> dict[str, dict[str, float]]:
-    """Return what each pass did a second, and the share of its time spent in the encoders.
+def measure_speed(config: PrecomputeConfig) -> dict[str, dict[str, float]]:
+    """Return each pass's rate, and the share of its time spent in the encoders.
 
-    The time is that from the first batch's start to the last shard's sidecar.
+    The time runs from the first batch's start to the last shard's sidecar.
     """
     context = prepare(config)
 
-    def measured(count: int, clock: EncoderClock, start: float) -> dict[str, float]:
+    def figures(count: int, clock: EncoderClock, start: float) -> dict[str, float]:
         seconds = time.perf_counter() - clock.began
         return {
             "busy": clock.seconds / seconds,
@@ -138,17 +148,16 @@ def speed(config: PrecomputeConfig) -> dict[str, dict[str, float]]:
             "loading_s": clock.began - start,
         }
 
-    found, clock, start = {}, EncoderClock(context.device), time.perf_counter()
+    clock, start = EncoderClock(context.device), time.perf_counter()
     embeds = encode_text(context, lambda: None, clock)
-    found["text"] = measured(len(context.prompts), clock, start)
+    text = figures(len(context.prompts), clock, start)
     clock, start = EncoderClock(context.device), time.perf_counter()
     encode_images(context, embeds, lambda: None, clock)
-    found["latents"] = measured(2 * len(context.inventory), clock, start)
-    return found
+    return {"text": text, "latents": figures(2 * len(context.inventory), clock, start)}
 
 
 class Captions:
-    """A source of captions alone, all with one image."""
+    """A source of captions; all rows have the same image."""
 
     has_conditioning_images = True
 
@@ -165,36 +174,36 @@ class Captions:
             yield Row(f"row {index}", "image", "edges", self.captions[index])
 
     def read(self, index: int, kind: Kind) -> bytes:
-        """Return the same bytes for all."""
+        """Return the same bytes for all rows."""
         return b"any"
 
     def version(self, index: int, kind: Kind) -> bytes | None:
-        """Return the same version for all."""
+        """Return the same version for all rows."""
         return kind.encode().ljust(16)[:16]
 
 
-def prompts_shared(num_rows: int) -> float:
-    """Return how many rows share a prompt record, of rows drawn from fill50k's name pairs."""
-    source = Captions([circle.prompt for circle in circles(num_rows, seed=0)])
+def measure_sharing(num_rows: int) -> float:
+    """Return the mean number of rows with the same prompt, over rows like fill50k's."""
+    source = Captions([circle.prompt for circle in random_circles(num_rows, seed=0)])
     with tempfile.TemporaryDirectory() as name:
         digests = DigestCache(Path(name) / "hashes.npy", keep=False)
         inventory = take_inventory(source, range(num_rows), digests, conditioning=True)
     return num_rows / (len(distinct_prompts(inventory)) - 1)
 
 
-def bytes_a_sample(folder: Path, rows_a_prompt: float) -> dict[str, dict[str, float]]:
-    """Return what a sample takes on disk at SD3's sizes, tar headers and sidecars included."""
+def measure_bytes(folder: Path, rows_a_prompt: float) -> dict[str, dict[str, float]]:
+    """Return the bytes of a sample on disk at SD3's sizes, tar headers and sidecars included."""
     arrow = _arrow_bytes(folder)
-    found = {}
+    sizes = {}
     for resolution in (512, 1024):
         shape = Shape(side=resolution // 8)
         grid = (shape.side, shape.side)
-        text = _written(folder / f"text{resolution}", shape.text_spec().tensors())
-        latent = _written(
-            folder / f"latent{resolution}", shape.latent_spec().tensors("latent", grid)
+        text = _record_bytes(folder / f"text{resolution}", shape.text_spec().tensor_specs())
+        latent = _record_bytes(
+            folder / f"latent{resolution}", shape.latent_spec().tensor_specs("latent", grid)
         )
         padded = record_bytes({"prompt_embeds": PADDED, "pooled_prompt_embeds": POOLED})
-        found[str(resolution)] = {
+        sizes[str(resolution)] = {
             "ours: text, shared": text / rows_a_prompt,
             "ours: latent": latent,
             "ours: conditioning latent": latent,
@@ -208,15 +217,17 @@ def bytes_a_sample(folder: Path, rows_a_prompt: float) -> dict[str, dict[str, fl
             "ours: text and latent / padded, text alone": (text / rows_a_prompt + latent) / padded,
             "ours: all / Arrow, text alone": (text / rows_a_prompt + 2 * latent) / arrow,
         }
-    return found
+    return sizes
 
 
-def _written(folder: Path, specs: dict[str, TensorSpec]) -> float:
-    """Write records of zeros; return the bytes that one takes, with its share of the sidecar."""
-    tensors = {name: torch.zeros(spec.shape, dtype=spec.dtype) for name, spec in specs.items()}
+def _record_bytes(folder: Path, specs: dict[str, TensorSpec]) -> float:
+    """Write records of zeros; return the bytes of one, with its share of the sidecar."""
+    tensors = {
+        name: torch.zeros(spec.shape, dtype=torch_dtype(spec)) for name, spec in specs.items()
+    }
     about = {"image_hash": "0" * 32, "conditioning_hash": "0" * 32}
     records = (
-        Record(record_key(0, row, "0" * 16), tensors, about) for row in range(WRITTEN_RECORDS)
+        Record(record_key(0, slot, "0" * 16), tensors, about) for slot in range(WRITTEN_RECORDS)
     )
     write_shard(folder, 0, records, fingerprint="0" * 32)
     return sum(path.stat().st_size for path in folder.iterdir()) / WRITTEN_RECORDS
@@ -240,7 +251,9 @@ def _arrow_bytes(folder: Path) -> float:
     )
     if progress:
         datasets.enable_progress_bars()
-    return sum(Path(one["filename"]).stat().st_size for one in table.cache_files) / WRITTEN_RECORDS
+    return (
+        sum(Path(file["filename"]).stat().st_size for file in table.cache_files) / WRITTEN_RECORDS
+    )
 
 
 if __name__ == "__main__":

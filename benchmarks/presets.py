@@ -1,7 +1,7 @@
 """`python -m benchmarks.presets`: whether each card's preset trains as well as float32 does.
 
-The demo's base, circles and settings, 300 steps of 8 samples: the same samples, noise and start
-each time. What counts is the loss on held-out rows at the end, over that of float32.
+Each preset trains on the demo's base, circles and settings for 300 steps of 8 samples, with the
+same samples, noise and initial weights. Compared is the final loss on held-out rows.
 """
 
 import json
@@ -25,9 +25,9 @@ from train.config import TrainConfig
 from train.run import train
 
 DEMO = Path("configs/demo.toml")
-CARDS = Path("configs/cards")
+CARD_FOLDER = Path("configs/cards")
 STEPS, SAMPLES, HELD_OUT_ROWS = 300, 8, 256
-LIMIT, LIMIT_OF_4_BIT = 0.02, 0.05
+LIMIT, LIMIT_OF_4_BIT = 0.02, 0.05  # relative to the loss of float32
 
 
 @click.command(context_settings=CONTEXT)
@@ -41,52 +41,57 @@ LIMIT, LIMIT_OF_4_BIT = 0.02, 0.05
 )
 @click.pass_context
 def main(ctx: click.Context, work_dir: Path | None, results: Path) -> None:
-    """Train with every preset; exit 1 where one is worse than its limit."""
+    """Train with every preset; exit 1 if the loss of one is above its limit."""
     with user_errors(), tempfile.TemporaryDirectory() as temporary:
         folder = (work_dir or Path(temporary)).absolute()
-        base = with_cache(folder)
-        losses = {"float32": held_out_loss(replace(base, output_dir=folder / "float32"))}
-        for path in cards():
-            config = preset(base, path)
-            losses[path.stem] = held_out_loss(replace(config, output_dir=folder / path.stem))
-    rows, good = [], True
+        base = prepare_demo(folder)
+        losses = {"float32": train_to_held_out_loss(replace(base, output_dir=folder / "float32"))}
+        for path in card_files():
+            config = apply_preset(base, path)
+            losses[path.stem] = train_to_held_out_loss(
+                replace(config, output_dir=folder / path.stem)
+            )
+    rows, all_good = [], True
     for name, loss in losses.items():
         ratio = loss / losses["float32"]
         limit = LIMIT_OF_4_BIT if name != "float32" and has_4_bit(name) else LIMIT
-        good &= ratio <= 1 + limit
+        all_good &= ratio <= 1 + limit
         rows.append({"preset": name, "held_out_loss": loss, "ratio": ratio, "limit": 1 + limit})
         click.echo(f"{name:8}  {loss:.5f}  {ratio:.4f}  at most {1 + limit:.2f}")
     figures = {"machine": machine(), "versions": versions(), "commit": commit(), "rows": rows}
     results.parent.mkdir(parents=True, exist_ok=True)
     write_text(results, json.dumps(figures, indent=1) + "\n")
-    ctx.exit(int(not good))
+    ctx.exit(int(not all_good))
 
 
-def cards() -> list[Path]:
-    """Return the presets' files, from the smallest card up."""
-    return sorted(CARDS.glob("*.toml"), key=lambda path: int(path.stem.removesuffix("gb")))
+def card_files() -> list[Path]:
+    """Return the presets' files, by the size of the card."""
+    return sorted(CARD_FOLDER.glob("*.toml"), key=lambda path: int(path.stem.removesuffix("gb")))
 
 
 def has_4_bit(card: str) -> bool:
-    """Tell whether a preset keeps the base in 4 bit."""
-    return read_section(CARDS / f"{card}.toml", "train", TrainConfig).get("quantize_base") == "nf4"
+    """Tell whether a preset quantizes the base to 4 bit."""
+    return (
+        read_section(CARD_FOLDER / f"{card}.toml", "train", TrainConfig).get("quantize_base")
+        == "nf4"
+    )
 
 
-def with_cache(folder: Path) -> TrainConfig:
-    """Make the demo's cache, with held-out rows, and return settings that train from it."""
+def prepare_demo(folder: Path) -> TrainConfig:
+    """Write the demo's cache, with held-out rows; return settings to train from it."""
     circles: dict[str, Any] = read_section(DEMO, "circles", CirclesConfig)
     draw_data_sets(CirclesConfig(**circles | {"output_dir": folder / "circles"}))
     stage1 = read_section(DEMO, "precompute", PrecomputeConfig)
-    moved = {
+    changes = {
         "source": folder / "circles/train",
         "cache": folder / "cache",
         "validation_rows": HELD_OUT_ROWS,
         "validation_prompt": (),
         "validation_image": (),
     }
-    precompute(PrecomputeConfig(**stage1 | moved))
+    precompute(PrecomputeConfig(**stage1 | changes))
     stage2 = read_section(DEMO, "train", TrainConfig)
-    ours = {
+    overrides = {
         "cache": str(folder / "cache"),
         "train_batch_size": SAMPLES,
         "max_train_steps": STEPS,
@@ -95,29 +100,29 @@ def with_cache(folder: Path) -> TrainConfig:
         "validation_steps": STEPS,
         "report_to": "none",
     }
-    return TrainConfig(**stage2 | ours)
+    return TrainConfig(**stage2 | overrides)
 
 
-def preset(base: TrainConfig, path: Path) -> TrainConfig:
-    """Return settings changed as a card's file says, but for the number of samples a step."""
+def apply_preset(base: TrainConfig, path: Path) -> TrainConfig:
+    """Return settings with a card's preset, and the same number of samples a step as before."""
     changes = read_section(path, "train", TrainConfig)
     batches = 1 if changes.get("fused_backward_pass") else 4
-    same = {"train_batch_size": SAMPLES // batches, "gradient_accumulation_steps": batches}
-    return replace(base, **changes | same)
+    same_samples = {"train_batch_size": SAMPLES // batches, "gradient_accumulation_steps": batches}
+    return replace(base, **changes | same_samples)
 
 
-def held_out_loss(config: TrainConfig) -> float:
-    """Train, and return the loss on held-out rows that the last step left."""
+def train_to_held_out_loss(config: TrainConfig) -> float:
+    """Train; return the mean loss on held-out rows after the last step."""
     shutil.rmtree(config.output_dir, ignore_errors=True)  # of an earlier run
     train(config)
-    forget_accelerator()
-    found = config.output_dir / f"validation/step-{STEPS:06d}/held_out.json"
-    losses = json.loads(found.read_text())["held_out_loss"]
+    reset_accelerate()
+    path = config.output_dir / f"validation/step-{STEPS:06d}/held_out.json"
+    losses = json.loads(path.read_text())["held_out_loss"]
     return float(sum(losses) / len(losses))
 
 
-def forget_accelerator() -> None:
-    """Let the next run of this process choose its precision, which accelerate keeps for good."""
+def reset_accelerate() -> None:
+    """Reset accelerate's state, so that the next run of this process can choose its precision."""
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
 

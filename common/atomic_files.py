@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all, even if power fails in between."""
+"""Writing files completely or not at all, even if the power fails in between."""
 
 import contextlib
 import errno
@@ -13,25 +13,25 @@ DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a text file so that it is there whole or not at all."""
+    """Write a text file, completely or not at all."""
     with atomic_file(path) as file:
         file.write(text.encode())
 
 
 @contextlib.contextmanager
 def atomic_file(path: Path, num_bytes: int = 0) -> Iterator[IO[bytes]]:
-    """Give a file under a temporary name; on success it is synced and renamed to `path`.
+    """Open a file under a temporary name; on success, sync it and rename it to `path`.
 
-    On any exception the temporary file goes and `path` is as it was.
+    On any exception the temporary file is deleted and `path` stays as it was.
 
     Args:
         path: the file to write or replace.
-        num_bytes: about how large it will be, if that is known.
+        num_bytes: its approximate size; 0 if unknown.
 
     Raises:
-        OSError: it cannot be written, or will not fit; with the path and the space needed.
+        OSError: the file cannot be written or does not fit; names the path and the space needed.
     """
-    # No other process has this name, on this machine or another that shares the disk.
+    # Unique across processes, and across machines that share the disk.
     temporary = path.with_name(f"{path.name}.tmp-{secrets.token_hex(6)}")
     try:
         if num_bytes > shutil.disk_usage(path.parent).free:
@@ -50,29 +50,29 @@ def atomic_file(path: Path, num_bytes: int = 0) -> Iterator[IO[bytes]]:
 
 
 def require_space(folder: Path, num_bytes: int) -> None:
-    """Refuse to begin what does not fit the disk.
+    """Check that a number of bytes fits the disk of a folder.
 
     Raises:
-        OSError: with the folder and the space needed.
+        OSError: it does not fit; names the folder and the space needed.
     """
     if num_bytes > shutil.disk_usage(folder).free:
         raise cannot_write(folder, OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), num_bytes)
 
 
 def move_into_place(temporary: Path, path: Path) -> None:
-    """Rename a finished file to its own name, so that it is there whole even if power fails now."""
+    """Rename a finished file to its final name, so that it survives a power failure."""
     _sync(temporary)
     temporary.replace(path)
     sync_folder(path.parent)
 
 
 def cannot_write(path: Path, error: OSError, num_bytes: int) -> OSError:
-    """Return an error that names the file and, where the disk is full, the space it takes.
+    """Return an error that names the file and, if the disk is full, the space needed.
 
     Args:
-        path: the file that was to be written.
-        error: why it could not.
-        num_bytes: about how large it would be; 0 if that is not known.
+        path: the file that could not be written.
+        error: the reason.
+        num_bytes: the file's approximate size; 0 if unknown.
     """
     reason = error.strerror or str(error)
     if error.errno in DISK_FULL:
@@ -84,9 +84,8 @@ def cannot_write(path: Path, error: OSError, num_bytes: int) -> OSError:
 
 
 def sync_folder(folder: Path) -> None:
-    """Make a rename durable; systems that cannot open a folder do so by themselves."""
-    if os.name == "posix":
-        _sync(folder)
+    """Sync a folder, so that renames in it survive a power failure."""
+    _sync(folder)
 
 
 def _sync(path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Checks of settings that several stages have in common."""
+"""Checks of settings that several stages share."""
 
 from pathlib import Path
 
@@ -11,10 +11,10 @@ MAX_SEQUENCE_LENGTH = 512
 def pair_up(
     prompts: tuple[str, ...], images: tuple[Path, ...], prompt_flag: str, image_flag: str
 ) -> list[tuple[str, Path]]:
-    """Return (prompt, image) pairs: as many of one as of the other, or one of either.
+    """Return (prompt, image) pairs, from equal numbers of both or from one of either.
 
     Raises:
-        ConfigError: the numbers do not go together; naming the two options.
+        ConfigError: the numbers do not match; names the two options.
     """
     all_prompts = prompts * len(images) if len(prompts) == 1 else prompts
     all_images = images * len(prompts) if len(images) == 1 else images
@@ -27,14 +27,14 @@ def pair_up(
 
 
 def check_resolution(resolution: int, flag: str = "--resolution") -> None:
-    """Refuse sizes that SD3 cannot have: the VAE divides by 8, the transformer takes 2 x 2.
+    """Refuse sizes that SD3 does not support: the VAE divides by 8, the transformer's patch by 2.
 
     Args:
         resolution: in pixels.
-        flag: the option it was given with.
+        flag: the option, for the error message.
 
     Raises:
-        ConfigError: with sizes that it can have.
+        ConfigError: names the nearest sizes that work.
     """
     if resolution <= 0 or resolution % RESOLUTION_STEP_PX:
         below = max(resolution // RESOLUTION_STEP_PX, 1) * RESOLUTION_STEP_PX
@@ -45,10 +45,10 @@ def check_resolution(resolution: int, flag: str = "--resolution") -> None:
 
 
 def check_sequence_length(tokens: int) -> None:
-    """Refuse T5 lengths that the stock pipeline refuses.
+    """Refuse T5 lengths that the stock pipeline does not support.
 
     Raises:
-        ConfigError: with the bound.
+        ConfigError: names the bound.
     """
     if not 1 <= tokens <= MAX_SEQUENCE_LENGTH:
         raise ConfigError(

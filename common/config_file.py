@@ -1,5 +1,6 @@
-"""TOML files of settings: one table a stage, checked against the stage's config dataclass."""
+"""TOML files of settings: one table per stage, checked against the stage's config dataclass."""
 
+import dataclasses
 import difflib
 import tomllib
 import types
@@ -8,34 +9,69 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from common.errors import ConfigError
 
-# A setting that is a number, or left to the program.
+# The type of a setting that is a number or `auto`.
 NUMBER_OR_WORD = (int | Literal["auto"],)
+EXTENDS = "extends"
 SECTIONS = ("demo", "circles", "precompute", "train", "infer", "score", "serve", "decode")
 
 
 def read_section(path: Path, section: str, config_class: type[Any]) -> dict[str, Any]:
-    """Return the settings of one stage from a TOML file, as its config class takes them.
+    """Return the settings of one stage in a TOML file, as keyword arguments of its config class.
+
+    A file may begin with `extends = "other.toml"`, a path relative to its own folder. It then
+    changes the settings of that file, key by key.
 
     Raises:
-        ConfigError: the file cannot be read, is not TOML, or holds an unknown table or key or a
-            value of another type.
+        ConfigError: a file cannot be read, is not TOML, or holds an unknown table, an unknown
+            key or a value of the wrong type; or files extend each other in a circle.
     """
+    settings: dict[str, Any] = {}
+    for file in reversed(_with_extended(path)):
+        settings |= _settings(file, section, config_class)
+    return settings
+
+
+def _with_extended(path: Path) -> list[Path]:
+    """Return a file, the file that it extends, the file that this one extends, and so on."""
+    files = [path]
+    while (extended := _document(files[-1]).get(EXTENDS)) is not None:
+        if not isinstance(extended, str):
+            raise ConfigError(f"{files[-1]}: extends: expected a path, found {extended!r}.")
+        file = files[-1].parent / extended
+        if file.resolve() in [known.resolve() for known in files]:
+            raise ConfigError(f"{files[-1]}: extends {extended!r}, which extends this file.")
+        files.append(file)
+    return files
+
+
+def _document(path: Path) -> dict[str, Any]:
     try:
-        document = tomllib.loads(path.read_text(encoding="utf-8"))
+        return tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigError(f"--config {path}: {error.strerror or error}") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"--config {path}: not valid TOML: {error}") from error
+
+
+def _settings(path: Path, section: str, config_class: type[Any]) -> dict[str, Any]:
+    """Return the settings that stand in one file."""
+    document = _document(path)
     for name in document:
-        if name not in SECTIONS:
+        if name not in (*SECTIONS, EXTENDS):
             raise ConfigError(f"{path}: unknown table [{name}].{nearest(name, list(SECTIONS))}")
     hints = get_type_hints(config_class)
-    settings: dict[str, Any] = {}
+    aliases = {
+        alias: field.name
+        for field in dataclasses.fields(config_class)
+        for alias in field.metadata.get("aliases", ())
+    }
     table = document.get(section, {})
     if not isinstance(table, dict):
         raise ConfigError(f"{path}: {section} must be a table, [{section}], found {table!r}.")
+    settings: dict[str, Any] = {}
     for key, value in table.items():
         name = key.replace("-", "_")
+        name = aliases.get(name, name)
         if name not in hints:
             raise ConfigError(
                 f"{path}: unknown key {key!r} in [{section}].{nearest(name, list(hints))}"
@@ -56,7 +92,7 @@ def _checked(value: Any, hint: Any, where: str) -> Any:
         kind = int
     choices = get_args(kind) if get_origin(kind) is Literal else None
     expected = type(choices[0]) if choices else str if kind is Path else kind
-    # TOML tells 1 from 1.0 and from true; only an integer where a float is meant is harmless.
+    # TOML distinguishes 1, 1.0 and true; only an integer in place of a float is harmless.
     fits = type(value) is expected or (expected is float and type(value) is int)
     if not fits:
         raise ConfigError(f"{where}: expected {expected.__name__}, found {value!r}.")
@@ -66,13 +102,13 @@ def _checked(value: Any, hint: Any, where: str) -> Any:
 
 
 def nearest(name: str, known: list[str]) -> str:
-    """Return ' Did you mean …?' for the known name most like `name`, or an empty string."""
+    """Return a hint for an error message: the most similar known name, or all known names."""
     close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
     return f" Did you mean {close[0]!r}?" if close else f" Known: {', '.join(sorted(known))}."
 
 
 def unwrap(hint: Any) -> tuple[bool, Any]:
-    """Return (repeatable, element type) of a field's annotation."""
+    """Return whether a field takes several values, and the type of one value."""
     if get_origin(hint) is tuple:
         return True, get_args(hint)[0]
     if get_origin(hint) in (types.UnionType, Union) and hint not in NUMBER_OR_WORD:

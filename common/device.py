@@ -1,4 +1,4 @@
-"""Choosing the device that a stage computes on, and making the most of it."""
+"""The device that a stage computes on: choosing it, its memory, copies from it."""
 
 import contextlib
 import ctypes
@@ -15,10 +15,10 @@ M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
 
 
 def pick_device(name: str | None) -> torch.device:
-    """Return the device by name, or the best there is.
+    """Return the named device, or the best that is available.
 
     Raises:
-        ConfigError: torch knows no such device here.
+        ConfigError: torch has no such device on this machine.
     """
     if name is None:
         if torch.cuda.is_available():
@@ -34,11 +34,11 @@ def pick_device(name: str | None) -> torch.device:
 
 
 def keep_freed_memory(device: torch.device) -> None:
-    """Have a process that computes on the CPU keep freed memory for its next allocation.
+    """On CPUs, make this process keep freed memory for its next allocation.
 
     A VAE's layers allocate and free tens of megabytes each. By default glibc returns them to the
-    system, which then clears their pages anew for the next layer: that took two thirds of the time
-    of encoding. Elsewhere than on Linux with glibc nothing is changed.
+    system, which clears the pages again for the next layer: that took two thirds of the encoding
+    time. Does nothing without glibc.
     """
     if device.type == "cpu" and platform.libc_ver()[0] == "glibc":
         libc = ctypes.CDLL("libc.so.6")
@@ -48,7 +48,7 @@ def keep_freed_memory(device: torch.device) -> None:
 
 @contextlib.contextmanager
 def default_dtype(dtype: torch.dtype) -> Iterator[None]:
-    """Have new tensors be of a number format, unless told otherwise, meanwhile."""
+    """Set torch's default dtype within a `with` block."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
@@ -60,8 +60,8 @@ def default_dtype(dtype: torch.dtype) -> Iterator[None]:
 def compile_blocks(*networks: Any) -> None:
     """Compile the blocks of networks, in place, at their first calls.
 
-    One block is compiled for all that are alike. The transformer's and the ControlNet's are of one
-    class and so share a limit of variants, which the default, 8, would have them reach.
+    Equal blocks share one compiled version. The blocks of the transformer and of the ControlNet
+    are of one class and share a limit of versions; torch's default of 8 is too low for both.
     """
     torch._dynamo.config.recompile_limit = 64
     for network in networks:
@@ -70,11 +70,11 @@ def compile_blocks(*networks: Any) -> None:
 
 
 class AsyncHostCopy:
-    """Tensors that are being copied to the host, while the device goes on computing.
+    """A copy of tensors to the host that runs while the device computes.
 
     Args:
-        tensors: on the device.
-        dtype: that the copies shall have.
+        tensors: on the device, by name.
+        dtype: of the copies.
     """
 
     def __init__(self, tensors: dict[str, torch.Tensor], dtype: torch.dtype) -> None:
@@ -93,7 +93,7 @@ class AsyncHostCopy:
             self._tensors = {name: tensor.cpu() for name, tensor in converted.items()}
 
     def wait(self) -> dict[str, torch.Tensor]:
-        """Return the copies once they are there."""
+        """Wait until the copies are complete and return them."""
         if self._copied is not None:
             self._copied.synchronize()
         return self._tensors

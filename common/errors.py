@@ -2,12 +2,12 @@
 
 
 class ShardError(ValueError):
-    """A cache that is incomplete, damaged, or not what its sidecars say it is."""
+    """A cache is incomplete, damaged, or does not match its sidecars."""
 
 
 class ConfigError(ValueError):
-    """A setting that cannot be honoured: what, where, expected, found, and what to do."""
+    """A setting cannot work: says what, where, expected, found, and what to do."""
 
 
 class RunError(RuntimeError):
-    """What ends a run that was well begun: what happened, what is kept, and what to do."""
+    """A run ended early: says what happened, what is kept, and what to do."""

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM: noted, so that what is in hand can be finished first."""
+"""Ctrl-C and SIGTERM: a run finishes its current shard or step, then ends."""
 
 import contextlib
 import signal
@@ -13,22 +13,22 @@ Check = Callable[[], None]
 
 
 class InterruptedRun(Exception):
-    """The user or the system wants the run to end; what is finished is kept."""
+    """The run ends because of a signal; finished work is kept."""
 
     def __init__(self, received: signal.Signals) -> None:
         super().__init__(received.name)
-        self.exit_code = 128 + received  # as a shell reports a process that a signal ended
+        self.exit_code = 128 + received  # as shells report processes ended by a signal
 
 
 @contextlib.contextmanager
 def signals_noted(unit: str) -> Iterator[Received]:
-    """Give a function that says which signal has come, or None.
+    """Give a function that returns the signal received so far, or None.
 
-    A second signal does what it would without this. Outside the main thread, where Python takes no
-    signals, nothing is changed.
+    A second signal has its usual effect. Does nothing outside the main thread, where Python
+    handles no signals.
 
     Args:
-        unit: what is finished first, as in "ending after this step".
+        unit: what the run finishes first, for the message "ending after this <unit>".
     """
     received: list[signal.Signals] = []
     before: dict[signal.Signals, Any] = {}
@@ -53,11 +53,11 @@ def signals_noted(unit: str) -> Iterator[Received]:
 
 @contextlib.contextmanager
 def between_shards() -> Iterator[Check]:
-    """Give a function to call between shards, which ends the run if a signal has come."""
+    """Give a function to call between shards; it raises InterruptedRun after a signal."""
     with signals_noted("shard") as received:
 
         def check() -> None:
-            if came := received():
-                raise InterruptedRun(came)
+            if number := received():
+                raise InterruptedRun(number)
 
         yield check

@@ -7,7 +7,8 @@ click options (`--train-batch-size`), the keys of the stage's table in a TOML fi
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Iterator
+import inspect
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
@@ -21,37 +22,76 @@ Config = TypeVar("Config")
 CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
 
 
-def option(default: Any = dataclasses.MISSING, *, help: str, secret: bool = False) -> Any:
+def option(
+    default: Any = dataclasses.MISSING,
+    *,
+    help: str,
+    heading: str | None = None,
+    aliases: tuple[str, ...] = (),
+    secret: bool = False,
+) -> Any:
     """Return a dataclass field that is also a command line option.
 
     Args:
-        default: none means required.
+        default: the option is required if this is missing.
         help: one or two sentences.
-        secret: whether it is kept out of what is written down.
+        heading: of the group in `--help` that begins with this option. Options without one
+            belong to the group before them.
+        aliases: further names, as field names. Command lines and TOML files may use them;
+            `--help` does not list them.
+        secret: whether to leave the value out of `run.json` and of checkpoints.
     """
-    return dataclasses.field(default=default, metadata={"help": help, "secret": secret})
+    metadata = {"help": help, "heading": heading, "aliases": aliases, "secret": secret}
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+def flag(name: str) -> str:
+    """Return the command line's spelling of a field name: `--train-batch-size`."""
+    return "--" + name.replace("_", "-")
 
 
 class CommandError(click.ClickException):
-    """An error of the user's making: one line on stderr, exit code 2."""
+    """A user's mistake: one line on stderr, exit code 2."""
 
     exit_code = 2
 
 
 class StageCommand(click.Command):
-    """A click command that also reads option names and lists as the diffusers scripts write them.
+    """A click command with grouped help that also reads the diffusers scripts' spelling.
 
-    `--train_batch_size` is `--train-batch-size`, and an option that may be repeated also takes its
-    values in a row: `--validation_prompt "one" "two"`. `moved` maps options of the reference
-    script that live elsewhere now to the sentence that says where.
+    `--train_batch_size` is `--train-batch-size`. An option that may be repeated also takes its
+    values in a row: `--validation_prompt "one" "two"`.
+
+    Args:
+        config_class: the dataclass whose fields are the options.
+        elsewhere: flags that this command does not have, and where each belongs. All that a
+            command line holds are reported at once.
     """
 
-    def __init__(self, *args: Any, moved: dict[str, str] | None = None, **kwargs: Any) -> None:
+    def __init__(
+        self, *args: Any, config_class: type[Any], elsewhere: Mapping[str, str], **kwargs: Any
+    ) -> None:
         super().__init__(*args, **kwargs)
-        self.moved = moved or {}
+        fields = dataclasses.fields(config_class)
+        self.headings = _headings(config_class)
+        self.aliases = {
+            flag(alias): flag(field.name) for field in fields for alias in field.metadata["aliases"]
+        }
+        self.elsewhere = elsewhere
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        """Rewrite `args` to click's own form, then parse them."""
+        """Rewrite `args` to click's own form, then parse them.
+
+        Raises:
+            CommandError: options belong to another command.
+        """
+        flags = [argument_flag(arg) for arg in args]
+        if misplaced := {name: self.elsewhere[name] for name in flags if name in self.elsewhere}:
+            raise CommandError("\n  ".join(f"{name}: {where}" for name, where in misplaced.items()))
+        return super().parse_args(ctx, self._rewritten(args))
+
+    def _rewritten(self, args: list[str]) -> list[str]:
+        """Return arguments with the options' own names, and one name for each repeated value."""
         repeatable = {
             name
             for parameter in self.params
@@ -60,21 +100,57 @@ class StageCommand(click.Command):
         }
         rewritten: list[str] = []
         current = ""
-        values_in_a_row = 0
+        num_values = 0  # since the name of the current option
         for arg in args:
-            if arg.startswith("--") and arg != "--":
-                name, equals, value = arg.partition("=")
-                current = "--" + name[2:].replace("_", "-")
-                if current in self.moved:
-                    raise CommandError(f"{current}: {self.moved[current]}")
+            if name := argument_flag(arg):
+                _, equals, value = arg.partition("=")
+                current = self.aliases.get(name, name)
                 rewritten.append(current + equals + value)
-                values_in_a_row = 1 if equals else 0
+                num_values = 1 if equals else 0
             else:
-                if current in repeatable and values_in_a_row and not arg.startswith("-"):
+                if current in repeatable and num_values and not arg.startswith("-"):
                     rewritten.append(current)
                 rewritten.append(arg)
-                values_in_a_row += 1
-        return super().parse_args(ctx, rewritten)
+                num_values += 1
+        return rewritten
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write the options under their headings."""
+        records = {
+            parameter.name or "": record
+            for parameter in self.get_params(ctx)
+            if (record := parameter.get_help_record(ctx))
+        }
+        sections: dict[str, list[tuple[str, str]]] = {}
+        for name, heading in self.headings.items():
+            sections.setdefault(heading, []).append(records.pop(name))
+        sections["General"] = list(records.values())
+        for heading, lines in sections.items():
+            with formatter.section(heading):
+                formatter.write_dl(lines)
+
+
+def _headings(config_class: type[Any]) -> dict[str, str]:
+    """Return the heading of each option, in the order of the help.
+
+    A subclass's own options come before those that it inherits.
+    """
+    fields = {field.name: field for field in dataclasses.fields(config_class)}
+    headings: dict[str, str] = {}
+    for cls in config_class.__mro__:
+        current = "Options"
+        for name in inspect.get_annotations(cls):
+            if name in fields and name not in headings:
+                current = fields[name].metadata["heading"] or current
+                headings[name] = current
+    return headings
+
+
+def argument_flag(argument: str) -> str:
+    """Return an argument's option name with dashes, or an empty string if it names none."""
+    if not argument.startswith("--") or argument == "--":
+        return ""
+    return "--" + argument[2:].partition("=")[0].replace("_", "-")
 
 
 def stage_command(
@@ -83,59 +159,65 @@ def stage_command(
     run: Callable[[Config], None],
     *,
     section: str,
-    moved: dict[str, str] | None = None,
+    elsewhere: Mapping[str, str] | None = None,
     like: Callable[[Path], dict[str, Any]] | None = None,
 ) -> click.Command:
     """Return the click command that fills `config_class` and calls `run` with it.
 
     Args:
-        name: what the command is called in its own help.
+        name: the command's name in its own help.
         config_class: frozen dataclass whose fields were made with `option`; its docstring is
             the command's help.
         run: does the work; its errors end as `user_errors` says.
         section: the table of the TOML file that this command reads.
-        moved: see `StageCommand`.
-        like: returns the settings that a file was made with; `--like FILE` then takes them for
-            defaults.
+        elsewhere: see `StageCommand`.
+        like: returns the settings that a file was made with. If given, the command has an option
+            `--like FILE`, which takes these settings as defaults.
     """
 
     def callback(config: tuple[Path, ...], like: Path | None = None, **values: Any) -> None:
         with user_errors():
             run(config_class(**values))
 
-    config_option = click.Option(
+    params = [_config_option(section, config_class)]
+    if like is not None:
+        params.append(_like_option(like))
+    return StageCommand(
+        name,
+        callback=callback,
+        params=[*params, *_click_options(config_class)],
+        help=config_class.__doc__,
+        context_settings=CONTEXT,
+        config_class=config_class,
+        elsewhere=elsewhere or {},
+    )
+
+
+def _config_option(section: str, config_class: type[Any]) -> click.Option:
+    return click.Option(
         ["--config"],
         type=click.Path(path_type=Path),
         is_eager=True,
         multiple=True,
         callback=lambda ctx, _, paths: _use_config_files(ctx, paths, section, config_class),
-        help=f"TOML file; its [{section}] table gives defaults for the options below. Of several "
-        "the later ones win.",
+        help=f"TOML file; its [{section}] table gives defaults for the options below. "
+        "Repeatable: later files win.",
     )
-    like_option = click.Option(
+
+
+def _like_option(like: Callable[[Path], dict[str, Any]]) -> click.Option:
+    return click.Option(
         ["--like"],
         type=click.Path(path_type=Path),
         is_eager=True,
         callback=lambda ctx, _, path: _use_settings_of(ctx, path, like),
         help="A picture; the options below are what it was drawn with, unless they are given.",
     )
-    return StageCommand(
-        name,
-        callback=callback,
-        params=[
-            config_option,
-            *([like_option] if like is not None else []),
-            *_click_options(config_class),
-        ],
-        help=config_class.__doc__,
-        context_settings=CONTEXT,
-        moved=moved,
-    )
 
 
 @contextlib.contextmanager
 def user_errors() -> Iterator[None]:
-    """End the errors that a user can meet as a `CommandError`: one line, exit code 2."""
+    """Turn the errors that a user can meet into a `CommandError`: one line, exit code 2."""
     try:
         yield
     except (ShardError, ConfigError, RunError) as error:
@@ -145,7 +227,7 @@ def user_errors() -> Iterator[None]:
     except SafetensorError as error:
         raise CommandError(f"a weight file is damaged ({error}); fetch it again") from error
     except RuntimeError as error:
-        if type(error).__name__ != "OutOfMemoryError":  # torch's; not imported for its name
+        if type(error).__name__ != "OutOfMemoryError":  # torch's; importing torch takes seconds
             raise
         raise CommandError(
             f"out of memory: {str(error).splitlines()[0]} Smaller batches help, and "
@@ -175,17 +257,17 @@ def _click_options(config_class: type[Any]) -> list[click.Option]:
 
 def _click_option(field: dataclasses.Field[Any], hint: Any) -> click.Option:
     multiple, kind = unwrap(hint)
-    flag = "--" + field.name.replace("_", "-")
+    name = flag(field.name)
     required = field.default is dataclasses.MISSING
     if kind is bool:
         return click.Option(
-            [f"{flag}/--no-{flag[2:]}"],
+            [f"{name}/--no-{name[2:]}"],
             default=field.default,
             help=field.metadata["help"],
             show_default=True,
         )
     return click.Option(
-        [flag],
+        [name],
         type=_click_type(kind),
         multiple=multiple,
         required=required,
@@ -224,9 +306,9 @@ def _use_config_files(
 
 
 def _use_settings_of(
-    ctx: click.Context, path: Path | None, like: Callable[[Path], dict[str, Any]] | None
+    ctx: click.Context, path: Path | None, like: Callable[[Path], dict[str, Any]]
 ) -> Path | None:
-    if path is not None and like is not None:
+    if path is not None:
         with user_errors():
             settings = like(path)
         _take_for_defaults(ctx, "like", settings)
@@ -234,12 +316,13 @@ def _use_settings_of(
 
 
 def _take_for_defaults(ctx: click.Context, origin: str, settings: dict[str, Any]) -> None:
-    """Have settings stand where no flag is given; those of `--like` win over `--config`'s."""
+    """Use settings as defaults; those of `--like` win over those of `--config`."""
     given = ctx.meta.setdefault("settings", {"config": {}, "like": {}})
     given[origin] |= settings
     ctx.default_map = {**given["config"], **given["like"]}
 
 
 def os_error_line(error: OSError) -> str:
+    """Return an operating system's error as one line, with the file's name if it has one."""
     where = f"{error.filename}: " if error.filename else ""
     return f"{where}{error.strerror or error}"

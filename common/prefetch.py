@@ -1,4 +1,4 @@
-"""Preparing items ahead of time, in threads, in order."""
+"""Computing results ahead of their use, in threads, in order."""
 
 from collections import deque
 from collections.abc import Callable, Generator, Iterable
@@ -12,9 +12,10 @@ Result = TypeVar("Result")
 def prefetch(
     pool: ThreadPoolExecutor, work: Callable[[Item], Result], items: Iterable[Item], lead: int
 ) -> Generator[Result, None, None]:
-    """Yield work(item) for each item, computed up to `lead` items ahead of the consumer.
+    """Yield work(item) for each item in order, computed up to `lead` items ahead.
 
-    Items are taken in the consumer's thread. When the consumer stops, work not begun is dropped.
+    Items are taken in the consumer's thread. If the consumer stops, work that has not begun is
+    cancelled.
     """
     pending: deque[Future[Result]] = deque()
     try:

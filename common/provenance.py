@@ -1,4 +1,4 @@
-"""`run.json`: with which settings, versions and inputs a stage made its output."""
+"""`run.json`: the settings, versions and inputs with which a stage made its output."""
 
 import importlib.metadata
 import json
@@ -8,8 +8,6 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from common.atomic_files import write_text
 from common.options import as_dict
 
@@ -18,7 +16,7 @@ LIBRARIES = ("torch", "diffusers", "transformers", "accelerate", "safetensors", 
 
 
 def versions() -> dict[str, str]:
-    """Return the versions of Python and of the libraries that determine results."""
+    """Return the versions of Python and of the libraries that affect results."""
     found = {"python": platform.python_version()}
     for name in LIBRARIES:
         try:
@@ -29,7 +27,7 @@ def versions() -> dict[str, str]:
 
 
 def commit() -> str | None:
-    """Return the commit of this project's checkout, `+` appended if it was changed, or None."""
+    """Return the commit of this project's checkout, with `+` if files differ from it, or None."""
     here = Path(__file__).resolve().parent
     try:
         head, changes = (
@@ -44,7 +42,9 @@ def commit() -> str | None:
 
 
 def machine() -> str:
-    """Return what this process computes on, in words."""
+    """Return the name of the GPU, or the number of CPU cores."""
+    import torch  # only here: `python -m shards` does without
+
     if torch.cuda.is_available():
         return str(torch.cuda.get_device_name())
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()

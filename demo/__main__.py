@@ -1,6 +1,6 @@
 """`python -m demo`: the whole pipeline, from circles to a report, each stage a command of its own.
 
-A stage finds what an earlier run left and goes on from there; so does the demonstration.
+A stage keeps what an earlier run finished and continues from there; so does the demonstration.
 """
 
 import shlex
@@ -12,10 +12,10 @@ import click
 
 from common.atomic_files import write_text
 from common.options import CONTEXT, CommandError, user_errors
-from demo.config import load_config
-from demo.times import Times
+from demo.config import DemoConfig, load_config
+from demo.times import StageTimes
 
-# Stage -> what `python -m` is given; each reads its own table of the TOML file.
+# Stage -> the arguments of `python -m`. Each stage reads its own table of the TOML files.
 STAGES = {
     "circles": ["demo.circles"],
     "precompute": ["precompute"],
@@ -28,35 +28,48 @@ STAGES = {
 @click.command(context_settings=CONTEXT)
 @click.option(
     "--config",
+    "configs",
     type=click.Path(path_type=Path),
-    default=Path("configs/demo.toml"),
+    multiple=True,
+    default=[Path("configs/demo.toml")],
     show_default=True,
-    help="TOML file with the tables of all stages.",
+    help="TOML file with the tables of all stages. Of several the later ones win.",
 )
-def main(config: Path) -> None:
+def main(configs: tuple[Path, ...]) -> None:
     """Draw circles, precompute, train, infer, score, and write a page about it."""
     with user_errors():
-        settings = load_config(config)
+        settings = load_config(*configs)
     settings.demo.output_dir.mkdir(parents=True, exist_ok=True)
-    times = Times(settings.demo.times, config.read_text())
-    for stage, module in STAGES.items():
-        command = ["python", "-m", *module, "--config", str(config)]
-        click.secho(f"\n$ {shlex.join(command)}", bold=True)
-        with times.measure(stage):
-            done = subprocess.run([sys.executable, *command[1:]], check=False)
-            if done.returncode:
-                raise SystemExit(done.returncode)
-    # Imported only now: a stage's process should have the memory to itself.
-    from demo.report import report_html
-
-    try:
-        write_text(settings.demo.report, report_html(settings, times.seconds))
-    except OSError as error:
-        raise CommandError(f"the report lacks {error.filename}: {error.strerror}") from error
+    times = StageTimes(settings.demo.times, "".join(path.read_text() for path in configs))
+    for stage in STAGES:
+        run_stage(stage, configs, times)
+    write_report(settings, times.seconds)
     minutes = sum(times.seconds.values()) / 60
     click.secho(
         f"\n{settings.demo.report}: open it in a browser ({minutes:.1f} minutes in all)", bold=True
     )
+
+
+def run_stage(stage: str, configs: tuple[Path, ...], times: StageTimes) -> None:
+    """Run a stage's command and time it; exit with its code if it fails."""
+    flags = [word for path in configs for word in ("--config", str(path))]
+    command = ["python", "-m", *STAGES[stage], *flags]
+    click.secho(f"\n$ {shlex.join(command)}", bold=True)
+    with times.measure(stage):
+        done = subprocess.run([sys.executable, *command[1:]], check=False)
+        if done.returncode:
+            raise SystemExit(done.returncode)
+
+
+def write_report(settings: DemoConfig, seconds: dict[str, float]) -> None:
+    """Write the page about the finished stages."""
+    # Imported only now, so that this process takes little memory while the stages run.
+    from demo.report import build_report
+
+    try:
+        write_text(settings.demo.report, build_report(settings, seconds))
+    except OSError as error:
+        raise CommandError(f"the report lacks {error.filename}: {error.strerror}") from error
 
 
 if __name__ == "__main__":

@@ -66,7 +66,7 @@ class CirclesConfig:
             raise ConfigError(f"--seed {self.seed}: at least 0.")
 
 
-def circles(num_rows: int, seed: int, held_out: bool | None = None) -> list[Circle]:
+def random_circles(num_rows: int, seed: int, held_out: bool | None = None) -> list[Circle]:
     """Return random circles that lie inside the picture; two different colours each.
 
     Args:
@@ -92,12 +92,12 @@ def circles(num_rows: int, seed: int, held_out: bool | None = None) -> list[Circ
     return rows
 
 
-def outline(circle: Circle) -> Image.Image:
+def draw_outline(circle: Circle) -> Image.Image:
     """Return the conditioning image: a thin white outline on black."""
     return _draw(circle, "black", outline="white", width=LINE_PX * SUPERSAMPLING)
 
 
-def disc(circle: Circle) -> Image.Image:
+def draw_disc(circle: Circle) -> Image.Image:
     """Return the image: the filled disc on its background."""
     return _draw(circle, COLORS[circle.background], fill=COLORS[circle.color])
 
@@ -116,8 +116,8 @@ def _draw(circle: Circle, background: str | tuple[int, int, int], **style: objec
 
 
 def _save(folder: Path, index: int, circle: Circle) -> None:
-    outline(circle).save(folder / "source" / f"{index}.png", compress_level=1)
-    disc(circle).save(folder / "target" / f"{index}.png", compress_level=1)
+    draw_outline(circle).save(folder / "source" / f"{index}.png", compress_level=1)
+    draw_disc(circle).save(folder / "target" / f"{index}.png", compress_level=1)
 
 
 def write_circles(folder: Path, rows: list[Circle]) -> None:
@@ -129,10 +129,10 @@ def write_circles(folder: Path, rows: list[Circle]) -> None:
         drawn = pool.map(partial(_save, folder), range(len(rows)), rows, chunksize=32)
         for _ in tqdm(drawn, total=len(rows), unit="pair", desc="circles", disable=None):
             pass
-    write_text(folder / "prompt.json", prompt_json(rows))
+    write_text(folder / "prompt.json", format_prompt_json(rows))
 
 
-def prompt_json(rows: list[Circle]) -> str:
+def format_prompt_json(rows: list[Circle]) -> str:
     """Return the text of fill50k's prompt.json for rows."""
     return "".join(
         json.dumps({"source": f"source/{k}.png", "target": f"target/{k}.png", "prompt": row.prompt})
@@ -143,10 +143,10 @@ def prompt_json(rows: list[Circle]) -> str:
 
 def unseen_circles(config: CirclesConfig) -> list[Circle]:
     """Return the circles to score on: at other places than those of the same seed's `train`."""
-    return circles(config.num_unseen, config.seed + 1, held_out=True)
+    return random_circles(config.num_unseen, config.seed + 1, held_out=True)
 
 
-def image_path(config: CirclesConfig, number: int) -> Path:
+def unseen_image_path(config: CirclesConfig, number: int) -> Path:
     """Return where the conditioning image of an unseen circle is."""
     return config.output_dir / "unseen" / "source" / f"{number}.png"
 
@@ -158,12 +158,12 @@ def draw_data_sets(config: CirclesConfig) -> None:
         OSError: the output cannot be written.
     """
     for name, rows in (
-        ("train", circles(config.num_rows, config.seed, held_out=False)),
+        ("train", random_circles(config.num_rows, config.seed, held_out=False)),
         ("unseen", unseen_circles(config)),
     ):
         folder = config.output_dir / name
         present = folder / "prompt.json"
-        if present.is_file() and present.read_text() == prompt_json(rows):
+        if present.is_file() and present.read_text() == format_prompt_json(rows):
             click.echo(f"{folder}: the {len(rows)} circles are there already")
         else:
             write_circles(folder, rows)

@@ -1,6 +1,7 @@
-"""The settings of a whole demonstration: one TOML file, a table a stage."""
+"""The settings of a whole demonstration: TOML files with one table for each stage."""
 
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -8,7 +9,7 @@ from typing import Any, TypeVar
 from common.config_file import read_section
 from common.errors import ConfigError
 from common.options import option
-from demo.circles import CirclesConfig, image_path, unseen_circles
+from demo.circles import CirclesConfig, unseen_circles, unseen_image_path
 from infer.config import GenerateConfig, ScoreConfig
 from precompute.config import PrecomputeConfig
 from train.config import TrainConfig
@@ -18,24 +19,24 @@ Config = TypeVar("Config")
 
 @dataclass(frozen=True)
 class ReportConfig:
-    """The demonstration's own table, [demo]."""
+    """The settings in the table [demo]."""
 
-    output_dir: Path = option(help="Where the report and the stages' times go.")
+    output_dir: Path = option(help="Folder of the report and of the stages' times.")
 
     @property
     def report(self) -> Path:
-        """The page."""
+        """The page that the demonstration ends with."""
         return self.output_dir / "report.html"
 
     @property
     def times(self) -> Path:
-        """How long each stage took; see `demo.times`."""
+        """How long each stage took, as `demo.times` writes it."""
         return self.output_dir / "times.json"
 
 
 @dataclass(frozen=True)
 class DemoConfig:
-    """All tables of the file."""
+    """The settings of all stages."""
 
     demo: ReportConfig
     circles: CirclesConfig
@@ -45,36 +46,45 @@ class DemoConfig:
     score: ScoreConfig
 
 
-def load_config(path: Path) -> DemoConfig:
+def load_config(*paths: Path) -> DemoConfig:
     """Return a demonstration's settings.
 
+    Args:
+        paths: TOML files; a later one wins over those before it.
+
     Raises:
-        ConfigError: a table or key is unknown, wrong or missing, or the report could not be made.
+        ConfigError: a table or key is unknown, wrong or missing, or the report needs other values.
     """
     config = DemoConfig(
-        demo=_table(path, "demo", ReportConfig),
-        circles=_table(path, "circles", CirclesConfig),
-        precompute=_table(path, "precompute", PrecomputeConfig),
-        train=_table(path, "train", TrainConfig),
-        infer=_table(path, "infer", GenerateConfig),
-        score=_table(path, "score", ScoreConfig),
+        demo=_read_table(paths, "demo", ReportConfig),
+        circles=_read_table(paths, "circles", CirclesConfig),
+        precompute=_read_table(paths, "precompute", PrecomputeConfig),
+        train=_read_table(paths, "train", TrainConfig),
+        infer=_read_table(paths, "infer", GenerateConfig),
+        score=_read_table(paths, "score", ScoreConfig),
     )
-    # The report shows score's first pictures without the ControlNet as validation before training.
+    # The report's pictures "before training" are the first that score draws without a ControlNet.
     unseen = unseen_circles(config.circles)[: config.score.num_samples]
-    pairs = [(circle.prompt, image_path(config.circles, k)) for k, circle in enumerate(unseen)]
+    pairs = [
+        (circle.prompt, unseen_image_path(config.circles, k)) for k, circle in enumerate(unseen)
+    ]
     validation = config.precompute.validation_pairs()
     if validation != pairs[: len(validation)]:
         raise ConfigError(
-            f"{path}: the validation pairs in [precompute] must be the first of the unseen circles "
-            f"that [score] draws: {pairs[0][0]!r}, {pairs[0][1]}, and so on."
+            f"{_names(paths)}: the validation pairs in [precompute] must be the first of the "
+            f"unseen circles that [score] draws: {pairs[0][0]!r}, {pairs[0][1]}, and so on."
         )
     if config.train.report_to != "tensorboard":
-        raise ConfigError(f"{path}: report_to in [train] must be tensorboard, for the loss curve.")
+        raise ConfigError(
+            f"{_names(paths)}: report_to in [train] must be tensorboard, for the loss curve."
+        )
     return config
 
 
-def _table(path: Path, section: str, config_class: type[Config]) -> Config:
-    settings = read_section(path, section, config_class)
+def _read_table(paths: Sequence[Path], section: str, config_class: type[Config]) -> Config:
+    settings: dict[str, Any] = {}
+    for path in paths:
+        settings |= read_section(path, section, config_class)
     fields: tuple[dataclasses.Field[Any], ...] = dataclasses.fields(config_class)  # type: ignore[arg-type]
     missing = [
         field.name
@@ -82,5 +92,9 @@ def _table(path: Path, section: str, config_class: type[Config]) -> Config:
         if field.default is dataclasses.MISSING and field.name not in settings
     ]
     if missing:
-        raise ConfigError(f"{path}: [{section}] lacks {', '.join(missing)}.")
+        raise ConfigError(f"{_names(paths)}: [{section}] lacks {', '.join(missing)}.")
     return config_class(**settings)
+
+
+def _names(paths: Sequence[Path]) -> str:
+    return ", ".join(map(str, paths))

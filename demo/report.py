@@ -15,7 +15,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from common.provenance import commit, machine, versions
 from demo.comparison import compare
 from demo.config import DemoConfig
-from infer.scoring.score import WITHOUT
+from infer.scoring.results import WITHOUT
 from sd3 import images
 from sd3.contact_sheet import contact_sheet
 
@@ -23,7 +23,7 @@ NUM_COLUMNS = 6  # of the sheet of validation pictures; steps in between are lef
 SMOOTHING = 10  # logged losses that a point of the curve is the mean of
 
 
-def report_html(config: DemoConfig, seconds: dict[str, float]) -> str:
+def build_report(config: DemoConfig, seconds: dict[str, float]) -> str:
     """Return the page about a finished demonstration.
 
     Args:
@@ -33,25 +33,25 @@ def report_html(config: DemoConfig, seconds: dict[str, float]) -> str:
     Raises:
         OSError: a stage's output is missing.
     """
-    curve = losses(config.train.output_dir / config.train.logging_dir)
+    curve = read_losses(config.train.output_dir / config.train.logging_dir)
     steps = max(step for step, _ in curve)
-    return render(
+    return render_page(
         config=config,
         seconds=seconds,
         steps=steps,
         blocks=json.loads((config.train.output_dir / "config.json").read_text())["num_layers"],
         score=json.loads(config.score.json_path.read_text()),
         comparison=compare(config, steps),
-        progress=data_url(progress_sheet(config)),
-        worst=data_url(Image.open(config.score.output_dir / "worst.png")),
-        curve=loss_svg(curve),
+        progress=to_data_url(draw_progress(config)),
+        worst=to_data_url(Image.open(config.score.output_dir / "worst.png")),
+        curve=draw_losses(curve),
         versions=versions(),
         commit=commit() or "unknown",
         machine=machine(),
     )
 
 
-def render(**values: Any) -> str:
+def render_page(**values: Any) -> str:
     """Return the page with the values that its template names."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
@@ -63,7 +63,7 @@ def render(**values: Any) -> str:
     return environment.get_template("report.html.jinja").render(values)
 
 
-def losses(folder: Path) -> list[tuple[int, float]]:
+def read_losses(folder: Path) -> list[tuple[int, float]]:
     """Return (step, loss) as training logged them for TensorBoard, in order.
 
     Raises:
@@ -79,7 +79,7 @@ def losses(folder: Path) -> list[tuple[int, float]]:
     return sorted(found.items())
 
 
-def loss_svg(curve: list[tuple[int, float]]) -> str:
+def draw_losses(curve: list[tuple[int, float]]) -> str:
     """Return a chart of the training loss as an SVG element."""
     steps, values = (np.array(column) for column in zip(*curve, strict=True))
     figure = matplotlib.figure.Figure(figsize=(8, 3), layout="constrained")
@@ -98,7 +98,7 @@ def loss_svg(curve: list[tuple[int, float]]) -> str:
     return "<svg" + text.getvalue().split("<svg", 1)[1]
 
 
-def progress_sheet(config: DemoConfig) -> Image.Image:
+def draw_progress(config: DemoConfig) -> Image.Image:
     """Return the validation pairs before, during and after training, a row each.
 
     Before training the ControlNet adds nothing, so that column is the base model alone: score's
@@ -124,7 +124,7 @@ def _result(path: Path) -> Image.Image:
     return pair.crop((pair.width - pair.height, 0, pair.width, pair.height))
 
 
-def data_url(image: Image.Image) -> str:
+def to_data_url(image: Image.Image) -> str:
     """Return an image as a URL that carries it."""
     file = io.BytesIO()
     image.convert("RGB").save(file, format="WEBP", quality=85, method=6)

@@ -1,4 +1,4 @@
-"""How long each stage of a demonstration took, kept between runs."""
+"""How long each stage of a demonstration took, over all runs of the demonstration."""
 
 import json
 import time
@@ -7,18 +7,18 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from common.atomic_files import write_text
-from shards.format.manifest import digest
+from shards.format.json_files import digest
 
 
-class Times:
-    """Seconds by stage, in a file.
+class StageTimes:
+    """The seconds that each stage took, kept in a file.
 
-    An interrupted stage's runs add up until it has finished; running it again, which does next to
-    nothing, changes no more. With other settings all begins anew.
+    The time of an interrupted run is added to the time of the run that continues it. Once a stage
+    has finished, its time stays. All times start again when the settings change.
 
     Args:
         path: the file.
-        settings: what the stages are run with.
+        settings: text of the settings that the stages run with.
     """
 
     def __init__(self, path: Path, settings: str) -> None:
@@ -27,13 +27,13 @@ class Times:
         self.seconds: dict[str, float] = {}
         self.finished: list[str] = []
         if path.is_file():
-            known = json.loads(path.read_text())
-            if known["settings"] == self.settings:
-                self.seconds, self.finished = known["seconds"], known["finished"]
+            saved = json.loads(path.read_text())
+            if saved["settings"] == self.settings:
+                self.seconds, self.finished = saved["seconds"], saved["finished"]
 
     @contextmanager
     def measure(self, stage: str) -> Iterator[None]:
-        """Time what is done inside; an exception leaves the stage unfinished."""
+        """Time the body of the `with`; an exception in it leaves the stage unfinished."""
         start = time.monotonic()
         finished = False
         try:
@@ -41,15 +41,16 @@ class Times:
             finished = True
         finally:
             if stage not in self.finished:
-                taken = time.monotonic() - start
-                self.seconds[stage] = self.seconds.get(stage, 0.0) + taken
-                self.finished += [stage] if finished else []
+                elapsed = time.monotonic() - start
+                self.seconds[stage] = self.seconds.get(stage, 0.0) + elapsed
+                if finished:
+                    self.finished.append(stage)
                 self._save()
 
     def _save(self) -> None:
-        known = {
+        state = {
             "settings": self.settings,
             "seconds": self.seconds,
             "finished": self.finished,
         }
-        write_text(self.path, json.dumps(known, indent=1) + "\n")
+        write_text(self.path, json.dumps(state, indent=1) + "\n")

@@ -52,7 +52,7 @@ def like(path: Path) -> dict[str, Any]:
     """Return the settings in a picture's file, as options' values."""
     from infer.drawing import metadata
 
-    settings, warnings = metadata.like(path)
+    settings, warnings = metadata.settings_from(path)
     for warning in warnings:
         click.echo(f"--like: {warning}", err=True)
     return settings

@@ -14,52 +14,65 @@ from shards.format.manifest import DEFAULT_CONDITIONING
 class PipelineConfig:
     """What every command that draws pictures needs to know."""
 
-    pretrained_model_name_or_path: str = option(help="Base model: a diffusers folder or a hub id.")
     controlnet: tuple[str, ...] = option(
-        help="ControlNet: a folder that train wrote, or a hub id. Repeatable: side by side."
+        help="ControlNet: a folder that train wrote, or a hub id. Repeatable: side by side.",
+        heading="ControlNet",
     )
-    output_dir: Path = option(help="Where the pictures go.")
-    negative_prompt: str = option("", help="What not to draw.")
-    num_inference_steps: int = option(28, help="Sampling steps.")
-    guidance_scale: float = option(7.0, help="Classifier-free guidance; 1 turns it off.")
     controlnet_conditioning_scale: float = option(1.0, help="Strength of the control; 0 is none.")
-    resolution: int | None = option(
-        None,
-        help="Side of a square picture; what the ControlNet was trained on if absent.",
+    control_guidance_start: float = option(
+        0.0, help="Fraction of the steps after which the control begins."
     )
-    height: int | None = option(None, help="Of the picture in pixels, with --width.")
-    width: int | None = option(None, help="Likewise, with --height.")
-    control_guidance_start: float = option(0.0, help="Where in the steps the control begins, 0-1.")
-    control_guidance_end: float = option(1.0, help="Where in the steps the control ends, 0 to 1.")
-    shift: float | None = option(None, help="Of the noise schedule; the base's own if absent.")
-    max_sequence_length: int | None = option(
-        None, help="T5 tokens; what the ControlNet was trained on if absent."
+    control_guidance_end: float = option(
+        1.0, help="Fraction of the steps after which the control ends."
     )
     convention: Literal["saved", "train_controlnet_sd3"] = option(
         "saved",
-        help="How the ControlNet wants to be driven: as its configuration says, or as diffusers' "
-        "script trains, which it does not say.",
+        help="Inputs that the ControlNet expects: as its configuration says, or as diffusers' "
+        "script trains it, which the configuration leaves out.",
     )
-    quantize_base: Literal["int8", "fp8", "nf4"] | None = option(
-        None, help="The transformer in 8 or 4 bit (NF4), which needs the extra [bitsandbytes]."
+    pretrained_model_name_or_path: str = option(
+        help="Base model: a diffusers folder or a hub id.", heading="Base model"
+    )
+    revision: str | None = option(None, help="Revision of the base model on the hub.")
+    variant: str | None = option(None, help="Variant of the base model's weight files, e.g. fp16.")
+    cache_dir: Path | None = option(
+        None, help="Folder for downloaded models; not the cache of shards."
+    )
+    output_dir: Path = option(help="Folder for the pictures.", heading="Output")
+    num_inference_steps: int = option(28, help="Sampling steps.", heading="Sampling")
+    guidance_scale: float = option(7.0, help="Classifier-free guidance; 1 turns it off.")
+    negative_prompt: str = option("", help="What not to draw.")
+    resolution: int | None = option(
+        None,
+        help="Side of a square picture in pixels; by default that of the ControlNet's training.",
+    )
+    height: int | None = option(None, help="Height of the picture in pixels; needs --width.")
+    width: int | None = option(None, help="Width of the picture in pixels; needs --height.")
+    max_sequence_length: int | None = option(
+        None, help="T5 tokens per prompt; by default those of the ControlNet's training."
+    )
+    shift: float | None = option(
+        None, help="Shift of the noise schedule; by default the base's own."
+    )
+    dtype: Literal["float32", "float16", "bfloat16"] = option(
+        "float32", help="Number format of the weights.", heading="Speed and memory"
+    )
+    device: str | None = option(
+        None, help="cuda, cuda:1, mps or cpu; by default the best that is available."
     )
     offload: Literal["auto", "none", "model", "sequential"] = option(
         "auto",
-        help="Keep models in host memory and bring them to the device in turn, whole or layer by "
-        "layer; as the memory there demands if auto.",
+        help="Keep models in host memory and move them to the device when needed, whole (model) "
+        "or layer by layer (sequential); auto chooses by the device's memory.",
+    )
+    quantize_base: Literal["int8", "fp8", "nf4"] | None = option(
+        None, help="Store the transformer in 8 or 4 bit; nf4 needs the extra [bitsandbytes]."
     )
     vae_tiling: bool = option(False, help="Decode in tiles: less memory, faint seams.")
-    compile: bool = option(False, help="Compile the networks' blocks; for many pictures.")
-    revision: str | None = option(None, help="Revision of the base model on the hub.")
-    variant: str | None = option(None, help="Variant of the base model's weight files, e.g. fp16.")
-    cache_dir: Path | None = option(None, help="Where downloaded models are kept.")
-    dtype: Literal["float32", "float16", "bfloat16"] = option(
-        "float32", help="Number format of all weights."
-    )
-    device: str | None = option(None, help="cuda, cuda:1, mps or cpu; the best there is if absent.")
+    compile: bool = option(False, help="Compile the networks' blocks; pays off for many pictures.")
 
     def __post_init__(self) -> None:
-        """Refuse what cannot work, before anything is loaded.
+        """Refuse settings that cannot work, before anything is loaded.
 
         Raises:
             ConfigError: naming the option.
@@ -97,27 +110,34 @@ class GenerateConfig(PipelineConfig):
     A picture is what the stock pipeline gives for `generator=torch.manual_seed(seed)`.
     """
 
-    combine: bool = option(False, help="Have all of them draw every picture together.")
-    prompt: tuple[str, ...] = option((), help="What to draw; repeatable.")
+    prompt: tuple[str, ...] = option(
+        (), help="Prompt of a picture; repeatable.", heading="What to draw"
+    )
     image: tuple[Path, ...] = option(
         (),
-        help="Conditioning images; repeatable. One prompt goes with all images, or one image with "
-        "all prompts; with --combine, one for each ControlNet in turn.",
+        help="Conditioning images; repeatable. One prompt is used for all images, and one image "
+        "for all prompts. With --combine, one image per ControlNet in turn.",
     )
     pairs: Path | None = option(
         None,
-        help="Prompts and images from a file, TOML or JSON lines, or from a folder of images, each "
-        "with a .txt beside it.",
+        help="Prompts and images: a TOML or JSON lines file, or a folder of images, each with a "
+        ".txt beside it.",
     )
     cache: str | None = option(
         None,
-        help="A cache: prompts that it knows need no text encoder; and where no others are given, "
-        "its validation pairs are drawn.",
+        help="A cache: its prompts need no text encoder, and its validation pairs are drawn if "
+        "nothing else is given.",
+        aliases=("shards",),
     )
     conditioning_name: str = option(
-        DEFAULT_CONDITIONING, help="Which control of the cache its validation pairs are of."
+        DEFAULT_CONDITIONING, help="Which of the cache's controls has the validation pairs."
     )
-    seed: tuple[int, ...] = option((0,), help="Of every picture; of several each draws its own.")
+    seed: tuple[int, ...] = option(
+        (0,), help="Seed of every picture; repeatable: each seed draws its own picture."
+    )
+    combine: bool = option(
+        False, help="Let all ControlNets act on every picture together, instead of side by side."
+    )
     batch_size: int = option(1, help="Pictures drawn at a time.")
 
     def __post_init__(self) -> None:
@@ -150,24 +170,28 @@ class GenerateConfig(PipelineConfig):
 class ScoreConfig(PipelineConfig):
     """Measure how well ControlNets do, side by side and beside the base model without one.
 
-    Each row is drawn each way from the same noise. Circles: the disc is found in the picture and
-    held against its conditioning outline (intersection over union) and its caption's colours
-    (CIEDE2000). Edges: Canny's of the picture against a conditioning image of lines (precision,
-    recall). Targets: the picture against the row's own image (PSNR, SSIM).
+    Each row is drawn with each ControlNet and without one, from the same noise. Circles: finds the
+    disc in the picture and compares it with its conditioning outline (intersection over union) and
+    with its caption's colours (CIEDE2000, 0 is exact). Edges: compares the picture's Canny edges
+    with a conditioning image of lines (precision, recall). Targets: compares the picture with the
+    row's own image (PSNR, SSIM).
     """
 
     source: Path = option(
-        help="fill50k's layout, folder or zip, or a folder that the datasets library loads."
+        help="Data set: fill50k's layout as a folder or zip, or a folder that the datasets "
+        "library loads.",
+        heading="What to measure",
     )
     measure: tuple[Literal["circles", "edges", "targets"], ...] = option(
-        (), help="What to measure; what goes with the first row if absent. Repeatable."
+        (), help="What to measure; by default what suits the first row. Repeatable."
     )
-    num_samples: int = option(100, help="The source's first so many rows, or as many as it has.")
-    batch_size: int = option(20, help="Pictures drawn at a time.")
-    seed: int = option(0, help="Of the first row's noise; the next row has the next seed.")
+    num_samples: int = option(100, help="Number of rows, from the source's first on.")
+    seed: int = option(0, help="Seed of the first row's noise; each next row has the next seed.")
     json: Path | None = option(
-        None, help="File for the figures; score.json in the output folder if absent."
+        None,
+        help="File for the figures; by default score.json in the output folder.",
     )
+    batch_size: int = option(20, help="Pictures drawn at a time.")
 
     def __post_init__(self) -> None:
         """As the base class; and the counts must be positive."""
@@ -189,31 +213,40 @@ class ScoreConfig(PipelineConfig):
 class DecodeConfig:
     """Decode the validation pictures of a run that kept their latents.
 
-    Each becomes a PNG beside its file: the conditioning image, then what came of it.
+    Each becomes a PNG beside its file: the conditioning image and the picture.
     """
 
     pretrained_model_name_or_path: str = option(
-        help="Base model: a diffusers folder or a hub id; only its VAE is read."
+        help="Base model: a diffusers folder or a hub id; only its VAE is read.",
+        heading="Base model",
     )
-    output_dir: Path = option(help="The run's folder, as given to train.")
     revision: str | None = option(None, help="Revision of the base model on the hub.")
     variant: str | None = option(None, help="Variant of the base model's weight files, e.g. fp16.")
-    cache_dir: Path | None = option(None, help="Where downloaded models are kept.")
-    device: str | None = option(None, help="cuda, cuda:1, mps or cpu; the best there is if absent.")
+    cache_dir: Path | None = option(
+        None, help="Folder for downloaded models; not the cache of shards."
+    )
+    output_dir: Path = option(help="The run's folder, as given to train.", heading="Output")
+    device: str | None = option(
+        None,
+        help="cuda, cuda:1, mps or cpu; by default the best that is available.",
+        heading="Speed and memory",
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
 class ServeConfig(PipelineConfig):
-    """Serve a page on which to draw or upload a conditioning image and have it followed.
+    """Serve a page where you draw or upload a conditioning image and the ControlNet follows it.
 
-    Pictures and the drawings that they follow are kept in the output folder.
+    Pictures and their conditioning images are kept in the output folder.
     """
 
-    host: str = option("127.0.0.1", help="Address to listen on; 0.0.0.0 lets others in.")
-    port: int = option(7860, help="To listen on.")
-    most_waiting: int = option(16, help="Requests in the queue; further ones are turned away.")
-    most_upload_mb: int = option(20, help="Size of an uploaded image, in 10^6 bytes.")
-    most_steps: int = option(100, help="Sampling steps that may be asked for.")
+    host: str = option(
+        "127.0.0.1", help="Address to listen on; 0.0.0.0 lets others in.", heading="Server"
+    )
+    port: int = option(7860, help="Port to listen on.")
+    most_waiting: int = option(16, help="Requests in the queue at most; further ones are refused.")
+    most_upload_mb: int = option(20, help="Size of an uploaded image at most, in 10^6 bytes.")
+    most_steps: int = option(100, help="Sampling steps at most.")
 
     def __post_init__(self) -> None:
         """As the base class; and the limits must be positive."""

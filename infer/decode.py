@@ -1,4 +1,4 @@
-"""Pictures from the latents that training kept with `--validation-decode latents`."""
+"""Decodes the latents that training saved with `--validation-decode latents`."""
 
 from pathlib import Path
 
@@ -20,20 +20,20 @@ NAMES = {"latents", "conditioning_image"}
 
 
 def decode_validations(config: DecodeConfig) -> None:
-    """Write a PNG beside each file of latents of a run's validations that has none.
+    """Write a PNG beside each file of validation latents that has none.
 
     Raises:
-        ConfigError: there are none, one is damaged, or the base model cannot be used.
+        ConfigError: there are no files, one is damaged, or the base model cannot be used.
         OSError: a picture cannot be written; finished ones are kept.
     """
-    found = sorted((config.output_dir / "validation").glob("step-*/*.safetensors"))
-    if not found:
+    files = sorted((config.output_dir / "validation").glob("step-*/*.safetensors"))
+    if not files:
         raise ConfigError(
             f"--output-dir {config.output_dir}: no validation/step-*/*.safetensors in it; train "
             "writes them with --validation-decode latents."
         )
-    todo = [path for path in found if not path.with_suffix(".png").is_file()]
-    click.echo(f"{len(found)} files of latents, {len(todo)} to decode")
+    undecoded = [path for path in files if not path.with_suffix(".png").is_file()]
+    click.echo(f"{len(files)} files of latents, {len(undecoded)} to decode")
     device = pick_device(config.device)
     base = find_base(
         config.pretrained_model_name_or_path,
@@ -42,11 +42,11 @@ def decode_validations(config: DecodeConfig) -> None:
         variant=config.variant,
         cache_dir=config.cache_dir,
     )
-    tensors = [_read(path) for path in todo]
-    latents = [one["latents"] for one in tensors]
-    pixels = decode(base, config.variant, latents, device) if todo else []
-    for path, one, images in zip(todo, tensors, pixels, strict=True):
-        conditioning = one["conditioning_image"].permute(1, 2, 0).numpy()
+    contents = [_read(path) for path in undecoded]
+    latents = [tensors["latents"] for tensors in contents]
+    pixels = decode(base, config.variant, latents, device) if undecoded else []
+    for path, tensors, images in zip(undecoded, contents, pixels, strict=True):
+        conditioning = tensors["conditioning_image"].permute(1, 2, 0).numpy()
         picture = path.with_suffix(".png")
         row = np.concatenate([conditioning, *to_bytes(images)], axis=1)
         save_png(picture, Image.fromarray(row))

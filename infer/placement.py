@@ -1,4 +1,4 @@
-"""Which models are on the device, and when."""
+"""Placement of a pipeline's models: on the device for good, or offloaded to host memory."""
 
 import gc
 from collections.abc import Mapping
@@ -9,73 +9,75 @@ import torch
 from common.errors import ConfigError
 
 Placement = Literal["none", "model", "sequential"]
-# What a picture itself takes, decoding at 1024 px included.
+# Activations of one picture, decoding at 1024 px included.
 WORKING_BYTES = 5_000_000_000
-# NF4 packs its weights on the way to the device: half a byte each and scales, instead of two.
+# bitsandbytes packs NF4 weights as they move to the device: half a byte each and scales, not two.
 NF4_SHARE = 0.28
 
 
-def choose(
-    sizes: Mapping[str, int], free: int, *, pictures: int = 1, quantized: bool = False
+def choose_placement(
+    sizes: Mapping[str, int], free: int, *, batch_size: int = 1, quantized: bool = False
 ) -> Placement:
-    """Return how models go where this much memory is free.
+    """Return the fastest placement that fits into the free memory.
 
     Args:
         sizes: bytes of each model.
-        free: bytes.
-        pictures: drawn at a time.
-        quantized: whether the transformer is; it cannot go layer by layer then.
+        free: bytes of free device memory.
+        batch_size: pictures drawn at a time.
+        quantized: whether the transformer is quantized; it cannot be offloaded by layers then.
     """
-    working = WORKING_BYTES * pictures
+    working = WORKING_BYTES * batch_size
     if sum(sizes.values()) + working <= free:
         return "none"
-    # Some visit in turn, but the ControlNet and the transformer work together.
+    # Model offloading loads one model at a time, but a step needs ControlNet and transformer.
     together = sizes.get("transformer", 0) + sizes.get("controlnet", 0)
     if quantized or max([together, *sizes.values()]) + working <= free:
         return "model"
     return "sequential"
 
 
-def forget_models(device: torch.device) -> None:
-    """Give the memory of models that nobody holds any more back; hooks hold on to each other."""
+def free_memory(device: torch.device) -> None:
+    """Free the memory of models that are no longer used; their offload hooks form cycles."""
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
 
 
 def place(
-    pipeline: Any, wanted: str, device: torch.device, *, pictures: int, quantization: str | None
+    pipeline: Any, offload: str, device: torch.device, *, batch_size: int, quantization: str | None
 ) -> None:
-    """Bring a pipeline's models to a device as is asked for.
+    """Move a pipeline's models to a device, or set up their offloading.
 
     Args:
-        pipeline: in host memory.
-        wanted: see `PipelineConfig.offload`.
-        device: to compute on.
-        pictures: drawn at a time.
-        quantization: of the transformer.
+        pipeline: pipeline with all models in host memory.
+        offload: `none`, `model`, `sequential`, or `auto` for what fits.
+        device: device to compute on.
+        batch_size: pictures drawn at a time.
+        quantization: number format of the quantized transformer, or None.
 
     Raises:
-        ConfigError: there is no device to bring them to.
+        ConfigError: offloading is asked for on a CPU.
     """
-    if wanted == "auto":
-        wanted = "none"
+    if offload == "auto":
+        offload = "none"
         if device.type == "cuda":
             sizes = {
-                name: sum(one.nbytes for one in (*model.parameters(), *model.buffers()))
+                name: sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
                 for name, model in pipeline.components.items()
                 if isinstance(model, torch.nn.Module)
             }
             if quantization == "nf4":
                 sizes["transformer"] = int(NF4_SHARE * sizes["transformer"])
             free = torch.cuda.mem_get_info(device)[0]
-            wanted = choose(sizes, free, pictures=pictures, quantized=quantization is not None)
-    if wanted == "none":
+            offload = choose_placement(
+                sizes, free, batch_size=batch_size, quantized=quantization is not None
+            )
+    if offload == "none":
         pipeline.to(device)
         return
     if device.type == "cpu":
-        raise ConfigError(f"--offload {wanted}: the CPU is where models are offloaded to.")
-    if wanted == "model":
+        raise ConfigError(f"--offload {offload}: the CPU is where models are offloaded to.")
+    if offload == "model":
         pipeline.enable_model_cpu_offload(device=device)
     else:
         pipeline.enable_sequential_cpu_offload(device=device)

@@ -2,6 +2,7 @@
 
 from common.options import stage_command
 from precompute.config import PrecomputeConfig
+from precompute.elsewhere import ELSEWHERE
 
 
 def run(config: PrecomputeConfig) -> None:
@@ -11,7 +12,7 @@ def run(config: PrecomputeConfig) -> None:
     precompute(config)
 
 
-main = stage_command("precompute", PrecomputeConfig, run, section="precompute")
+main = stage_command("precompute", PrecomputeConfig, run, section="precompute", elsewhere=ELSEWHERE)
 
 if __name__ == "__main__":
     main(prog_name="python -m precompute")

@@ -17,130 +17,142 @@ from sd3.images import BACKGROUND
 from shards.format.manifest import CONTROL_NAME, DEFAULT_CONDITIONING
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class PrecomputeConfig:
     """Encode a data set's prompts, images and conditioning images into a cache.
 
-    Run again with the same settings it checks and keeps what is there; after an interruption it
-    goes on.
+    A second run with the same settings checks the cache and keeps it. After an interruption, the
+    same command continues.
     """
 
-    pretrained_model_name_or_path: str = option(
-        help="Base model: a diffusers folder or a hub id; only VAE, text encoders and tokenizers "
-        "are read."
-    )
-    cache: Path = option(help="The cache's folder.")
     source: str | None = option(
-        None, help="fill50k: the folder with prompt.json, or the zip itself; or any local data set."
+        None,
+        help="Data set: fill50k as a folder or zip, or any folder that --train-data-dir takes.",
+        heading="Data",
     )
-    dataset_name: str | None = option(None, help="A data set of the hub by its id, or a folder.")
-    dataset_config_name: str | None = option(None, help="Configuration of the data set.")
-    dataset_revision: str | None = option(None, help="Revision of the data set on the hub.")
     train_data_dir: str | None = option(
         None,
-        help="A folder with images and metadata.jsonl, WebDataset tars, Parquet, or whatever else "
-        "the datasets library reads.",
+        help="Data set: a folder with images and metadata.jsonl, WebDataset tars, Parquet, or "
+        "anything else that the datasets library reads.",
     )
-    image_column: str = option("image", help="Column of the images.")
+    dataset_name: str | None = option(None, help="Data set: an id on the hub, or a folder.")
+    dataset_config_name: str | None = option(None, help="Configuration of the data set.")
+    dataset_revision: str | None = option(None, help="Revision of the data set on the hub.")
+    image_column: str = option("image", help="Column that holds the images.")
     conditioning_image_column: str = option(
-        "conditioning_image", help="Column of the conditioning images."
+        "conditioning_image", help="Column that holds the conditioning images."
     )
-    caption_column: str = option("text", help="Column of the captions, or of lists of captions.")
-    revision: str | None = option(None, help="Revision of the base model on the hub.")
-    variant: str | None = option(None, help="Variant of the base model's weight files, e.g. fp16.")
-    cache_dir: Path | None = option(None, help="Where downloaded models and data sets are kept.")
-    resolution: int = option(
-        512, help="Images are resized and centre-cropped to this square, in pixels."
-    )
-    buckets: bool = option(
-        False,
-        help="Give every image the shape nearest its own instead, of about the same area, with "
-        "sides that are multiples of 64.",
-    )
-    random_flip: bool = option(
-        False, help="Have every image, with its conditioning image, a second time, mirrored."
-    )
-    background: str = option(
-        BACKGROUND, help="Colour behind transparent pixels, by name or as #rrggbb."
-    )
-    max_sequence_length: int = option(
-        77, help="T5 tokens a prompt; inference uses the same number."
-    )
-    max_train_samples: int | None = option(
-        None, help="Encode so many rows at most, chosen by --seed; a larger number keeps those."
-    )
-    seed: int = option(0, help="Of the choices of rows.")
-    conditioning_name: str = option(
-        DEFAULT_CONDITIONING,
-        help="Name of this kind of control; a new one is added to those that the cache holds.",
+    caption_column: str = option(
+        "text", help="Column that holds the captions, or lists of captions."
     )
     conditioning_from: str | None = option(
         None,
         help="Draw the conditioning images from the images: canny, or package.module:function, "
         "which takes and returns a PIL image.",
     )
+    max_train_samples: int | None = option(
+        None, help="Encode at most this many rows, chosen by --seed; a larger number keeps them."
+    )
+    random_flip: bool = option(
+        False, help="Add every image and its conditioning image a second time, mirrored."
+    )
+    seed: int = option(0, help="Seed for the choice of rows.")
+    pretrained_model_name_or_path: str = option(
+        help="Base model: a diffusers folder or a hub id; only VAE, text encoders and tokenizers "
+        "are read.",
+        heading="Base model",
+    )
+    revision: str | None = option(None, help="Revision of the base model on the hub.")
+    variant: str | None = option(None, help="Variant of the base model's weight files, e.g. fp16.")
+    cache_dir: Path | None = option(
+        None, help="Folder for downloaded models and data sets; not the cache of shards."
+    )
+    cache: Path = option(
+        help="The cache's folder.", heading="Cache", aliases=("output_dir", "shards")
+    )
+    dry_run: bool = option(
+        False, help="Print what would be made, its size and the time needed; write nothing."
+    )
+    conditioning_name: str = option(
+        DEFAULT_CONDITIONING,
+        help="Name of this kind of control; a new name adds a second control to the cache.",
+    )
+    cache_dtype: Literal["float16", "bfloat16", "float32"] = option(
+        "float16", help="Number format of the stored tensors."
+    )
+    posterior: Literal["mean", "mean_std"] = option(
+        "mean",
+        help="Store the mean of the VAE's posterior, or mean and standard deviation, from which "
+        "training samples at each step (twice the size).",
+    )
+    shard_mb: float = option(128.0, help="Size of a shard at most, in 10^6 bytes.")
+    resolution: int = option(
+        512,
+        help="Side of the square, in pixels, to which images are resized and centre-cropped.",
+        heading="Images and captions",
+    )
+    buckets: bool = option(
+        False,
+        help="Give each image the shape nearest to its own instead of a square: about the same "
+        "area, sides that are multiples of 64.",
+    )
+    background: str = option(
+        BACKGROUND, help="Colour behind transparent pixels, by name or as #rrggbb."
+    )
     conditioning_range: Literal["-1_1", "0_1"] = option(
         "-1_1",
         help="Range of conditioning pixels before the VAE. -1_1 is what the stock pipeline does "
         "at inference; 0_1 repeats the diffusers training script.",
     )
-    posterior: Literal["mean", "mean_std"] = option(
-        "mean",
-        help="Keep the mean of the VAE's posterior, or mean and standard deviation, from which "
-        "training samples anew at each step (twice the size).",
+    max_sequence_length: int = option(
+        77, help="T5 tokens a prompt; inference uses the same number."
     )
     validation_prompt: tuple[str, ...] = option(
-        (), help="Prompts of the validation pairs; repeatable."
+        (), help="Prompts of the validation pairs; repeatable.", heading="Validation"
     )
     validation_image: tuple[Path, ...] = option(
         (),
-        help="Conditioning images of the validation pairs; repeatable. One prompt goes with "
-        "all images, or one image with all prompts.",
+        help="Conditioning images of the validation pairs; repeatable. One prompt is used for "
+        "all images, and one image for all prompts.",
     )
     validation_rows: int = option(
         0,
-        help="Hold out so many rows, chosen by --seed; training measures its loss on them and "
-        "does not learn from them.",
-    )
-    cache_dtype: Literal["float16", "bfloat16", "float32"] = option(
-        "float16", help="Number format of everything stored."
-    )
-    vae_dtype: Literal["float32", "float16", "bfloat16"] = option(
-        "float32", help="Number format the VAE computes in."
-    )
-    text_dtype: Literal["float32", "float16", "bfloat16"] = option(
-        "float16", help="Number format the text encoders compute in."
+        help="Number of rows to hold out, chosen by --seed; training measures its loss on them "
+        "and does not train on them.",
     )
     vae_batch_size: int | Literal["auto"] = option(
-        8, help="Images encoded at a time; auto: as many as the GPU's memory takes."
+        8,
+        help="Images encoded at a time; auto: as many as fit the GPU's memory.",
+        heading="Speed and memory",
     )
     text_batch_size: int | Literal["auto"] = option(
-        32, help="Prompts encoded at a time; auto likewise."
+        32, help="Prompts encoded at a time; auto: as many as fit the GPU's memory."
     )
-    allow_tf32: bool = option(True, help="Let the GPU multiply float32 in TensorFloat-32.")
-    compile: bool = option(False, help="Compile the encoders with torch.compile.")
-    dataloader_num_workers: int = option(
-        4, help="Threads that decode and resize images ahead of the VAE."
+    vae_dtype: Literal["float32", "float16", "bfloat16"] = option(
+        "float32", help="Number format in which the VAE computes."
     )
-    shard_mb: float = option(
-        128.0, help="Shards hold as many records as fit this size, in 10^6 bytes."
+    text_dtype: Literal["float32", "float16", "bfloat16"] = option(
+        "float16", help="Number format in which the text encoders compute."
+    )
+    allow_tf32: bool = option(True, help="Use TensorFloat-32 for float32 products on the GPU.")
+    dataloader_num_workers: int = option(4, help="Threads that decode and resize images.")
+    device: str | None = option(
+        None, help="cuda, cuda:1, mps or cpu; by default the best that is available."
     )
     max_bad_fraction: float = option(
-        0.01, help="Stop when more than this fraction of the rows cannot be used."
+        0.01,
+        help="Stop if more than this fraction of the rows cannot be used.",
+        heading="Bad rows",
     )
     strict: bool = option(False, help="Stop at the first row that cannot be used.")
     part: str | None = option(
         None,
-        help="i/n: make only the i-th of n parts, counted from 0; for machines and jobs that know "
-        "nothing of each other.",
+        help="i/n: make only part i of n, counted from 0; for separate machines and job arrays.",
+        heading="Several machines",
     )
-    dry_run: bool = option(
-        False, help="Say what would be made, its size and the time it takes, and write nothing."
-    )
-    device: str | None = option(None, help="cuda, cuda:1, mps or cpu; the best there is if absent.")
 
     def __post_init__(self) -> None:
-        """Refuse what cannot work, before anything is loaded.
+        """Refuse settings that cannot work, before anything is loaded.
 
         Raises:
             ConfigError: naming the option.

@@ -23,6 +23,7 @@ from precompute.planning.context import Context
 from precompute.planning.existing_layout import layout_arrays
 from precompute.planning.prepare import prepare
 from shards.format import manifest, seal, sidecar
+from shards.format.expected_cache import ExpectedCache, write_expected
 from shards.format.manifest import Manifest
 from shards.format.writer import write_sidecar
 
@@ -52,10 +53,10 @@ def precompute(config: PrecomputeConfig) -> None:
         config.cache,
         sum(product.count_bytes(todo[folder]) for folder, product in products.items()),
     )
-    plan = context.sealing_plan()
-    seal.write_plan(
+    expected = context.expected_cache()
+    write_expected(
         config.cache,
-        plan,
+        expected,
         layout_arrays({"text": context.products.text, "latents": context.products.latents}),
     )
     if previous is not None and _changes_listed_shards(context, previous, todo):
@@ -64,7 +65,7 @@ def precompute(config: PrecomputeConfig) -> None:
             (config.cache / manifest.MANIFEST).rename(config.cache / manifest.PREVIOUS)
     _encode(context)
     _renew_captions(context)
-    _finish(context, plan, previous)
+    _finish(context, expected, previous)
 
 
 def _print_todo(context: Context, todo: Mapping[str, list[int]]) -> None:
@@ -144,13 +145,13 @@ def _renew_captions(context: Context) -> None:
             write_sidecar(latents.folder, renewed)
 
 
-def _finish(context: Context, plan: seal.Plan, previous: Manifest | None) -> None:
+def _finish(context: Context, expected: ExpectedCache, previous: Manifest | None) -> None:
     """Seal the cache, if all shards of all workers are there."""
     cache = context.config.cache
-    missing = plan.missing(cache)
+    missing = expected.missing(cache)
     if missing:
         click.echo(
-            f"{cache}: part {context.part} is done; {seal.what_is_missing(plan, missing)}. "
+            f"{cache}: part {context.part} is done; {expected.describe(missing)}. "
             "Whichever part is last completes the cache; where the parts lie on several disks, "
             "copy them into one folder and run python -m shards seal."
         )
@@ -161,7 +162,7 @@ def _finish(context: Context, plan: seal.Plan, previous: Manifest | None) -> Non
             path.unlink(missing_ok=True)
     for path in abandoned_files(cache):
         path.unlink(missing_ok=True)
-    sealed = seal.seal(cache, plan)
+    sealed = seal.seal(cache, expected)
     if was_complete and sealed == previous:
         context.print(f"{cache}: already complete, nothing to do")
         return

@@ -16,11 +16,11 @@ CELL_PX = 256
 def contact_sheet(
     rows: Sequence[tuple[Sequence[Image.Image], str]], headings: Sequence[str]
 ) -> Image.Image:
-    """Return one image with all pictures, a line of text under each row.
+    """Return one image with all pictures in rows, and a line of text under each row.
 
     Args:
-        rows: (pictures, caption); as many pictures a row as there are headings.
-        headings: over the columns.
+        rows: (pictures, caption); each row has as many pictures as there are headings.
+        headings: one above each column.
     """
     font = ImageFont.load_default(TEXT_PX)
     column = CELL_PX + MARGIN_PX
@@ -46,12 +46,12 @@ def contact_sheet(
 
 
 def thumbnail(path: Path) -> Image.Image:
-    """Return a picture in the size of a sheet's cell, its file closed."""
+    """Return a picture, scaled down to a cell of the sheet."""
     with Image.open(path) as image:
         return ImageOps.contain(image.convert("RGB"), (CELL_PX, CELL_PX), Image.Resampling.LANCZOS)
 
 
 def save_png(path: Path, picture: Image.Image, info: PngInfo | None = None) -> None:
-    """Save a picture, and what its file says beside it, whole or not at all."""
+    """Save a picture and its metadata, completely or not at all."""
     with atomic_file(path) as file:
         picture.save(file, format="PNG", pnginfo=info)

@@ -1,4 +1,4 @@
-"""From image bytes to VAE input; inference prepares its conditioning images with the same code.
+"""From image bytes to VAE input; stage 1 and inference use the same code.
 
 Axes: 3 colours, H x W pixels.
 """
@@ -14,23 +14,23 @@ from torch import Tensor
 
 BACKGROUND = "white"
 LARGEST_ASPECT_DIFFERENCE = 0.01
-# 0.4 GB in RGB; at 1024 pixels, of an image 128 times as long as wide.
+# 0.4 GB in RGB; an image at 1024 pixels reaches it if it is 128 times as long as wide.
 LARGEST_RESIZED_PX = 1 << 27
 
 
 class BadImage(ValueError):
-    """An image that cannot be used, and why."""
+    """An image cannot be used; says why."""
 
 
 def decode(data: bytes, background: str = BACKGROUND) -> Image.Image:
     """Return an encoded image in RGB, upright.
 
     Args:
-        data: a file that Pillow reads, of any mode; one that is rotated by EXIF is turned.
-        background: colour behind transparent pixels, as Pillow's ImageColor knows them.
+        data: a file that Pillow reads, of any mode; EXIF orientation is applied.
+        background: colour behind transparent pixels, in a form of Pillow's ImageColor.
 
     Raises:
-        BadImage: empty, truncated, too large, or no image at all.
+        BadImage: the data is empty, truncated, too large, or no image.
     """
     if not data:
         raise BadImage("the file is empty")
@@ -47,12 +47,12 @@ def size(data: bytes) -> tuple[int, int]:
     """Return width and height of an encoded image, upright, without decoding its pixels.
 
     Raises:
-        BadImage: no image.
+        BadImage: the data is no image.
     """
     try:
         with Image.open(io.BytesIO(data)) as image:
             turned = image.getexif().get(ExifTags.Base.Orientation, 1) in range(5, 9)
-            # Pillow says of a TIFF, and of no other, what it is once it has been turned.
+            # For TIFF alone, Pillow reports the size after rotation.
             return image.size[::-1] if turned and image.format != "TIFF" else image.size
     except MemoryError:
         raise
@@ -61,14 +61,14 @@ def size(data: bytes) -> tuple[int, int]:
 
 
 def _unreadable(error: Exception) -> BadImage:
-    """Return what to say of an image that Pillow fails on, be it with an error of any kind."""
-    # Pillow names the BytesIO, which means nothing to a user.
+    """Return the error for an image on which Pillow fails, with any exception."""
+    # Pillow's message names the BytesIO, which means nothing to a user.
     reason = str(error).partition(" <_io.BytesIO")[0]
     return BadImage(f"not a readable image ({reason or type(error).__name__})")
 
 
 def _to_rgb(image: Image.Image, background: str) -> Image.Image:
-    """Return an image in RGB; the upper eight bits of one with sixteen, as a depth map has."""
+    """Return an image in RGB; of 16 bit images, such as depth maps, the upper 8 bits."""
     if image.mode.startswith("I"):
         values = np.asarray(image).astype(np.int64)
         if values.size and (values.min() < 0 or values.max() >> 16):
@@ -87,10 +87,10 @@ def load(path: Path, background: str = BACKGROUND) -> tuple[Image.Image, bytes]:
 
     Args:
         path: of the file.
-        background: see `decode`.
+        background: colour behind transparent pixels.
 
     Raises:
-        BadImage: missing, or as `decode`.
+        BadImage: the file is missing, or no image that can be used.
     """
     try:
         data = path.read_bytes()
@@ -109,13 +109,13 @@ def fit(
 
     Args:
         image: in RGB.
-        size_px: width and height of what is returned, or the sides of a square.
-        like: width and height of the image that this one is the conditioning image of; it is
-            brought to the same place as that one, pixel for pixel.
+        size_px: width and height of the result, or the side of a square.
+        like: for a conditioning image, width and height of its image. The result then matches
+            that image's crop pixel for pixel.
 
     Raises:
-        BadImage: it has another shape than the image that it belongs to, or is so long and thin
-            that it would fill the memory.
+        BadImage: the image's aspect ratio is not that of `like`, or it is so long and thin that
+            it would fill the memory.
     """
     width, height = like or image.size
     wide, high = image.width * height, image.height * width
@@ -139,10 +139,10 @@ def fit(
 
 
 def annotated(image: Image.Image, annotator: Callable[[Image.Image], Image.Image]) -> Image.Image:
-    """Return the conditioning image that a function draws from a fitted image, of its size.
+    """Return the conditioning image that a function draws from a fitted image, in its size.
 
     Raises:
-        BadImage: the function fails, or returns no image of the same shape.
+        BadImage: the function fails, or returns no image of the same aspect ratio.
     """
     try:
         drawn = annotator(image)
@@ -161,14 +161,14 @@ def to_uint8(image: Image.Image) -> Tensor:
 
 
 def to_pixels(uint8: Tensor, pixel_range: str) -> Tensor:
-    """Return pixels in the range a VAE gets them in.
+    """Return pixels in the value range of the VAE's input.
 
     Args:
         uint8: [..., 3, H, W], 0 to 255.
         pixel_range: `-1_1`, as diffusers' VaeImageProcessor; or `0_1`.
 
     Returns:
-        As `uint8`, float32.
+        [..., 3, H, W], float32.
     """
     unit = uint8.to(torch.float32) / 255.0
     return unit if pixel_range == "0_1" else 2.0 * unit - 1.0

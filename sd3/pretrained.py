@@ -1,4 +1,4 @@
-"""Finding a base model's folders: a folder on disk, or only the needed part of a hub repository."""
+"""Finding base models and ControlNets: a folder, or the needed files of a hub repository."""
 
 import contextlib
 import fnmatch
@@ -10,10 +10,10 @@ from typing import Any
 
 from common.errors import ConfigError
 
-# How the data was made, in a ControlNet's config.json. diffusers keeps entries with a leading
-# underscore and passes them over when it builds the model.
+# Entry of a ControlNet's config.json that says how its data was made. diffusers stores entries
+# with a leading underscore and ignores them when it builds the model.
 DATA_KEY = "_precompute"
-# What a component folder may hold that loading it needs; everything else stays on the hub.
+# The files beside weights that loading a component needs; nothing else is downloaded.
 FILE_PATTERNS = ("*.json", "*.txt", "*.model")
 
 
@@ -26,17 +26,17 @@ def find_base(
     cache_dir: Path | None = None,
     weights: bool = True,
 ) -> Path:
-    """Return the local folder of a base model, with at least `subfolders` in it.
+    """Return the local folder of a base model that holds at least `subfolders`.
 
     Args:
         name_or_path: a diffusers model folder, or a hub id such as
             `stabilityai/stable-diffusion-3.5-medium`.
-        subfolders: components that the caller needs, e.g. `("vae",)`; of a hub repository only
-            these are downloaded.
+        subfolders: components that the caller needs, e.g. `("vae",)`; only these are downloaded
+            from the hub.
         revision: branch, tag or commit on the hub.
-        variant: weight files to take, e.g. `fp16`, of the components that have them.
-        cache_dir: where downloads are kept; the hub's default otherwise.
-        weights: whether they are needed, or configurations alone.
+        variant: of the weight files, e.g. `fp16`, for components that have it.
+        cache_dir: folder for downloads; None for the hub's default.
+        weights: whether the weights are needed, or only configurations.
 
     Raises:
         ConfigError: neither a folder nor a hub id, no access, or components missing.
@@ -67,12 +67,12 @@ def find_base(
 
 
 def has_component(folder: Path, name: str) -> bool:
-    """Tell whether a model folder holds a component with a configuration."""
+    """Return whether a model folder holds a component with a configuration."""
     return any((folder / name).glob("*.json"))
 
 
 def component_variant(component: Path, variant: str | None) -> str | None:
-    """Return `variant` if a component's folder has weights of it, else None for the plain ones."""
+    """Return `variant` if a component has weights of it, else None for the plain weights."""
     has_it = variant is not None and any(component.glob(f"*.{variant}*safetensors"))
     return variant if has_it else None
 
@@ -81,7 +81,7 @@ def read_config(folder: Path, name: str) -> dict[str, Any]:
     """Return a component's configuration, from its `config.json` or `scheduler_config.json`.
 
     Raises:
-        ConfigError: missing, or not a JSON object.
+        ConfigError: the file is missing or not a JSON object.
     """
     path = folder / name / ("scheduler_config.json" if name == "scheduler" else "config.json")
     try:
@@ -98,8 +98,8 @@ def find_controlnet(name_or_path: str, flag: str, *, cache_dir: Path | None = No
 
     Args:
         name_or_path: a folder with a ControlNet's config.json and weights, or a hub id.
-        flag: the option it was given with, for the error.
-        cache_dir: where downloads are kept; the hub's default otherwise.
+        flag: the option, for the error message.
+        cache_dir: folder for downloads; None for the hub's default.
 
     Raises:
         ConfigError: neither a folder nor a hub id, no access, or no ControlNet in it.
@@ -121,14 +121,16 @@ def find_controlnet(name_or_path: str, flag: str, *, cache_dir: Path | None = No
 
 
 def controlnet_mismatches(controlnet: Mapping[str, Any], base: Mapping[str, Any]) -> list[str]:
-    """Return what keeps a ControlNet from working with a base model, a line each.
+    """Return one line for each setting in which a ControlNet and a base model do not match.
 
     Args:
         controlnet: the ControlNet's configuration.
         base: the transformer's configuration.
     """
     names = ["in_channels", "attention_head_dim", "num_attention_heads", "pooled_projection_dim"]
-    if controlnet.get("joint_attention_dim") is not None:  # SD3.5-large's own take no text
+    if (
+        controlnet.get("joint_attention_dim") is not None
+    ):  # SD3.5-large's own ControlNets take no text
         names.append("joint_attention_dim")
     return [
         f"  {name}: ControlNet {controlnet.get(name)}, base model {base.get(name)}"
@@ -138,20 +140,20 @@ def controlnet_mismatches(controlnet: Mapping[str, Any], base: Mapping[str, Any]
 
 
 def is_hub_id(name: str) -> bool:
-    """Tell whether a name has the form owner/name."""
+    """Return whether a name has the form owner/name."""
     return re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name) is not None
 
 
 def _weight_patterns(
     repo: str, subfolders: Sequence[str], revision: str | None, variant: str | None
 ) -> list[str]:
-    """Return the patterns of the weights to download: of the variant where a component has it."""
+    """Return patterns of the weights to download, in the variant if a component has it."""
     from huggingface_hub import list_repo_files
 
     present: list[str] = []
     if variant is not None:
-        # Whatever is wrong with the repository or the network, the download itself says better;
-        # and the errors of the HTTP library underneath change with its version.
+        # The download itself reports problems of the repository or the network better, and the
+        # HTTP library's errors change with its version.
         with contextlib.suppress(Exception):
             present = list_repo_files(repo, revision=revision)
     patterns = []

@@ -1,4 +1,4 @@
-"""Prompts as SD3 takes them, from what the cache holds.
+"""The prompt embedding that SD3 takes, from the parts that a cache stores.
 
 Axes: B samples, T tokens, W embedding width.
 """
@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 def prompt_embeds(clip_embeds: Tensor, t5_embeds: Tensor) -> Tensor:
-    """Return the prompt as SD3 takes it: CLIP padded with zeros to T5's width, then T5.
+    """Return a prompt's embedding: CLIP's, padded with zeros to T5's width, then T5's.
 
     Args:
         clip_embeds: [B, T_clip, W_clip], W_clip at most W_t5.
@@ -24,5 +24,5 @@ def prompt_embeds(clip_embeds: Tensor, t5_embeds: Tensor) -> Tensor:
 
 
 def record_embeds(record: Mapping[str, Tensor]) -> Tensor:
-    """Return the prompt of a text record as SD3 takes it, [T_clip + T_t5, W_t5]."""
+    """Return the embedding of a text record's prompt, [T_clip + T_t5, W_t5]."""
     return prompt_embeds(record["clip_embeds"][None], record["t5_embeds"][None])[0]

@@ -1,8 +1,8 @@
 """The frozen transformer in 8 or 4 bit.
 
-Only the linear layers in its blocks, which hold nearly all of its weights; activations stay in the
-precision that the rest has. Gradients pass through to the ControlNet, and nothing but the small
-weights is kept for them: libraries' layers for inference keep unpacked copies.
+Only the linear layers of its blocks are quantized; they hold nearly all of the weights. Activations
+keep their number format. Gradients pass through to the ControlNet; the backward pass stores the
+quantized weights only, where libraries' layers for inference store unpacked copies.
 """
 
 from collections.abc import Callable
@@ -16,13 +16,13 @@ DTYPES = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}
 
 
 def quantize(transformer: Any, kind: str, *, fp8_matmul: bool = False) -> None:
-    """Quantise a transformer in place; 4 bit ones when they are moved to their device.
+    """Quantize a transformer in place; `nf4` takes effect when it is moved to its device.
 
     Args:
         transformer: an SD3 transformer, frozen.
-        kind: `int8` or `fp8` (E4M3), with a scale for each row; `nf4` with one for 64 weights,
+        kind: `int8` or `fp8` (E4M3), with one scale per row; `nf4` with one scale per 64 weights,
             Dettmers et al. 2023, arXiv:2305.14314.
-        fp8_matmul: have the matrix products in 8 bit too, for `fp8`.
+        fp8_matmul: whether to compute matrix products in 8 bit, for `fp8`.
     """
     if kind == "nf4":
         replace_linear(transformer, _nf4)
@@ -31,7 +31,7 @@ def quantize(transformer: Any, kind: str, *, fp8_matmul: bool = False) -> None:
 
 
 def replace_linear(transformer: Any, replacement: Callable[[nn.Linear], nn.Module]) -> None:
-    """Put something else in the place of each linear layer of a transformer's blocks."""
+    """Replace each linear layer in a transformer's blocks by what `replacement` returns for it."""
     for block in transformer.transformer_blocks:
         for name, layer in list(block.named_modules()):
             if isinstance(layer, nn.Linear):
@@ -39,12 +39,12 @@ def replace_linear(transformer: Any, replacement: Callable[[nn.Linear], nn.Modul
 
 
 class RowLinear(nn.Module):
-    """A frozen linear layer in 8 bit, each row with a scale of its own.
+    """A frozen linear layer in 8 bit with one scale per row.
 
     Args:
-        linear: what it is made of.
+        linear: the layer to quantize.
         dtype: int8 or float8_e4m3fn.
-        fp8_matmul: whether the products are in 8 bit too.
+        fp8_matmul: whether to compute products in 8 bit.
     """
 
     values: Tensor
@@ -65,9 +65,9 @@ class RowLinear(nn.Module):
 
 
 def rounded_rows(matrix: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Return a matrix in 8 bit, [R, C], and what each row is to be multiplied by, [R, 1] float32.
+    """Return a matrix in 8 bit, [R, C], and the scale of each row, [R, 1] float32.
 
-    Each row's largest number becomes the format's.
+    Each row's largest magnitude becomes the largest of the format.
     """
     exact = matrix.float()
     scale = exact.abs().amax(dim=1, keepdim=True).clamp_min(1e-12) / LARGEST[dtype]
@@ -76,13 +76,13 @@ def rounded_rows(matrix: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
 
 
 class _Product(torch.autograd.Function):
-    """Inputs times rounded rows, which every 16 bit format holds exactly; then the scales."""
+    """Inputs times quantized rows, which 16 bit formats represent exactly; then the scales."""
 
     @staticmethod
     def forward(ctx: Any, inputs: Tensor, values: Tensor, scale: Tensor) -> Tensor:
         ctx.values, ctx.scale = values, scale
         weight, row = values.t().to(inputs.dtype), scale.t().to(inputs.dtype)
-        # A product of numbers up to 448 would be too large for float16.
+        # Products of numbers up to 448 overflow float16.
         return inputs @ (weight * row) if inputs.dtype == torch.float16 else inputs @ weight * row
 
     @staticmethod
@@ -93,7 +93,7 @@ class _Product(torch.autograd.Function):
 
 
 class _Fp8Product(torch.autograd.Function):
-    """The same, with inputs and gradients rounded to 8 bit as well, by row."""
+    """Inputs times quantized rows, with inputs and gradients also rounded to 8 bit by row."""
 
     @staticmethod
     def forward(ctx: Any, inputs: Tensor, values: Tensor, scale: Tensor) -> Tensor:
@@ -103,16 +103,16 @@ class _Fp8Product(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
         (gradient,) = gradients
-        # The scales of the rows that are summed over go to the gradient.
+        # The sum runs over the rows, so their scales are applied to the gradient first.
         gradient = gradient * ctx.scale.t().to(gradient.dtype)
-        # Hardware wants the second matrix by columns.
+        # The hardware needs the second matrix in column-major order.
         values = ctx.values.t().contiguous().t()
         ones = ctx.scale.new_ones(1, values.shape[1])
         return _fp8_product(gradient, values, ones), None, None
 
 
 def _fp8_product(inputs: Tensor, values: Tensor, scale: Tensor) -> Tensor:
-    """Return [..., N] from [..., K], 8 bit [K, N] by columns, and its columns' scales, [1, N]."""
+    """Return [..., N] from inputs [..., K], 8 bit values [K, N] and column scales [1, N]."""
     rounded, row_scale = rounded_rows(inputs.flatten(0, -2), torch.float8_e4m3fn)
     product = torch._scaled_mm(
         rounded,
@@ -125,7 +125,7 @@ def _fp8_product(inputs: Tensor, values: Tensor, scale: Tensor) -> Tensor:
 
 
 def _nf4(linear: nn.Linear) -> nn.Module:
-    """Return bitsandbytes' 4 bit layer in the place of a linear one."""
+    """Return bitsandbytes' 4 bit layer with the weights of a linear layer."""
     from bitsandbytes.nn import Linear4bit, Params4bit
 
     with torch.device("meta"):

@@ -1,4 +1,4 @@
-"""The VAE's decoder, for the moment when somebody wants to see latents.
+"""Decoding latents with the VAE.
 
 Axes: B pictures, C latent channels, h x w latent grid, H x W pixels.
 """
@@ -19,18 +19,18 @@ from sd3.pretrained import component_variant
 def decode(
     base: Path, variant: str | None, latents: Sequence[Tensor], device: torch.device
 ) -> list[NDArray[np.float32]]:
-    """Decode raw latents with a base model's VAE, in float32; it is gone on return.
+    """Decode raw latents with a base model's VAE, in float32; free the VAE afterwards.
 
     Args:
         base: model folder with a VAE.
-        variant: variant of its weight files.
-        latents: [B, C, h, w] each, scale and shift not applied.
-        device: where to decode.
+        variant: of its weight files; None for the plain ones.
+        latents: batches [B, C, h, w], scale and shift not applied.
+        device: to decode on.
 
     Returns:
-        Pixels [B, H, W, 3], near -1 to 1, one array a batch.
+        For each batch, pixels [B, H, W, 3], about -1 to 1.
     """
-    # Imported here so that training without validation never sees a VAE.
+    # Imported here so that training without validation loads no VAE class.
     from diffusers import AutoencoderKL
 
     vae = AutoencoderKL.from_pretrained(
@@ -42,26 +42,26 @@ def decode(
     )
     vae.encoder = None
     vae.to(device).eval()
-    found = []
+    pixels = []
     for batch in latents:
         raw = batch.to(device, torch.float32)
-        # One at a time: the decoder's activations are what fills a small card.
-        pixels = [vae.decode(one, return_dict=False)[0] for one in raw.unsqueeze(1)]
-        found.append(torch.cat(pixels).permute(0, 2, 3, 1).cpu().numpy())
+        # One latent at a time: the decoder's activations fill a small card.
+        decoded = [vae.decode(latent, return_dict=False)[0] for latent in raw.unsqueeze(1)]
+        pixels.append(torch.cat(decoded).permute(0, 2, 3, 1).cpu().numpy())
     del vae
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
-    return found
+    return pixels
 
 
 def to_bytes(pixels: NDArray[np.float32], pixel_range: str = "-1_1") -> NDArray[np.uint8]:
-    """Return pixels as 0 to 255.
+    """Return pixels as integers 0 to 255.
 
     Args:
         pixels: of any shape.
-        pixel_range: `-1_1`, or `0_1` for conditioning images that were encoded so.
+        pixel_range: of `pixels`: `-1_1`, or `0_1` for conditioning images encoded in that range.
     """
     unit = pixels / 2 + 0.5 if pixel_range == "-1_1" else pixels
-    found: NDArray[np.uint8] = (unit.clip(0, 1) * 255).round().astype(np.uint8)
-    return found
+    rounded: NDArray[np.uint8] = (unit.clip(0, 1) * 255).round().astype(np.uint8)
+    return rounded

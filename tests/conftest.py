@@ -25,7 +25,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # read at the first import of huggingface_hu
 
 import demo.base_model.pipeline
 from benchmarks.synthetic import Shape, write_cache
-from demo.circles import circles as draw
+from demo.circles import random_circles as draw
 from demo.circles import write_circles
 from precompute.config import PrecomputeConfig
 from precompute.run import precompute

@@ -39,6 +39,7 @@ ALLOWED = {
     "demo.base_model": PRODUCT | {"demo"},
     "demo": PRODUCT | {"demo.base_model"},
     "benchmarks": PRODUCT | {"demo", "demo.base_model"},
+    "benchmarks.reference": PRODUCT | {"demo", "demo.base_model", "benchmarks"},
 }
 PACKAGES = {folder.split(".")[0] for folder in ALLOWED}
 MOST_MODULES = 14

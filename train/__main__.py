@@ -1,7 +1,8 @@
 """`python -m train`, or `accelerate launch -m train`."""
 
 from common.options import stage_command
-from train.config import MOVED, TrainConfig
+from train.config import TrainConfig
+from train.elsewhere import ELSEWHERE
 
 
 def run(config: TrainConfig) -> None:
@@ -11,7 +12,7 @@ def run(config: TrainConfig) -> None:
     train(config)
 
 
-main = stage_command("train", TrainConfig, run, section="train", moved=MOVED)
+main = stage_command("train", TrainConfig, run, section="train", elsewhere=ELSEWHERE)
 
 if __name__ == "__main__":
     main(prog_name="python -m train")

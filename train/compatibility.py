@@ -7,7 +7,8 @@ from accelerate import Accelerator
 
 from common.errors import ConfigError
 from sd3.pretrained import has_component, read_config
-from shards.format.manifest import LatentSpec, Manifest
+from shards.format.manifest import Manifest
+from shards.format.specs import LatentSpec
 from train.checkpoints import TrainState
 from train.distribution import WAY_NAMES, way
 

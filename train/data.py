@@ -18,9 +18,10 @@ from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
 from common.prefetch import prefetch
-from shards.format.records import TensorSpec
+from shards.format.tensor_spec import TensorSpec
 from shards.reading.cache import Cache
 from shards.reading.order import Order
+from shards.reading.tensors import empty_tensors
 
 BATCHES_AHEAD = 2  # a thread that reads
 
@@ -99,7 +100,7 @@ class Samples(Dataset[dict[str, Tensor]]):
         self.seed = seed
         self.proportion_empty_prompts = proportion_empty_prompts
         sampled = ("latent", "conditioning_latent")
-        names = cache.batch_tensors(0).keys()
+        names = cache.sample_specs(0).keys()
         # What has the shape of a latent and is drawn, in the order of drawing.
         self.drawn = ["noise", *(name for name in sampled if f"{name}_std" in names)]
         self.empty_prompt = cache.empty_prompt_key()
@@ -132,18 +133,16 @@ class Samples(Dataset[dict[str, Tensor]]):
             pin: take pinned memory. Torch keeps what is freed of it for the next batch, and gives
                 it out again only when copies from it are done.
         """
-        tensors = self.cache.batch_tensors(bucket)
-        latent = TensorSpec(tensors["latent"].shape, torch.float32)
+        tensors = self.cache.sample_specs(bucket)
+        latent = TensorSpec(tensors["latent"].shape, "float32")
         draws = dict.fromkeys(self.drawn, latent)
-        draws |= dict.fromkeys(("uniform", "normal"), TensorSpec((), torch.float32))
+        draws |= dict.fromkeys(("uniform", "normal"), TensorSpec((), "float32"))
 
-        def empty(specs: dict[str, TensorSpec]) -> dict[str, Tensor]:
-            return {
-                name: torch.empty((count, *spec.shape), dtype=spec.dtype, pin_memory=pin)
-                for name, spec in specs.items()
-            }
-
-        return Memory(empty(tensors), empty(draws), bucket)
+        return Memory(
+            empty_tensors(tensors, count, pin_memory=pin),
+            empty_tensors(draws, count, pin_memory=pin),
+            bucket,
+        )
 
     def fill(self, memory: Memory, places: Sequence[int]) -> Batch:
         """Read and draw the samples at some places.
@@ -158,7 +157,7 @@ class Samples(Dataset[dict[str, Tensor]]):
         draws = {name: tensor.numpy() for name, tensor in memory.draws.items()}
         pairs, prompts = [], []
         for row, place in enumerate(places):
-            pair = self.cache.pair(*self.order.record(place))
+            pair = self.cache.sample_records(*self.order.record(place))
             assert self.cache.conditioning.bucket(pair.conditioning[0]) == memory.bucket
             caption = self.draw(draws, row, place, len(pair.prompts))
             pairs.append(pair)
@@ -243,9 +242,9 @@ def loader(
     )
     with (
         ThreadPoolExecutor(max(1, num_workers), "read") as pool,
-        samples.cache.following(samples.order, places.start),
+        samples.cache.read_ahead(samples.order, places.start),
     ):
         lead = BATCHES_AHEAD * num_workers
         for group, batch in prefetch(pool, fill, work, lead) if num_workers else map(fill, work):
-            samples.cache.files.reached(group[0])
+            samples.cache.files.release_before(group[0])
             yield group, batch

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from sd3.prompt_embeds import prompt_embeds
-from shards.format.manifest import LatentSpec
+from shards.format.specs import LatentSpec
 from train import objective
 from train.data import Batch, NoisySamples
 

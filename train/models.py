@@ -11,7 +11,8 @@ from torch import Tensor
 from common.errors import ConfigError
 from sd3.pretrained import component_variant, controlnet_mismatches, read_config
 from sd3.quantized import quantize
-from shards.format.manifest import LatentSpec, Manifest
+from shards.format.manifest import Manifest
+from shards.format.specs import LatentSpec
 
 DEFAULT_NUM_LAYERS = 12
 

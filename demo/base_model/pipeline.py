@@ -29,7 +29,7 @@ from transformers import (
 )
 
 from common.errors import ConfigError
-from demo.base_model.vae import new_vae
+from demo.base_model.vae import build_vae
 from demo.colors import COLORS
 
 CLIP_TOKENS = 24  # the longest caption has 17 CLIP tokens
@@ -72,10 +72,10 @@ def build_pipeline(
         qk_norm: `rms_norm` as SD3.5, None as SD3.
     """
     torch.manual_seed(seed)
-    tokenizer = clip_tokenizer(clip_tokens)
-    t5 = t5_tokenizer()
+    tokenizer = build_clip_tokenizer(clip_tokens)
+    t5 = build_t5_tokenizer()
     width = num_attention_heads * attention_head_dim
-    vae = new_vae()
+    vae = build_vae()
     vae.register_to_config(scaling_factor=SCALING_FACTOR, shift_factor=SHIFT_FACTOR)
     return StableDiffusion3Pipeline(
         transformer=SD3Transformer2DModel(
@@ -98,7 +98,7 @@ def build_pipeline(
         text_encoder=_clip(tokenizer, clip_widths[0], clip_tokens, "quick_gelu"),
         tokenizer=tokenizer,
         text_encoder_2=_clip(tokenizer, clip_widths[1], clip_tokens, "gelu"),
-        tokenizer_2=clip_tokenizer(clip_tokens),
+        tokenizer_2=build_clip_tokenizer(clip_tokens),
         text_encoder_3=T5EncoderModel(
             T5Config(
                 vocab_size=len(t5),
@@ -115,14 +115,14 @@ def build_pipeline(
     )
 
 
-def clip_tokenizer(tokens: int) -> CLIPTokenizer:
+def build_clip_tokenizer(tokens: int) -> CLIPTokenizer:
     """Return a CLIP tokenizer whose byte-pair encoding has a token for every word of the captions.
 
     The encoding is worked out here because the trainer of `tokenizers` breaks ties by chance, and
     a seed must give one base model.
     """
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
-    merges = byte_pair_merges(caption_words())
+    merges = learn_merges(caption_words())
     pieces = [START, END, *letters, *(letter + WORD_END for letter in letters)]
     pieces += [left + right for left, right in merges]
     return CLIPTokenizer(
@@ -132,7 +132,7 @@ def clip_tokenizer(tokens: int) -> CLIPTokenizer:
     )
 
 
-def byte_pair_merges(words: list[str]) -> list[tuple[str, str]]:
+def learn_merges(words: list[str]) -> list[tuple[str, str]]:
     """Return the merges, in order, that make each of some ASCII words one piece.
 
     The most frequent pair goes first, the alphabetically first of equals.
@@ -151,7 +151,7 @@ def byte_pair_merges(words: list[str]) -> list[tuple[str, str]]:
     return merges
 
 
-def t5_tokenizer() -> T5TokenizerFast:
+def build_t5_tokenizer() -> T5TokenizerFast:
     """Return a T5 tokenizer with a token for every word of the captions, and for every letter."""
     # Log probabilities: a word is always likelier than its spelling.
     pieces = [(f"▁{word}", -5.0) for word in caption_words()]

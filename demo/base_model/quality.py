@@ -13,7 +13,14 @@ from torch import Tensor
 from tqdm import tqdm
 
 from demo.base_model.pipeline import CLIP_TOKENS
-from demo.base_model.shapes import HELD_OUT_PAIRS, NAMES, PALETTE, caption, painted, white_on_black
+from demo.base_model.shapes import (
+    HELD_OUT_PAIRS,
+    NAMES,
+    PALETTE,
+    caption,
+    paint_discs,
+    paint_outlines,
+)
 from demo.colors import COLORS
 from infer.scoring.discs import background_color, color_difference, find_disc, find_patch
 from train.objective import scaled
@@ -66,14 +73,14 @@ def measure_base(
     device = pipeline.vae.device
     generator = torch.Generator().manual_seed(seed)
     chosen = torch.randint(len(HELD_OUT_PAIRS), (len(masks),), generator=generator)
-    discs = painted(masks, PALETTE[HELD_OUT_PAIRS[chosen]]).to(device)
-    lines = white_on_black(outlines).to(device)
+    discs = paint_discs(masks, PALETTE[HELD_OUT_PAIRS[chosen]]).to(device)
+    lines = paint_outlines(outlines).to(device)
     latents = scaled(
-        encoded(pipeline.vae, discs),
+        encode_images(pipeline.vae, discs),
         pipeline.vae.config.scaling_factor,
         pipeline.vae.config.shift_factor,
     )
-    drawn = pictures_by_prompt(pipeline, generator)
+    drawn = draw_by_prompt(pipeline, generator)
     wanted = [[COLORS[NAMES[index]] for index in pair] for pair, _ in drawn]
     patches = [find_patch(pixels) for _, pixels in drawn]
     patch_errors = [
@@ -86,8 +93,8 @@ def measure_base(
         for (_, pixels), colors in zip(drawn, wanted, strict=True)
     ]
     return Quality(
-        disc_psnr_db=reproduction(pipeline.vae, discs),
-        outline_psnr_db=reproduction(pipeline.vae, lines),
+        disc_psnr_db=measure_psnr(pipeline.vae, discs),
+        outline_psnr_db=measure_psnr(pipeline.vae, lines),
         latent_mean=latents.mean().item(),
         latent_std=latents.std().item(),
         num_prompts=len(drawn),
@@ -99,20 +106,20 @@ def measure_base(
 
 
 @torch.no_grad()
-def encoded(vae: AutoencoderKL, pictures: Tensor) -> Tensor:
+def encode_images(vae: AutoencoderKL, pictures: Tensor) -> Tensor:
     """Return raw latents [B, C, h, w] of pictures [B, 3, H, W]."""
     return torch.cat([vae.encode(part).latent_dist.mean for part in pictures.split(8)])
 
 
 @torch.no_grad()
-def reproduction(vae: AutoencoderKL, pictures: Tensor) -> float:
+def measure_psnr(vae: AutoencoderKL, pictures: Tensor) -> float:
     """Return the PSNR in dB of pictures [B, 3, H, W] that went through the VAE."""
-    decoded = torch.cat([vae.decode(part).sample for part in encoded(vae, pictures).split(8)])
+    decoded = torch.cat([vae.decode(part).sample for part in encode_images(vae, pictures).split(8)])
     error = decoded.clamp(-1, 1) - pictures
     return float(10 * torch.log10(4 / error.square().mean()))
 
 
-def pictures_by_prompt(
+def draw_by_prompt(
     pipeline: StableDiffusion3Pipeline, generator: torch.Generator
 ) -> list[tuple[list[int], NDArray[np.uint8]]]:
     """Return pairs of colours, by index, and the pictures [H, W, 3] that their captions give."""

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from demo.circles import Circle, circles, disc, outline
+from demo.circles import Circle, draw_disc, draw_outline, random_circles
 from demo.colors import COLORS, is_held_out
 from sd3.images import fit
 
@@ -46,7 +46,7 @@ def load_shapes(path: Path, count: int, seed: int) -> tuple[Tensor, Tensor]:
     """
     if not path.is_file():
         with ProcessPoolExecutor() as pool:
-            drawn = list(pool.map(_draw, circles(count, seed), chunksize=64))
+            drawn = list(pool.map(_draw, random_circles(count, seed), chunksize=64))
         masks, outlines = (
             torch.from_numpy(np.stack(images)) for images in zip(*drawn, strict=True)
         )
@@ -56,7 +56,7 @@ def load_shapes(path: Path, count: int, seed: int) -> tuple[Tensor, Tensor]:
     return shapes["masks"], shapes["outlines"]
 
 
-def painted(masks: Tensor, colors: Tensor) -> Tensor:
+def paint_discs(masks: Tensor, colors: Tensor) -> Tensor:
     """Return pictures [B, 3, H, W] in -1 to 1.
 
     Args:
@@ -68,7 +68,7 @@ def painted(masks: Tensor, colors: Tensor) -> Tensor:
     return share * disc_color + (1 - share) * background
 
 
-def white_on_black(outlines: Tensor) -> Tensor:
+def paint_outlines(outlines: Tensor) -> Tensor:
     """Return conditioning images [B, 3, H, W] in -1 to 1 of outlines [B, H, W], 0 to 255."""
     return (outlines / 127.5 - 1)[:, None].expand(-1, 3, -1, -1)
 
@@ -77,6 +77,7 @@ def _draw(circle: Circle) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
     """Return a circle's mask and outline; no torch, whose threads do not survive the fork."""
     white = Circle(circle.x, circle.y, circle.radius, "white", "black")
     mask, line = (
-        np.asarray(fit(image, BASE_PX).convert("L")) for image in (disc(white), outline(white))
+        np.asarray(fit(image, BASE_PX).convert("L"))
+        for image in (draw_disc(white), draw_outline(white))
     )
     return mask, line

@@ -65,7 +65,7 @@ def make_base(output_dir: Path, state_dir: Path, seed: int, device: torch.device
     seen, unseen = slice(None, -HELD_OUT_SHAPES), slice(-HELD_OUT_SHAPES, None)
     vae = train_vae.train_vae(state_dir / "vae.pt", masks[seen], outlines[seen], device, seed)
     latents = train_flow.load_latents(state_dir / "latents.safetensors", vae, masks[seen], seed)
-    pipeline = train_flow.miniature(seed)
+    pipeline = train_flow.build_miniature(seed)
     pipeline.register_modules(vae=vae)
     set_scaling(pipeline, latents["latent"].float())
     train_flow.train_flow(state_dir / "flow.pt", pipeline, latents, device, seed)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from demo.base_model.pipeline import CLIP_TOKENS, build_pipeline
-from demo.base_model.shapes import PALETTE, TRAINED_PAIRS, caption, painted
+from demo.base_model.shapes import PALETTE, TRAINED_PAIRS, caption, paint_discs
 from demo.base_model.train_vae import save_state, update_average
 from sd3.prompt_embeds import prompt_embeds
 from train.objective import noised, scaled
@@ -34,7 +34,7 @@ SAVE_EVERY = 100
 TRAINED = ("transformer", "text_encoder", "text_encoder_2", "text_encoder_3")
 
 
-def miniature(seed: int) -> StableDiffusion3Pipeline:
+def build_miniature(seed: int) -> StableDiffusion3Pipeline:
     """Return the miniature's architecture with random weights, about 4 million."""
     return build_pipeline(
         seed,
@@ -60,7 +60,7 @@ def load_latents(path: Path, vae: AutoencoderKL, masks: Tensor, seed: int) -> di
         latents = []
         with torch.no_grad():
             for part in tqdm(torch.arange(NUM_LATENTS).split(BATCH), desc="latents"):
-                pictures = painted(masks[shapes[part]], PALETTE[pairs[part]])
+                pictures = paint_discs(masks[shapes[part]], PALETTE[pairs[part]])
                 latent = vae.encode(pictures.to(vae.device)).latent_dist.mean
                 latents.append(latent.to("cpu", torch.float16))
         save_file({"latent": torch.cat(latents), "pair": pairs}, path)
@@ -117,7 +117,7 @@ def train_flow(
         noise = torch.randn(latent.shape, generator=generator).to(device)
         uniform = torch.sigmoid(torch.randn(BATCH, generator=generator)).to(device)
         sigma = SHIFT * uniform / (1 + (SHIFT - 1) * uniform)
-        embeds, pooled = encode(pipeline, prompts, device)
+        embeds, pooled = encode_prompts(pipeline, prompts, device)
         velocity = pipeline.transformer(
             hidden_states=noised(latent, noise, sigma),
             timestep=1000 * sigma,
@@ -149,7 +149,7 @@ def train_flow(
     models.eval().requires_grad_(False)
 
 
-def encode(
+def encode_prompts(
     pipeline: StableDiffusion3Pipeline, prompts: list[str], device: torch.device
 ) -> tuple[Tensor, Tensor]:
     """Return prompt embeddings [B, T, W] and pooled ones [B, W], with gradients.

@@ -13,8 +13,8 @@ from diffusers import AutoencoderKL
 from torch import Tensor
 from tqdm import tqdm
 
-from demo.base_model.shapes import BASE_PX, PALETTE, painted, white_on_black
-from demo.base_model.vae import keep_constant_channels, new_vae
+from demo.base_model.shapes import BASE_PX, PALETTE, paint_discs, paint_outlines
+from demo.base_model.vae import build_vae, freeze_constant_channels
 
 NUM_STEPS = 3000
 BATCH = 16
@@ -42,8 +42,8 @@ def train_vae(
         seed: of the weights and the batches.
     """
     torch.manual_seed(seed)
-    vae = new_vae().to(device)
-    keep_constant_channels(vae)
+    vae = build_vae().to(device)
+    freeze_constant_channels(vae)
     average = copy.deepcopy(vae).requires_grad_(False)
     optimizer = torch.optim.AdamW(
         vae.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.99), weight_decay=0
@@ -111,7 +111,7 @@ def _batch(masks: Tensor, outlines: Tensor, generator: torch.Generator) -> Tenso
         colors = 2 * torch.rand(BATCH, 2, 3, generator=generator) - 1
     lines, discs = chosen.split([OUTLINES_A_BATCH, BATCH - OUTLINES_A_BATCH])
     pictures = torch.cat(
-        [white_on_black(outlines[lines]), painted(masks[discs], colors[OUTLINES_A_BATCH:])]
+        [paint_outlines(outlines[lines]), paint_discs(masks[discs], colors[OUTLINES_A_BATCH:])]
     )
     top, left = (
         8 * int(torch.randint((BASE_PX - CROP_PX) // 8 + 1, (), generator=generator))

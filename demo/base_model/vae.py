@@ -21,7 +21,7 @@ SILU_OFFSET = 3.0
 LOG_VARIANCE = -6.0
 
 
-def new_vae() -> AutoencoderKL:
+def build_vae() -> AutoencoderKL:
     """Return the VAE at its start: it reproduces the mean colour of each 8 x 8 patch."""
     vae = AutoencoderKL(
         block_out_channels=(16, 32, 48, 64),
@@ -89,7 +89,7 @@ def _straighten(norm: nn.GroupNorm, conv: nn.Conv2d) -> None:
     conv.bias[COLORS] = -value / slope
 
 
-def keep_constant_channels(vae: AutoencoderKL) -> None:
+def freeze_constant_channels(vae: AutoencoderKL) -> None:
     """Have training leave the constant channels alone: nothing reads them and nothing moves them.
 
     A weight that read them would be a bias eight times as quick, and the whole picture's brightness

@@ -16,8 +16,8 @@ from infer.config import GenerateConfig
 
 KEY = "sd3_controlnet"
 BLOCK_BYTES = 1 << 24
-# Where and how a picture was made, which does not change what it is.
-BESIDE_THE_POINT = {
+# Settings of where and how a run works. They do not change the picture.
+NOT_IDENTITY = {
     "output_dir",
     "pairs",
     "cache_dir",
@@ -33,38 +33,36 @@ BESIDE_THE_POINT = {
 def describe(
     config: GenerateConfig, digests: dict[str, list[str]], drawn: dict[str, Any], **picture: Any
 ) -> str:
-    """Return what a picture's file says of it, as JSON.
+    """Return the description that a picture's file holds, as JSON.
 
     Args:
-        config: of the run.
-        digests: of the bytes of what it was drawn from, by what they are.
-        drawn: how: on what device, and at which place of a batch of how many.
-        picture: settings that are this picture's own.
+        config: settings of the run.
+        digests: of the input files' bytes, by kind: `images` and `controlnets`.
+        drawn: `device`, its type; `batch`, the picture's place in its batch and the batch's size.
+        picture: settings of this picture, which replace the run's.
     """
-    settings = {
-        name: value for name, value in as_dict(config).items() if name not in BESIDE_THE_POINT
-    }
-    about = {
+    settings = {name: value for name, value in as_dict(config).items() if name not in NOT_IDENTITY}
+    description = {
         "settings": settings | picture,
         "digests": digests,
         "drawn": drawn,
         "versions": versions(),
     }
-    return json.dumps(about, ensure_ascii=False, sort_keys=True)
+    return json.dumps(description, ensure_ascii=False, sort_keys=True)
 
 
-def info(about: str) -> PngInfo:
-    """Return what a PNG is saved with to say this."""
-    found = PngInfo()
-    found.add_itxt(KEY, about)
-    return found
+def png_info(description: str) -> PngInfo:
+    """Return the text chunk with which a PNG is saved to hold a description."""
+    info = PngInfo()
+    info.add_itxt(KEY, description)
+    return info
 
 
 def read(path: Path) -> dict[str, Any]:
-    """Return what a picture's file says of it.
+    """Return the description in a picture's file.
 
     Raises:
-        ConfigError: it cannot be read, or says nothing.
+        ConfigError: the file cannot be read, or holds no description.
     """
     try:
         with Image.open(path) as image:
@@ -76,56 +74,58 @@ def read(path: Path) -> dict[str, Any]:
     if text is None:
         raise ConfigError(f"{path}: not drawn by python -m infer generate; it says no settings.")
     try:
-        about = json.loads(text)
+        description = json.loads(text)
     except ValueError as error:
         raise ConfigError(f"{path}: its settings are damaged ({error}).") from error
-    if not isinstance(about, dict) or not isinstance(about.get("settings"), dict):
+    if not isinstance(description, dict) or not isinstance(description.get("settings"), dict):
         raise ConfigError(f"{path}: its settings are damaged.")
-    return about
+    return description
 
 
-def says(path: Path, about: str) -> bool:
-    """Tell whether a whole picture is there that says this of itself, versions aside."""
+def matches(path: Path, description: str) -> bool:
+    """Tell whether a file is a whole picture with this description, versions aside."""
     if not path.is_file():
         return False
     try:
-        there = read(path)
+        existing = read(path)
     except ConfigError:
         return False
-    wanted = json.loads(about)
-    return all(there.get(name) == wanted[name] for name in ("settings", "digests", "drawn"))
+    expected = json.loads(description)
+    return all(existing.get(name) == expected[name] for name in ("settings", "digests", "drawn"))
 
 
-def like(path: Path) -> tuple[dict[str, Any], list[str]]:
-    """Return the settings that a picture was drawn with, and why it may come out otherwise now.
+def settings_from(path: Path) -> tuple[dict[str, Any], list[str]]:
+    """Return the settings that a picture was drawn with, and warnings.
+
+    A warning says why the picture may come out differently if it is drawn again.
 
     Raises:
-        ConfigError: see `read`.
+        ConfigError: the file cannot be read, or holds no description.
     """
-    about = read(path)
-    known = {field.name for field in dataclasses.fields(GenerateConfig)} - BESIDE_THE_POINT
-    settings = {name: value for name, value in about["settings"].items() if name in known}
-    digests, drawn = about.get("digests", {}), about.get("drawn", {})
+    description = read(path)
+    known = {field.name for field in dataclasses.fields(GenerateConfig)} - NOT_IDENTITY
+    settings = {name: value for name, value in description["settings"].items() if name in known}
+    digests, drawn = description.get("digests", {}), description.get("drawn", {})
     warnings = []
     for kind, option in (("images", "image"), ("controlnets", "controlnet")):
         for name, digest in zip(settings.get(option, []), digests.get(kind, []), strict=False):
-            place = Path(name)
-            if place.exists() and digest_of(place) != digest:
+            source = Path(name)
+            if source.exists() and digest_of(source) != digest:
                 warnings.append(f"{name} has changed since {path} was drawn.")
     if drawn.get("batch", [0, 1])[1] > 1:
         warnings.append(f"{path} was drawn in a batch; alone it comes out alike, not the same.")
-    # The picture's own size, whatever a configuration says.
+    # `width` and `height` hold the picture's size; a configuration's resolution must not win.
     return settings | {"resolution": None}, warnings
 
 
-def digest_of(place: Path) -> str:
-    """Return the digest of a file, or of a ControlNet's folder: weights and configuration."""
+def digest_of(path: Path) -> str:
+    """Return the digest of a file, or of the weights and configuration in a ControlNet's folder."""
     digest = xxh3_128()
-    paths = [place]
-    if place.is_dir():
-        paths = [place / "config.json", *sorted(place.glob("*.safetensors"))]
-    for path in paths:
-        with path.open("rb") as file:
+    files = [path]
+    if path.is_dir():
+        files = [path / "config.json", *sorted(path.glob("*.safetensors"))]
+    for file_path in files:
+        with file_path.open("rb") as file:
             while block := file.read(BLOCK_BYTES):
                 digest.update(block)
     return digest.hexdigest()

@@ -1,4 +1,4 @@
-"""Prompt embeddings from a cache, so that inference needs no text encoder."""
+"""Prompt embeddings from a cache: inference then needs no text encoder."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -12,11 +12,15 @@ from shards.reading.cache import Cache
 
 
 class CachedPrompts:
-    """Embeddings of prompts that a cache knows.
+    """Embeddings that a cache holds for prompts.
 
     Args:
-        cache: opened.
-        prompts: all that are wanted.
+        cache: the cache to read from.
+        prompts: every prompt of the run.
+
+    Attributes:
+        unknown: prompts that the cache does not hold.
+        max_sequence_length: T5 tokens of the embeddings.
     """
 
     def __init__(self, cache: Cache, prompts: Iterable[str]) -> None:
@@ -27,11 +31,12 @@ class CachedPrompts:
         # Records of validation pairs hold embeddings too.
         reader = cache.validation
         validation = {
-            str(reader.about(*place).get("prompt", "")): place for place in reader.places()
+            str(reader.metadata(*location).get("prompt", "")): location
+            for location in reader.locations()
         }
         for prompt in dict.fromkeys(prompts):
             if prompt in validation:
-                record = cache.validation.tensors(*validation[prompt])
+                record = reader.tensors(*validation[prompt])
             elif key := cache.find_prompt(prompt):
                 record = cache.embeddings(key)
             else:
@@ -40,23 +45,23 @@ class CachedPrompts:
             self._embeds[prompt] = record_embeds(record), record["pooled_embeds"]
 
     def check(self, max_sequence_length: int, transformer: Mapping[str, Any]) -> None:
-        """Refuse a ControlNet that wants prompts of another length, or a base of other widths.
+        """Check that the embeddings fit a ControlNet and a base model.
 
         Args:
-            max_sequence_length: that the ControlNet wants.
-            transformer: configuration of the base's.
+            max_sequence_length: T5 tokens that the ControlNet was trained with.
+            transformer: configuration of the base's transformer.
 
         Raises:
-            ConfigError: with what is expected and what the cache has.
+            ConfigError: the length or a width differs; the message gives both values.
         """
-        for name, found in (
+        for name, width in (
             ("joint_attention_dim", self._spec.t5_width),
             ("pooled_projection_dim", self._spec.pooled_width),
         ):
-            if transformer.get(name) != found:
+            if transformer.get(name) != width:
                 raise ConfigError(
                     f"--cache: made with other text encoders than the base's: {name} of the base "
-                    f"{transformer.get(name)}, of the cache {found}."
+                    f"{transformer.get(name)}, of the cache {width}."
                 )
         if max_sequence_length != self.max_sequence_length:
             raise ConfigError(
@@ -72,22 +77,25 @@ class CachedPrompts:
         device: torch.device,
         dtype: torch.dtype,
     ) -> dict[str, Any]:
-        """Return what the pipeline takes in the place of prompts.
+        """Return the pipeline's arguments that replace its prompts.
 
         Args:
-            prompts: of a batch.
-            negative_prompts: likewise; None without guidance.
-            device: where the pipeline computes.
-            dtype: that it computes in.
+            prompts: the batch's prompts.
+            negative_prompts: the batch's negative prompts; None without guidance.
+            device: device that the pipeline computes on.
+            dtype: number format that the pipeline computes in.
         """
-        embeds, pooled = self._stacked(prompts, device, dtype)
-        found = {"prompt_embeds": embeds, "pooled_prompt_embeds": pooled}
+        embeds, pooled = self._stack(prompts, device, dtype)
+        arguments = {"prompt_embeds": embeds, "pooled_prompt_embeds": pooled}
         if negative_prompts is not None:
-            embeds, pooled = self._stacked(negative_prompts, device, dtype)
-            found |= {"negative_prompt_embeds": embeds, "negative_pooled_prompt_embeds": pooled}
-        return found
+            embeds, pooled = self._stack(negative_prompts, device, dtype)
+            arguments |= {
+                "negative_prompt_embeds": embeds,
+                "negative_pooled_prompt_embeds": pooled,
+            }
+        return arguments
 
-    def _stacked(
+    def _stack(
         self, prompts: Sequence[str], device: torch.device, dtype: torch.dtype
     ) -> tuple[Tensor, Tensor]:
         embeds, pooled = zip(*(self._embeds[prompt] for prompt in prompts), strict=True)

@@ -1,4 +1,4 @@
-"""What is to be drawn: prompts and conditioning images, wherever they are given."""
+"""Requests to draw: prompts and conditioning images from options, files, folders or a cache."""
 
 import json
 import tomllib
@@ -28,9 +28,9 @@ class Control:
     """A conditioning image.
 
     Attributes:
-        path: of its file.
-        digest: of the file's bytes, XXH3-128.
-        image: in RGB, of any size.
+        path: the image's file.
+        digest: XXH3-128 of the file's bytes.
+        image: RGB, of any size.
     """
 
     path: Path
@@ -40,13 +40,13 @@ class Control:
 
 @dataclass(frozen=True)
 class DrawRequest:
-    """A pair to draw.
+    """A prompt with its conditioning images, and the seeds to draw it with.
 
     Attributes:
         prompt: what to draw.
         negative_prompt: what not to draw.
-        controls: conditioning images; one, or one for each of the ControlNets that are combined.
-        seeds: a picture each.
+        controls: one conditioning image, or one for each combined ControlNet.
+        seeds: one for each picture.
     """
 
     prompt: str
@@ -56,14 +56,14 @@ class DrawRequest:
 
 
 def find_requests(config: GenerateConfig, cache: Cache | None) -> list[DrawRequest]:
-    """Return what is to be drawn.
+    """Return the requests that the settings give.
 
     Args:
-        config: says it, or where it stands.
-        cache: whose validation pairs are drawn where nothing else is given.
+        config: settings with prompts and images, or with a file or folder of them.
+        cache: source of validation pairs; used where the settings give nothing else.
 
     Raises:
-        ConfigError: a file cannot be read, or what it says does not go together.
+        ConfigError: a file cannot be read, or its contents do not go together.
     """
     if config.pairs is not None:
         entries = list(_from_folder(config) if config.pairs.is_dir() else _from_file(config.pairs))
@@ -74,13 +74,16 @@ def find_requests(config: GenerateConfig, cache: Cache | None) -> list[DrawReque
     else:
         assert cache is not None
         entries = _from_validation(config, cache)
-    known: dict[Path, Control] = {}
-    return [_wanted(entry, config, known) for entry in entries]
+    loaded: dict[Path, Control] = {}
+    return [_to_request(entry, config, loaded) for entry in entries]
 
 
 @dataclass(frozen=True)
 class _Entry:
-    """A pair as it is written down: where, and a negative prompt and a seed if it has its own."""
+    """A pair before its images are loaded; None stands for the run's own setting.
+
+    `where` names the pair's origin in error messages.
+    """
 
     where: str
     prompt: str
@@ -89,22 +92,32 @@ class _Entry:
     seed: int | None = None
 
 
-def _wanted(entry: _Entry, config: GenerateConfig, known: dict[Path, Control]) -> DrawRequest:
+def _to_request(entry: _Entry, config: GenerateConfig, loaded: dict[Path, Control]) -> DrawRequest:
+    """Return an entry with its images loaded, each file once.
+
+    Raises:
+        ConfigError: an image cannot be read.
+    """
     controls = []
     for path in entry.images:
-        if path not in known:
+        if path not in loaded:
             try:
                 image, data = images.load(path)
             except BadImage as error:
                 raise ConfigError(f"{entry.where} {path}: {error}.") from error
-            known[path] = Control(path, xxh3_128_hexdigest(data), image)
-        controls.append(known[path])
+            loaded[path] = Control(path, xxh3_128_hexdigest(data), image)
+        controls.append(loaded[path])
     negative = config.negative_prompt if entry.negative_prompt is None else entry.negative_prompt
     seeds = config.seed if entry.seed is None else (entry.seed,)
     return DrawRequest(entry.prompt, negative, tuple(controls), seeds)
 
 
 def _from_options(config: GenerateConfig) -> list[_Entry]:
+    """Return the pairs of --prompt and --image.
+
+    Raises:
+        ConfigError: the numbers of prompts and images do not go together.
+    """
     count = len(config.controlnet) if config.combine else 1
     paths = config.image
     if count > 1 and len(paths) > 1:
@@ -124,7 +137,11 @@ def _from_options(config: GenerateConfig) -> list[_Entry]:
 
 
 def _from_folder(config: GenerateConfig) -> Iterator[_Entry]:
-    """Give the images of a folder by name, each with the prompt in the text file beside it."""
+    """Yield the images of a folder by name, each with the prompt in the text file beside it.
+
+    Raises:
+        ConfigError: an image has no readable text file.
+    """
     assert config.pairs is not None
     for path in sorted(config.pairs.iterdir()):
         if path.suffix.lower() not in IMAGE_SUFFIXES:
@@ -140,14 +157,22 @@ def _from_folder(config: GenerateConfig) -> Iterator[_Entry]:
 
 
 def _from_file(path: Path) -> Iterator[_Entry]:
-    """Give the pairs of TOML's [[pair]] tables, or of JSON lines; paths start at the file."""
+    """Yield the pairs of TOML's [[pair]] tables or of JSON lines.
+
+    Paths in the file are relative to its folder.
+
+    Raises:
+        ConfigError: the file cannot be read, or a pair is malformed.
+    """
     try:
         text = path.read_text(encoding="utf-8")
         if path.suffix == ".toml":
-            tables = tomllib.loads(text).get("pair", [])
-            lines = [(f"{path}, pair {number}:", one) for number, one in enumerate(tables, 1)]
+            tables = [
+                (f"{path}, pair {number}:", table)
+                for number, table in enumerate(tomllib.loads(text).get("pair", []), 1)
+            ]
         else:
-            lines = [
+            tables = [
                 (f"{path}, line {number}:", json.loads(line))
                 for number, line in enumerate(text.split("\n"), 1)
                 if line.strip()
@@ -156,22 +181,27 @@ def _from_file(path: Path) -> Iterator[_Entry]:
         raise ConfigError(f"--pairs {path}: {error.strerror or error}.") from error
     except ValueError as error:  # of JSON, TOML and UTF-8
         raise ConfigError(f"--pairs {path}: neither TOML nor JSON lines ({error}).") from error
-    for where, one in lines:
-        yield _entry(where, one, path.parent)
+    for where, table in tables:
+        yield _parse_entry(where, table, path.parent)
 
 
-def _entry(where: str, one: Any, folder: Path) -> _Entry:
-    if not isinstance(one, dict):
-        raise ConfigError(f"{where} expected prompt and image, found {one!r}.")
-    for name in one:
+def _parse_entry(where: str, table: Any, folder: Path) -> _Entry:
+    """Return the pair in a table of a file.
+
+    Raises:
+        ConfigError: it is no table, or a key or a type is wrong.
+    """
+    if not isinstance(table, dict):
+        raise ConfigError(f"{where} expected prompt and image, found {table!r}.")
+    for name in table:
         if name not in KEYS:
             raise ConfigError(f"{where} unknown key {name!r}.{nearest(name, list(KEYS))}")
-    paths = one.get("image")
+    paths = table.get("image")
     paths = [paths] if isinstance(paths, str) else paths
     kinds = (
-        ("prompt", str, one.get("prompt")),
-        ("negative_prompt", str, one.get("negative_prompt", "")),
-        ("seed", int, one.get("seed", 0)),
+        ("prompt", str, table.get("prompt")),
+        ("negative_prompt", str, table.get("negative_prompt", "")),
+        ("seed", int, table.get("seed", 0)),
     )
     for name, kind, value in kinds:
         if type(value) is not kind:
@@ -180,23 +210,27 @@ def _entry(where: str, one: Any, folder: Path) -> _Entry:
         raise ConfigError(f"{where} image: expected a path, or a list of them, found {paths!r}.")
     return _Entry(
         where,
-        one["prompt"],
+        table["prompt"],
         tuple(folder / name for name in paths),
-        one.get("negative_prompt"),
-        one.get("seed"),
+        table.get("negative_prompt"),
+        table.get("seed"),
     )
 
 
 def _from_validation(config: GenerateConfig, cache: Cache) -> list[_Entry]:
-    """Return the cache's validation pairs; their conditioning images become files."""
+    """Return the cache's validation pairs; save their conditioning images as files.
+
+    Raises:
+        ConfigError: the cache has no validation pairs.
+    """
     entries: list[_Entry] = []
     reader = cache.validation
-    for place in reader.places():
-        pixels = reader.tensors(*place)["conditioning_image"]
+    for location in reader.locations():
+        pixels = reader.tensors(*location)["conditioning_image"]
         path = config.output_dir / f"conditioning-{len(entries):03d}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         save_png(path, Image.fromarray(pixels.permute(1, 2, 0).numpy()))
-        prompt = str(reader.about(*place).get("prompt", ""))
+        prompt = str(reader.metadata(*location).get("prompt", ""))
         entries.append(_Entry("--cache", prompt, (path,)))
     if not entries:
         raise ConfigError(

@@ -1,4 +1,4 @@
-"""Finding a disc in a picture, and measuring it against an outline and against colour names.
+"""Finds the disc in a picture, and compares it with an outline and with colour names.
 
 Axes: H x W pixels, 3 colours.
 """
@@ -14,14 +14,15 @@ from skimage.filters import threshold_otsu
 from skimage.measure import label, regionprops
 from skimage.morphology import disk, opening
 
-# Below this a disc cannot be told from its background: CIEDE2000 calls 1 just noticeable.
+# CIEDE2000; below this a disc cannot be told from its background, as 1 is just noticeable.
 LEAST_CONTRAST = 2.0
-# Of its bounding circle that a region must fill to be taken for a disc; a square fills 0.64.
+# Share of its bounding circle that a region must fill to count as a disc; a square fills 0.64.
 LEAST_ROUNDNESS = 0.75
-LEAST_LIGHT = 1 / 8  # of an outline, 1 being white
-LARGEST_MISFIT = 0.1  # of an outline to a circle, mean distance over radius; a filled disc has 0.28
-LEAST_AREA = 0.002  # of the picture
-BORDER = 1 / 16  # of the picture's side, whose median is the background
+LEAST_LIGHT = 1 / 8  # brightness of an outline; 1 is white
+# Mean distance of an outline from a circle, over the radius; a filled disc has 0.28.
+LARGEST_MISFIT = 0.1
+LEAST_AREA = 0.002  # share of the picture
+BORDER = 1 / 16  # share of the picture's side; the border's median is the background
 
 Mask = NDArray[np.bool_]
 Color = tuple[int, int, int]
@@ -32,7 +33,7 @@ class Disc:
     """A disc, or a patch of any shape, found in a picture.
 
     Attributes:
-        mask: where it is, [H, W].
+        mask: its pixels, [H, W].
         color: its median colour, sRGB in 0 to 255, [3].
     """
 
@@ -41,13 +42,13 @@ class Disc:
 
 
 @dataclass(frozen=True)
-class Measured:
-    """How a picture compares with what was asked for.
+class DiscScore:
+    """How a picture agrees with its outline and its caption.
 
     Attributes:
         iou: of the found disc and the outline's, intersection over union; 0 if none was found.
-        color_error: CIEDE2000 of the found disc and the wanted colour; None if none was found.
-        background_error: CIEDE2000 of the background and the wanted one.
+        color_error: CIEDE2000 of the found disc and the caption's colour; None if none was found.
+        background_error: CIEDE2000 of the background and the caption's.
     """
 
     iou: float
@@ -55,28 +56,28 @@ class Measured:
     background_error: float
 
 
-def measure(
+def measure_disc(
     picture: Image.Image, outline: Image.Image, color: Color, background: Color
-) -> Measured:
-    """Hold a picture against its conditioning outline and its caption's colours.
+) -> DiscScore:
+    """Compare a picture with its conditioning outline and its caption's colours.
 
     Args:
         picture: RGB.
         outline: a light circle on black, as large as the picture.
-        color: wanted of the disc, sRGB in 0 to 255.
-        background: wanted of the background.
+        color: the caption's colour of the disc, sRGB in 0 to 255.
+        background: the caption's colour of the background, sRGB in 0 to 255.
     """
     pixels = np.asarray(picture.convert("RGB"))
-    found = find_disc(pixels)
-    return Measured(
-        iou=iou(found.mask, outlined_disc(outline)) if found else 0.0,
-        color_error=color_difference(found.color, color) if found else None,
+    disc = find_disc(pixels)
+    return DiscScore(
+        iou=iou(disc.mask, outlined_disc(outline)) if disc else 0.0,
+        color_error=color_difference(disc.color, color) if disc else None,
         background_error=color_difference(background_color(pixels), background),
     )
 
 
 def find_disc(pixels: NDArray[np.uint8]) -> Disc | None:
-    """Return the disc in a picture [H, W, 3], or None if there is nothing round to be seen."""
+    """Return the disc in a picture [H, W, 3], or None if nothing round stands out."""
     patch = find_patch(pixels)
     if patch is None:
         return None
@@ -88,10 +89,11 @@ def find_disc(pixels: NDArray[np.uint8]) -> Disc | None:
 def find_patch(pixels: NDArray[np.uint8]) -> Disc | None:
     """Return what stands out from a picture's background, of whatever shape; None if nothing does.
 
-    The background's colour is that of the picture's border. What differs from it more than Otsu's
-    threshold is foreground, and the largest connected piece of that gives the patch's colour. The
-    patch is what is nearer to that colour than to the background's; so that the fringes of a third
-    colour that decoders leave along edges do not count. An opening by one pixel cuts off hairlines.
+    The background's colour is that of the picture's border. Pixels that differ from it by more than
+    Otsu's threshold are foreground; the largest connected piece of it gives the patch's colour. The
+    patch is the pixels nearer to that colour than to the background's, so that the fringes of a
+    third colour that decoders leave along edges do not count. An opening by one pixel cuts off
+    hairlines.
     """
     background = background_color(pixels)
     lab = rgb2lab(pixels)
@@ -123,14 +125,14 @@ def _area_around(mask: Mask) -> float:
 
 
 def outlined_disc(outline: Image.Image) -> Mask:
-    """Return where the disc of an outline is, [H, W].
+    """Return the pixels of the disc that an outline encloses, [H, W].
 
     A circle is fitted to the light by least squares (Kasa 1976, IEEE Trans. Instrum. Meas. 25). It
-    runs through the middle of the line; the line's width, and so the outer edge, follows from how
-    much light there is in all.
+    runs through the middle of the line. The line's width, and so the outer edge, follows from the
+    sum of the light.
 
     Raises:
-        ValueError: there is no outline in the image, or it is no circle's.
+        ValueError: the image has no outline, or one that is not a circle's.
     """
     light = np.asarray(outline.convert("L")) / 255.0
     if light.max() < LEAST_LIGHT:
@@ -140,15 +142,15 @@ def outlined_disc(outline: Image.Image) -> Mask:
     y, x = rows + 0.5, columns + 0.5
     unknowns = np.stack([2 * x, 2 * y, np.ones_like(x)], axis=1) * weight[:, None]
     solution, *_ = np.linalg.lstsq(unknowns, (x**2 + y**2) * weight)
-    middle_x, middle_y = solution[:2]
-    square = solution[2] + middle_x**2 + middle_y**2
-    radius = np.sqrt(max(square, 0.0))
-    off = np.abs(np.hypot(x - middle_x, y - middle_y) - radius)
-    if not np.average(off, weights=weight) < LARGEST_MISFIT * radius:
+    center_x, center_y = solution[:2]
+    squared_radius = solution[2] + center_x**2 + center_y**2
+    radius = np.sqrt(max(squared_radius, 0.0))
+    distance = np.abs(np.hypot(x - center_x, y - center_y) - radius)
+    if not np.average(distance, weights=weight) < LARGEST_MISFIT * radius:
         raise ValueError("the conditioning image is not a circle's outline")
     outer = radius + light.sum() / (2 * np.pi * radius) / 2
     grid_y, grid_x = np.ogrid[: light.shape[0], : light.shape[1]]
-    mask: Mask = (grid_y + 0.5 - middle_y) ** 2 + (grid_x + 0.5 - middle_x) ** 2 <= outer**2
+    mask: Mask = (grid_y + 0.5 - center_y) ** 2 + (grid_x + 0.5 - center_x) ** 2 <= outer**2
     return mask
 
 
@@ -161,27 +163,29 @@ def background_color(pixels: NDArray[np.uint8]) -> NDArray[np.float64]:
     return median
 
 
-def iou(one: Mask, other: Mask) -> float:
+def iou(first: Mask, second: Mask) -> float:
     """Return the intersection over the union of two masks."""
-    union = np.count_nonzero(one | other)
-    return np.count_nonzero(one & other) / union if union else 0.0
+    union = np.count_nonzero(first | second)
+    return np.count_nonzero(first & second) / union if union else 0.0
 
 
-def color_difference(one: NDArray[np.float64] | Color, other: NDArray[np.float64] | Color) -> float:
+def color_difference(
+    first: NDArray[np.float64] | Color, second: NDArray[np.float64] | Color
+) -> float:
     """Return the CIEDE2000 difference of two sRGB colours, 0 to 255."""
-    return float(deltaE_ciede2000(_lab(one), _lab(other)).item())
+    return float(deltaE_ciede2000(_lab(first), _lab(second)).item())
 
 
 def caption_colors(caption: str) -> tuple[Color, Color]:
     """Return the colours of disc and background that a caption names.
 
     Raises:
-        ValueError: it is not "<CSS colour> circle with <CSS colour> background".
+        ValueError: the caption is not "<CSS colour> circle with <CSS colour> background".
     """
-    found = re.fullmatch(r"(.+) circle with (.+) background", caption)
-    if found is None:
+    match = re.fullmatch(r"(.+) circle with (.+) background", caption)
+    if match is None:
         raise ValueError(f"not a caption of a circle: {caption!r}")
-    first, second = (ImageColor.getrgb(name.replace(" ", ""))[:3] for name in found.groups())
+    first, second = (ImageColor.getrgb(name.replace(" ", ""))[:3] for name in match.groups())
     return first, second
 
 

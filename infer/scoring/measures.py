@@ -1,29 +1,29 @@
-"""What can be measured of a picture, and of which data."""
+"""The measures of a picture, and the samples that they apply to."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 from PIL import Image
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
-from infer.scoring.discs import caption_colors, measure, outlined_disc
+from infer.scoring.discs import caption_colors, measure_disc, outlined_disc
 from infer.scoring.edges import edge_agreement, has_lines
 
 Values = dict[str, float | None]
-# An equal picture's peak signal-to-noise ratio would be infinite; half a step of 8 bit noise is 54.
-MOST_PSNR = 100.0
+# An equal picture would have an infinite ratio; noise of half an 8 bit step has 54 dB.
+LARGEST_PSNR_DB = 100.0
 
 
 @dataclass(frozen=True)
 class Sample:
-    """A row to draw.
+    """A row to draw, its images in the picture's size.
 
     Attributes:
-        number: from 0.
-        prompt: its caption.
-        conditioning: its conditioning image, of the picture's size.
-        target: its image, likewise; None where the source has none.
+        number: the row's number, from 0.
+        prompt: the caption.
+        conditioning: the conditioning image.
+        target: the row's image; None where the source has none.
     """
 
     number: int
@@ -34,13 +34,13 @@ class Sample:
 
 @dataclass(frozen=True)
 class Measure:
-    """Something to measure.
+    """A measure of pictures, which gives one or more values.
 
     Attributes:
-        titles: of its figures, by name.
-        chief: the figure by which the worst are found; a higher one is better.
-        check: raises ValueError, saying why, if a sample cannot be measured so.
-        of: returns the figures of a picture.
+        titles: titles of the values, by name.
+        chief: name of the value by which the worst samples are found; higher is better.
+        check: raises ValueError, with the reason, if the measure does not apply to a sample.
+        of: returns the values of a picture.
     """
 
     titles: dict[str, str]
@@ -54,12 +54,12 @@ def _check_circle(sample: Sample) -> None:
     outlined_disc(sample.conditioning)
 
 
-def _circles(picture: Image.Image, sample: Sample) -> Values:
-    found = measure(picture, sample.conditioning, *caption_colors(sample.prompt))
+def _measure_circle(picture: Image.Image, sample: Sample) -> Values:
+    score = measure_disc(picture, sample.conditioning, *caption_colors(sample.prompt))
     return {
-        "iou": found.iou,
-        "disc_color_error": found.color_error,
-        "background_color_error": found.background_error,
+        "iou": score.iou,
+        "disc_color_error": score.color_error,
+        "background_color_error": score.background_error,
     }
 
 
@@ -68,7 +68,7 @@ def _check_lines(sample: Sample) -> None:
         raise ValueError("the conditioning image is no drawing of lines")
 
 
-def _edges(picture: Image.Image, sample: Sample) -> Values:
+def _measure_edges(picture: Image.Image, sample: Sample) -> Values:
     return edge_agreement(picture, sample.conditioning)
 
 
@@ -77,14 +77,14 @@ def _check_target(sample: Sample) -> None:
         raise ValueError("the row has no image to compare with")
 
 
-def _targets(picture: Image.Image, sample: Sample) -> Values:
+def _measure_target(picture: Image.Image, sample: Sample) -> Values:
     assert sample.target is not None
-    one, other = (np.asarray(image.convert("RGB")) for image in (picture, sample.target))
-    same = np.array_equal(one, other)
-    return {
-        "psnr": MOST_PSNR if same else float(peak_signal_noise_ratio(other, one, data_range=255)),
-        "ssim": float(structural_similarity(other, one, channel_axis=-1, data_range=255)),
-    }
+    drawn, target = (np.asarray(image.convert("RGB")) for image in (picture, sample.target))
+    psnr = LARGEST_PSNR_DB
+    if not np.array_equal(drawn, target):
+        psnr = float(peak_signal_noise_ratio(target, drawn, data_range=255))
+    ssim = float(structural_similarity(target, drawn, channel_axis=-1, data_range=255))
+    return {"psnr": psnr, "ssim": ssim}
 
 
 MEASURES: dict[str, Measure] = {
@@ -97,7 +97,7 @@ MEASURES: dict[str, Measure] = {
         },
         "iou",
         _check_circle,
-        _circles,
+        _measure_circle,
     ),
     "edges": Measure(
         {
@@ -107,23 +107,25 @@ MEASURES: dict[str, Measure] = {
         },
         "edge_f1",
         _check_lines,
-        _edges,
+        _measure_edges,
     ),
     # Structural similarity: Wang et al. 2004, IEEE TIP 13.
-    "targets": Measure({"psnr": "PSNR, dB", "ssim": "SSIM"}, "ssim", _check_target, _targets),
+    "targets": Measure(
+        {"psnr": "PSNR, dB", "ssim": "SSIM"}, "ssim", _check_target, _measure_target
+    ),
 }
 
 
-def fitting(samples: Sequence[Sample]) -> tuple[str, ...]:
-    """Return the measures that a data set's first sample can have: circles alone where it is one.
+def applicable_measures(sample: Sample) -> tuple[str, ...]:
+    """Return the names of the measures that apply to a sample: for a circle, `circles` alone.
 
-    Where the first is one and another is not, that is for the user to know; see `Measure.check`.
+    Callers ask for a data set's first sample. `Measure.check` then reports samples that differ.
     """
-    fits = []
-    for name, one in MEASURES.items():
+    names = []
+    for name, measure in MEASURES.items():
         try:
-            one.check(samples[0])
+            measure.check(sample)
         except ValueError:
             continue
-        fits.append(name)
-    return ("circles",) if "circles" in fits else tuple(fits)
+        names.append(name)
+    return ("circles",) if "circles" in names else tuple(names)

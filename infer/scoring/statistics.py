@@ -1,4 +1,4 @@
-"""What a sample of measurements says of the whole: mean, median and a bootstrap interval."""
+"""Mean, median and a bootstrap interval of measured values."""
 
 import warnings
 from collections.abc import Sequence
@@ -13,14 +13,14 @@ RESAMPLES = 9999
 
 @dataclass(frozen=True)
 class Summary:
-    """Of one measurement over several pictures; None where there were too few to say.
+    """Statistics of one value over several pictures; None where there are too few pictures.
 
     Attributes:
-        count: pictures measured.
-        mean: their mean.
+        count: number of pictures.
+        mean: mean value.
         low: lower end of the mean's 95 % interval, by percentile bootstrap (Efron 1979).
-        high: its upper end.
-        median: their median.
+        high: upper end of that interval.
+        median: median value.
     """
 
     count: int
@@ -30,7 +30,7 @@ class Summary:
     median: float | None
 
     def __str__(self) -> str:
-        """The figures in one line of fixed width."""
+        """Return the statistics in one line of fixed width."""
         if self.mean is None:
             return "     -"
         interval = "" if self.low is None else f"  [{self.low:.2f}, {self.high:.2f}]"
@@ -38,7 +38,7 @@ class Summary:
 
 
 def summarize(values: Sequence[float]) -> Summary:
-    """Return a sample's summary; the bootstrap's draws are seeded."""
+    """Return the summary of values; the bootstrap's random numbers are seeded."""
     if not values:
         return Summary(0, None, None, None, None)
     sample = np.asarray(values, dtype=np.float64)

@@ -29,7 +29,8 @@ from precompute.encoding.encoder_clock import EncoderClock
 from precompute.encoding.shard_build import ShardBuild
 from precompute.encoding.shard_writer import ShardWriter
 from precompute.planning.bad_rows import BadRows
-from shards.format.records import Members, Record, to_members
+from shards.format.members import Members
+from shards.format.records import Record, to_members
 
 Loaded = TypeVar("Loaded")
 # Encoded batches that may wait for the caller's thread.

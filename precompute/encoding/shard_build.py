@@ -9,7 +9,7 @@ from xxhash import xxh3_64_hexdigest
 from common.errors import ShardError
 from precompute.planning.plan import ProductPlan, ShardPlan
 from shards.format import sidecar
-from shards.format.records import Members, about_to_bytes
+from shards.format.members import Members, metadata_to_bytes
 from shards.format.sidecar import Skipped
 from shards.format.writer import write_shard
 
@@ -115,7 +115,7 @@ def prepare_build(
         product,
         plan,
         keys=[plan.key(position, product.ids) for position in range(len(plan.items))],
-        metadata=[about_to_bytes(metadata(int(item))) for item in plan.items],
+        metadata=[metadata_to_bytes(metadata(int(item))) for item in plan.items],
     )
     build.kept = _find_kept(build)
     build.to_encode = set(range(len(plan.items))) - build.kept.keys()
@@ -139,7 +139,7 @@ def _find_kept(build: ShardBuild) -> dict[int, ExistingRecord]:
                 if position is not None:
                     record = ExistingRecord(key, tuple(span), checksums)
                     members = record.read(tar)
-                    if members is not None and members.about == build.metadata[position]:
+                    if members is not None and members.metadata == build.metadata[position]:
                         kept[position] = record
     except (ShardError, OSError):
         return {}  # the shard is damaged: encode all of it again

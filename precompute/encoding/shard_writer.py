@@ -4,7 +4,7 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 
 from precompute.encoding.shard_build import ShardBuild
-from shards.format.records import Members
+from shards.format.members import Members
 
 
 class ShardWriter:

@@ -24,7 +24,7 @@ from precompute.planning.validation_pairs import ValidationPair
 from precompute.planning.workers import Part
 from precompute.sources.annotators import Annotator
 from precompute.sources.source import Kind, Source, printable
-from shards.format import seal
+from shards.format.expected_cache import ExpectedCache, ExpectedProduct
 from shards.format.manifest import conditioning_folder, validation_folder
 from shards.format.sidecar import Summary
 
@@ -205,11 +205,11 @@ class Context:
         """Return the validation pairs of a shard."""
         return [self.pairs[int(item)] for item in self.products.validation.shard(shard).items]
 
-    def sealing_plan(self) -> seal.Plan:
+    def expected_cache(self) -> ExpectedCache:
         """Return what the cache must hold to be complete."""
-        return seal.Plan(
+        return ExpectedCache(
             products={
-                folder: seal.PlannedProduct(
+                folder: ExpectedProduct(
                     dict(product.identity),
                     list(product.fingerprints),
                     list(product.captions),

@@ -12,7 +12,7 @@ from precompute.planning.digest_cache import DigestCache
 from precompute.planning.fingerprint import hash_component
 from sd3.buckets import bucket_shapes
 from sd3.pretrained import read_config
-from shards.format.manifest import LatentSpec, TextSpec
+from shards.format.specs import LatentSpec, TextSpec
 
 # Above this the activations of a whole image take more memory than many GPUs have.
 TILED_ABOVE_PX = 1024

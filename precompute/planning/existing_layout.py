@@ -11,9 +11,9 @@ from common.errors import ShardError
 from precompute.planning.layout import EMPTY, Layout
 from precompute.planning.plan import ProductPlan
 from shards.format import seal, sidecar
-from shards.format.manifest import digest
-from shards.format.records import place_of
-from shards.format.seal import read_plan
+from shards.format.expected_cache import read_expected
+from shards.format.json_files import digest
+from shards.format.keys import slot_of
 
 
 def layout_arrays(products: Mapping[str, ProductPlan]) -> dict[str, NDArray[Any]]:
@@ -36,12 +36,12 @@ def existing_layouts(cache: Path, identities: Mapping[str, Mapping[str, Any]]) -
         identities: of the products, by name.
     """
     try:
-        plan, arrays = read_plan(cache)
+        expected, arrays = read_expected(cache)
     except ShardError:
         return {name: _from_sidecars(cache, name, identities[name]) for name in identities}
     layouts = {}
     for name, identity in identities.items():
-        planned = plan.products.get(name)
+        planned = expected.products.get(name)
         if planned is not None and planned.identity == identity:
             parts = (arrays[f"{name}.{part}"] for part in ("ids", "starts", "buckets"))
             layouts[name] = Layout(*parts)
@@ -68,9 +68,9 @@ def _from_sidecars(cache: Path, name: str, identity: Mapping[str, Any]) -> Layou
             return EMPTY
         if loaded is None or loaded.identity != digest(identity):
             return EMPTY
-        slots = [0] * (max((place_of(key)[1] for key in loaded.keys), default=-1) + 1)
+        slots = [0] * (max((slot_of(key)[1] for key in loaded.keys), default=-1) + 1)
         for key in loaded.keys:
-            slots[place_of(key)[1]] = int(key.rpartition("-")[2], 16)
+            slots[slot_of(key)[1]] = int(key.rpartition("-")[2], 16)
         ids += slots
         starts.append(len(ids))
     buckets = np.array(product.shard_buckets or [0] * product.num_shards, np.int64)
@@ -87,12 +87,12 @@ def reasons_to_build(cache: Path, products: Mapping[str, ProductPlan]) -> dict[s
         products: as they are planned now, by folder.
     """
     try:
-        plan, arrays = read_plan(cache)
+        expected, arrays = read_expected(cache)
     except ShardError:
         return {}
     reasons = {}
     for folder, product in products.items():
-        planned = plan.products.get(folder)
+        planned = expected.products.get(folder)
         if planned is None:
             continue
         changes = _changes(planned.identity, product.identity)

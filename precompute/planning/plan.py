@@ -24,8 +24,8 @@ import numpy as np
 
 from precompute.planning.layout import Ids, Layout, Numbers
 from shards.format import sidecar
-from shards.format.manifest import digest
-from shards.format.records import record_key
+from shards.format.json_files import digest
+from shards.format.keys import record_key
 from shards.format.sidecar import Summary
 
 # Two tar headers, padding, a safetensors header and JSON.
@@ -152,7 +152,7 @@ class ProductPlan:
 
         Its captions may be others: they are in the sidecar alone.
         """
-        summary = sidecar.summary(self.folder, shard)
+        summary = sidecar.load_summary(self.folder, shard)
         as_planned = summary is not None and summary.fingerprint == self.fingerprints[shard]
         return summary if as_planned else None
 

@@ -42,9 +42,10 @@ from precompute.sources.annotators import find_annotator
 from precompute.sources.open_source import open_source
 from sd3.buckets import nearest_buckets
 from sd3.pretrained import find_base
-from shards.format import manifest, seal
+from shards.format import manifest
+from shards.format.expected_cache import PLAN
 from shards.format.manifest import conditioning_folder, validation_folder
-from shards.format.records import record_bytes
+from shards.format.tensor_spec import record_bytes
 
 HASHES = "hashes.npy"
 CACHE_FILES = {
@@ -55,7 +56,7 @@ CACHE_FILES = {
     RUN,
     manifest.MANIFEST,
     manifest.PREVIOUS,
-    seal.PLAN,
+    PLAN,
     HASHES,
     f"{HASHES}.lock",
 }
@@ -151,7 +152,12 @@ def _plan_products(
     text_id, latent_id, control_id = identities
     existing = existing_layouts(cache, {"text": text_id, "latents": latent_id})
     text = plan_text(
-        cache / "text", prompts, text_id, specs.text.tensors(), config.shard_mb, existing["text"]
+        cache / "text",
+        prompts,
+        text_id,
+        specs.text.tensor_specs(),
+        config.shard_mb,
+        existing["text"],
     )
     latents = with_captions(
         _plan_latents(config, specs, latent_id, inventory, held_out, existing["latents"]),
@@ -189,7 +195,7 @@ def _plan_latents(
         np.repeat(nearest_buckets(inventory.sizes, specs.latent_settings.shapes), images_per_row),
         np.repeat(held_out, images_per_row),
         identity,
-        [specs.latents.tensors("latent", grid) for grid in specs.grids],
+        [specs.latents.tensor_specs("latent", grid) for grid in specs.grids],
         config.shard_mb,
         existing,
     )
@@ -198,8 +204,8 @@ def _plan_latents(
 def _pair_bytes(specs: EncoderSpecs) -> list[int]:
     """Return the size of a validation record's tensors, by bucket."""
     return [
-        record_bytes(specs.text.tensors())
-        + record_bytes(specs.latents.tensors("latent", grid))
+        record_bytes(specs.text.tensor_specs())
+        + record_bytes(specs.latents.tensor_specs("latent", grid))
         + 3 * width * height
         for grid, (width, height) in zip(specs.grids, specs.latent_settings.shapes, strict=True)
     ]

@@ -24,7 +24,7 @@ from precompute.planning.layout import (
     items_of_slots,
 )
 from precompute.planning.plan import ProductPlan, array_digest
-from shards.format.records import TensorSpec, record_bytes
+from shards.format.tensor_spec import TensorSpec, record_bytes
 
 # Encoders take full batches, of powers of two, from large shards.
 LARGE_SHARD, WHOLE_BATCHES = 64, 32

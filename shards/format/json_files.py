@@ -1,7 +1,9 @@
-"""Reading the cache's JSON files: strictly typed, bounded, and never more than data."""
+"""Reading the cache's JSON files: strictly typed, of bounded size, and never code."""
 
+import hashlib
+import json
 from pathlib import Path
-from typing import Annotated, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import msgspec
 from msgspec import Meta
@@ -22,12 +24,19 @@ class _Version(msgspec.Struct):
     format_version: int
 
 
+def digest(value: Any) -> str:
+    """Return a short, stable digest of plain JSON values."""
+    text = json.dumps(value, ensure_ascii=False, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:32]
+
+
 def read_file(path: Path) -> bytes:
     """Return the bytes of a JSON file.
 
     Raises:
-        FileNotFoundError: there is none; NotADirectoryError, as its folder is a file.
-        ShardError: it is no file, cannot be read, or is larger than any such file gets.
+        FileNotFoundError: there is no such file.
+        NotADirectoryError: its folder is a file.
+        ShardError: it is not a regular file, cannot be read, or is larger than any file of a cache.
     """
     try:
         if path.exists() and not path.is_file():

@@ -2,145 +2,38 @@
 
 import dataclasses
 import hashlib
-import itertools
 import json
 import math
-import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
 import msgspec
-import torch
 from msgspec import Meta
 
 from common.atomic_files import write_text
 from common.errors import ShardError
+from shards.format.incomplete import explain_missing_manifest
 from shards.format.json_files import FORMAT_VERSION, Count, Digest, decode, read_file
-from shards.format.records import TensorSpec, record_bytes
-from shards.format.sidecar import Sidecar, sidecar_path
+from shards.format.product import Product
+from shards.format.specs import Bucket, LatentSpec, TextSpec
+from shards.format.tensor_spec import TensorSpec, record_bytes
 
 MANIFEST = "manifest.json"
-# Settings and versions of the run that made the cache; for people.
-# The last complete cache's manifest while it is being changed; no cache is complete because of it.
+# The manifest of the last complete cache, while the cache is being changed. A cache that has only
+# this one is not complete.
 PREVIOUS = "manifest.previous.json"
 DEFAULT_CONDITIONING = "conditioning"
 # A control's name is a folder's name: nothing in a cache leads outside it.
 CONTROL_NAME = r"[A-Za-z0-9_-]{1,100}"
 Name = Annotated[str, Meta(pattern=rf"^{CONTROL_NAME}\Z")]
-DType = Annotated[str, Meta(pattern=r"^(float16|bfloat16|float32)\Z")]
-Posterior = Annotated[str, Meta(pattern=r"^(mean|mean_std)\Z")]
-PixelRange = Annotated[str, Meta(pattern=r"^(-1_1|0_1)\Z")]
-# Of a tensor's axes.
-Size = Annotated[int, Meta(ge=1, le=1 << 16)]
 LARGEST_BUCKETS = 1024
-# Height and width of a latent grid.
-Bucket = tuple[Size, Size]
-# Of tensors; SD3's largest take 4 MB. Nobody's manifest shall make a reader ask for all memory.
+# Of tensors; SD3's largest records take 4 MB. A hostile manifest must not make a reader allocate
+# all memory.
 LARGEST_RECORD_BYTES = 1 << 30
 NO_DIGEST = b"0" * 64
-
-
-@dataclass(frozen=True)
-class TextSpec:
-    """Shapes of a text record: `clip_embeds` [clip_tokens, clip_width], `t5_embeds`
-    [max_sequence_length, t5_width], `pooled_embeds` [pooled_width].
-    """
-
-    clip_tokens: Size
-    clip_width: Size
-    max_sequence_length: Size
-    t5_width: Size
-    pooled_width: Size
-    dtype: DType
-
-    def tensors(self) -> dict[str, TensorSpec]:
-        """Return what a text record holds."""
-        dtype = getattr(torch, self.dtype)
-        return {
-            "clip_embeds": TensorSpec((self.clip_tokens, self.clip_width), dtype),
-            "t5_embeds": TensorSpec((self.max_sequence_length, self.t5_width), dtype),
-            "pooled_embeds": TensorSpec((self.pooled_width,), dtype),
-        }
-
-
-@dataclass(frozen=True)
-class LatentSpec:
-    """Meaning of a latent or conditioning latent [latent_channels, height, width] of any bucket.
-
-    Attributes:
-        latent_channels: of the VAE.
-        vae_scale_factor: pixels a grid cell.
-        scaling_factor: to be applied in training as (latent - shift_factor) * scaling_factor.
-        shift_factor: see `scaling_factor`.
-        posterior: `mean`, or `mean_std` where the standard deviation is kept as well.
-        pixel_range: `-1_1`, what the VAE was trained on; `0_1` for conditioning latents encoded
-            as the diffusers training script does.
-        dtype: of the stored tensors.
-    """
-
-    latent_channels: Size
-    vae_scale_factor: Size
-    scaling_factor: float
-    shift_factor: float
-    posterior: Posterior
-    pixel_range: PixelRange
-    dtype: DType
-
-    def tensors(self, name: str, bucket: Bucket) -> dict[str, TensorSpec]:
-        """Return what a record of latents called `name` holds in a bucket."""
-        shape = (self.latent_channels, *bucket)
-        names = [name, f"{name}_std"] if self.posterior == "mean_std" else [name]
-        return dict.fromkeys(names, TensorSpec(shape, getattr(torch, self.dtype)))
-
-
-@dataclass(frozen=True)
-class Product:
-    """One kind of record in the cache; the lists have one entry a shard.
-
-    Attributes:
-        fingerprint: digest of the shards' fingerprints, hence of everything that made them.
-        num_records: in all shards.
-        shard_records: records in each shard.
-        shard_bytes: size of each tar.
-        shard_sha256: of each tar.
-        sidecar_sha256: of each sidecar.
-        shard_buckets: which of the manifest's buckets each shard's records are of; empty for text.
-    """
-
-    fingerprint: str
-    num_records: Count
-    shard_records: list[Count]
-    shard_bytes: list[Count]
-    shard_sha256: list[Digest]
-    sidecar_sha256: list[Digest]
-    shard_buckets: list[Count]
-
-    def __post_init__(self) -> None:
-        """Refuse lists that do not go together.
-
-        Raises:
-            ValueError: naming what.
-        """
-        lists = (self.shard_records, self.shard_bytes, self.shard_sha256, self.sidecar_sha256)
-        counts = [len(one) for one in lists]
-        if len(set(counts)) != 1:
-            raise ValueError(f"{counts} shards with records, bytes, sha256, sidecars")
-        if sum(self.shard_records) != self.num_records:
-            raise ValueError(f"{sum(self.shard_records)} records, not {self.num_records}")
-        if self.shard_buckets and len(self.shard_buckets) != self.num_shards:
-            raise ValueError(f"{self.num_shards} shards, {len(self.shard_buckets)} shard_buckets")
-
-    @property
-    def num_shards(self) -> int:
-        """How many shards the product has."""
-        return len(self.shard_records)
-
-    @property
-    def num_bytes(self) -> int:
-        """Size of all tars."""
-        return sum(self.shard_bytes)
+REMEDY = "run precompute again, finished shards are kept"
 
 
 @dataclass(frozen=True)
@@ -149,18 +42,18 @@ class Manifest:
 
     Attributes:
         text: records of distinct prompts.
-        text_spec: their shapes.
+        text_spec: shapes of the text records.
         text_identity: digest of encoders, token lengths and number formats.
-        buckets: the shapes that latents come in, one a shard; one alone where all are alike.
+        buckets: shapes of the latent grids; each shard has one of them.
         latents: records of images.
-        latent_spec: what they are.
+        latent_spec: meaning of the latents.
         conditioning: records of conditioning images, by name of the control.
-        conditioning_specs: what they are, by the same names.
-        validation: records of validation pairs, shaped as text and conditioning records are, by
-            the same names.
+        conditioning_specs: meaning of the conditioning latents, by name of the control.
+        validation: records of validation pairs, by name of the control; each holds the tensors of
+            a text record and of a conditioning record.
         held_out: shards of latents, and so of conditioning latents, that training leaves out and
             measures its loss on; ascending.
-        captions: digest of which prompts caption which image; see `captions_digest`.
+        captions: digest of which prompts caption which image; see `product.captions_digest`.
         num_skipped: source rows that were left out.
         made_by: versions and base model, for people; nothing depends on it.
     """
@@ -181,66 +74,71 @@ class Manifest:
     format_version: int = FORMAT_VERSION
 
     def __post_init__(self) -> None:
-        """Refuse controls that lack a part, and records beyond all measure.
+        """Refuse a manifest that contradicts itself, and records that are far too large.
 
         Raises:
-            ValueError: naming them.
+            ValueError: naming the parts.
         """
-        names, num_latents = set(self.conditioning), self.latents.num_shards
+        self._check_controls()
+        num_latents = self.latents.num_shards
+        if self.held_out != sorted({shard for shard in self.held_out if shard < num_latents}):
+            raise ValueError(f"held_out {self.held_out[:4]} … of {num_latents} shards of latents")
+        for folder, product in self.products():
+            self._check_product(folder, product)
+
+    def _check_controls(self) -> None:
+        names = set(self.conditioning)
         if names != set(self.conditioning_specs) or names != set(self.validation):
             raise ValueError("conditioning, conditioning_specs and validation name other controls")
+        latents = self.latent_spec.tensor_specs("", self.buckets[0])[""]
         for name, spec in self.conditioning_specs.items():
-            ours = spec.tensors("", self.buckets[0])
-            latents = self.latent_spec.tensors("", self.buckets[0])
-            if ours[""].shape != latents[""].shape:
-                raise ValueError(f"conditioning {name!r} {ours['']} beside latents {latents['']}")
+            conditioning = spec.tensor_specs("", self.buckets[0])[""]
+            if conditioning.shape != latents.shape:
+                raise ValueError(f"conditioning {name!r} {conditioning} beside latents {latents}")
         for name, product in self.conditioning.items():
-            if product.num_shards != num_latents:
+            if product.num_shards != self.latents.num_shards:
                 raise ValueError(f"conditioning {name!r} has not as many shards as latents")
             if product.shard_buckets != self.latents.shard_buckets:
                 raise ValueError(f"conditioning {name!r} has other shard_buckets than latents")
-        if self.held_out != sorted({shard for shard in self.held_out if shard < num_latents}):
-            raise ValueError(f"held_out {self.held_out[:4]} … of {num_latents} shards of latents")
-        largest = max(range(len(self.buckets)), key=lambda at: math.prod(self.buckets[at]))
-        for folder, product in self.products():
-            expected = 0 if folder == "text" else product.num_shards
-            if len(product.shard_buckets) != expected:
-                found = len(product.shard_buckets)
-                raise ValueError(f"{folder}: {found} shard_buckets, {expected} expected")
-            if max(product.shard_buckets, default=0) >= len(self.buckets):
-                raise ValueError(
-                    f"{folder}: shard_buckets up to {max(product.shard_buckets)}, "
-                    f"of {len(self.buckets)} buckets"
-                )
-            size = record_bytes(self.tensors(folder, largest))
-            if size > LARGEST_RECORD_BYTES:
-                raise ValueError(f"{folder}: a record of {size} bytes")
 
-    def tensors(self, folder: str, bucket: int = 0) -> dict[str, TensorSpec]:
-        """Return what each record of a product's shards of a bucket holds.
+    def _check_product(self, folder: str, product: Product) -> None:
+        count, expected = len(product.shard_buckets), 0 if folder == "text" else product.num_shards
+        if count != expected:
+            raise ValueError(f"{folder}: {count} shard_buckets, {expected} expected")
+        last = max(product.shard_buckets, default=0)
+        if last >= len(self.buckets):
+            raise ValueError(
+                f"{folder}: shard_buckets up to {last}, of {len(self.buckets)} buckets"
+            )
+        largest = max(range(len(self.buckets)), key=lambda bucket: math.prod(self.buckets[bucket]))
+        size = record_bytes(self.record_specs(folder, largest))
+        if size > LARGEST_RECORD_BYTES:
+            raise ValueError(f"{folder}: a record of {size} bytes")
+
+    def record_specs(self, folder: str, bucket: int = 0) -> dict[str, TensorSpec]:
+        """Return the tensors of a record, by name.
 
         Args:
             folder: the product's, relative to the cache; see `products`.
-            bucket: which of `buckets`; of no account for text.
+            bucket: index in `buckets`; makes no difference for text.
         """
         if folder == "text":
-            return self.text_spec.tensors()
+            return self.text_spec.tensor_specs()
+        grid = self.buckets[bucket]
         if folder == "latents":
-            return self.latent_spec.tensors("latent", self.buckets[bucket])
+            return self.latent_spec.tensor_specs("latent", grid)
         kind, _, name = folder.partition("/")
         spec = self.conditioning_specs[name]
+        conditioning = spec.tensor_specs("conditioning_latent", grid)
         if kind == "conditioning":
-            return spec.tensors("conditioning_latent", self.buckets[bucket])
-        height, width = (cells * spec.vae_scale_factor for cells in self.buckets[bucket])
-        return {
-            **self.text_spec.tensors(),
-            **spec.tensors("conditioning_latent", self.buckets[bucket]),
-            "conditioning_image": TensorSpec((3, height, width), torch.uint8),
-        }
+            return conditioning
+        height, width = (cells * spec.vae_scale_factor for cells in grid)
+        image = TensorSpec((3, height, width), "uint8")
+        return {**self.text_spec.tensor_specs(), **conditioning, "conditioning_image": image}
 
-    def expected(self, folder: str) -> list[dict[str, TensorSpec]]:
-        """Return what each record of a product holds, by bucket."""
-        return [self.tensors(folder, bucket) for bucket in range(len(self.buckets))]
+    def specs_by_bucket(self, folder: str) -> list[dict[str, TensorSpec]]:
+        """Return the tensors of a product's records, for each of `buckets`."""
+        return [self.record_specs(folder, bucket) for bucket in range(len(self.buckets))]
 
     def bucket_records(self) -> list[int]:
         """Return how many images each bucket has."""
@@ -277,68 +175,28 @@ class Manifest:
             yield validation_folder(name), product
 
 
-class _Seal(msgspec.Struct):
+class _OwnDigest(msgspec.Struct):
     """SHA-256 of the manifest's bytes with zeros in the place of these digits."""
 
     digest: Digest
 
 
 def conditioning_folder(name: str) -> str:
-    """Return where a cache keeps the conditioning latents of one kind of control."""
+    """Return where a cache keeps the conditioning latents of one control."""
     return f"conditioning/{name}"
 
 
 def validation_folder(name: str) -> str:
-    """Return where a cache keeps the validation pairs of one kind of control."""
+    """Return where a cache keeps the validation pairs of one control."""
     return f"validation/{name}"
-
-
-def digest(value: Any) -> str:
-    """Return a short, stable digest of plain JSON values."""
-    text = json.dumps(value, ensure_ascii=False, sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()[:32]
-
-
-def product_of(
-    folder: Path, sidecars: Iterable[Sidecar], shard_buckets: Sequence[int] = ()
-) -> Product:
-    """Return the manifest's entry for a product whose shards are all finished.
-
-    Args:
-        folder: the product's.
-        sidecars: of all its shards, in order, as they stand in the folder; gone through once.
-        shard_buckets: of all its shards; none for text.
-    """
-    fingerprints, records, sizes, digests, sidecar_digests = [], [], [], [], []
-    for one in sidecars:
-        fingerprints.append(one.fingerprint)
-        records.append(one.num_records)
-        sizes.append(one.tar_bytes)
-        digests.append(one.sha256)
-        data = read_file(sidecar_path(folder, one.shard))
-        sidecar_digests.append(hashlib.sha256(data).hexdigest())
-    return Product(
-        fingerprint=digest(fingerprints),
-        num_records=sum(records),
-        shard_records=records,
-        shard_bytes=sizes,
-        shard_sha256=digests,
-        sidecar_sha256=sidecar_digests,
-        shard_buckets=list(shard_buckets),
-    )
-
-
-def captions_digest(latents: Iterable[Sidecar]) -> str:
-    """Return the digest of which prompts caption which image, from the latents' sidecars."""
-    return digest([digest([one.keys, one.prompts]) for one in latents])
 
 
 def write(cache: Path, manifest: Manifest) -> None:
     """Write, or replace, the cache's manifest."""
     plain = {"digest": NO_DIGEST.decode(), **dataclasses.asdict(manifest)}
     text = json.dumps(plain, ensure_ascii=False, indent=1) + "\n"
-    seal = hashlib.sha256(text.encode()).hexdigest()
-    write_text(cache / MANIFEST, text.replace(NO_DIGEST.decode(), seal, 1))
+    own_digest = hashlib.sha256(text.encode()).hexdigest()
+    write_text(cache / MANIFEST, text.replace(NO_DIGEST.decode(), own_digest, 1))
 
 
 def load(cache: Path, name: str = MANIFEST) -> Manifest:
@@ -352,51 +210,22 @@ def load(cache: Path, name: str = MANIFEST) -> Manifest:
     try:
         data = read_file(path)
     except (FileNotFoundError, NotADirectoryError):
-        raise ShardError(_why_no_manifest(cache)) from None
+        raise ShardError(explain_missing_manifest(cache)) from None
     return from_json(data, path)
 
 
 def from_json(data: bytes, where: object) -> Manifest:
     """Return the manifest that a file's bytes hold.
 
+    Args:
+        data: the file's bytes.
+        where: the file's path or address, for the error.
+
     Raises:
         ShardError: it is damaged, changed, or of another format version.
     """
-    remedy = "run precompute again, finished shards are kept"
-    found = decode(data, Manifest, where, remedy)
-    seal = decode(data, _Seal, where, remedy).digest
-    if hashlib.sha256(data.replace(seal.encode(), NO_DIGEST, 1)).hexdigest() != seal:
-        raise ShardError(f"{where}: changed since it was written; {remedy}")
-    return found
-
-
-def _why_no_manifest(cache: Path) -> str:
-    """Say what stands where a complete cache was expected."""
-    if not cache.is_dir():
-        return f"{cache}: no such folder; make the cache first: python -m precompute"
-    finished = {
-        folder.relative_to(cache).as_posix(): _shard_numbers(folder)
-        for folder in (cache / "text", cache / "latents", *sorted(cache.glob("conditioning/*")))
-        if folder.is_dir()
-    }
-    if not finished:
-        return f"{cache}: not a cache (no manifest.json, no shards); make one: python -m precompute"
-    listing = "; ".join(
-        f"{name}: {len(numbers)} finished{_gaps(numbers)}" for name, numbers in finished.items()
-    )
-    return (
-        f"{cache}: the cache is incomplete, manifest.json is missing ({listing}). "
-        "Run the same python -m precompute command again; finished shards are kept."
-    )
-
-
-def _shard_numbers(folder: Path) -> list[int]:
-    names = (path.name for path in folder.iterdir())
-    return sorted(int(name[:-5]) for name in names if re.fullmatch(r"\d{6,9}\.json", name))
-
-
-def _gaps(numbers: list[int]) -> str:
-    present = set(numbers)
-    missing = (k for k in range(max(numbers, default=-1) + 1) if k not in present)
-    first = [f"{k:06d}" for k in itertools.islice(missing, 8)]
-    return f", missing {', '.join(first)}" if first else ""
+    manifest = decode(data, Manifest, where, REMEDY)
+    own_digest = decode(data, _OwnDigest, where, REMEDY).digest
+    if hashlib.sha256(data.replace(own_digest.encode(), NO_DIGEST, 1)).hexdigest() != own_digest:
+        raise ShardError(f"{where}: changed since it was written; {REMEDY}")
+    return manifest

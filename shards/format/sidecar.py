@@ -1,4 +1,4 @@
-"""Sidecars: the JSON beside each tar that says it is finished and where its records lie."""
+"""Sidecars: the JSON file beside each tar; it marks the tar as finished and locates its records."""
 
 import dataclasses
 import json
@@ -11,7 +11,7 @@ from msgspec import Meta
 
 from common.errors import ShardError
 from shards.format.json_files import FORMAT_VERSION, Count, Digest, decode, read_file
-from shards.format.records import KEY
+from shards.format.keys import KEY, slot_of
 
 Span = Annotated[list[Count], Meta(min_length=4, max_length=4)]
 LARGEST_CAPTIONS = 256
@@ -34,17 +34,18 @@ class Sidecar:
     Attributes:
         shard: number of the shard in its product.
         fingerprint: digest of everything that determines the tar's bytes.
-        identity: digest of what a record's bytes depend on besides what it is of; a record of the
-            same content and identity may be taken over into a new shard.
+        identity: digest of what a record's bytes depend on besides its content; a record of the
+            same content and identity may be copied into a new shard.
         tar_bytes: size of the tar.
         sha256: of the tar.
         keys: the records' keys, in tar order.
-        spans: for each record (offset, size) of its tensors and (offset, size) of its JSON in the
-            tar, in bytes, as one list of four numbers.
-        checksums: for each record XXH3-64 of its tensors' and of its JSON's bytes, 16 hexadecimal
-            digits each, so that every read can be checked.
+        spans: for each record four numbers in bytes: offset and size of its tensors in the tar,
+            offset and size of its metadata.
+        checksums: for each record XXH3-64 of its tensors' and of its metadata's bytes, 16
+            hexadecimal digits each, so that every read can be checked.
         prompts: for each latent record the keys of the text records that caption it; empty for
-            other products. It is not part of the tar, so that a new caption leaves latents alone.
+            other products. It is not part of the tar, so that a new caption does not change the
+            tar.
         captions: digest of what `prompts` was made from; empty for other products.
         skipped: source rows of this shard that were left out.
     """
@@ -66,7 +67,7 @@ class Sidecar:
         """Refuse lists that do not go together, and records that lie outside the tar.
 
         Raises:
-            ValueError: naming what.
+            ValueError: naming the lists or records.
         """
         count = len(self.keys)
         counts = (len(self.spans), len(self.checksums), len(self.prompts) or count)
@@ -77,18 +78,25 @@ class Sidecar:
             raise ValueError(f"a record has over {LARGEST_CAPTIONS} prompts")
         _check_all([key for keys in self.prompts for key in keys], KEY, "key")
         _check_all(self.checksums, CHECKSUMS, "pair of checksums")
+        self._check_slots()
+        self._check_spans()
+
+    def _check_slots(self) -> None:
         last, own = -1, f"{self.shard:06d}-"
         for key in self.keys:
-            row = int(key.split("-", 2)[1])
-            if row <= last or not key.startswith(own):
+            _, slot = slot_of(key)
+            if slot <= last or not key.startswith(own):
                 raise ValueError(f"the key {key} is of another shard, or out of order")
-            last = row
+            last = slot
+
+    def _check_spans(self) -> None:
         end = 0
         for span in self.spans:
-            start, size, about_start, about_size = span
-            if not end <= start <= start + size <= about_start <= about_start + about_size:
+            start, size, metadata_start, metadata_size = span
+            metadata_end = metadata_start + metadata_size
+            if not end <= start <= start + size <= metadata_start <= metadata_end:
                 raise ValueError(f"span {span} is not behind what comes before it")
-            end = about_start + about_size
+            end = metadata_end
         if end > self.tar_bytes:
             raise ValueError(f"records reach to {end} in a tar of {self.tar_bytes} bytes")
 
@@ -100,7 +108,7 @@ class Sidecar:
 
 @dataclass(frozen=True)
 class Summary:
-    """What tells whether a shard is as planned, without the lists that have an entry a record."""
+    """A sidecar without the lists that have an entry a record; enough to compare shards."""
 
     shard: Count
     fingerprint: str
@@ -111,11 +119,11 @@ class Summary:
 
 
 def _check_all(strings: list[str], pattern: str, what: str) -> None:
-    """Refuse strings of another form; one look at all of them, since there are many."""
-    joined = "".join(f"{one}\n" for one in strings)
+    """Refuse strings of another form; all are matched at once, since there are many."""
+    joined = "".join(f"{string}\n" for string in strings)
     count = joined.count("\n")
     if count != len(strings) or not re.fullmatch(rf"({pattern}\n)*", joined):
-        wrong = next((one for one in strings if not re.fullmatch(pattern, one)), "")
+        wrong = next((string for string in strings if not re.fullmatch(pattern, string)), "")
         raise ValueError(f"{wrong[:80]!r} is not a {what}")
 
 
@@ -144,20 +152,20 @@ def load(folder: Path, shard: int) -> Sidecar | None:
     return None if data is None else from_json(data, shard, sidecar_path(folder, shard))
 
 
-def summary(folder: Path, shard: int) -> Summary | None:
-    """Return what a shard's sidecar says in short, or None where it is not there or no use.
+def load_summary(folder: Path, shard: int) -> Summary | None:
+    """Return the summary of a finished shard, or None if the shard must be written again.
 
-    None also where its tar is missing or has another size.
+    That is, if its sidecar is missing or damaged, or its tar is missing or has another size.
     """
     try:
         data = _read(folder, shard)
         if data is None:
             return None
-        found = decode(data, Summary, sidecar_path(folder, shard), REMEDY)
+        summary = decode(data, Summary, sidecar_path(folder, shard), REMEDY)
         size = tar_path(folder, shard).stat().st_size
     except (ShardError, OSError):
         return None
-    return found if (found.shard, found.tar_bytes) == (shard, size) else None
+    return summary if (summary.shard, summary.tar_bytes) == (shard, size) else None
 
 
 def _read(folder: Path, shard: int) -> bytes | None:
@@ -171,14 +179,14 @@ def from_json(data: bytes, shard: int, where: object) -> Sidecar:
     """Return the sidecar that a file's bytes hold.
 
     Args:
-        data: the bytes.
-        shard: the shard whose sidecar this should be.
-        where: for the error.
+        data: the file's bytes.
+        shard: number of the shard that this should be the sidecar of.
+        where: the file's path or address, for the error.
 
     Raises:
         ShardError: it is damaged, of another shard or of another format version.
     """
-    found = decode(data, Sidecar, where, REMEDY)
-    if found.shard != shard:
-        raise ShardError(f"{where}: the sidecar of shard {found.shard:06d} under another's name")
-    return found
+    sidecar = decode(data, Sidecar, where, REMEDY)
+    if sidecar.shard != shard:
+        raise ShardError(f"{where}: the sidecar of shard {sidecar.shard:06d} under another's name")
+    return sidecar

@@ -13,25 +13,26 @@ from torch import Tensor
 from xxhash import xxh3_128_hexdigest
 
 from common.errors import ShardError
+from shards.format.keys import CONTENT_DIGITS
 from shards.format.manifest import (
     DEFAULT_CONDITIONING,
     Manifest,
     conditioning_folder,
     validation_folder,
 )
-from shards.format.records import TensorSpec
+from shards.format.tensor_spec import TensorSpec
 from shards.reading.location import Files, LocalFiles, Shard
 from shards.reading.order import Order
-from shards.reading.reader import ProductReader, byte_rows
+from shards.reading.tensors import TensorReader, byte_view
 
 
-class Pair(NamedTuple):
-    """What makes up a sample, as (shard, index) of its records and keys.
+class SampleRecords(NamedTuple):
+    """The records that make up a sample.
 
     Attributes:
         key: of the image.
-        conditioning: its conditioning latent.
-        latent: its latent.
+        conditioning: (shard, index) of its conditioning latent.
+        latent: (shard, index) of its latent.
         prompts: keys of the text records that caption it, at least one.
     """
 
@@ -45,12 +46,11 @@ class Cache:
     """A complete cache, opened for reading.
 
     Args:
-        files: where it is; a path for a folder of this machine.
-        conditioning_name: which kind of control to read.
+        files: of the cache; a path for a folder of this machine.
+        conditioning_name: the control to read.
 
     Raises:
-        ShardError: see `shards.format.manifest.load`; there is no such control in this cache; or
-            a shard is missing.
+        ShardError: there is no complete cache, no such control in it, or a shard is missing.
     """
 
     def __init__(self, files: Files | Path, conditioning_name: str = DEFAULT_CONDITIONING) -> None:
@@ -70,32 +70,28 @@ class Cache:
         readers = (self.text, self.latents, self.conditioning, self.validation)
         self.files.check_present(self.manifest, [reader.folder for reader in readers])
 
-    def __reduce__(self) -> tuple[type["Cache"], tuple[Files, str]]:
-        """A cache that travels to a spawned worker is opened there again."""
-        return Cache, (self.files, self.conditioning_name)
-
-    def _reader(self, folder: str) -> ProductReader:
+    def _reader(self, folder: str) -> TensorReader:
         product = dict(self.manifest.products())[folder]
-        return ProductReader(self.files, folder, product, self.manifest.expected(folder))
+        return TensorReader(self.files, folder, product, self.manifest.specs_by_bucket(folder))
 
     @contextlib.contextmanager
-    def following(self, order: Order, place: int) -> Iterator[None]:
-        """Have what is read from a place on here by the time it is read.
+    def read_ahead(self, order: Order, place: int) -> Iterator[None]:
+        """Fetch what is read from a place on in the background, before it is read.
 
         Raises:
-            ShardError: the cache is remote, and what is read at a time has no room here.
+            ShardError: the cache is remote, and the shards of two windows have no room here.
         """
         limit = self.files.limit_bytes
         products = (self.text.product, self.latents.product, self.conditioning.product)
         if limit is not None and sum(product.num_bytes for product in products) > limit:
             self._check_room(order, place, limit)
-        with self.files.following(order.windows(place), self._read_by):
+        with self.files.read_ahead(order.windows(place), self._shards_of):
             yield
 
     def _check_room(self, order: Order, place: int, limit: int) -> None:
-        """Refuse a window that cannot be here beside the next one."""
+        """Refuse a window that has no room here beside the next one."""
         windows = [shards for _, shards in itertools.islice(order.windows(place), 2)]
-        needed = set(self._read_by([shard for shards in windows for shard in shards]))
+        needed = set(self._shards_of([shard for shards in windows for shard in shards]))
         products = dict(self.manifest.products())
         size = sum(products[folder].shard_bytes[shard] for folder, shard in needed)
         if size > limit:
@@ -107,22 +103,22 @@ class Cache:
                 f"{size / 1e9:.3g} GB or more"
             )
 
-    def _read_by(self, shards: list[int]) -> list[Shard]:
-        """Return the files that the samples of some conditioning shards are in."""
-        texts = {0}  # of the empty prompt
-        for shard in shards:
-            texts |= self.latents.index(shard).shards_of_prompts()
+    def _shards_of(self, conditioning_shards: list[int]) -> list[Shard]:
+        """Return all shards that hold the samples of some conditioning shards."""
+        text_shards = {0}  # of the empty prompt
+        for shard in conditioning_shards:
+            text_shards |= self.latents.index(shard).shards_of_prompts()
         return [
-            *((self.conditioning.folder, shard) for shard in shards),
-            *((self.latents.folder, shard) for shard in shards),
-            *((self.text.folder, shard) for shard in sorted(texts)),
+            *((self.conditioning.folder, shard) for shard in conditioning_shards),
+            *((self.latents.folder, shard) for shard in conditioning_shards),
+            *((self.text.folder, shard) for shard in sorted(text_shards)),
         ]
 
     def empty_prompt(self) -> dict[str, Tensor]:
         """Return the text tensors of the empty prompt.
 
         Raises:
-            ShardError: it is not there.
+            ShardError: the cache does not have it.
         """
         return self.text.tensors(*self.text.locate(self.empty_prompt_key()))
 
@@ -130,17 +126,17 @@ class Cache:
         """Return the key of the empty prompt, always the first record of the first shard.
 
         Raises:
-            ShardError: it is not there.
+            ShardError: the cache does not have it.
         """
         if (
             not sum(self.text.product.shard_records[:1])
-            or self.text.about(0, 0).get("prompt") != ""
+            or self.text.metadata(0, 0).get("prompt") != ""
         ):
             raise ShardError(f"{self.files}: the first record of text/ is not the empty prompt")
         return self.text.index(0).key(0)
 
-    def pair(self, shard: int, index: int) -> Pair:
-        """Return what makes up the sample whose conditioning latent is record `index` of a shard.
+    def sample_records(self, shard: int, index: int) -> SampleRecords:
+        """Return the records of the sample whose conditioning latent is record `index` of a shard.
 
         Samples are counted by conditioning records: an image whose conditioning image could not
         be used has a latent, but is no sample.
@@ -153,66 +149,71 @@ class Cache:
         prompts = self.latents.index(latent_shard).prompts(latent_index)
         if not prompts:
             raise ShardError(f"{self.files}: the image {key} has no caption")
-        return Pair(key, (shard, index), (latent_shard, latent_index), prompts)
+        return SampleRecords(key, (shard, index), (latent_shard, latent_index), prompts)
 
-    def batch_tensors(self, bucket: int) -> dict[str, TensorSpec]:
-        """Return the tensors of one sample of a bucket, by name; see `read`."""
+    def sample_specs(self, bucket: int) -> dict[str, TensorSpec]:
+        """Return the tensors of a sample of a bucket, by name: latents, conditioning and text."""
         readers = (self.latents, self.conditioning, self.text)
-        return {name: spec for reader in readers for name, spec in reader.expected[bucket].items()}
+        return {name: spec for reader in readers for name, spec in reader.specs[bucket].items()}
 
     def read(
-        self, batch: Mapping[str, Tensor], pairs: Sequence[Pair], prompts: Sequence[str]
+        self, batch: Mapping[str, Tensor], samples: Sequence[SampleRecords], prompts: Sequence[str]
     ) -> None:
         """Read samples straight into the memory of a batch.
 
         Each record is read once; a prompt that comes again is copied from where it came first.
 
         Args:
-            batch: contiguous CPU tensors [B, ...] of what `batch_tensors` says.
-            pairs: B samples, all of that bucket.
-            prompts: key of the text record that goes with each.
+            batch: contiguous CPU tensors [B, ...] as `sample_specs` says.
+            samples: B samples, all of that bucket.
+            prompts: B keys: of the text record that goes with each sample.
 
         Raises:
             ShardError: a record is missing or damaged.
         """
-        rows = {name: byte_rows(tensor) for name, tensor in batch.items()}
+        views = {name: byte_view(tensor) for name, tensor in batch.items()}
         first: dict[str, int] = {}
-        for row, (pair, prompt) in enumerate(zip(pairs, prompts, strict=True)):
-            self.latents.read_into(*pair.latent, rows, row)
-            self.conditioning.read_into(*pair.conditioning, rows, row)
-            source = first.setdefault(prompt, row)
-            if source == row:
-                self.text.read_into(*self.text.locate(prompt), rows, row)
+        for position, (sample, prompt) in enumerate(zip(samples, prompts, strict=True)):
+            self.latents.read_into(*sample.latent, views, position)
+            self.conditioning.read_into(*sample.conditioning, views, position)
+            source = first.setdefault(prompt, position)
+            if source == position:
+                self.text.read_into(*self.text.locate(prompt), views, position)
             else:
-                for name in self.text.expected[0]:
-                    rows[name][row] = rows[name][source]
+                for name in self.text.specs[0]:
+                    views[name][position] = views[name][source]
 
     def sample(self, shard: int, index: int) -> tuple[str, dict[str, Tensor], list[str]]:
         """Return one image's key, its tensors and the keys of the prompts that caption it.
 
+        Args:
+            shard: number of a conditioning shard.
+            index: of the record in it.
+
         Returns:
             The key; `latent` [C, h, w] and `conditioning_latent` [C, h, w], with posterior
-            `mean_std` also `latent_std` and `conditioning_latent_std`; the prompts, see `pair`.
+            `mean_std` also `latent_std` and `conditioning_latent_std`; the keys of the prompts.
 
         Raises:
-            ShardError: see `pair`; or a record is missing or damaged.
+            ShardError: the image has no caption, or a record is missing or damaged.
         """
-        pair = self.pair(shard, index)
-        tensors = {**self.latents.tensors(*pair.latent), **self.conditioning.tensors(shard, index)}
-        return pair.key, tensors, pair.prompts
+        sample = self.sample_records(shard, index)
+        latent = self.latents.tensors(*sample.latent)
+        conditioning = self.conditioning.tensors(*sample.conditioning)
+        return sample.key, latent | conditioning, sample.prompts
 
     def find_prompt(self, prompt: str) -> str | None:
         """Return the key of a prompt's record, or None if the cache does not have the prompt.
 
-        A key ends with 16 digits of the prompt's XXH3-128, so only its own record is opened.
+        A key ends with digits of the prompt's XXH3-128, so that only its own record is read.
 
         Raises:
             ShardError: the cache is damaged.
         """
-        ending = "-" + xxh3_128_hexdigest(prompt.encode())[:16]
-        for shard, index in self.text.places():
+        ending = "-" + xxh3_128_hexdigest(prompt.encode())[:CONTENT_DIGITS]
+        for shard, index in self.text.locations():
             key = self.text.index(shard).key(index)
-            if key.endswith(ending) and self.text.about(shard, index).get("prompt") == prompt:
+            if key.endswith(ending) and self.text.metadata(shard, index).get("prompt") == prompt:
                 return key
         return None
 

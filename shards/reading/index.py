@@ -1,63 +1,78 @@
-"""A shard's sidecar as reading needs it: compact, since many are held at once."""
+"""A shard's sidecar as reading needs it: compact, since many are in memory at once."""
 
 import sys
 from array import array
 from bisect import bisect_left
 from collections.abc import Sequence
 from itertools import accumulate, chain
+from typing import NamedTuple
 
-from shards.format.records import place_of
+from shards.format.keys import slot_of
 from shards.format.sidecar import Sidecar
 
 
-class ShardIndex:
-    """Where the records of a shard lie and what their bytes hash to; about 150 bytes a record.
+class MemberSpan(NamedTuple):
+    """Where a tar member's data lies.
 
-    Args:
-        card: the shard's sidecar.
+    Attributes:
+        start: its first byte in the tar.
+        size: in bytes.
+        checksum: XXH3-64 of the bytes.
     """
 
-    def __init__(self, card: Sidecar) -> None:
-        self.num_records = card.num_records
-        self._keys = _Strings(card.keys)
-        self._rows = array("q", (int(key.split("-", 2)[1]) for key in card.keys))
-        self._spans = array("q", chain.from_iterable(card.spans))
-        self._checksums = array("Q", bytes.fromhex("".join(card.checksums)))
+    start: int
+    size: int
+    checksum: int
+
+
+class ShardIndex:
+    """Where the records of a shard lie and what their checksums are; about 150 bytes a record.
+
+    Args:
+        sidecar: the shard's.
+    """
+
+    def __init__(self, sidecar: Sidecar) -> None:
+        self.num_records = sidecar.num_records
+        self._keys = _Strings(sidecar.keys)
+        self._slots = array("q", (slot_of(key)[1] for key in sidecar.keys))
+        self._spans = array("q", chain.from_iterable(sidecar.spans))
+        self._checksums = array("Q", bytes.fromhex("".join(sidecar.checksums)))
         if sys.byteorder == "little":
             self._checksums.byteswap()
-        self._prompts = _Strings(list(chain.from_iterable(card.prompts)))
-        self._prompt_ends = array("q", accumulate(map(len, card.prompts), initial=0))
+        self._prompts = _Strings(list(chain.from_iterable(sidecar.prompts)))
+        self._prompt_ends = array("q", accumulate(map(len, sidecar.prompts), initial=0))
 
     def key(self, index: int) -> str:
         """Return the key of record `index`."""
         return self._keys[index]
 
-    def tensors(self, index: int) -> tuple[int, int, int]:
-        """Return offset and size of a record's tensors in the tar, in bytes, and their XXH3-64."""
-        return self._member(index, 0)
+    def tensors(self, index: int) -> MemberSpan:
+        """Return where the tensors of record `index` lie."""
+        return self._member(2 * index)
 
-    def about(self, index: int) -> tuple[int, int, int]:
-        """Return the same of a record's JSON."""
-        return self._member(index, 1)
+    def metadata(self, index: int) -> MemberSpan:
+        """Return where the metadata of record `index` lies."""
+        return self._member(2 * index + 1)
 
-    def _member(self, index: int, which: int) -> tuple[int, int, int]:
-        at = 2 * index + which
-        return self._spans[2 * at], self._spans[2 * at + 1], self._checksums[at]
+    def _member(self, member: int) -> MemberSpan:
+        start, size = self._spans[2 * member : 2 * member + 2]
+        return MemberSpan(start, size, self._checksums[member])
 
     def find(self, key: str) -> int | None:
         """Return the index of the record with a key, or None."""
-        index = bisect_left(self._rows, place_of(key)[1])
+        index = bisect_left(self._slots, slot_of(key)[1])
         return index if index < self.num_records and self._keys[index] == key else None
 
     def prompts(self, index: int) -> list[str]:
-        """Return the keys of the prompts that caption record `index`; none but for latents."""
+        """Return the keys of the prompts that caption record `index`; only latents have some."""
         if len(self._prompt_ends) == 1:
             return []
         return [self._prompts[at] for at in range(*self._prompt_ends[index : index + 2])]
 
     def shards_of_prompts(self) -> set[int]:
         """Return the text shards in which the prompts of these records lie."""
-        return {place_of(self._prompts[at])[0] for at in range(self._prompt_ends[-1])}
+        return {slot_of(self._prompts[at])[0] for at in range(self._prompt_ends[-1])}
 
 
 class _Strings:
@@ -65,7 +80,7 @@ class _Strings:
 
     def __init__(self, strings: Sequence[str]) -> None:
         self.width = max(map(len, strings), default=0)
-        self.bytes = "".join([one.ljust(self.width) for one in strings]).encode("ascii")
+        self.bytes = "".join([string.ljust(self.width) for string in strings]).encode("ascii")
 
     def __getitem__(self, index: int) -> str:
         return self.bytes[index * self.width : (index + 1) * self.width].decode().rstrip()

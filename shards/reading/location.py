@@ -9,18 +9,18 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from common.errors import ShardError
-from shards.format import json_files, manifest
-from shards.format.manifest import Manifest
+from shards.format import json_files
+from shards.format.manifest import Manifest, load
 from shards.format.sidecar import sidecar_path, tar_path
 
 OPEN_FILES = 256
 
-Shard = tuple[str, int]  # folder of the product, number
-Window = tuple[int, list[int]]  # the first place behind it, its conditioning shards
+Shard = tuple[str, int]  # folder of the product, number of the shard
+Window = tuple[int, list[int]]  # the place at which it ends, its conditioning shards
 
 
 class OpenFile:
-    """A file open for reading; it closes when the last user is done with it."""
+    """A file open for reading; it closes when nobody refers to it any more."""
 
     def __init__(self, path: Path) -> None:
         self.descriptor = -1  # for `__del__`, where opening fails
@@ -31,39 +31,44 @@ class OpenFile:
             os.close(self.descriptor)
 
     def read_into(self, buffers: Sequence[Any], start: int, wanted: int) -> int:
-        """Fill writable buffers one after the other from a place in the file.
+        """Fill writable buffers one after the other from the file.
 
         Args:
             buffers: of `wanted` bytes together.
-            start: first byte to read.
-            wanted: how many.
+            start: offset of the first byte to read.
+            wanted: number of bytes.
 
         Returns:
-            How many there were; fewer only at the end of the file.
+            Number of bytes read; fewer than `wanted` only at the end of the file.
         """
         done = os.preadv(self.descriptor, buffers, start)
-        while 0 < done < wanted:  # seldom: a signal came, or a network's file system took a break
-            rest, skip = [], done
-            for one in buffers:
-                view: memoryview[Any] = memoryview(one)
-                if skip < len(view):
-                    rest.append(view[skip:])
-                skip = max(0, skip - len(view))
-            more = os.preadv(self.descriptor, rest, start + done)
+        while 0 < done < wanted:  # rare: after a signal, or on a network's file system
+            more = os.preadv(self.descriptor, _remaining(buffers, done), start + done)
             if more == 0:
                 break
             done += more
         return done
 
 
+def _remaining(buffers: Sequence[Any], done: int) -> "list[memoryview[Any]]":
+    """Return the parts of buffers behind their first `done` bytes."""
+    remaining = []
+    for buffer in buffers:
+        view: memoryview[Any] = memoryview(buffer)
+        if done < len(view):
+            remaining.append(view[done:])
+        done = max(0, done - len(view))
+    return remaining
+
+
 class Files(Protocol):
-    """What a reader asks of the place where a cache is kept."""
+    """The files of a cache, wherever they are."""
 
     def manifest(self) -> Manifest:
         """Return the manifest of the complete cache."""
 
     def sidecar(self, folder: str, shard: int) -> bytes:
-        """Return the bytes of a shard's sidecar, as they are."""
+        """Return the bytes of a shard's sidecar."""
 
     def tar(self, folder: str, shard: int) -> OpenFile:
         """Return a shard's tar, open."""
@@ -74,25 +79,25 @@ class Files(Protocol):
     def remedy(self, folder: str, shard: int) -> str:
         """Return what to do about a shard that is damaged."""
 
-    def check_present(self, found: Manifest, folders: Sequence[str]) -> None:
+    def check_present(self, manifest: Manifest, folders: Sequence[str]) -> None:
         """Check that the shards of some products are there, as far as that is cheap."""
 
-    def following(
-        self, windows: Iterator[Window], needed: Callable[[list[int]], list[Shard]]
+    def read_ahead(
+        self, windows: Iterator[Window], shards_of: Callable[[list[int]], list[Shard]]
     ) -> AbstractContextManager[None]:
-        """Have what windows read here by the time it is read.
+        """Fetch the shards of windows in the background, before they are read.
 
         Args:
-            windows: in order; taken as they are needed, perhaps from other threads.
-            needed: returns what the samples of some conditioning shards are in.
+            windows: in order; consumed one by one, perhaps from other threads.
+            shards_of: returns all shards that hold the samples of some conditioning shards.
         """
 
-    def reached(self, place: int) -> None:
-        """Let go of what is read only before a place in the run's order."""
+    def release_before(self, place: int) -> None:
+        """Allow the removal of shards that are needed only before a place in the run's order."""
 
     @property
     def limit_bytes(self) -> int | None:
-        """How much of the cache can be here at a time; None for all."""
+        """How much of the cache can be on this machine at a time; None for all."""
 
 
 class LocalFiles:
@@ -106,22 +111,18 @@ class LocalFiles:
         self.root = root
         self.tar = lru_cache(OPEN_FILES)(self._open)
 
-    def __reduce__(self) -> tuple[type["LocalFiles"], tuple[Path]]:
-        """Open files stay behind when a cache travels to a spawned worker."""
-        return LocalFiles, (self.root,)
-
     def __str__(self) -> str:
         return str(self.root)
 
     def manifest(self) -> Manifest:
         """Return the manifest; see `shards.format.manifest.load`."""
-        return manifest.load(self.root)
+        return load(self.root)
 
     def sidecar(self, folder: str, shard: int) -> bytes:
         """Return the bytes of a shard's sidecar.
 
         Raises:
-            ShardError: there is none, or it cannot be read.
+            ShardError: it is missing or cannot be read.
         """
         path = sidecar_path(self.root / folder, shard)
         try:
@@ -145,27 +146,27 @@ class LocalFiles:
         """Return what to do about a shard that is damaged."""
         return "python -m shards verify lists all that is; run precompute again, or pull it again"
 
-    def following(
-        self, windows: Iterator[Window], needed: Callable[[list[int]], list[Shard]]
+    def read_ahead(
+        self, windows: Iterator[Window], shards_of: Callable[[list[int]], list[Shard]]
     ) -> AbstractContextManager[None]:
-        """Everything is here."""
+        """Do nothing: all shards are on this machine."""
         return nullcontext()
 
-    def reached(self, place: int) -> None:
-        """Everything stays here."""
+    def release_before(self, place: int) -> None:
+        """Do nothing: all shards stay on this machine."""
 
     @property
     def limit_bytes(self) -> int | None:
-        """Everything is here."""
+        """None: all shards are on this machine."""
         return None
 
-    def check_present(self, found: Manifest, folders: Sequence[str]) -> None:
-        """Check that all tars of some products are there in full length, and all sidecars.
+    def check_present(self, manifest: Manifest, folders: Sequence[str]) -> None:
+        """Check that all tars of some products are there in full size, and all sidecars.
 
         Raises:
-            ShardError: naming the first that is not.
+            ShardError: naming the first file that is not.
         """
-        products = dict(found.products())
+        products = dict(manifest.products())
         for folder in folders:
             sizes = _sizes(self.root / folder)
             for shard, expected in enumerate(products[folder].shard_bytes):

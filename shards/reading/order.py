@@ -2,42 +2,43 @@
 
 A run is an endless sequence of places 0, 1, 2, …, epoch after epoch. Each epoch permutes the
 shards, takes `window` of them at a time and permutes the records in the window, so that every
-record comes exactly once an epoch. Ranks share out places, not shards; hence the sequence is the
-same on any number of them, and to resume is to go on from a place.
+record comes exactly once an epoch. Ranks share places, not shards: the sequence is the same on any
+number of ranks, and a run resumes from a place.
 
-Where shards are of several buckets, an optimiser step's samples must be of one: a window's records
-of each bucket are permuted and cut into groups of `group`, the last of them filled up with the
-bucket's first, and the groups are permuted. Every record then comes at least once an epoch.
+If shards are of several buckets, the samples of an optimiser step must be of one bucket. So the
+records of each bucket in a window are permuted and cut into groups of `group`; the last group is
+filled up with the bucket's first records; and the groups are permuted. Every record then comes at
+least once an epoch.
 
 Records are permuted place by place, never in a table: memory and the time to the first sample do
-not depend on their number.
+not depend on the number of records.
 """
 
 import math
 from array import array
 from bisect import bisect_right
-from collections.abc import Callable, Iterator, Sequence
-from functools import lru_cache, partial
+from collections.abc import Iterator, Sequence
+from functools import lru_cache
 from itertools import accumulate, chain, groupby
 from threading import Lock
 from typing import NamedTuple
 
 from xxhash import xxh3_64_intdigest
 
-# Even. Measured: with 8, five records come in their 120 orders unevenly (chi-squared 1472, 119
-# expected); with 16 the 720 orders of six come evenly (673, 719 expected).
+# An even number. Measured: with 8 rounds the 120 orders of five records are not uniform
+# (chi-squared 1472, 119 expected); with 16 the 720 orders of six are (673, 719 expected).
 ROUNDS = 16
 
 
 class _Epoch(NamedTuple):
-    """The shards in an epoch's order; in a window those of one bucket stand together, as a run.
+    """The shards in an epoch's order; in a window those of one bucket form a run.
 
     Attributes:
-        shards: their numbers.
-        ends: of each, in records.
-        runs: where each begins, in shards; and where the last ends.
-        run_ends: of each, in groups.
-        window_ends: of each, in places.
+        shards: numbers of the shards.
+        ends: record at which each shard ends.
+        runs: position in `shards` at which each run begins, and at which the last one ends.
+        run_ends: group at which each run ends.
+        window_ends: place in the epoch at which each window ends.
     """
 
     shards: Sequence[int]
@@ -51,12 +52,12 @@ class Order:
     """Maps places to records.
 
     Args:
-        shard_records: how many records each shard has; one that has none takes no part.
+        shard_records: number of records of each shard; shards without records are left out.
         seed: of the permutations, at least 0.
         window: shards mixed at a time; None mixes all.
-        shard_buckets: each shard's bucket; by default they are all of one.
-        group: places that must be of one bucket, from any multiple of this on; where there is but
-            one bucket it changes nothing.
+        shard_buckets: each shard's bucket; by default all are of one.
+        group: number of successive places, from any multiple of it on, that are of one bucket;
+            without effect if there is only one bucket.
     """
 
     def __init__(
@@ -77,63 +78,61 @@ class Order:
         assert len(self.buckets) == len(self.sizes), "a bucket for each shard"
         self.several_buckets = len({self.buckets[shard] for shard in self.shards}) > 1
         self.group = group if self.several_buckets else 1
-        self._epoch = lru_cache(2)(self._laid_out)
-        # Windows of several buckets are filled up, each epoch's in another way. Else epochs are
-        # equally long and there is nothing to note.
-        self._equal = not self.several_buckets or self.window >= len(self.shards)
+        self._epoch = lru_cache(2)(self._arrange)
+        # Windows of several buckets are filled up, in each epoch differently. Otherwise all epochs
+        # have the same length, and `_starts` is not needed.
+        self._equal_epochs = not self.several_buckets or self.window >= len(self.shards)
         self._starts = [0]
         self._counting = Lock()
 
-    def __reduce__(self) -> tuple[Callable[..., "Order"], tuple[()]]:
-        """What was computed stays behind when an order travels to a spawned worker."""
-        again = partial(
-            Order,
-            self.sizes,
-            seed=self.seed,
-            window=self.window,
-            shard_buckets=self.buckets,
-            group=self.group,
-        )
-        return again, ()
-
     def record(self, place: int) -> tuple[int, int]:
         """Return (shard, index in the shard) of the record at a place."""
-        epoch, place_in_epoch = self.epoch(place)
-        found = self._epoch(epoch)
-        window = bisect_right(found.window_ends, place_in_epoch)
-        first = _end(found.window_ends, window - 1) // self.group
-        last = found.window_ends[window] // self.group
-        group, row = divmod(place_in_epoch, self.group)
-        key = self._key(epoch, window + 1)
+        number, place_in_epoch = self.epoch(place)
+        epoch = self._epoch(number)
+        window = bisect_right(epoch.window_ends, place_in_epoch)
+        first = _end(epoch.window_ends, window - 1) // self.group
+        last = epoch.window_ends[window] // self.group
+        group, place_in_group = divmod(place_in_epoch, self.group)
+        key = self._key(number, window + 1)
         record = first + permuted(group - first, last - first, key)
         if self.several_buckets:
-            record = self._of_group(record, row, epoch, window)
-        position = bisect_right(found.ends, record)
-        return found.shards[position], record - _end(found.ends, position - 1)
+            record = self._record_of_group(record, place_in_group, number, window)
+        position = bisect_right(epoch.ends, record)
+        return epoch.shards[position], record - _end(epoch.ends, position - 1)
 
-    def _of_group(self, group: int, row: int, epoch: int, window: int) -> int:
-        """Return which record is at a row of a group; groups and records run on in shard order."""
-        found = self._epoch(epoch)
-        run = bisect_right(found.run_ends, group)
-        start, end = (_end(found.ends, found.runs[at] - 1) for at in (run, run + 1))
-        row += (group - _end(found.run_ends, run - 1)) * self.group
-        bucket = self.buckets[found.shards[found.runs[run]]]
-        key = self._key(epoch, f"{window + 1}/{bucket}")
-        return start + permuted(row % (end - start), end - start, key)
+    def _record_of_group(self, group: int, place_in_group: int, number: int, window: int) -> int:
+        """Return the record at a place of a group.
+
+        Args:
+            group: counted over the epoch, in shard order.
+            place_in_group: at least 0, below `self.group`.
+            number: of the epoch.
+            window: of the group, counted from 0.
+
+        Returns:
+            The record, counted over the epoch, in shard order.
+        """
+        epoch = self._epoch(number)
+        run = bisect_right(epoch.run_ends, group)
+        start, end = (_end(epoch.ends, epoch.runs[at] - 1) for at in (run, run + 1))
+        place_in_run = (group - _end(epoch.run_ends, run - 1)) * self.group + place_in_group
+        bucket = self.buckets[epoch.shards[epoch.runs[run]]]
+        key = self._key(number, f"{window + 1}/{bucket}")
+        return start + permuted(place_in_run % (end - start), end - start, key)
 
     def windows(self, place: int) -> Iterator[tuple[int, list[int]]]:
         """Yield (place at which it ends, shards) of each window from the one at `place` on."""
         while True:
-            epoch, place_in_epoch = self.epoch(place)
-            found = self._epoch(epoch)
-            window = bisect_right(found.window_ends, place_in_epoch)
-            place = self.start(epoch) + found.window_ends[window]
-            yield place, list(found.shards[window * self.window : (window + 1) * self.window])
+            number, place_in_epoch = self.epoch(place)
+            epoch = self._epoch(number)
+            window = bisect_right(epoch.window_ends, place_in_epoch)
+            place = self.start(number) + epoch.window_ends[window]
+            yield place, list(epoch.shards[window * self.window : (window + 1) * self.window])
 
     def epoch(self, place: int) -> tuple[int, int]:
-        """Return in which epoch a place is, and which of its places it is."""
+        """Return the epoch of a place, and the place in that epoch."""
         assert self.num_records, "no place without records"
-        if self._equal:
+        if self._equal_epochs:
             return divmod(place, self.start(1))
         while self._starts[-1] <= place:
             self.start(len(self._starts))
@@ -141,10 +140,10 @@ class Order:
         return epoch, place - self._starts[epoch]
 
     def start(self, epoch: int) -> int:
-        """Return the first place of an epoch, which is how many places those before it have."""
+        """Return the first place of an epoch."""
         if not self.several_buckets:
             return epoch * self.num_records
-        if self._equal:
+        if self._equal_epochs:
             return epoch * self._num_places(0)
         with self._counting:
             while len(self._starts) <= epoch:
@@ -153,7 +152,7 @@ class Order:
         return self._starts[epoch]
 
     def epochs(self, place: int) -> float:
-        """Return how many epochs are done when a place is reached."""
+        """Return how many epochs are done when the run has come to a place."""
         epoch, place_in_epoch = self.epoch(place)
         return epoch + place_in_epoch / (self.start(epoch + 1) - self.start(epoch))
 
@@ -161,7 +160,7 @@ class Order:
         ends = self._epoch(epoch).window_ends
         return _end(ends, len(ends) - 1)
 
-    def _laid_out(self, epoch: int) -> _Epoch:
+    def _arrange(self, epoch: int) -> _Epoch:
         key = self._key(epoch, 0)
         order = sorted(self.shards, key=lambda shard: xxh3_64_intdigest(b"%d" % shard, seed=key))
         windows = [
@@ -186,15 +185,16 @@ class Order:
 
 
 def permuted(place: int, size: int, key: int) -> int:
-    """Return where a place goes in a pseudo-random permutation of range(size), in constant time.
+    """Return the image of a place in a pseudo-random permutation of range(size).
 
-    A Feistel network over a x b >= size, walked until it lands within: Black and Rogaway, Ciphers
-    with Arbitrary Finite Domains (2002), with XXH3-64 for its round functions.
+    A Feistel network on a x b >= size numbers, repeated until the result is below size. Takes
+    constant time. Source: Black and Rogaway, Ciphers with Arbitrary Finite Domains (2002), with
+    XXH3-64 as round function.
 
     Args:
         place: at least 0, below size.
-        size: how many are permuted.
-        key: 64 bits, of which the permutation is a function.
+        size: number of places.
+        key: 64 bits that determine the permutation.
     """
     a = math.isqrt(size - 1) + 1
     b = -(-size // a)

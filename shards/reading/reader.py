@@ -1,4 +1,7 @@
-"""Reading a product: any record of any shard with one `preadv`, in any order, from any thread."""
+"""Reading a product: any record of any shard with one `preadv`, in any order, from any thread.
+
+Tensors come as bytes; `shards.reading.tensors` makes torch tensors of them.
+"""
 
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
@@ -6,28 +9,25 @@ from functools import lru_cache
 from typing import Any
 
 import numpy as np
-import torch
 import xxhash
 from numpy.typing import NDArray
-from torch import Tensor
 
 from common.errors import ShardError
 from shards.format import sidecar
-from shards.format.manifest import Product
-from shards.format.records import (
-    LARGEST_ABOUT_BYTES,
+from shards.format.keys import slot_of
+from shards.format.members import LARGEST_METADATA_BYTES, metadata_from_bytes
+from shards.format.product import Product
+from shards.format.tensor_spec import (
     LARGEST_HEADER_BYTES,
     LENGTH_BYTES,
     TensorSpec,
-    about_from_bytes,
-    place_of,
     record_bytes,
     tensor_order,
 )
 from shards.reading.index import ShardIndex
 from shards.reading.location import Files
 
-# A reader's share of memory, whatever the size of the cache: about 10 MB of indexes, more where
+# Bounds a reader's memory, whatever the size of the cache: about 10 MB of indexes, more where
 # images have many captions.
 INDEXED_RECORDS = 65536
 
@@ -41,7 +41,7 @@ class ProductReader:
         files: where the cache is.
         folder: the product's, relative to the cache.
         product: the manifest's entry.
-        expected: what each record holds, by bucket.
+        specs: tensors of a record by name, for each bucket.
     """
 
     def __init__(
@@ -49,43 +49,39 @@ class ProductReader:
         files: Files,
         folder: str,
         product: Product,
-        expected: Sequence[Mapping[str, TensorSpec]],
+        specs: Sequence[Mapping[str, TensorSpec]],
     ) -> None:
         self.files = files
         self.folder = folder
         self.product = product
-        self.expected = [dict(specs) for specs in expected]
-        self._data_bytes = [record_bytes(specs) for specs in expected]
+        self.specs = [dict(tensors) for tensors in specs]
+        self._data_bytes = [record_bytes(tensors) for tensors in specs]
         largest = max(product.shard_records, default=0)
         self.index = lru_cache(max(2, INDEXED_RECORDS // max(largest, 1)))(self._load_index)
-        # By bucket, the header of the record read last and the order of tensors it tells of.
-        # Records of a bucket have equal headers, so it need be parsed but once; see `read_into`.
+        # By bucket, the header of the last record and the order of its tensors. Records of a bucket
+        # have equal headers, so that a header is parsed only once; see `read_into`.
         self._headers: dict[int, tuple[bytes, tuple[str, ...]]] = {}
 
-    def __reduce__(self) -> tuple[type["ProductReader"], tuple[Any, ...]]:
-        """What was read stays behind when a reader travels to a spawned worker."""
-        return ProductReader, (self.files, self.folder, self.product, self.expected)
-
-    def places(self) -> Iterator[tuple[int, int]]:
-        """Give shard and index of every record, in order."""
+    def locations(self) -> Iterator[tuple[int, int]]:
+        """Yield (shard, index) of every record, in order."""
         for shard, count in enumerate(self.product.shard_records):
             for index in range(count):
                 yield shard, index
 
     def bucket(self, shard: int) -> int:
-        """Return which bucket the records of a shard are of; 0 for text."""
+        """Return the bucket of a shard's records; 0 for text."""
         return self.product.shard_buckets[shard] if self.product.shard_buckets else 0
 
     def read_into(
-        self, shard: int, index: int, batch: Mapping[str, NDArray[np.uint8]], row: int
+        self, shard: int, index: int, batch: Mapping[str, NDArray[np.uint8]], position: int
     ) -> None:
-        """Read the tensors of a record straight to where they are wanted, and check them.
+        """Read the tensors of a record straight into the memory of a batch, and check them.
 
         Args:
             shard: number of the shard.
             index: of the record in it.
-            batch: name -> the memory of that tensor in each sample of a batch; see `byte_rows`.
-            row: which of them.
+            batch: memory by name of the tensor, [B, bytes of one]; see `tensors.byte_view`.
+            position: of the record in the batch.
 
         Raises:
             ShardError: the shard is missing, or the record is damaged or not as the manifest says.
@@ -97,45 +93,43 @@ class ProductReader:
             header, order = self._read_header(shard, index)
         scratch = bytearray(len(header))
         for _ in range(2):
-            buffers: list[Any] = [scratch, *(batch[name][row] for name in order)]
+            buffers: list[Any] = [scratch, *(batch[name][position] for name in order)]
             self._read(shard, start, size, buffers)
             if scratch == header:
                 break
-            header, order = self._read_header(shard, index)  # as long as, but another
+            header, order = self._read_header(shard, index)  # another header of the same length
         checksum = xxhash.xxh3_64()
         for buffer in buffers:
             checksum.update(buffer)
         if checksum.intdigest() != expected:
             raise self._damaged(shard, index, "its bytes are not as written")
 
-    def tensors(self, shard: int, index: int) -> dict[str, Tensor]:
-        """Return the tensors of record `index` of a shard.
+    def tensor_bytes(self, shard: int, index: int) -> dict[str, NDArray[np.uint8]]:
+        """Return the bytes of each tensor of record `index` of a shard, by name.
 
         Raises:
             ShardError: as `read_into`.
         """
-        found = {
-            name: torch.empty(spec.shape, dtype=spec.dtype)
-            for name, spec in self.expected[self.bucket(shard)].items()
-        }
-        self.read_into(shard, index, {name: byte_rows(one[None]) for name, one in found.items()}, 0)
-        return found
+        specs = self.specs[self.bucket(shard)]
+        batch = {name: np.empty((1, spec.num_bytes), np.uint8) for name, spec in specs.items()}
+        self.read_into(shard, index, batch, 0)
+        return {name: data[0] for name, data in batch.items()}
 
-    def about(self, shard: int, index: int) -> dict[str, Any]:
-        """Return what record `index` of a shard says of itself.
+    def metadata(self, shard: int, index: int) -> dict[str, Any]:
+        """Return the metadata of record `index` of a shard, e.g. its prompt.
 
         Raises:
             ShardError: as `read_into`.
         """
-        start, size, expected = self.index(shard).about(index)
-        if size > LARGEST_ABOUT_BYTES:
+        start, size, expected = self.index(shard).metadata(index)
+        if size > LARGEST_METADATA_BYTES:
             raise self._damaged(shard, index, f"JSON of {size} bytes")
         data = bytearray(size)
         self._read(shard, start, size, [data])
         if xxhash.xxh3_64_intdigest(data) != expected:
             raise self._damaged(shard, index, "its JSON is not as written")
         try:
-            return about_from_bytes(bytes(data))
+            return metadata_from_bytes(bytes(data))
         except ValueError as error:
             raise self._damaged(shard, index, str(error)) from error
 
@@ -143,9 +137,9 @@ class ProductReader:
         """Return (shard, index) of the record with a key.
 
         Raises:
-            ShardError: there is none, so whatever refers to it is older than this shard.
+            ShardError: there is no such record, so the reference to it is older than the shard.
         """
-        shard, _ = place_of(key)
+        shard, _ = slot_of(key)
         if shard < self.product.num_shards:
             index = self.index(shard).find(key)
             if index is not None:
@@ -155,6 +149,10 @@ class ProductReader:
             "run precompute again to bring the cache up to date"
         )
 
+    def describe(self, shard: int, index: int) -> str:
+        """Return what to call a record in a message."""
+        return f"{self.files.name(self.folder, shard)}: record {self.index(shard).key(index)}"
+
     def _load_index(self, shard: int) -> ShardIndex:
         name = self.files.name(self.folder, shard).removesuffix("tar") + "json"
         data = self.files.sidecar(self.folder, shard)
@@ -163,14 +161,14 @@ class ProductReader:
                 f"{name}: not the sidecar that manifest.json was written for; copy the shard "
                 "again, or run precompute again"
             )
-        found = sidecar.from_json(data, shard, name)
+        loaded = sidecar.from_json(data, shard, name)
         expected = self.product.shard_records[shard]
-        if found.num_records != expected:
-            raise ShardError(f"{name}: {found.num_records} records, {expected} in the manifest")
-        return ShardIndex(found)
+        if loaded.num_records != expected:
+            raise ShardError(f"{name}: {loaded.num_records} records, {expected} in the manifest")
+        return ShardIndex(loaded)
 
     def _read_header(self, shard: int, index: int) -> tuple[bytes, tuple[str, ...]]:
-        """Read and check a record's header; it becomes what the next are expected to have."""
+        """Read and check a record's header; later records of its bucket are compared with it."""
         start, size, _ = self.index(shard).tensors(index)
         bucket = self.bucket(shard)
         length = bytearray(LENGTH_BYTES)
@@ -183,7 +181,7 @@ class ProductReader:
         header = bytearray(header_bytes)
         self._read(shard, start, header_bytes, [header])
         try:
-            order = tensor_order(bytes(header), self.expected[bucket])
+            order = tensor_order(bytes(header), self.specs[bucket])
         except ValueError as error:
             raise self._damaged(shard, index, str(error)) from error
         expected = header_bytes + self._data_bytes[bucket]
@@ -194,22 +192,16 @@ class ProductReader:
 
     def _read(self, shard: int, start: int, size: int, buffers: list[Any]) -> None:
         try:
-            found = self.files.tar(self.folder, shard).read_into(buffers, start, size)
+            count = self.files.tar(self.folder, shard).read_into(buffers, start, size)
         except OSError as error:
             where = error.filename or self.files.name(self.folder, shard)
             raise ShardError(f"{where}: cannot be read ({error.strerror})") from error
-        if found != size:
+        if count != size:
             raise ShardError(
                 f"{self.files.name(self.folder, shard)}: cut short, {size} bytes expected at "
-                f"{start}, found {found}"
+                f"{start}, found {count}"
             )
 
-    def _damaged(self, shard: int, index: int, what: str) -> ShardError:
-        where = f"{self.files.name(self.folder, shard)}: record {self.index(shard).key(index)}"
-        return ShardError(f"{where}: {what}; {self.files.remedy(self.folder, shard)}")
-
-
-def byte_rows(batch: Tensor) -> NDArray[np.uint8]:
-    """Return the memory of a contiguous CPU tensor [B, ...] as bytes, [B, bytes of one]."""
-    rows: NDArray[np.uint8] = batch.reshape(len(batch), -1).view(torch.uint8).numpy()
-    return rows
+    def _damaged(self, shard: int, index: int, reason: str) -> ShardError:
+        remedy = self.files.remedy(self.folder, shard)
+        return ShardError(f"{self.describe(shard, index)}: {reason}; {remedy}")

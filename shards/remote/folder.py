@@ -1,8 +1,7 @@
-"""A cache behind a URL: single files fetched whole, checked on arrival, and put in their place."""
+"""A cache behind a URL: files are fetched whole, checked, and only then given their names."""
 
 import contextlib
 import os
-import random
 import re
 import tempfile
 import threading
@@ -11,25 +10,21 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from fsspec import AbstractFileSystem
+import fsspec
 from fsspec.callbacks import Callback
 
-from common.atomic_files import DISK_FULL, cannot_write, move_into_place
-from common.errors import ConfigError, ShardError
+from common.atomic_files import cannot_write, move_into_place
+from common.errors import ConfigError
 from shards.format.json_files import LARGEST_FILE_BYTES
 from shards.reading.location import file_sha256
+from shards.remote import retry
+from shards.remote.retry import CutShortError, OtherBytesError, TooLongError, TransferError
 
-# Each is a plain store of files. Of fsspec's others some run commands or unpack archives, and may
-# be chained; a cache's address shall not be a program.
+# Plain stores of files. Some of fsspec's other schemes run commands or unpack archives, and can be
+# chained; the address of a cache must not be a program.
 SCHEMES = ("s3", "gs", "hf", "http", "https")
 PACKAGES = {"s3": "s3fs", "gs": "gcsfs", "http": "aiohttp", "https": "aiohttp"}
 SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):")
-
-ATTEMPTS = 6
-FIRST_WAIT_S = 1.0  # then twice as long each time: half a minute in all
-STALL_S = 60.0  # a server that sends nothing for so long has gone
-# What trying again does not change: no such file, no access, gone for good.
-FINAL_STATUSES = (400, 401, 403, 404, 405, 410, 451)
 
 
 def is_url(location: str) -> bool:
@@ -53,7 +48,7 @@ class RemoteFolder:
         if scheme not in SCHEMES or "::" in url or not rest:
             raise ConfigError(
                 f"{url}: not an address of a cache; give a folder, or one of "
-                f"{', '.join(f'{one}://' for one in SCHEMES)}."
+                f"{', '.join(f'{each}://' for each in SCHEMES)}."
             )
         if re.search(r"[?#]", rest):
             raise ConfigError(f"{url}: an address with ? or # is not that of a folder.")
@@ -64,13 +59,12 @@ class RemoteFolder:
         return self.url
 
     @cached_property
-    def fs(self) -> AbstractFileSystem:
+    def fs(self) -> fsspec.AbstractFileSystem:
         """fsspec's file system for the URL.
 
         Raises:
             ConfigError: the package that it needs is not installed.
         """
-        import fsspec
 
         try:
             return fsspec.filesystem(self.scheme, skip_instance_cache=True, **self._options())
@@ -83,45 +77,42 @@ class RemoteFolder:
             import aiohttp
 
             # The library's own limit is five minutes a file, whatever its size.
-            timeout = aiohttp.ClientTimeout(total=None, sock_connect=STALL_S, sock_read=STALL_S)
+            timeout = aiohttp.ClientTimeout(
+                total=None, sock_connect=retry.STALL_S, sock_read=retry.STALL_S
+            )
             return {"client_kwargs": {"timeout": timeout, "trust_env": True}}
         if self.scheme == "s3":
-            return {"config_kwargs": {"connect_timeout": STALL_S, "read_timeout": STALL_S}}
+            timeouts = {"connect_timeout": retry.STALL_S, "read_timeout": retry.STALL_S}
+            return {"config_kwargs": timeouts}
         return {}
 
     def fetch(self, name: str, target: Path, *, size: int | None, sha256: str | None) -> None:
-        """Fetch a file, again if need be; it is at `target` when it has come and been checked.
+        """Fetch a file, if necessary several times; give it its name when it has been checked.
 
-        On its way it is called `<target>.<process>.part`. That is what a killed process leaves
-        behind; nobody reads it.
+        Until then it is called `<target>.<process>.part`. A killed process leaves that behind;
+        nobody reads it.
 
         Args:
             name: relative to the folder.
-            target: where it is wanted; its folder is made if missing.
-            size: how many bytes it has; None for a small JSON file of unknown size.
+            target: path on this machine; its folder is made if missing.
+            size: number of bytes; None for a small JSON file of unknown size.
             sha256: of its bytes, if that is known.
 
         Raises:
-            ShardError: it cannot be had, or other bytes come; with the URL and the reason.
+            ShardError: it cannot be fetched, or other bytes come; with the URL and the reason.
             OSError: it cannot be written here.
         """
-        # Hugging Face's own fast path is taken without a callback only, and knows the size itself.
         limit = LARGEST_FILE_BYTES if size is None else size
         part = target.with_name(f"{target.name}.{os.getpid()}.part")
         given_up = self._given_up
 
         def get() -> None:
-            options: dict[str, Any] = {}
-            if self.scheme != "hf":
-                options["callback"] = _Limit(limit, given_up)
-            elif (self._info_size(name) or 0) > limit:
-                raise _TooLongError(f"has more than the {limit} bytes expected")
-            self.fs.get_file(self._url(name), str(part), **options)
+            self._get(name, part, limit, given_up)
             _check(part, size, sha256)
 
         try:
             target.parent.mkdir(parents=True, exist_ok=True)
-            self._persist(name, get)
+            self._retry(name, get)
             move_into_place(part, target)
         except OSError as error:
             part.unlink(missing_ok=True)
@@ -130,8 +121,17 @@ class RemoteFolder:
             part.unlink(missing_ok=True)
             raise
 
+    def _get(self, name: str, part: Path, limit: int, given_up: threading.Event) -> None:
+        options: dict[str, Any] = {}
+        if self.scheme != "hf":
+            options["callback"] = _Limit(limit, given_up)
+        # Hugging Face takes its fast path only without a callback; it tells the size beforehand.
+        elif (self._size(name) or 0) > limit:
+            raise TooLongError(f"has more than the {limit} bytes expected")
+        self.fs.get_file(self._url(name), str(part), **options)
+
     def put(self, path: Path, name: str) -> None:
-        """Send a file, again if need be.
+        """Send a file, if necessary several times.
 
         Raises:
             ShardError: it cannot be sent; with the URL and the reason.
@@ -139,21 +139,21 @@ class RemoteFolder:
 
         def send() -> None:
             self.fs.put_file(str(path), self._url(name))
-            sent, there = path.stat().st_size, self._info_size(name)
+            sent, there = path.stat().st_size, self._size(name)
             if sent != there:
-                raise _CutShortError(f"{sent} bytes were sent, and {there} are there")
+                raise CutShortError(f"{sent} bytes were sent, and {there} are there")
 
-        self._persist(name, send)
+        self._retry(name, send)
 
     def size(self, name: str) -> int | None:
-        """Return how many bytes a file has, or None if there is none.
+        """Return the number of bytes of a file, or None if there is none.
 
         Raises:
-            ShardError: that cannot be found out.
+            ShardError: the server does not tell.
         """
-        found: list[int | None] = []
-        self._persist(name, lambda: found.append(self._info_size(name)))
-        return found[0]
+        sizes: list[int | None] = []
+        self._retry(name, lambda: sizes.append(self._size(name)))
+        return sizes[0]
 
     def remove(self, name: str) -> None:
         """Remove a file, if there is one.
@@ -166,13 +166,13 @@ class RemoteFolder:
             with contextlib.suppress(FileNotFoundError):
                 self.fs.rm_file(self._url(name))
 
-        self._persist(name, remove)
+        self._retry(name, remove)
 
     def read(self, name: str) -> bytes:
         """Return the bytes of a small file.
 
         Raises:
-            ShardError: see `fetch`.
+            ShardError: it cannot be fetched; with the URL and the reason.
         """
         with tempfile.TemporaryDirectory() as folder:
             target = Path(folder) / "file"
@@ -180,9 +180,9 @@ class RemoteFolder:
             return target.read_bytes()
 
     def give_up(self) -> None:
-        """Have other threads end what they are transferring, as soon as may be.
+        """End the transfers of other threads as soon as possible; they raise a ShardError.
 
-        Raised in them is a ShardError. What begins after this is not meant.
+        Transfers that begin later are not affected.
         """
         self._given_up.set()
         self._given_up = threading.Event()
@@ -190,7 +190,7 @@ class RemoteFolder:
     def _url(self, name: str) -> str:
         return f"{self.url}/{name}"
 
-    def _info_size(self, name: str) -> int | None:
+    def _size(self, name: str) -> int | None:
         self.fs.invalidate_cache()
         try:
             size: int | None = self.fs.info(self._url(name))["size"]
@@ -198,32 +198,12 @@ class RemoteFolder:
             return None
         return size
 
-    def _persist(self, name: str, act: Callable[[], None]) -> None:
-        """Do something with a file until it succeeds, or there is no hope.
-
-        Raises:
-            ShardError: with the URL and the reason.
-            OSError: it cannot be read or written here.
-        """
-        given_up = self._given_up
-        for attempt in range(1, ATTEMPTS + 1):
-            try:
-                return act()
-            except Exception as error:  # of many libraries, which share no base class
-                if isinstance(error, ConfigError) or _is_local(error):
-                    raise
-                # The same wrong bytes twice: that is what is there.
-                again = isinstance(error, _OtherBytesError) and attempt > 1
-                if again or _is_final(error) or attempt == ATTEMPTS or given_up.is_set():
-                    tries = "" if attempt == 1 else f" (tried {attempt} times)"
-                    raise ShardError(f"{self._url(name)}: {_reason(error)}{tries}") from error
-            if given_up.wait(FIRST_WAIT_S * 2 ** (attempt - 1) * random.uniform(0.5, 1.0)):
-                raise ShardError(f"{self._url(name)}: given up")
-        raise AssertionError("the last attempt returns or raises")
+    def _retry(self, name: str, act: Callable[[], None]) -> None:
+        retry.with_retries(self._url(name), act, self._given_up)
 
 
 class _Limit(Callback):  # type: ignore[misc]  # fsspec has no annotations
-    """Ends a transfer of more bytes than there can be, or that nobody waits for."""
+    """Ends a transfer of too many bytes, or one that was given up."""
 
     def __init__(self, limit: int, given_up: threading.Event) -> None:
         super().__init__()
@@ -233,64 +213,18 @@ class _Limit(Callback):  # type: ignore[misc]  # fsspec has no annotations
     def relative_update(self, inc: int = 1) -> None:
         super().relative_update(inc)
         if self.given_up.is_set():
-            raise _TransferError("given up")
+            raise TransferError("given up")
         if self.value > self.limit:
-            raise _TooLongError(f"sends more than the {self.limit} bytes expected")
-
-
-class _TransferError(Exception):
-    """What is wrong with a transfer that the library thinks a success."""
-
-
-class _TooLongError(_TransferError):
-    pass
-
-
-class _CutShortError(_TransferError):
-    pass
-
-
-class _OtherBytesError(_TransferError):
-    pass
+            raise TooLongError(f"sends more than the {self.limit} bytes expected")
 
 
 def _check(path: Path, size: int | None, sha256: str | None) -> None:
-    """Hold a fetched file against what it should be."""
+    """Compare a fetched file with what it should be."""
     found = path.stat().st_size
     if size is not None and found != size:
-        raise _CutShortError(f"cut short, {size} bytes expected, {found} came")
+        raise CutShortError(f"cut short, {size} bytes expected, {found} came")
     came = file_sha256(path)
     if sha256 is not None and came != sha256:
-        raise _OtherBytesError(
+        raise OtherBytesError(
             f"not the bytes that the manifest lists: sha256 {sha256} expected, {came} came"
         )
-
-
-def _is_local(error: Exception) -> bool:
-    """Tell whether an error is of this machine's disk: full, or of one of its paths."""
-    if not isinstance(error, OSError):
-        return False
-    return error.errno in DISK_FULL or Path(str(error.filename)).is_absolute()
-
-
-def _is_final(error: Exception) -> bool:
-    """Tell whether trying again is in vain."""
-    status = getattr(error, "status", None)
-    refused = (FileNotFoundError, PermissionError, ValueError, TypeError, _TooLongError)
-    credentials = type(error).__name__ in ("NoCredentialsError", "GatedRepoError")
-    return isinstance(error, refused) or credentials or status in FINAL_STATUSES
-
-
-def _reason(error: Exception) -> str:
-    """Return what a library says of its failure, in one line."""
-    if isinstance(error, FileNotFoundError):
-        return "no such file there"
-    if isinstance(error, _TransferError):
-        return str(error)
-    status = getattr(error, "status", None)
-    if status is not None:
-        return f"the server answers {status} {getattr(error, 'message', '')}".rstrip()
-    if isinstance(error, TimeoutError):
-        return f"the server sent nothing for {STALL_S:g} s"
-    lines = str(error).splitlines()
-    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__

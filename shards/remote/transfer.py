@@ -20,14 +20,14 @@ from shards.format.sidecar import sidecar_path, tar_path
 from shards.reading.location import LocalFiles, file_sha256
 from shards.remote.folder import RemoteFolder
 
-AT_A_TIME = 4
+SHARDS_AT_A_TIME = 4
 ABANDONED_AFTER_S = 3600
 READ_ONLY = ("http", "https")
 
 
 @dataclass(frozen=True)
 class ShardFiles:
-    """A shard's two files as a manifest lists them, relative to the cache."""
+    """A shard's two files as a manifest lists them; paths are relative to the cache."""
 
     tar: str
     tar_bytes: int
@@ -37,52 +37,48 @@ class ShardFiles:
 
 
 @dataclass(frozen=True)
-class Copied:
-    """What a transfer came to: shards that were copied and that were there already, and bytes."""
+class TransferResult:
+    """What a transfer did.
+
+    Attributes:
+        copied: number of shards that were copied.
+        unchanged: number of shards that were there already.
+        num_bytes: size of the copied tars.
+    """
 
     copied: int
-    kept: int
+    unchanged: int
     num_bytes: int
 
 
-def pull(remote: RemoteFolder, cache: Path, *, overwrite: bool = False) -> Copied:
-    """Bring a folder of this machine to what a remote cache is.
+def pull(remote: RemoteFolder, cache: Path, *, overwrite: bool = False) -> TransferResult:
+    """Make a folder of this machine equal to a remote cache.
 
     Every file that is here is read and checked, so that a damaged one is replaced. An interrupted
-    transfer goes on where it was. Shards that the remote cache does not list stay.
+    transfer continues where it was. Shards that the remote cache does not list stay.
 
     Args:
         remote: a complete cache.
         cache: made if missing.
-        overwrite: whether a complete cache that is another may be changed.
+        overwrite: whether another complete cache in the folder may be changed.
 
     Raises:
-        ShardError: the remote cache is incomplete, or a file cannot be had as it should be.
+        ShardError: the remote cache is incomplete, or a file cannot be fetched as it should be.
         ConfigError: the folder holds something else.
-        OSError: it cannot be written.
+        OSError: the folder cannot be written.
     """
     present = [path.name for path in cache.iterdir()] if cache.is_dir() else []
     if present and MANIFEST not in present and not {"text", "latents"} & set(present):
         raise ConfigError(f"{cache}: holds {min(present)} and is no cache; give another folder.")
     cache.mkdir(parents=True, exist_ok=True)
     data = remote.read(MANIFEST)
-    found = manifest.from_json(data, f"{remote}/{MANIFEST}")
+    remote_manifest = manifest.from_json(data, f"{remote}/{MANIFEST}")
     if (cache / MANIFEST).is_file() and json_files.read_file(cache / MANIFEST) != data:
         _require(overwrite, cache)
         (cache / MANIFEST).replace(cache / PREVIOUS)
-
-    def bring(files: ShardFiles) -> tuple[int, bool]:
-        tar, card = cache / files.tar, cache / files.sidecar
-        has_tar = _is(tar, files.tar_sha256, files.tar_bytes)
-        if has_tar and _is(card, files.sidecar_sha256):
-            return files.tar_bytes, False
-        card.unlink(missing_ok=True)  # until both are new it vouches for nothing
-        if not has_tar:
-            remote.fetch(files.tar, tar, size=files.tar_bytes, sha256=files.tar_sha256)
-        remote.fetch(files.sidecar, card, size=None, sha256=files.sidecar_sha256)
-        return files.tar_bytes, True
-
-    done = _for_each("pull", remote, found, bring)
+    result = _for_each_shard(
+        "pull", remote, remote_manifest, lambda files: _pull_shard(remote, cache, files)
+    )
     with contextlib.suppress(ShardError):  # not every copy of a cache has it
         remote.fetch(RUN, cache / RUN, size=None, sha256=None)
     with atomic_file(cache / MANIFEST) as file:
@@ -91,19 +87,32 @@ def pull(remote: RemoteFolder, cache: Path, *, overwrite: bool = False) -> Copie
     for part in cache.rglob("*.part"):  # of transfers that were killed
         if time.time() - part.stat().st_mtime > ABANDONED_AFTER_S:
             part.unlink()
-    return done
+    return result
 
 
-def push(cache: Path, remote: RemoteFolder, *, overwrite: bool = False) -> Copied:
-    """Bring a remote folder to what a cache of this machine is.
+def _pull_shard(remote: RemoteFolder, cache: Path, files: ShardFiles) -> bool:
+    """Fetch a shard unless it is here; return whether it was fetched."""
+    tar, sidecar = cache / files.tar, cache / files.sidecar
+    has_tar = _matches(tar, files.tar_sha256, files.tar_bytes)
+    if has_tar and _matches(sidecar, files.sidecar_sha256):
+        return False
+    sidecar.unlink(missing_ok=True)  # it must not vouch for a tar that is being replaced
+    if not has_tar:
+        remote.fetch(files.tar, tar, size=files.tar_bytes, sha256=files.tar_sha256)
+    remote.fetch(files.sidecar, sidecar, size=None, sha256=files.sidecar_sha256)
+    return True
 
-    Every file is read and checked before it is sent. What is there counts as the same where its
-    sidecar is and its size is. An interrupted transfer goes on where it was.
+
+def push(cache: Path, remote: RemoteFolder, *, overwrite: bool = False) -> TransferResult:
+    """Make a remote folder equal to a cache of this machine.
+
+    Every file is read and checked before it is sent. A remote shard counts as equal if its sidecar
+    and the size of its tar are. An interrupted transfer continues where it was.
 
     Args:
         cache: a complete cache.
-        remote: where it goes.
-        overwrite: whether a complete cache that is another may be changed.
+        remote: the folder to write.
+        overwrite: whether another complete cache in the remote folder may be changed.
 
     Raises:
         ShardError: the cache is incomplete or damaged, or a file cannot be sent.
@@ -114,33 +123,38 @@ def push(cache: Path, remote: RemoteFolder, *, overwrite: bool = False) -> Copie
             f"{remote}: {remote.scheme}:// can only be read; give s3://, gs:// or hf://."
         )
     files = LocalFiles(cache)
-    found = files.manifest()
-    files.check_present(found, [folder for folder, _ in found.products()])
+    own_manifest = files.manifest()
+    files.check_present(own_manifest, [folder for folder, _ in own_manifest.products()])
     data = json_files.read_file(cache / MANIFEST)
-    there = remote.read(MANIFEST) if remote.size(MANIFEST) is not None else None
-    if there is not None and there != data:
+    remote_data = remote.read(MANIFEST) if remote.size(MANIFEST) is not None else None
+    if remote_data is not None and remote_data != data:
         _require(overwrite, remote)
         remote.remove(MANIFEST)
-
-    def send(one: ShardFiles) -> tuple[int, bool]:
-        for name, sha256 in ((one.tar, one.tar_sha256), (one.sidecar, one.sidecar_sha256)):
-            if not _is(cache / name, sha256):
-                raise ShardError(f"{cache / name}: damaged or changed; run shards verify")
-        if remote.size(one.tar) == one.tar_bytes and _has(remote, one):
-            return one.tar_bytes, False
-        remote.remove(one.sidecar)
-        remote.put(cache / one.tar, one.tar)
-        remote.put(cache / one.sidecar, one.sidecar)
-        return one.tar_bytes, True
-
-    done = _for_each("push", remote, found, send)
-    for name in (RUN, MANIFEST):
-        if (cache / name).is_file() and (name != MANIFEST or there != data or done.copied):
-            remote.put(cache / name, name)
-    return done
+    result = _for_each_shard(
+        "push", remote, own_manifest, lambda files: _push_shard(cache, remote, files)
+    )
+    if (cache / RUN).is_file():
+        remote.put(cache / RUN, RUN)
+    if remote_data != data or result.copied:
+        remote.put(cache / MANIFEST, MANIFEST)
+    return result
 
 
-def _has(remote: RemoteFolder, files: ShardFiles) -> bool:
+def _push_shard(cache: Path, remote: RemoteFolder, files: ShardFiles) -> bool:
+    """Send a shard unless it is there; return whether it was sent."""
+    own = ((files.tar, files.tar_sha256), (files.sidecar, files.sidecar_sha256))
+    for name, sha256 in own:
+        if not _matches(cache / name, sha256):
+            raise ShardError(f"{cache / name}: damaged or changed; run shards verify")
+    if remote.size(files.tar) == files.tar_bytes and _was_sent(remote, files):
+        return False
+    remote.remove(files.sidecar)
+    for name, _ in own:
+        remote.put(cache / name, name)
+    return True
+
+
+def _was_sent(remote: RemoteFolder, files: ShardFiles) -> bool:
     """Tell whether a shard was sent before: its sidecar is sent after its tar."""
     if remote.size(files.sidecar) is None:
         return False
@@ -154,8 +168,7 @@ def _require(overwrite: bool, where: object) -> None:
         )
 
 
-def _shards(found: Manifest) -> list[ShardFiles]:
-    """Return all shards that a manifest lists."""
+def _all_shards(manifest: Manifest) -> list[ShardFiles]:
     return [
         ShardFiles(
             tar_path(Path(folder), shard).as_posix(),
@@ -164,43 +177,35 @@ def _shards(found: Manifest) -> list[ShardFiles]:
             sidecar_path(Path(folder), shard).as_posix(),
             product.sidecar_sha256[shard],
         )
-        for folder, product in found.products()
+        for folder, product in manifest.products()
         for shard in range(product.num_shards)
     ]
 
 
-def _for_each(
-    label: str,
-    remote: RemoteFolder,
-    found: Manifest,
-    work: Callable[[ShardFiles], tuple[int, bool]],
-) -> Copied:
-    """Treat all shards, some at a time; `work` returns a shard's bytes and whether it copied it."""
-    shards = _shards(found)
-    counts = {True: 0, False: 0}
-    num_bytes = 0
+def _for_each_shard(
+    label: str, remote: RemoteFolder, manifest: Manifest, copy: Callable[[ShardFiles], bool]
+) -> TransferResult:
+    """Call `copy`, which returns whether it copied, for all shards, some at a time."""
+    shards = _all_shards(manifest)
+    num_copied, num_bytes = 0, 0
+    total = sum(files.tar_bytes for files in shards)
     with (
-        ThreadPoolExecutor(AT_A_TIME) as pool,
-        tqdm(
-            total=sum(one.tar_bytes for one in shards),
-            desc=label,
-            unit="B",
-            unit_scale=True,
-            disable=None,
-        ) as bar,
+        ThreadPoolExecutor(SHARDS_AT_A_TIME) as pool,
+        tqdm(total=total, desc=label, unit="B", unit_scale=True, disable=None) as bar,
     ):
         try:
-            for size, copied in prefetch(pool, work, shards, lead=AT_A_TIME):
-                counts[copied] += 1
-                num_bytes += size if copied else 0
-                bar.update(size)
+            results = prefetch(pool, copy, shards, lead=SHARDS_AT_A_TIME)
+            for files, copied in zip(shards, results, strict=True):
+                num_copied += copied
+                num_bytes += files.tar_bytes if copied else 0
+                bar.update(files.tar_bytes)
         except BaseException:
-            remote.give_up()  # else the other threads try on for minutes
+            remote.give_up()  # otherwise the other threads try again for minutes
             raise
-    return Copied(counts[True], counts[False], num_bytes)
+    return TransferResult(num_copied, len(shards) - num_copied, num_bytes)
 
 
-def _is(path: Path, sha256: str, size: int | None = None) -> bool:
+def _matches(path: Path, sha256: str, size: int | None = None) -> bool:
     """Tell whether a file is there with these bytes."""
     if not path.is_file() or (size is not None and path.stat().st_size != size):
         return False

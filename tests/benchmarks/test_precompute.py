@@ -6,15 +6,15 @@ import pytest
 import torch
 
 from benchmarks import planning, precompute
-from benchmarks.encoders import save_true_size
+from benchmarks.random_weights import save_encoders
 from precompute.config import PrecomputeConfig
 from precompute.planning.prepare import prepare
 
 
 def test_planning_a_few_thousand_rows(tmp_path: Path) -> None:
     for edition in (0, 1):
-        source = planning.MadeUpRows(3000, edition)
-        planning.remember(tmp_path / f"hashes{edition}.npy", source)
+        source = planning.InventedRows(3000, edition)
+        planning.write_digests(tmp_path / f"hashes{edition}.npy", source)
     found = planning.measure(3000, tmp_path)
     assert found["prompts"] == 2401  # four of five rows, and the empty prompt
     # 128 MB hold 244 latents of 524,288 bytes and 134 prompts of 950,272, less what breaks batches.
@@ -24,7 +24,7 @@ def test_planning_a_few_thousand_rows(tmp_path: Path) -> None:
 
 
 def test_bytes_a_sample(tmp_path: Path) -> None:
-    found = precompute.bytes_a_sample(tmp_path, 2.0)["512"]
+    found = precompute.measure_bytes(tmp_path, 2.0)["512"]
     latent = 16 * 64 * 64 * 2
     text = 2 * (77 * 2048 + 77 * 4096 + 2048)
     for name, size in (("ours: latent", latent), ("ours: text, shared", text / 2)):
@@ -35,14 +35,14 @@ def test_bytes_a_sample(tmp_path: Path) -> None:
 
 
 def test_rows_that_share_a_prompt() -> None:
-    captions = {circle.prompt for circle in precompute.circles(500, seed=0)}
-    assert precompute.prompts_shared(500) == pytest.approx(500 / len(captions))
+    captions = {circle.prompt for circle in precompute.random_circles(500, seed=0)}
+    assert precompute.measure_sharing(500) == pytest.approx(500 / len(captions))
 
 
 def test_encoders_are_busy(precompute_config: PrecomputeConfig, tmp_path: Path) -> None:
     from dataclasses import replace
 
-    found = precompute.speed(replace(precompute_config, cache=tmp_path / "cache"))
+    found = precompute.measure_speed(replace(precompute_config, cache=tmp_path / "cache"))
     for one in found.values():
         assert 0 < one["busy"] <= 1
         assert one["seconds"] > 0
@@ -50,7 +50,7 @@ def test_encoders_are_busy(precompute_config: PrecomputeConfig, tmp_path: Path) 
 
 @pytest.mark.slow
 def test_the_true_size_is_that_of_sd3(tmp_path: Path, circles: Path) -> None:
-    save_true_size(tmp_path / "base", dtype=torch.bfloat16, layers=1)
+    save_encoders(tmp_path / "base", dtype=torch.bfloat16, layers=1)
     config = PrecomputeConfig(
         source=str(circles),
         pretrained_model_name_or_path=str(tmp_path / "base"),

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import reference_losses
-from benchmarks.reference import flags
-from benchmarks.reference_losses import beside
+from benchmarks.reference import losses
+from benchmarks.reference.losses import differences
+from benchmarks.reference.runs import flags
 from shards.reading.cache import Cache
 from shards.reading.order import Order
 from tests.conftest import run_python
@@ -22,7 +22,7 @@ SCRIPT = os.environ.get("REFERENCE_SCRIPT")
 @pytest.mark.skipif(SCRIPT is None, reason="REFERENCE_SCRIPT names no train_controlnet_sd3.py")
 def test_the_references_losses_are_ours(tmp_path: Path) -> None:
     done = run_python(
-        *("-m", "benchmarks.reference_losses", "--reference-script", SCRIPT),
+        *("-m", "benchmarks.reference.losses", "--reference-script", SCRIPT),
         *("--work-dir", tmp_path, "--json", tmp_path / "figures.json"),
     )
     assert done.returncode == 0, done.stdout + done.stderr
@@ -31,9 +31,9 @@ def test_the_references_losses_are_ours(tmp_path: Path) -> None:
 def test_what_is_handed_over_is_what_training_draws(
     cache: Path, circles: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(reference_losses, "NUM_ROWS", 10)
-    monkeypatch.setattr(reference_losses, "STEPS", 3)
-    found = reference_losses.handed_over(cache, circles)
+    monkeypatch.setattr(losses, "NUM_ROWS", 10)
+    monkeypatch.setattr(losses, "STEPS", 3)
+    found = losses.training_draws(cache, circles)
     opened = Cache(cache)
     order = Order(opened.conditioning.product.shard_records, seed=0)
     samples = Samples(opened, order, seed=0, proportion_empty_prompts=0.0)
@@ -62,7 +62,7 @@ def test_the_posteriors_draws_are_handed_over(held_out: Path, circles: Path) -> 
 
 
 def test_how_far_apart_losses_are() -> None:
-    reference = [2.0] * reference_losses.STEPS
-    ours = [2.0] * (reference_losses.STEPS - 1) + [1.5]
-    assert beside(reference, ours)["largest_relative_difference"] == pytest.approx(0.25)
+    reference = [2.0] * losses.STEPS
+    ours = [2.0] * (losses.STEPS - 1) + [1.5]
+    assert differences(reference, ours)["largest_relative_difference"] == pytest.approx(0.25)
     assert flags(a_b=1, c="x") == ["--a-b", "1", "--c", "x"]

@@ -9,10 +9,11 @@ import pytest
 import torch
 from PIL import Image
 
-from benchmarks import against_reference, train_step
-from benchmarks.bases import CLIP, T5, TRANSFORMERS, VAE
-from benchmarks.encoders import num_parameters
-from benchmarks.presets import cards, has_4_bit, preset
+from benchmarks import flops, memory_chart, timed_steps, train_step
+from benchmarks.bases import CLIP, T5, TRANSFORMERS, VAE, train_settings
+from benchmarks.presets import apply_preset, card_files, has_4_bit
+from benchmarks.random_weights import num_encoder_parameters, save_transformer
+from benchmarks.reference import speed
 from benchmarks.train_step import PLAIN, TINY, Row
 from common.config_file import read_section
 from tests.conftest import flags, run_python
@@ -29,8 +30,8 @@ def controlnet(transformer: dict[str, Any], num_layers: int = 12) -> dict[str, A
 
 def test_a_row_is_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(simulation, "_use_float32_norms", lambda network: None)
-    monkeypatch.setattr(train_step, "SECONDS", 0.1)
-    train_step.save_random(tmp_path / "base", TINY)
+    monkeypatch.setattr(timed_steps, "SECONDS", 0.1)
+    save_transformer(tmp_path / "base", TINY)
     settings = {"train_batch_size": 2, "gradient_accumulation_steps": 2}
     found = train_step.measure(Row("a row", 256, settings), tmp_path, TINY, 1e-3)
     assert found["samples"] == 4
@@ -40,21 +41,23 @@ def test_a_row_is_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     assert sum(found["estimated_bytes"].values()) == pytest.approx(
         found["measured_bytes"], rel=0.04
     )
-    assert "a row" in train_step.line(found)
+    assert "a row" in train_step.format_row(found)
     # A miniature of 4 blocks has no ear for 6.
     found = train_step.measure(
         Row("too many", 256, {"num_controlnet_layers": 6}), tmp_path, TINY, 1e-3
     )
     assert "1 to 2" in found["failed"]
-    assert found["failed"] in train_step.line(found)
+    assert found["failed"] in train_step.format_row(found)
 
 
 def test_operations_of_a_step() -> None:
     sizes = Sizes(TINY, controlnet(TINY, 2), None, (16, 16), (3, 48), (5, 96), False)
-    config = TrainConfig("x", "y", **PLAIN)
-    found = train_step.flops(config, sizes)
-    assert train_step.flops(replace(config, gradient_checkpointing=True), sizes) == found
-    assert train_step.flops(replace(config, gradient_accumulation_steps=3), sizes) == 3 * found
+    config = TrainConfig(pretrained_model_name_or_path="x", cache="y", **PLAIN)
+    found = flops.count_step_flops(config, sizes)
+    assert flops.count_step_flops(replace(config, gradient_checkpointing=True), sizes) == found
+    assert (
+        flops.count_step_flops(replace(config, gradient_accumulation_steps=3), sizes) == 3 * found
+    )
     # Blocks of width w: queries, keys, values, output and a feedforward of 8 w^2, both for the
     # picture's 64 tokens and the text's 8; attention over all of them.
     width, tokens = 64, 64 + 8
@@ -70,8 +73,8 @@ def test_operations_of_a_step() -> None:
 
 def test_operations_of_attention() -> None:
     query, key = torch.Size([1, 2, 3, 4]), torch.Size([1, 2, 5, 4])
-    assert train_step.attention_flops(query, key, key) == 2 * (2 * 3 * 5 * 4 + 2 * 3 * 5 * 4)
-    assert train_step.attention_backward_flops(query, query, key, key) == 960
+    assert flops.attention_flops(query, key, key) == 2 * (2 * 3 * 5 * 4 + 2 * 3 * 5 * 4)
+    assert flops.attention_backward_flops(query, query, key, key) == 960
 
 
 def test_the_memory_is_drawn(tmp_path: Path) -> None:
@@ -85,20 +88,20 @@ def test_the_memory_is_drawn(tmp_path: Path) -> None:
         },
         {"name": "card of 80 GB", "px": 64, "failed": "out of memory"},
     ]
-    train_step.draw(rows, tmp_path / "memory.png", "a base")
+    memory_chart.draw_memory(rows, tmp_path / "memory.png", "a base")
     with Image.open(tmp_path / "memory.png") as image:
         assert image.width > 500
 
 
 def test_the_encoders_weigh_what_the_published_ones_do() -> None:
     # CLIP-L 123.65 M, CLIP-G 694.66 M, T5-XXL 4,762.31 M, VAE 83.82 M.
-    assert num_parameters() == pytest.approx(5664.4e6, rel=0.001)
+    assert num_encoder_parameters() == pytest.approx(5664.4e6, rel=0.001)
 
 
 @pytest.mark.parametrize("base", sorted(TRANSFORMERS))
 def test_every_card_goes_with_every_base(base: str) -> None:
-    run = read_section(Path(f"configs/{base}.toml"), "train", TrainConfig)
-    for path in cards():
+    run = train_settings(base)
+    for path in card_files():
         card = read_section(path, "train", TrainConfig)
         config = TrainConfig(**run | card | {"cache": "cache"})
         samples = config.train_batch_size * config.gradient_accumulation_steps
@@ -107,15 +110,15 @@ def test_every_card_goes_with_every_base(base: str) -> None:
         assert f"CARD={path.stem}" in text
         assert f"# For a card of {path.stem.removesuffix('gb')} GB" in text
         assert "# Gives up:" in text
-    assert [path.stem for path in cards() if has_4_bit(path.stem)] == ["6gb"]
+    assert [path.stem for path in card_files() if has_4_bit(path.stem)] == ["6gb"]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("card", [path.stem for path in cards()])
+@pytest.mark.parametrize("card", [path.stem for path in card_files()])
 def test_every_preset_fits_its_card(card: str) -> None:
     size = int(card.removesuffix("gb")) * 2**30 - CUDA_BYTES
     for base, side in (("sd3-medium", 128), ("sd35-medium", 64 if card == "6gb" else 128)):
-        run = read_section(Path(f"configs/{base}.toml"), "train", TrainConfig)
+        run = train_settings(base)
         changes = read_section(Path(f"configs/cards/{card}.toml"), "train", TrainConfig)
         config = TrainConfig(**run | changes | {"cache": "cache"})
         transformer = TRANSFORMERS[base]
@@ -125,9 +128,11 @@ def test_every_preset_fits_its_card(card: str) -> None:
 
 
 def test_presets_change_no_samples(tmp_path: Path) -> None:
-    base = TrainConfig("x", "y", train_batch_size=8, output_dir=tmp_path)
-    for path in cards():
-        config = preset(base, path)
+    base = TrainConfig(
+        pretrained_model_name_or_path="x", cache="y", train_batch_size=8, output_dir=tmp_path
+    )
+    for path in card_files():
+        config = apply_preset(base, path)
         assert config.train_batch_size * config.gradient_accumulation_steps == 8
 
 
@@ -136,7 +141,7 @@ def test_ratios_are_drawn(tmp_path: Path) -> None:
         "reference": {"steps a second": 2.0, "most device memory, GB": None},
         "ours": {"steps a second": 3.0, "most device memory, GB": None},
     }
-    against_reference.draw(figures, tmp_path / "chart.png")
+    speed.draw_ratios(figures, tmp_path / "chart.png")
     with Image.open(tmp_path / "chart.png") as image:
         assert image.width > 500
 
@@ -148,7 +153,7 @@ def test_figures_of_two_runs() -> None:
     ]
     for one in runs:
         one["device_bytes"] = None
-    found = against_reference.figures(runs, before=30.0, cached=4_000_000)
+    found = speed.summarize_runs(runs, before=30.0, cached=4_000_000)
     assert found == {
         "seconds to the first step, first start": 40.0,
         "seconds to the first step, second start": 5.0,
@@ -163,7 +168,7 @@ def test_figures_of_two_runs() -> None:
 def test_a_run_is_watched(train_config: TrainConfig, tmp_path: Path) -> None:
     config = replace(train_config, logging_steps=1, report_to="tensorboard", validation_steps=0)
     noted = tmp_path / "figures.json"
-    done = run_python("-m", "benchmarks.watched", noted, "train", *flags(config))
+    done = run_python("-m", "benchmarks.reference.watch", noted, "train", *flags(config))
     assert done.returncode == 0, done.stderr
     found = json.loads(noted.read_text())
     assert len(found["times"]) == config.max_train_steps

@@ -17,16 +17,25 @@ from common.options import as_dict, option, stage_command
 class Settings:
     """Do something."""
 
-    source: Path = option(help="where from")
-    train_batch_size: int = option(4, help="samples")
+    source: Path = option(help="where from", heading="Data", aliases=("origin",))
+    train_batch_size: int = option(4, help="samples", heading="Training")
     learning_rate: float = option(1e-4, help="rate")
     name: str | None = option(None, help="name")
-    kind: Literal["one", "two"] = option("one", help="kind")
+    kind: Literal["one", "two"] = option("one", help="kind", aliases=("sort_of",))
     maybe: Literal["yes", "no"] | None = option(None, help="maybe")
     fast: bool = option(False, help="fast")
     prompt: tuple[str, ...] = option((), help="prompts")
 
 
+@dataclass(frozen=True)
+class Special(Settings):
+    """Do something special."""
+
+    more: int = option(1, help="more", heading="Special")
+    own_rate: float = option(1.0, help="rate", heading="Training")
+
+
+ELSEWHERE = {"--resolution": "see there.", "--crop": "leave it out."}
 Call = Callable[..., Result]
 seen: list[Settings] = []
 
@@ -34,9 +43,7 @@ seen: list[Settings] = []
 @pytest.fixture
 def call() -> Call:
     seen.clear()
-    main = stage_command(
-        "test", Settings, seen.append, section="train", moved={"--resolution": "see elsewhere."}
-    )
+    main = stage_command("test", Settings, seen.append, section="train", elsewhere=ELSEWHERE)
 
     def invoke(*arguments: object) -> Result:
         return CliRunner().invoke(main, [str(argument) for argument in arguments])
@@ -97,6 +104,36 @@ def test_a_wrong_file_is_refused(call: Call, tmp_path: Path, text: str, message:
     assert seen == []
 
 
+def test_a_file_changes_the_one_that_it_extends(call: Call, tmp_path: Path) -> None:
+    (tmp_path / "bases").mkdir()
+    (tmp_path / "bases/first.toml").write_text(
+        '[train]\nsource = "x"\nlearning_rate = 1.0\nname = "first"\n'
+    )
+    (tmp_path / "bases/second.toml").write_text(
+        'extends = "first.toml"\n[train]\nlearning_rate = 2.0\n'
+    )
+    third = tmp_path / "third.toml"
+    third.write_text('extends = "bases/second.toml"\n[train]\nname = "third"\n')
+    assert call("--config", third).exit_code == 0
+    assert seen == [Settings(Path("x"), learning_rate=2.0, name="third")]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('extends = "none.toml"', "none.toml: No such file"),
+        ("extends = 3", "extends: expected a path, found 3"),
+        ('extends = "run.toml"', "extends 'run.toml', which extends this file"),
+    ],
+)
+def test_a_wrong_extension_is_refused(call: Call, tmp_path: Path, text: str, message: str) -> None:
+    file = tmp_path / "run.toml"
+    file.write_text(text)
+    result = call("--config", file, "--source", "x")
+    assert result.exit_code == 2
+    assert message in result.output
+
+
 def test_a_missing_file_is_named(call: Call, tmp_path: Path) -> None:
     result = call("--config", tmp_path / "none.toml")
     assert result.exit_code == 2
@@ -104,9 +141,37 @@ def test_a_missing_file_is_named(call: Call, tmp_path: Path) -> None:
 
 
 def test_an_option_that_moved_says_where(call: Call) -> None:
-    result = call("--source", "x", "--resolution", 512)
+    result = call("--source", "x", "--resolution", 512, "--crop=1", "--fast")
     assert result.exit_code == 2
-    assert "--resolution: see elsewhere." in result.output
+    assert "--resolution: see there.\n" in result.output
+    assert "--crop: leave it out.\n" in result.output
+
+
+def test_another_name_of_an_option_works_and_is_not_in_the_help(call: Call, tmp_path: Path) -> None:
+    assert call("--origin", "x", "--sort_of=two").exit_code == 0
+    file = tmp_path / "run.toml"
+    file.write_text('[train]\norigin = "y"\n')
+    assert call("--config", file).exit_code == 0
+    assert seen == [Settings(Path("x"), kind="two"), Settings(Path("y"))]
+    assert "--origin" not in call("--help").output
+
+
+def test_help_has_the_options_in_groups(call: Call) -> None:
+    lines = call("--help").output.splitlines()
+    headings = [line for line in lines if line.endswith(":") and not line.startswith(" ")]
+    assert headings == ["Data:", "Training:", "General:"]
+    place = {word: number for number, line in enumerate(lines) for word in line.split()}
+    assert place["Data:"] < place["--source"] < place["Training:"] < place["--learning-rate"]
+    assert place["--prompt"] < place["General:"] < place["--config"] < place["--help"]
+
+
+def test_a_subclass_has_its_own_options_first_and_headings_merge() -> None:
+    main = stage_command("test", Special, lambda _: None, section="train")
+    lines = CliRunner().invoke(main, ["--help"]).output.splitlines()
+    headings = [line for line in lines if line.endswith(":") and not line.startswith(" ")]
+    assert headings == ["Special:", "Training:", "Data:", "General:"]
+    place = {word: number for number, line in enumerate(lines) for word in line.split()}
+    assert place["--more"] < place["--own-rate"] < place["--train-batch-size"] < place["Data:"]
 
 
 def test_an_unknown_option_names_the_nearest(call: Call) -> None:

@@ -1,6 +1,8 @@
 """The embedded default: circles in fill50k's style, and a base model the stock pipeline loads."""
 
 import json
+import re
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,7 +18,7 @@ import demo.base_model.pipeline
 import demo.circles
 from common.config_file import read_section
 from common.errors import ConfigError
-from demo.circles import IMAGE_PX, LINE_PX, Circle, circles, disc, outline
+from demo.circles import IMAGE_PX, LINE_PX, Circle, draw_disc, draw_outline, random_circles
 from demo.colors import COLORS, is_held_out
 from demo.config import load_config
 from infer.config import GenerateConfig, ScoreConfig
@@ -33,8 +35,8 @@ def test_colours_are_the_css_ones() -> None:
 
 
 def test_circles_are_seeded_and_lie_inside() -> None:
-    rows = circles(300, seed=1)
-    assert rows == circles(300, seed=1) != circles(300, seed=2)
+    rows = random_circles(300, seed=1)
+    assert rows == random_circles(300, seed=1) != random_circles(300, seed=2)
     for row in rows:
         assert row.radius <= row.x <= IMAGE_PX - row.radius
         assert row.radius <= row.y <= IMAGE_PX - row.radius
@@ -43,12 +45,12 @@ def test_circles_are_seeded_and_lie_inside() -> None:
 
 def test_a_disc_has_its_colours_and_area() -> None:
     circle = Circle(200, 300, 100, "tomato", "old lace")
-    pixels = np.array(disc(circle))
+    pixels = np.array(draw_disc(circle))
     assert tuple(pixels[300, 200]) == COLORS["tomato"]
     assert tuple(pixels[0, 0]) == COLORS["old lace"]
     area = (pixels == COLORS["tomato"]).all(axis=-1).sum()
     assert area == pytest.approx(np.pi * 100**2, rel=0.02)
-    line = np.array(outline(circle))
+    line = np.array(draw_outline(circle))
     assert line[300, 200].tolist() == [0, 0, 0]
     assert line[300, 100 + LINE_PX // 2].tolist() == [255, 255, 255]
     bright = (line.max(axis=-1) > 127).sum()
@@ -57,7 +59,7 @@ def test_a_disc_has_its_colours_and_area() -> None:
 
 def test_unseen_circles_have_pairs_of_colours_that_training_lacks() -> None:
     for held_out in (False, True):
-        rows = circles(200, seed=1, held_out=held_out)
+        rows = random_circles(200, seed=1, held_out=held_out)
         assert {is_held_out(row.color, row.background) for row in rows} == {held_out}
         assert all(COLORS[row.color] != COLORS[row.background] for row in rows)
 
@@ -72,8 +74,8 @@ def test_the_data_sets_have_the_layout_of_fill50k(tmp_path: Path) -> None:
     assert f"{tmp_path}/unseen: 2 circles drawn" in first
     assert call().count("there already") == 2
     for name, rows in (
-        ("train", circles(3, seed=0, held_out=False)),
-        ("unseen", circles(2, seed=1, held_out=True)),
+        ("train", random_circles(3, seed=0, held_out=False)),
+        ("unseen", random_circles(2, seed=1, held_out=True)),
     ):
         folder = tmp_path / name
         lines = [json.loads(line) for line in (folder / "prompt.json").read_text().splitlines()]
@@ -82,7 +84,7 @@ def test_the_data_sets_have_the_layout_of_fill50k(tmp_path: Path) -> None:
             assert line["prompt"] == f"{circle.color} circle with {circle.background} background"
             assert Image.open(folder / line["source"]).size == (512, 512)
             assert np.array_equal(
-                np.array(Image.open(folder / line["target"])), np.array(disc(circle))
+                np.array(Image.open(folder / line["target"])), np.array(draw_disc(circle))
             )
     assert "3 circles drawn" in call("--seed", "1")
     assert "--num-unseen 0: at least 1." in call("--num-unseen", "0")
@@ -143,10 +145,29 @@ def test_a_base_does_not_take_the_place_of_something_else(tmp_path: Path) -> Non
     assert (tmp_path / "thesis.txt").read_text() == "years of work"
 
 
+def stack(path: Path) -> list[Path]:
+    """Return a shipped configuration, after the one that its first line says it goes on top of."""
+    below = re.match(r"# On top of (configs/\S+\.toml):", path.read_text())
+    return [REPOSITORY / below[1], path] if below else [path]
+
+
+@pytest.mark.parametrize("variable", ["CONFIG=configs/{name}", "CONFIG=./configs/{name}"])
+@pytest.mark.parametrize(
+    "path", sorted((REPOSITORY / "configs").glob("*.toml")), ids=lambda p: p.stem
+)
+def test_make_adds_the_file_below(path: Path, variable: str) -> None:
+    arguments = ["make", "-n", "train", variable.format(name=path.name), "CARD=12gb"]
+    done = subprocess.run(arguments, cwd=REPOSITORY, capture_output=True, text=True, check=True)
+    (line,) = [line for line in done.stdout.splitlines() if "python -m train" in line]
+    given = [Path(file).name for file in re.findall(r'--config "(\S+)"', line)]
+    assert given == [*(file.name for file in stack(path)), "12gb.toml"]
+
+
 @pytest.mark.parametrize(
     "path", sorted((REPOSITORY / "configs").glob("*.toml")), ids=lambda p: p.stem
 )
 def test_shipped_configurations_are_valid(path: Path, command: Callable[..., Outcome]) -> None:
+    files = stack(path)
     for section, config_class in (
         ("precompute", PrecomputeConfig),
         ("train", TrainConfig),
@@ -155,10 +176,11 @@ def test_shipped_configurations_are_valid(path: Path, command: Callable[..., Out
     ):
         assert read_section(path, section, config_class)
     if path.stem.startswith("demo"):
-        whole = load_config(path)
+        whole = load_config(*files)
         assert whole.infer.prompt == whole.precompute.validation_prompt
         return
+    flags = [word for file in files for word in ("--config", file)]
     # The names that a real run gives on the command line; nothing else may be missing.
-    outcome = command("precompute", "--config", path, "--source", "nowhere", "--cache", "cache")
+    outcome = command("precompute", *flags, "--source", "nowhere", "--cache", "cache")
     assert outcome.exit_code == 2
     assert "--source nowhere: no such file or folder" in outcome.output

@@ -13,21 +13,25 @@ import pytest
 from PIL import Image
 from torch.utils.tensorboard import SummaryWriter
 
-from benchmarks.demo import seeded
+from benchmarks.demo import write_seeded
 from common.errors import ConfigError
 from demo.comparison import Comparison
 from demo.config import load_config
-from demo.report import loss_svg, losses, render
-from demo.times import Times
-from infer.scoring.score import WITHOUT
+from demo.report import draw_losses, read_losses, render_page
+from demo.times import StageTimes
+from infer.scoring.results import WITHOUT
 from shards.format import manifest
 from tests.conftest import REPOSITORY, run_python
 
+CONFIGS = REPOSITORY / "configs"
+
 
 @pytest.fixture
-def config(tmp_path: Path) -> Path:
+def configs(tmp_path: Path) -> list[Path]:
     """The fast demonstration in a folder of its own, and faster still."""
-    text = (REPOSITORY / "configs" / "demo-fast.toml").read_text()
+    complete = tmp_path / "demo.toml"
+    complete.write_text((CONFIGS / "demo.toml").read_text())
+    text = (CONFIGS / "demo-fast.toml").read_text()
     text = text.replace('"runs/demo-fast', f'"{tmp_path}/run')
     for key, value in (
         ("num_rows", 24),
@@ -39,9 +43,21 @@ def config(tmp_path: Path) -> Path:
     ):
         text, count = re.subn(rf"^{key} = .*$", f"{key} = {value}", text, flags=re.MULTILINE)
         assert count == 1, key
-    path = tmp_path / "demo.toml"
-    path.write_text(text)
-    return path
+    fast = tmp_path / "demo-fast.toml"
+    fast.write_text(text)
+    return [complete, fast]
+
+
+def edit(configs: list[Path], old: str, new: str) -> None:
+    """Replace the first `old` in each of the files."""
+    texts = [path.read_text() for path in configs]
+    assert any(old in text for text in texts)
+    for path, text in zip(configs, texts, strict=True):
+        path.write_text(text.replace(old, new, 1))
+
+
+def flags(configs: list[Path]) -> list[str | Path]:
+    return [word for path in configs for word in ("--config", path)]
 
 
 class Links(HTMLParser):
@@ -58,8 +74,10 @@ class Links(HTMLParser):
 
 
 @pytest.mark.slow
-def test_the_demonstration_ends_with_a_page_that_stands_alone(config: Path, tmp_path: Path) -> None:
-    first = run_python("-m", "demo", "--config", config)
+def test_the_demonstration_ends_with_a_page_that_stands_alone(
+    configs: list[Path], tmp_path: Path
+) -> None:
+    first = run_python("-m", "demo", *flags(configs))
     assert first.returncode == 0, first.stderr
     run = tmp_path / "run"
     page = (run / "report.html").read_text()
@@ -84,7 +102,7 @@ def test_the_demonstration_ends_with_a_page_that_stands_alone(config: Path, tmp_
         assert np.abs(trained - alone).mean() < 1  # embeddings came through 16 bit
     shard = run / "cache" / "latents" / "000000.tar"
     written = shard.stat().st_mtime_ns
-    second = run_python("-m", "demo", "--config", config)
+    second = run_python("-m", "demo", *flags(configs))
     assert second.returncode == 0, second.stderr
     assert "already complete, nothing to do" in second.stdout
     assert shard.stat().st_mtime_ns == written
@@ -92,9 +110,9 @@ def test_the_demonstration_ends_with_a_page_that_stands_alone(config: Path, tmp_
 
 
 @pytest.mark.slow
-def test_a_stage_that_fails_ends_the_demonstration(config: Path) -> None:
-    config.write_text(config.read_text().replace('"demo/miniature"', '"no/such/base"', 1))
-    done = run_python("-m", "demo", "--config", config)
+def test_a_stage_that_fails_ends_the_demonstration(configs: list[Path]) -> None:
+    edit(configs, '"demo/miniature"', '"no/such/base"')
+    done = run_python("-m", "demo", *flags(configs))
     assert done.returncode == 2
     assert "no/such/base" in done.stderr
     assert "python -m train" not in done.stdout
@@ -110,33 +128,32 @@ def test_a_stage_that_fails_ends_the_demonstration(config: Path) -> None:
     ],
 )
 def test_what_the_report_needs_is_checked_first(
-    config: Path, old: str, new: str, message: str
+    configs: list[Path], old: str, new: str, message: str
 ) -> None:
-    load_config(config)
-    config.write_text(config.read_text().replace(old, new, 1))
+    load_config(*configs)
+    edit(configs, old, new)
     with pytest.raises(ConfigError, match=message):
-        load_config(config)
+        load_config(*configs)
 
 
+@pytest.mark.parametrize("names", [["demo.toml"], ["demo.toml", "demo-full.toml"]])
 @pytest.mark.parametrize("seed", [1, 7])
-def test_the_benchmark_changes_seed_and_place_alone(tmp_path: Path, seed: int) -> None:
-    path = REPOSITORY / "configs" / "demo.toml"
-    own = tmp_path / "demo.toml"
-    own.write_text(seeded(path, seed, tmp_path / "run"))
-    before, after = load_config(path), load_config(own)
-    assert after.circles == replace(
-        before.circles, seed=seed, output_dir=tmp_path / "run" / "circles"
-    )
+def test_the_benchmark_changes_seed_and_place_alone(
+    tmp_path: Path, seed: int, names: list[str]
+) -> None:
+    shipped = [CONFIGS / name for name in names]
+    before, after = load_config(*shipped), load_config(*write_seeded(shipped, seed, tmp_path))
+    assert after.circles == replace(before.circles, seed=seed, output_dir=tmp_path / "circles")
     assert after.train.seed == after.score.seed == seed
     assert after.infer.seed == (seed,)
-    assert after.train.output_dir == tmp_path / "run" / "controlnet"
+    assert after.train.output_dir == tmp_path / "controlnet"
     assert after.train.max_train_steps == before.train.max_train_steps
     assert after.infer.prompt == after.precompute.validation_prompt != before.infer.prompt
 
 
 def test_times_add_up_until_a_stage_has_finished(tmp_path: Path) -> None:
     path = tmp_path / "times.json"
-    times = Times(path, "settings")
+    times = StageTimes(path, "settings")
 
     def interrupted() -> None:
         with times.measure("train"):
@@ -145,17 +162,17 @@ def test_times_add_up_until_a_stage_has_finished(tmp_path: Path) -> None:
 
     with pytest.raises(KeyboardInterrupt):
         interrupted()
-    first = Times(path, "settings").seconds["train"]
+    first = StageTimes(path, "settings").seconds["train"]
     assert first >= 0.02
-    again = Times(path, "settings")
+    again = StageTimes(path, "settings")
     with again.measure("train"):
         time.sleep(0.02)
     assert again.seconds["train"] >= first + 0.02
-    done = Times(path, "settings")
+    done = StageTimes(path, "settings")
     with done.measure("train"):
         time.sleep(0.02)
-    assert Times(path, "settings").seconds == again.seconds
-    assert Times(path, "others").seconds == {}
+    assert StageTimes(path, "settings").seconds == again.seconds
+    assert StageTimes(path, "others").seconds == {}
 
 
 def cells(page: str, label: str) -> list[str]:
@@ -179,8 +196,8 @@ def test_figures_stand_in_their_places() -> None:
     score["without_controlnet"]["disc_color_error"] = dict.fromkeys(
         ("mean", "low", "high", "median")
     ) | {"count": 0}
-    page = render(
-        config=load_config(REPOSITORY / "configs" / "demo.toml"),
+    page = render_page(
+        config=load_config(CONFIGS / "demo.toml"),
         seconds={"circles": 30.0, "train": 300.0},
         steps=1800,
         blocks=3,
@@ -221,13 +238,13 @@ def test_losses_are_those_logged_over_all_starts(tmp_path: Path) -> None:
         with SummaryWriter(str(tmp_path / "logs" / f"run-{start}")) as writer:
             for offset, value in enumerate(values):
                 writer.add_scalar("loss", value, 10 * (start + offset + 1))
-    assert losses(tmp_path) == [(10, 0.5), (20, pytest.approx(0.4)), (30, pytest.approx(0.3))]
+    assert read_losses(tmp_path) == [(10, 0.5), (20, pytest.approx(0.4)), (30, pytest.approx(0.3))]
     with pytest.raises(FileNotFoundError, match="no losses"):
-        losses(tmp_path / "nothing")
+        read_losses(tmp_path / "nothing")
 
 
 def test_the_curve_is_one_svg() -> None:
-    svg = loss_svg([(10 * step, 1 / step) for step in range(1, 30)])
+    svg = draw_losses([(10 * step, 1 / step) for step in range(1, 30)])
     assert svg.startswith("<svg")
     assert svg.rstrip().endswith("</svg>")
-    assert loss_svg([(10, 0.5)]).startswith("<svg")
+    assert draw_losses([(10, 0.5)]).startswith("<svg")

@@ -41,7 +41,7 @@ def page(config: ServeConfig) -> Iterator[str]:
     """Address of the page."""
     from infer.serve import serve
 
-    blocks = serve(config, blocks_thread=False)
+    blocks = serve(config, block_thread=False)
     yield f"http://{config.host}:{config.port}"
     blocks.close()
 
@@ -134,23 +134,23 @@ def test_large_uploads_are_turned_away(page: str, tmp_path: Path) -> None:
 
 
 def test_images_of_many_pixels_are_turned_away(config: ServeConfig) -> None:
-    from infer.serve import Studio
+    from infer.draw_service import DrawService
 
-    studio = Studio(config)
+    service = DrawService(config)
     arguments = {
         "seed": 0,
         "num_inference_steps": 1,
         "guidance_scale": 1.0,
         "controlnet_conditioning_scale": 1.0,
     }
-    (title,) = studio.columns
+    (title,) = service.controlnets
     with pytest.raises(ConfigError, match="The image has 5000 x 10 pixels; 4096 at most"):
-        studio.draw(Image.new("RGB", (5000, 10)), "a", "", title, **arguments)
+        service.draw(Image.new("RGB", (5000, 10)), "a", "", title, **arguments)
     with pytest.raises(ConfigError, match="no ControlNet 'other'"):
-        studio.draw(Image.new("RGB", (64, 64)), "a", "", "other", **arguments)
+        service.draw(Image.new("RGB", (64, 64)), "a", "", "other", **arguments)
     # Numbers go on from what is there.
-    studio.draw(Image.new("RGB", (64, 64)), "a", "", title, **arguments)
-    again = Studio(config).draw(Image.new("RGB", (64, 64)), "b", "", title, **arguments)
+    service.draw(Image.new("RGB", (64, 64)), "a", "", title, **arguments)
+    again = DrawService(config).draw(Image.new("RGB", (64, 64)), "b", "", title, **arguments)
     assert again.name == "00002.png"
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from demo.circles import circles as draw
+from demo.circles import random_circles as draw
 from demo.circles import write_circles
 from precompute.config import PrecomputeConfig
 from precompute.encoding.shard_build import prepare_build
@@ -97,7 +97,7 @@ def contents(config: PrecomputeConfig) -> dict[str, tuple[list[float], list[floa
             result[key.rpartition("-")[2]] = (
                 tensors["latent"].flatten().tolist(),
                 tensors["conditioning_latent"].flatten().tolist(),
-                [found.text.about(*found.text.locate(one))["prompt"] for one in prompts],
+                [found.text.metadata(*found.text.locate(one))["prompt"] for one in prompts],
             )
     return result
 

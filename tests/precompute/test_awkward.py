@@ -304,7 +304,7 @@ def test_good_rows_hold_what_the_stock_vae_gives(
     for shard, count in enumerate(found.conditioning.product.shard_records):
         for index in range(count):
             _, tensors, prompts = found.sample(shard, index)
-            captions = [found.text.about(*found.text.locate(one))["prompt"] for one in prompts]
+            captions = [found.text.metadata(*found.text.locate(one))["prompt"] for one in prompts]
             samples[captions[0]] = (tensors, captions)
     good = [(number, case) for number, case in enumerate(cases) if is_good(case)]
     assert len(samples) == len(good)

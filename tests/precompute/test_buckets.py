@@ -116,8 +116,8 @@ def samples(config: PrecomputeConfig) -> Samples:
     for shard, count in enumerate(found.conditioning.product.shard_records):
         for index in range(count):
             _, tensors, prompts = found.sample(shard, index)
-            caption = found.text.about(*found.text.locate(prompts[0]))["prompt"]
-            mirrored = bool(found.latents.about(shard, index).get("mirrored"))
+            caption = found.text.metadata(*found.text.locate(prompts[0]))["prompt"]
+            mirrored = bool(found.latents.metadata(shard, index).get("mirrored"))
             result.setdefault(caption, []).append((mirrored, tensors))
     return {
         caption: [tensors for _, tensors in sorted(both, key=lambda one: one[0])]
@@ -223,7 +223,7 @@ def test_mirrors_are_rows_of_their_own(
     for shard, count in enumerate(found.manifest.latents.shard_records):
         for index in range(count):
             keys.add(found.sample(shard, index)[0].rpartition("-")[2])
-            about = found.latents.about(shard, index)
+            about = found.latents.metadata(shard, index)
             halves.append((about["image_hash"], about.get("mirrored", False)))
     hashes = {
         xxh3_128_hexdigest((tmp_path / "source" / f"{number}.png").read_bytes())

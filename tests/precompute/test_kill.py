@@ -17,7 +17,7 @@ import pytest
 from common.errors import ShardError
 from precompute.config import PrecomputeConfig
 from shards.format import manifest
-from shards.format.seal import PLAN
+from shards.format.expected_cache import PLAN
 from tests.conftest import REPOSITORY, flags, run_python
 
 NUM_KILLS = 200

@@ -52,7 +52,7 @@ def test_prompts_are_what_the_stock_pipeline_encodes(cache: Path, base: Path) ->
     seen = []
     for shard, count in enumerate(found.manifest.text.shard_records):
         for index in range(count):
-            prompt = found.text.about(shard, index)["prompt"]
+            prompt = found.text.metadata(shard, index)["prompt"]
             seen.append(prompt)
             tensors = found.text.tensors(shard, index)
             with torch.no_grad():
@@ -95,7 +95,7 @@ def test_latents_are_what_the_stock_vae_encodes(cache: Path, base: Path, circles
         expected, _ = stock_posteriors(base, [circles / row[file] for row in rows(circles)])
         cached = torch.stack([tensors[name] for _, tensors, _ in samples])
         torch.testing.assert_close(cached, expected, rtol=1e-4, atol=1e-4)
-    prompts = [found.text.about(*found.text.locate(p[0]))["prompt"] for _, _, p in samples]
+    prompts = [found.text.metadata(*found.text.locate(p[0]))["prompt"] for _, _, p in samples]
     assert prompts == [row["prompt"] for row in rows(circles)]
 
 
@@ -149,7 +149,7 @@ def test_a_new_caption_keeps_the_latents(
     assert kept == latents
     found = Cache(fresh.cache)
     prompts = [
-        found.text.about(*found.text.locate(found.sample(shard, index)[2][0]))["prompt"]
+        found.text.metadata(*found.text.locate(found.sample(shard, index)[2][0]))["prompt"]
         for shard, count in enumerate(found.conditioning.product.shard_records)
         for index in range(count)
     ]
@@ -179,7 +179,7 @@ def test_swapped_captions_are_noticed(
     assert after.latents.fingerprint == before.latents.fingerprint
     assert after.captions != before.captions
     found = Cache(fresh.cache)
-    assert found.text.about(*found.text.locate(found.sample(0, 2)[2][0]))["prompt"] == second
+    assert found.text.metadata(*found.text.locate(found.sample(0, 2)[2][0]))["prompt"] == second
 
 
 def test_repeated_prompts_are_encoded_once(
@@ -234,7 +234,7 @@ def test_validation_pairs_are_cached(cache: Path, base: Path, circles: Path) -> 
     pipeline = StableDiffusion3Pipeline.from_pretrained(base)
     for index, prompt in enumerate(PROMPTS):
         tensors = found.validation.tensors(0, index)
-        assert found.validation.about(0, index) == {"prompt": prompt}
+        assert found.validation.metadata(0, index) == {"prompt": prompt}
         with torch.no_grad():
             _, _, pooled, _ = pipeline.encode_prompt(prompt, None, None)
         torch.testing.assert_close(tensors["pooled_embeds"], pooled[0], rtol=1e-5, atol=1e-5)
@@ -584,7 +584,7 @@ def test_every_caption_of_a_list_is_cached_and_training_draws_one(
     precompute(replace(fresh, source=source, max_bad_fraction=0.2))
     found = Cache(fresh.cache)
     _, _, keys = found.sample(0, 0)
-    texts = [found.text.about(*found.text.locate(key))["prompt"] for key in keys]
+    texts = [found.text.metadata(*found.text.locate(key))["prompt"] for key in keys]
     assert texts == [first, second, "a third"]
     assert found.manifest.num_skipped == 2
     order = Order(found.conditioning.product.shard_records, seed=0)
@@ -605,7 +605,7 @@ def test_a_part_of_the_rows_is_chosen_by_seed_and_grows(
         precompute(replace(fresh, max_train_samples=limit, seed=seed))
         found = Cache(fresh.cache).latents
         return [
-            found.about(shard, index)["image_hash"]
+            found.metadata(shard, index)["image_hash"]
             for shard, count in enumerate(found.product.shard_records)
             for index in range(count)
         ]

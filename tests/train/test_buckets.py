@@ -11,10 +11,12 @@ from PIL import Image
 
 from common.errors import ConfigError
 from shards.format import manifest
-from shards.format.manifest import product_of
-from shards.format.records import Record, record_key
+from shards.format.keys import record_key
+from shards.format.product import product_of
+from shards.format.records import Record
 from shards.format.writer import write_shard
 from shards.reading.cache import Cache
+from shards.reading.tensors import torch_dtype
 from tests.conftest import BUCKETS, Outcome, flags, train_in_two_processes
 from tests.train.test_run import assert_close, near_gradient_descent, same
 from train import checkpoints, loop
@@ -106,9 +108,9 @@ def with_pairs(bucketed: Path, tmp_path: Path) -> Path:
     def pair(shard: int, bucket: int) -> Record:
         tensors = {
             name: torch.full(spec.shape, 200, dtype=torch.uint8)
-            if spec.dtype == torch.uint8
-            else torch.randn(spec.shape, generator=generator).to(spec.dtype)
-            for name, spec in found.tensors(
+            if spec.dtype == "uint8"
+            else torch.randn(spec.shape, generator=generator).to(torch_dtype(spec))
+            for name, spec in found.record_specs(
                 manifest.validation_folder("conditioning"), bucket
             ).items()
         }

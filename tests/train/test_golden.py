@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.reference import logged_losses
+from benchmarks.reference.runs import logged_losses
 from tests.conftest import REPOSITORY
 from train.config import TrainConfig
 from train.run import train

@@ -1,12 +1,18 @@
 """The options: those of diffusers' script, where each of them went, and no other by accident."""
 
+from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from precompute.config import PrecomputeConfig
-from train.config import MOVED, TrainConfig
+from precompute.elsewhere import ELSEWHERE as NOT_IN_PRECOMPUTE
+from precompute.elsewhere import TRAIN_OPTIONS
+from train.config import TrainConfig
+from train.elsewhere import ELSEWHERE as NOT_IN_TRAIN
+from train.elsewhere import PRECOMPUTE_OPTIONS
 
 # Name and default of every option of diffusers' train_controlnet_sd3.py.
 REFERENCE = {
@@ -70,7 +76,7 @@ REFERENCE = {
     "validation_steps": 100,
     "tracker_project_name": "train_controlnet",
 }
-# Kept in precompute under the same name, or gone for the reason that `MOVED` gives.
+# Kept in precompute under the same name, or gone for the reason that `ELSEWHERE` gives.
 MOVED_TO_PRECOMPUTE = {
     "resolution",
     "dataset_name",
@@ -114,14 +120,60 @@ OURS = {
     "validation_decode",
     "logging_steps",
 }
+Command = Callable[..., Any]
+
+
+def flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
 TRAIN = {field.name: field.default for field in fields(TrainConfig)}
 PRECOMPUTE = {field.name: field.default for field in fields(PrecomputeConfig)}
 
 
 def test_every_option_of_the_reference_is_somewhere() -> None:
-    assert {name.replace("-", "_").strip("_") for name in MOVED} == MOVED_TO_PRECOMPUTE | GONE
+    for elsewhere in (NOT_IN_TRAIN, NOT_IN_PRECOMPUTE):
+        assert {flag(name) for name in GONE} <= elsewhere.keys()
+    assert {flag(name) for name in MOVED_TO_PRECOMPUTE} <= set(PRECOMPUTE_OPTIONS)
     assert REFERENCE.keys() == (REFERENCE.keys() & TRAIN.keys()) | MOVED_TO_PRECOMPUTE | GONE
     assert not TRAIN.keys() & (MOVED_TO_PRECOMPUTE | GONE)
+
+
+def test_each_stage_knows_the_options_of_the_other() -> None:
+    # Of precompute's own, --device is accelerate's in training, and there has its own sentence.
+    assert {*PRECOMPUTE_OPTIONS, "--device"} == {
+        flag(name) for name in PRECOMPUTE.keys() - TRAIN.keys()
+    }
+    # precompute takes --output-dir as another name of --cache.
+    assert {*TRAIN_OPTIONS, "--output-dir"} == {
+        flag(name) for name in TRAIN.keys() - PRECOMPUTE.keys()
+    }
+    for elsewhere, own in ((NOT_IN_TRAIN, TRAIN), (NOT_IN_PRECOMPUTE, PRECOMPUTE)):
+        assert not elsewhere.keys() & {flag(name) for name in own}
+
+
+def test_options_of_the_other_stage_are_all_reported_at_once(command: Command) -> None:
+    done = command("precompute", "--learning_rate", "1e-5", "--source", "x", "--max-train-steps=9")
+    assert done.exit_code == 2
+    assert "--learning-rate: belongs to python -m train." in done.output
+    assert "--max-train-steps: belongs to python -m train." in done.output
+    done = command("train", "--resolution", 512, "--cache", "x", "--validation_prompt", "a", "b")
+    assert done.exit_code == 2
+    assert "--resolution: belongs to python -m precompute" in done.output
+    assert "--validation-prompt: belongs to python -m precompute" in done.output
+
+
+def test_the_cache_has_one_name_and_the_old_ones_still_work(command: Command) -> None:
+    for stage, old in (
+        ("precompute", "--output-dir"),
+        ("precompute", "--shards"),
+        ("train", "--shards"),
+    ):
+        base = ("--pretrained-model-name-or-path", "nowhere", "--source", "nowhere")
+        done = command(stage, old, "nowhere", *(base if stage == "precompute" else base[:2]))
+        assert "No such option" not in done.output
+        assert "Missing option" not in done.output
+        assert old not in command(stage, "--help").output.replace("--output-dir PATH", "")
 
 
 def test_there_are_no_others() -> None:

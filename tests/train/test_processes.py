@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.reference import logged_losses
+from benchmarks.reference.runs import logged_losses
 from tests.conftest import (
     REPOSITORY,
     flags,

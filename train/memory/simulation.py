@@ -20,7 +20,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from common.device import default_dtype
 from sd3.prompt_embeds import prompt_embeds
 from sd3.quantized import quantize, replace_linear
-from shards.format.manifest import LatentSpec
+from shards.format.specs import LatentSpec
 from train import models
 from train.config import TrainConfig
 from train.data import Batch

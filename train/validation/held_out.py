@@ -17,6 +17,7 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from shards.reading.cache import Cache
+from shards.reading.tensors import empty_tensors
 from train import objective
 from train.data import NoisySamples
 from train.loss import Objective, predict
@@ -55,12 +56,9 @@ def read(cache: Cache, records: list[tuple[int, int]]) -> NoisySamples:
     Raises:
         ShardError: a record is missing or damaged.
     """
-    pairs = [cache.pair(*record) for record in records]
-    specs = cache.batch_tensors(cache.conditioning.bucket(records[0][0]))
-    memory = {
-        name: torch.empty((len(pairs), *spec.shape), dtype=spec.dtype)
-        for name, spec in specs.items()
-    }
+    pairs = [cache.sample_records(*record) for record in records]
+    specs = cache.sample_specs(cache.conditioning.bucket(records[0][0]))
+    memory = empty_tensors(specs, len(pairs))
     cache.read(memory, pairs, [pair.prompts[0] for pair in pairs])
     noise = np.empty(memory["latent"].shape, np.float32)
     for row, pair in enumerate(pairs):

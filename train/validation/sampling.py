@@ -38,12 +38,12 @@ def read_pairs(cache: Cache) -> list[Pair]:
     """Return the cache's validation pairs."""
     reader, spec = cache.validation, cache.conditioning_spec
     pairs = []
-    for place in reader.places():
+    for place in reader.locations():
         record = reader.tensors(*place)
         latent = record["conditioning_latent"].float()
         pairs.append(
             Pair(
-                prompt=str(reader.about(*place).get("prompt", "")),
+                prompt=str(reader.metadata(*place).get("prompt", "")),
                 conditioning_image=record["conditioning_image"],
                 conditioning_latent=scaled(latent, spec.scaling_factor, spec.shift_factor),
                 embeds=record_embeds(record),

@@ -20,10 +20,10 @@ from demo.base_model.shapes import (
     TRAINED_PAIRS,
     caption,
     load_shapes,
-    painted,
-    white_on_black,
+    paint_discs,
+    paint_outlines,
 )
-from demo.base_model.vae import ANCHOR, CONSTANTS, keep_constant_channels, new_vae
+from demo.base_model.vae import ANCHOR, CONSTANTS, build_vae, freeze_constant_channels
 from demo.colors import COLORS, is_held_out
 from sd3.images import fit, to_pixels, to_uint8
 from tests.conftest import REPOSITORY
@@ -63,21 +63,21 @@ def test_one_pair_in_ten_is_held_out() -> None:
 def test_painted_discs_are_those_of_the_data_set(
     shapes: tuple[torch.Tensor, torch.Tensor],
 ) -> None:
-    from demo.circles import circles, disc, outline
+    from demo.circles import draw_disc, draw_outline, random_circles
 
-    circle = circles(24, seed=0)[5]
+    circle = random_circles(24, seed=0)[5]
     pair = torch.tensor([NAMES.index(circle.color), NAMES.index(circle.background)])
     assert caption(pair) == circle.prompt
-    drawn = to_pixels(to_uint8(fit(disc(circle), 128)), "-1_1")
+    drawn = to_pixels(to_uint8(fit(draw_disc(circle), 128)), "-1_1")
     # Both round to 8 bit along the way.
-    assert (painted(shapes[0][5:6], PALETTE[pair][None])[0] - drawn).abs().max() < 3 / 127.5
-    line = to_pixels(to_uint8(fit(outline(circle), 128)), "-1_1")
-    torch.testing.assert_close(white_on_black(shapes[1][5:6])[0], line)
+    assert (paint_discs(shapes[0][5:6], PALETTE[pair][None])[0] - drawn).abs().max() < 3 / 127.5
+    line = to_pixels(to_uint8(fit(draw_outline(circle), 128)), "-1_1")
+    torch.testing.assert_close(paint_outlines(shapes[1][5:6])[0], line)
 
 
 def test_the_vae_starts_with_the_mean_colour_of_each_patch() -> None:
     torch.manual_seed(0)
-    vae = new_vae().eval()
+    vae = build_vae().eval()
     colors = torch.rand(8, 3, 1, 1) * 1.6 - 0.8
     with torch.no_grad():
         posterior = vae.encode(colors.expand(-1, -1, 64, 64)).latent_dist
@@ -91,8 +91,8 @@ def test_the_vae_starts_with_the_mean_colour_of_each_patch() -> None:
 
 def test_training_leaves_the_constant_channels_alone() -> None:
     torch.manual_seed(0)
-    vae = new_vae()
-    keep_constant_channels(vae)
+    vae = build_vae()
+    freeze_constant_channels(vae)
     optimizer = torch.optim.SGD(vae.parameters(), lr=0.1)
     vae(torch.rand(2, 3, 32, 32)).sample.square().mean().backward()
     optimizer.step()
@@ -120,7 +120,7 @@ def test_an_interrupted_training_ends_in_the_same_bits(
         latents = demo.base_model.train_flow.load_latents(
             folder / "latents.safetensors", vae, shapes[0], 0
         )
-        pipeline = demo.base_model.train_flow.miniature(0)
+        pipeline = demo.base_model.train_flow.build_miniature(0)
         demo.base_model.train_flow.train_flow(folder / "flow.pt", pipeline, latents, CPU, 0)
         return vae.state_dict(), pipeline.transformer.state_dict()
 

@@ -14,8 +14,8 @@ from PIL import Image
 
 from common.errors import ConfigError
 from infer.config import GenerateConfig
+from infer.convention import Convention, find_convention
 from infer.drawing.generate import generate
-from infer.pipeline import Convention, find_convention
 from sd3.contact_sheet import CELL_PX, contact_sheet
 from sd3.images import to_pixels, to_uint8
 from sd3.pretrained import DATA_KEY

@@ -24,9 +24,9 @@ from common.atomic_files import cannot_write
 from common.errors import ConfigError, RunError
 from infer import placement
 from infer.config import GenerateConfig
+from infer.convention import Convention
 from infer.drawing import metadata
 from infer.drawing.generate import generate
-from infer.pipeline import Convention
 from infer.placement import WORKING_BYTES
 from sd3.contact_sheet import save_png
 from sd3.images import fit
@@ -490,19 +490,21 @@ def test_nothing_is_offloaded_from_a_cpu(config: GenerateConfig) -> None:
 
 def test_where_models_go() -> None:
     sizes = {"transformer": 4, "controlnet": 2, "text_encoder_3": 9, "vae": 1}
-    assert placement.choose(sizes, WORKING_BYTES + 16) == "none"
-    assert placement.choose(sizes, WORKING_BYTES + 15) == "model"
-    assert placement.choose(sizes, WORKING_BYTES + 9) == "model"
-    assert placement.choose(sizes, WORKING_BYTES + 8) == "sequential"
+    assert placement.choose_placement(sizes, WORKING_BYTES + 16) == "none"
+    assert placement.choose_placement(sizes, WORKING_BYTES + 15) == "model"
+    assert placement.choose_placement(sizes, WORKING_BYTES + 9) == "model"
+    assert placement.choose_placement(sizes, WORKING_BYTES + 8) == "sequential"
     without_text = {"transformer": 4, "controlnet": 2}
-    assert placement.choose(without_text, WORKING_BYTES + 5) == "sequential"
-    assert placement.choose(without_text, WORKING_BYTES + 5, quantized=True) == "model"
-    assert placement.choose(sizes, 2 * WORKING_BYTES + 15, pictures=2) == "model"
+    assert placement.choose_placement(without_text, WORKING_BYTES + 5) == "sequential"
+    assert placement.choose_placement(without_text, WORKING_BYTES + 5, quantized=True) == "model"
+    assert placement.choose_placement(sizes, 2 * WORKING_BYTES + 15, batch_size=2) == "model"
 
 
 def test_the_nearest_bucket_is_taken(config: GenerateConfig, tmp_path: Path) -> None:
     convention = Convention(((64, 96), (64, 64), (96, 64)), TOKENS, "-1_1")
-    sizes = [convention.size(Image.new("L", size)) for size in ((10, 20), (30, 31), (20, 10))]
+    sizes = [
+        convention.picture_size(Image.new("L", size)) for size in ((10, 20), (30, 31), (20, 10))
+    ]
     assert sizes == [(64, 96), (64, 64), (96, 64)]
     folder = tmp_path / "bucketed"
     shutil.copytree(config.controlnet[0], folder)
@@ -610,7 +612,7 @@ def test_files_that_say_nothing(
     spoiled: str, command: Callable[..., Outcome], tmp_path: Path
 ) -> None:
     file = tmp_path / "picture.png"
-    about = {"plain": None, "damaged": metadata.info("{")}[spoiled]
+    about = {"plain": None, "damaged": metadata.png_info("{")}[spoiled]
     Image.new("RGB", (8, 8)).save(file, pnginfo=about)
     outcome = command("infer", "show", file)
     assert outcome.exit_code == 2

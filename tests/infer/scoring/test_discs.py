@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from demo.circles import Circle, disc, outline
+from demo.circles import Circle, draw_disc, draw_outline
 from demo.colors import COLORS
 from infer.scoring.discs import (
     LEAST_CONTRAST,
@@ -16,7 +16,7 @@ from infer.scoring.discs import (
     color_difference,
     find_disc,
     find_patch,
-    measure,
+    measure_disc,
     outlined_disc,
 )
 from sd3.images import fit
@@ -49,7 +49,9 @@ def test_a_drawn_disc_is_found(radius: int, across: float, down: float, names: l
         return  # one cannot be told from the other
     free = 512 - 2 * radius
     circle = Circle(radius + int(across * free), radius + int(down * free), radius, *names)
-    found = measure(small(disc(circle)), small(outline(circle)), COLORS[color], COLORS[background])
+    found = measure_disc(
+        small(draw_disc(circle)), small(draw_outline(circle)), COLORS[color], COLORS[background]
+    )
     # Two rasters of one circle may differ by half a pixel of its radius.
     radius_px = radius * SIDE / 512
     assert found.iou > ((radius_px - 0.5) / radius_px) ** 2
@@ -58,11 +60,13 @@ def test_a_drawn_disc_is_found(radius: int, across: float, down: float, names: l
 
 
 def test_exact_discs_score_above_98_per_cent_on_average() -> None:
-    from demo.circles import circles
+    from demo.circles import random_circles
 
     scores = [
-        measure(small(disc(c)), small(outline(c)), COLORS[c.color], COLORS[c.background]).iou
-        for c in circles(60, seed=9)
+        measure_disc(
+            small(draw_disc(c)), small(draw_outline(c)), COLORS[c.color], COLORS[c.background]
+        ).iou
+        for c in random_circles(60, seed=9)
         if color_difference(COLORS[c.color], COLORS[c.background]) > 5
     ]
     assert np.mean(scores) > 0.98
@@ -71,14 +75,14 @@ def test_exact_discs_score_above_98_per_cent_on_average() -> None:
 def test_fringes_and_hairlines_are_no_part_of_a_disc() -> None:
     """As a decoder leaves them: a rim of a third colour, and threads that hang on to the disc."""
     circle = Circle(256, 256, 120, "burly wood", "bisque")
-    pixels = np.array(small(disc(circle)))
+    pixels = np.array(small(draw_disc(circle)))
     rows, columns = np.ogrid[:SIDE, :SIDE]
     away = np.hypot(rows + 0.5 - 64, columns + 0.5 - 64)
     right = np.broadcast_to(columns > 64, away.shape)
     pixels[(away > 31) & (away < 38) & right] = (255, 240, 245)  # pinker than bisque is
     pixels[64, 90:120] = COLORS["burly wood"]
-    found = measure(
-        Image.fromarray(pixels), small(outline(circle)), COLORS[circle.color], COLORS["bisque"]
+    found = measure_disc(
+        Image.fromarray(pixels), small(draw_outline(circle)), COLORS[circle.color], COLORS["bisque"]
     )
     assert found.iou > 0.95
     assert found.color_error == pytest.approx(0, abs=0.5)
@@ -88,16 +92,16 @@ def test_fringes_and_hairlines_are_no_part_of_a_disc() -> None:
 def test_a_shifted_disc_scores_what_geometry_gives(shift: int) -> None:
     drawn = Circle(200 + shift, 256, 120, "tomato", "old lace")
     wanted = Circle(200, 256, 120, "tomato", "old lace")
-    found = measure(
-        small(disc(drawn)), small(outline(wanted)), COLORS["tomato"], COLORS["old lace"]
+    found = measure_disc(
+        small(draw_disc(drawn)), small(draw_outline(wanted)), COLORS["tomato"], COLORS["old lace"]
     )
     assert found.iou == pytest.approx(lens(120, shift), abs=0.03)
 
 
 def test_wrong_colours_score_what_colorimetry_gives() -> None:
     drawn = Circle(256, 256, 100, "tomato", "old lace")
-    found = measure(
-        small(disc(drawn)), small(outline(drawn)), COLORS["royal blue"], COLORS["white"]
+    found = measure_disc(
+        small(draw_disc(drawn)), small(draw_outline(drawn)), COLORS["royal blue"], COLORS["white"]
     )
     expected = color_difference(COLORS["tomato"], COLORS["royal blue"])
     assert found.color_error == pytest.approx(expected, abs=0.5)
@@ -124,15 +128,15 @@ def test_pictures_without_a_disc_score_nothing(kind: str) -> None:
         pixels[30:90, 30:90] = 0
         pixels[40:80, 40:80] = 200
     assert find_disc(pixels) is None
-    wanted = small(outline(Circle(256, 256, 100, "red", "blue")))
-    found = measure(Image.fromarray(pixels), wanted, (255, 0, 0), (0, 0, 255))
+    wanted = small(draw_outline(Circle(256, 256, 100, "red", "blue")))
+    found = measure_disc(Image.fromarray(pixels), wanted, (255, 0, 0), (0, 0, 255))
     assert found.iou == 0
     assert found.color_error is None
 
 
 def test_the_disc_of_an_outline() -> None:
     circle = Circle(300, 200, 101, "red", "blue")
-    mask = outlined_disc(small(outline(circle)))
+    mask = outlined_disc(small(draw_outline(circle)))
     assert mask.sum() == pytest.approx(math.pi * (101 / 4) ** 2, rel=0.03)
     rows, columns = np.nonzero(mask)
     assert (columns.mean() + 0.5, rows.mean() + 0.5) == pytest.approx((75, 50), abs=0.3)

@@ -14,11 +14,13 @@ from diffusers import SD3ControlNetModel
 from PIL import Image, ImageDraw
 
 from common.errors import ConfigError
-from demo.circles import circles, write_circles
+from demo.circles import random_circles, write_circles
 from infer.config import ScoreConfig
+from infer.scoring.charts import draw_curves
 from infer.scoring.edges import TOLERANCE, agreement, edge_agreement, has_lines, lines
-from infer.scoring.measures import MEASURES, Sample, fitting
-from infer.scoring.score import WITHOUT, curve, score
+from infer.scoring.measures import MEASURES, Sample, applicable_measures
+from infer.scoring.results import WITHOUT
+from infer.scoring.score import score
 from infer.scoring.statistics import Summary
 from sd3.images import fit
 from sd3.pretrained import DATA_KEY
@@ -135,13 +137,18 @@ def test_targets_are_compared_by_arithmetic() -> None:
 
 
 def test_what_a_data_set_can_be_measured_by() -> None:
-    circle = circles(1, seed=0)[0]
-    from demo.circles import outline
+    circle = random_circles(1, seed=0)[0]
+    from demo.circles import draw_outline
 
-    assert fitting([Sample(0, circle.prompt, outline(circle), outline(circle))]) == ("circles",)
-    assert fitting([Sample(0, "a house", drawing(ONE))]) == ("edges",)
-    assert fitting([Sample(0, "a house", drawing(ONE), boxes(ONE))]) == ("edges", "targets")
-    assert fitting([Sample(0, "a house", Image.linear_gradient("L"))]) == ()
+    assert applicable_measures(
+        Sample(0, circle.prompt, draw_outline(circle), draw_outline(circle))
+    ) == ("circles",)
+    assert applicable_measures(Sample(0, "a house", drawing(ONE))) == ("edges",)
+    assert applicable_measures(Sample(0, "a house", drawing(ONE), boxes(ONE))) == (
+        "edges",
+        "targets",
+    )
+    assert applicable_measures(Sample(0, "a house", Image.linear_gradient("L"))) == ()
 
 
 @pytest.fixture
@@ -189,9 +196,9 @@ def test_checkpoints_side_by_side(config: ScoreConfig, tmp_path: Path) -> None:
     rows = list(csv.DictReader((config.output_dir / "samples.csv").open()))
     assert len(rows) == 3
     assert figures["checkpoint-50"] != figures["checkpoint-100"]
-    for way in ("checkpoint-50", "checkpoint-100", WITHOUT):
+    for variant in ("checkpoint-50", "checkpoint-100", WITHOUT):
         for number, row in enumerate(rows):
-            picture = Image.open(config.output_dir / way / f"00{number}.png")
+            picture = Image.open(config.output_dir / variant / f"00{number}.png")
             conditioning, target = (
                 fit(Image.open(config.source / kind / f"{number}.png").convert("RGB"), 64)
                 for kind in ("source", "target")
@@ -199,10 +206,10 @@ def test_checkpoints_side_by_side(config: ScoreConfig, tmp_path: Path) -> None:
             sample = Sample(number, "a house", conditioning, target)
             for name in ("edges", "targets"):
                 for key, value in MEASURES[name].of(picture, sample).items():
-                    written = row[f"{way}_{key}"]
+                    written = row[f"{variant}_{key}"]
                     assert written == ("" if value is None else f"{value:.4f}")
-        mean = np.mean([float(row[f"{way}_ssim"]) for row in rows])
-        assert figures[way]["ssim"]["mean"] == pytest.approx(mean, abs=1e-4)
+        mean = np.mean([float(row[f"{variant}_ssim"]) for row in rows])
+        assert figures[variant]["ssim"]["mean"] == pytest.approx(mean, abs=1e-4)
     with Image.open(config.output_dir / "curve.png") as image:
         assert image.width > 5 * 300
     assert RESOLUTION_PX == 64
@@ -237,12 +244,12 @@ def test_the_curve_is_in_the_order_of_steps() -> None:
         WITHOUT: {"psnr": summary(1.0), "ssim": summary(0.1)},
     }
     names = ["out/checkpoint-100/controlnet", "out/checkpoint-50/controlnet"]
-    figure = curve([MEASURES["targets"]], figures, names)
+    figure = draw_curves([MEASURES["targets"]], figures, names)
     psnr, ssim = figure.axes
     assert psnr.lines[0].get_xydata().tolist() == [[50, 2], [100, 3]]
     assert ssim.lines[0].get_xydata().tolist() == [[100, 0.5]]
     assert psnr.lines[1].get_ydata()[0] == 1.0
-    named = curve([MEASURES["targets"]], figures, ["out/b", "out/a"])
+    named = draw_curves([MEASURES["targets"]], figures, ["out/b", "out/a"])
     assert [label.get_text() for label in named.axes[0].get_xticklabels()] == ["b", "a"]
 
 
@@ -263,7 +270,7 @@ def test_what_cannot_be_measured_is_named(
 
 
 def test_circles_are_measured_as_such(config: ScoreConfig, tmp_path: Path) -> None:
-    write_circles(tmp_path / "circles", circles(2, seed=1))
+    write_circles(tmp_path / "circles", random_circles(2, seed=1))
     score(replace(config, source=tmp_path / "circles"))
     figures = json.loads((config.output_dir / "score.json").read_text())
     assert figures[WITHOUT].keys() == {"iou", "disc_color_error", "background_color_error"}

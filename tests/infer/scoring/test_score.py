@@ -18,24 +18,26 @@ from diffusers import (
 )
 from PIL import Image
 
-from demo.circles import Circle, circles, disc, outline, write_circles
+from demo.circles import Circle, draw_disc, draw_outline, random_circles, write_circles
 from demo.colors import COLORS
 from infer.config import ScoreConfig
-from infer.scoring.discs import measure
+from infer.scoring.charts import worst_sheet
+from infer.scoring.discs import measure_disc
 from infer.scoring.measures import MEASURES, Sample
-from infer.scoring.score import WITH, WITHOUT, Drawn, samples_csv, score, worst_sheet
+from infer.scoring.results import WITH, WITHOUT, SampleResult, to_csv
+from infer.scoring.score import score
 from infer.scoring.statistics import summarize
 from sd3.contact_sheet import CELL_PX
 from sd3.images import fit
 from tests.conftest import RESOLUTION_PX, TOKENS, Outcome, flags
 
 NUM_SAMPLES = 3
-WAYS = (WITH, WITHOUT)
+VARIANTS = (WITH, WITHOUT)
 
 
 @pytest.fixture
 def config(base: Path, controlnet: Path, tmp_path: Path) -> ScoreConfig:
-    write_circles(tmp_path / "circles", circles(NUM_SAMPLES + 1, seed=3))
+    write_circles(tmp_path / "circles", random_circles(NUM_SAMPLES + 1, seed=3))
     return ScoreConfig(
         pretrained_model_name_or_path=str(base),
         controlnet=(str(controlnet),),
@@ -51,12 +53,12 @@ def config(base: Path, controlnet: Path, tmp_path: Path) -> ScoreConfig:
     )
 
 
-@pytest.mark.parametrize("way", WAYS)
-def test_pictures_are_those_of_the_stock_pipelines(config: ScoreConfig, way: str) -> None:
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_pictures_are_those_of_the_stock_pipelines(config: ScoreConfig, variant: str) -> None:
     score(config)
     models = {}
     kind = StableDiffusion3Pipeline
-    if way == WITH:
+    if variant == WITH:
         kind = StableDiffusion3ControlNetPipeline
         models["controlnet"] = SD3ControlNetModel.from_pretrained(config.controlnet[0])
     pipeline = kind.from_pretrained(config.pretrained_model_name_or_path, **models)
@@ -73,9 +75,11 @@ def test_pictures_are_those_of_the_stock_pipelines(config: ScoreConfig, way: str
             guidance_scale=3.0,
             max_sequence_length=TOKENS,
             latents=torch.randn(1, 16, side, side, generator=torch.manual_seed(5 + number)),
-            **({"control_image": small} if way == WITH else {}),
+            **({"control_image": small} if variant == WITH else {}),
         ).images[0]
-        picture = np.array(Image.open(config.output_dir / way / f"{number:03d}.png")).astype(int)
+        picture = np.array(Image.open(config.output_dir / variant / f"{number:03d}.png")).astype(
+            int
+        )
         # One picture at a time or two: the last bits differ, and 8 bit rounding with them.
         assert np.abs(picture - np.array(expected)).max() <= 1
 
@@ -92,17 +96,17 @@ def test_figures_are_those_of_the_pictures(config: ScoreConfig) -> None:
             for name in row["prompt"].removesuffix(" background").split(" circle with ")
         )
         conditioning = fit(Image.open(config.source / line["source"]).convert("RGB"), RESOLUTION_PX)
-        for way in WAYS:
-            picture = Image.open(config.output_dir / way / f"{int(row['sample']):03d}.png")
-            found = measure(picture, conditioning, color, background)
-            assert float(row[f"{way}_iou"]) == pytest.approx(found.iou, abs=1e-4)
-            error = float(row[f"{way}_background_color_error"])
+        for variant in VARIANTS:
+            picture = Image.open(config.output_dir / variant / f"{int(row['sample']):03d}.png")
+            found = measure_disc(picture, conditioning, color, background)
+            assert float(row[f"{variant}_iou"]) == pytest.approx(found.iou, abs=1e-4)
+            error = float(row[f"{variant}_background_color_error"])
             assert error == pytest.approx(found.background_error, abs=1e-4)
-    for way in WAYS:
+    for variant in VARIANTS:
         for name, column in (("iou", "iou"), ("background_color_error", "background_color_error")):
-            values = [float(row[f"{way}_{column}"]) for row in rows]
-            assert figures[way][name]["mean"] == pytest.approx(np.mean(values), abs=1e-3)
-            assert figures[way][name]["median"] == pytest.approx(np.median(values), abs=1e-3)
+            values = [float(row[f"{variant}_{column}"]) for row in rows]
+            assert figures[variant][name]["mean"] == pytest.approx(np.mean(values), abs=1e-3)
+            assert figures[variant][name]["median"] == pytest.approx(np.median(values), abs=1e-3)
     assert figures["config"]["seed"] == 5
 
 
@@ -125,22 +129,22 @@ def test_fewer_rows_than_asked_are_all_scored(config: ScoreConfig, tmp_path: Pat
 CIRCLES = MEASURES["circles"]
 
 
-def drawn(folder: Path, number: int, shift: int) -> Drawn:
+def drawn(folder: Path, number: int, shift: int) -> SampleResult:
     """A sample whose controlled picture is a disc shifted by so much, and whose other is flat."""
     wanted = Circle(200, 256, 100, "tomato", "old lace")
     moved = replace(wanted, x=200 + shift)
-    sample = Sample(number, wanted.prompt, fit(outline(wanted), 128))
-    pictures = {WITH: fit(disc(moved), 128), WITHOUT: Image.new("RGB", (128, 128), "blue")}
-    files = {way: folder / f"{number}-{way}.png" for way in pictures}
-    for way, picture in pictures.items():
-        picture.save(files[way])
-    measured = {way: CIRCLES.of(picture, sample) for way, picture in pictures.items()}
-    return Drawn(sample, files, measured)
+    sample = Sample(number, wanted.prompt, fit(draw_outline(wanted), 128))
+    pictures = {WITH: fit(draw_disc(moved), 128), WITHOUT: Image.new("RGB", (128, 128), "blue")}
+    files = {variant: folder / f"{number}-{variant}.png" for variant in pictures}
+    for variant, picture in pictures.items():
+        picture.save(files[variant])
+    measured = {variant: CIRCLES.of(picture, sample) for variant, picture in pictures.items()}
+    return SampleResult(sample, files, measured)
 
 
 def test_the_worst_come_first_and_no_disc_has_no_colour(tmp_path: Path) -> None:
     samples = [drawn(tmp_path, number, shift) for number, shift in enumerate((40, 160, 0, 80))]
-    rows = list(csv.DictReader(samples_csv([CIRCLES], samples).splitlines()))
+    rows = list(csv.DictReader(to_csv([CIRCLES], samples).splitlines()))
     scores = [float(row[f"{WITH}_iou"]) for row in rows]
     assert scores[2] > 0.98
     assert scores[2] > scores[0] > scores[3] > scores[1]

@@ -49,7 +49,7 @@ def abouts(cache: Path, product: str) -> dict[str, list[str]]:
     for shard, count in enumerate(reader.product.shard_records):
         kind = "held out" if shard in opened.manifest.held_out else "training"
         for index in range(count):
-            about = reader.about(shard, index)
+            about = reader.metadata(shard, index)
             assert about.get("held_out", False) == (kind == "held out")
             found[kind].append(str(about["image_hash"]))
     return found
@@ -134,7 +134,7 @@ def test_holding_out_others_leaves_the_rest_alone(
         assert sorted(everything) == sorted(before["held out"] + before["training"])
         if wanted:
             assert set(before["held out"]) < set(found["held out"])
-    assert "held_out" not in json.dumps(Cache(cache).latents.about(0, 0))
+    assert "held_out" not in json.dumps(Cache(cache).latents.metadata(0, 0))
     found = manifest.load(cache)
     assert sum(found.training_records("conditioning")) == NUM_ROWS
 

@@ -19,7 +19,8 @@ from precompute.config import PrecomputeConfig
 from precompute.run import precompute
 from shards.format import sidecar
 from shards.format.json_files import LARGEST_FILE_BYTES
-from shards.format.records import Record, place_of, record_key, to_members
+from shards.format.keys import record_key, slot_of
+from shards.format.records import Record, to_members
 from shards.format.writer import write_shard
 from tests.conftest import flags, run_python
 
@@ -70,7 +71,7 @@ def test_webdataset_streams_a_shard(tmp_path: Path) -> None:
     samples = list(webdataset.WebDataset(str(tmp_path / "000007.tar"), shardshuffle=False))
     assert [sample["__key__"] for sample in samples] == [one.key for one in records()]
     for sample, record in zip(samples, records(), strict=True):
-        assert json.loads(sample["json"]) == record.about
+        assert json.loads(sample["json"]) == record.metadata
         loaded = safetensors.torch.load(sample["safetensors"])
         assert {name: tensor.tolist() for name, tensor in loaded.items()} == {
             name: tensor.tolist() for name, tensor in record.tensors.items()
@@ -112,16 +113,16 @@ def test_a_record_is_taken_over_byte_for_byte(tmp_path: Path) -> None:
 
 
 def test_a_summary_says_what_the_sidecar_says_while_its_tar_is_there(tmp_path: Path) -> None:
-    assert sidecar.summary(tmp_path, 7) is None
+    assert sidecar.load_summary(tmp_path, 7) is None
     card = write_shard(tmp_path, 7, records(), fingerprint="f", identity="i", captions="c")
-    found = sidecar.summary(tmp_path, 7)
+    found = sidecar.load_summary(tmp_path, 7)
     assert found is not None
     assert vars(found) == {name: getattr(card, name) for name in vars(found)}
     tar = tmp_path / "000007.tar"
     tar.write_bytes(tar.read_bytes()[:-1])
-    assert sidecar.summary(tmp_path, 7) is None
+    assert sidecar.load_summary(tmp_path, 7) is None
     tar.unlink()
-    assert sidecar.summary(tmp_path, 7) is None
+    assert sidecar.load_summary(tmp_path, 7) is None
 
 
 def test_two_records_with_one_key_are_refused(tmp_path: Path) -> None:
@@ -143,10 +144,10 @@ def test_a_file_that_cannot_be_written_is_named(tmp_path: Path) -> None:
 def test_a_key_is_an_address() -> None:
     key = record_key(12, 345, "0123456789abcdef0123")
     assert key == "000012-00345-0123456789abcdef"
-    assert place_of(key) == (12, 345)
+    assert slot_of(key) == (12, 345)
     for wrong in ("", "12", "x-1-2", "../../etc"):
         with pytest.raises(ShardError, match="not a record key"):
-            place_of(wrong)
+            slot_of(wrong)
 
 
 @pytest.mark.parametrize(
@@ -216,7 +217,7 @@ def test_the_datasets_library_reads_shards(tmp_path: Path) -> None:
     )
     assert [row["__key__"] for row in rows] == [one.key for one in records()]
     for row, record in zip(rows, records(), strict=True):
-        assert row["json"] == record.about
+        assert row["json"] == record.metadata
         loaded = safetensors.torch.load(row["safetensors"])
         assert all(torch.equal(loaded[name], tensor) for name, tensor in record.tensors.items())
 

@@ -4,7 +4,6 @@ import gc
 import hashlib
 import json
 import os
-import pickle
 import re
 import shutil
 from collections.abc import Callable
@@ -18,6 +17,7 @@ from common.errors import ShardError
 from shards import verify
 from shards.format import manifest, sidecar
 from shards.reading.cache import Cache
+from shards.reading.tensors import empty_tensors
 from tests.conftest import BUCKETS, Outcome, reseal, write_manifest
 
 
@@ -45,15 +45,8 @@ def test_the_manifest_survives_writing_and_reading(cache: Path, tmp_path: Path) 
 
 def test_the_empty_prompt_is_always_there(cache: Path) -> None:
     found = Cache(cache)
-    assert found.text.about(0, 0) == {"prompt": ""}
+    assert found.text.metadata(0, 0) == {"prompt": ""}
     assert found.empty_prompt().keys() == {"clip_embeds", "t5_embeds", "pooled_embeds"}
-
-
-def test_an_open_cache_travels_to_a_worker(cache: Path) -> None:
-    found = Cache(cache)
-    expected = found.sample(1, 1)[1]["latent"]
-    again = pickle.loads(pickle.dumps(found))
-    assert torch.equal(again.sample(1, 1)[1]["latent"], expected)
 
 
 def test_files_close_with_the_reader(cache: Path) -> None:
@@ -156,7 +149,7 @@ def test_a_record_whose_bytes_changed_is_not_read(copy: Path) -> None:
         flip(copy / "latents" / "000001.tar", at)
         reader = Cache(copy).latents
         with pytest.raises(ShardError, match=rf"000001\.tar: record {card.keys[0]}: {message}"):
-            reader.tensors(1, 0) if at > start + 100 and at < about else reader.about(1, 0)
+            reader.tensors(1, 0) if at > start + 100 and at < about else reader.metadata(1, 0)
         flip(copy / "latents" / "000001.tar", at)
     reader.tensors(1, 0)
 
@@ -360,14 +353,15 @@ def test_records_are_of_their_shards_bucket(bucketed: Path, tmp_path: Path) -> N
 def test_a_batch_is_read_into_the_memory_of_its_bucket(bucketed: Path) -> None:
     found = Cache(bucketed)
     for bucket, shards in enumerate(([0, 3], [1, 4], [2, 5])):
-        specs = found.batch_tensors(bucket)
-        batch = {name: torch.empty((2, *one.shape), dtype=one.dtype) for name, one in specs.items()}
-        pairs = [found.pair(shard, 2) for shard in shards]
-        found.read(batch, pairs, [pair.prompts[0] for pair in pairs])
-        for row, pair in enumerate(pairs):
-            expected = found.sample(*pair.conditioning)[1] | found.embeddings(pair.prompts[0])
+        batch = empty_tensors(found.sample_specs(bucket), 2)
+        samples = [found.sample_records(shard, 2) for shard in shards]
+        found.read(batch, samples, [sample.prompts[0] for sample in samples])
+        for position, sample in enumerate(samples):
+            expected = found.sample(*sample.conditioning)[1] | found.embeddings(sample.prompts[0])
             assert batch.keys() == expected.keys()
-            assert all(torch.equal(batch[name][row], one) for name, one in expected.items())
+            assert all(
+                torch.equal(batch[name][position], tensor) for name, tensor in expected.items()
+            )
 
 
 def test_info_lists_the_buckets(bucketed: Path, command: Callable[..., Outcome]) -> None:

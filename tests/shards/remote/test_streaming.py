@@ -21,7 +21,7 @@ from benchmarks import synthetic
 from common.errors import ConfigError, ShardError
 from shards.reading.cache import Cache
 from shards.reading.order import Order
-from shards.remote import folder, streaming
+from shards.remote import retry, streaming
 from shards.remote.folder import RemoteFolder
 from shards.remote.streaming import RemoteFiles, open_files
 from tests.conftest import flags, free_port, run_python
@@ -36,8 +36,8 @@ pytestmark = pytest.mark.usefixtures("patience")
 @pytest.fixture
 def patience(monkeypatch: pytest.MonkeyPatch) -> None:
     """Try again at once, and give up on a silent server soon."""
-    monkeypatch.setattr(folder, "FIRST_WAIT_S", 0.01)
-    monkeypatch.setattr(folder, "STALL_S", 0.5)
+    monkeypatch.setattr(retry, "FIRST_WAIT_S", 0.01)
+    monkeypatch.setattr(retry, "STALL_S", 0.5)
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
 
 
@@ -357,7 +357,7 @@ def test_reading_ahead_outlives_a_server_that_is_away_for_a_while(
     found = open_remote(server.url, tmp_path / "local")
     server.misbehave = lambda handler, path, *_: path.endswith(".json") and refuses(handler, b"")
     order = Order(found.conditioning.product.shard_records, seed=0, window=1)
-    with found.following(order, 0):
+    with found.read_ahead(order, 0):
         time.sleep(0.3)
         server.misbehave = lambda *_: False
         deadline = time.monotonic() + 30
@@ -369,7 +369,7 @@ def test_reading_ahead_outlives_a_server_that_is_away_for_a_while(
 def test_transfers_end_when_nobody_waits_for_them(
     cache: Path, tmp_path: Path, serve: Callable[[Path], Server], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("shards.remote.folder.FIRST_WAIT_S", 60.0)
+    monkeypatch.setattr("shards.remote.retry.FIRST_WAIT_S", 60.0)
     server = serve(cache)
     server.misbehave = always(lambda h, d: sent(h, d[:1000], len(d)))
     folder = RemoteFolder(server.url)
@@ -425,7 +425,7 @@ def test_a_window_without_room_is_refused_before_anything_is_fetched(
     order = Order(found.conditioning.product.shard_records, seed=0)
     with (
         pytest.raises(ShardError, match=r"2 shards mixed at a time .* give --shuffle-window 1"),
-        found.following(order, 0),
+        found.read_ahead(order, 0),
     ):
         pass
 

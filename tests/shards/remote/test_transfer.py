@@ -13,7 +13,7 @@ from common.errors import ConfigError, ShardError
 from shards import verify
 from shards.format import manifest
 from shards.reading.cache import Cache
-from shards.remote import folder, transfer
+from shards.remote import retry, transfer
 from shards.remote.folder import RemoteFolder
 from shards.remote.streaming import RemoteFiles
 from tests.conftest import Outcome, reseal
@@ -47,7 +47,7 @@ def bucket(endpoint: str, monkeypatch: pytest.MonkeyPatch) -> str:
         "NO_PROXY": "127.0.0.1",
     }.items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setattr(folder, "FIRST_WAIT_S", 0.01)
+    monkeypatch.setattr(retry, "FIRST_WAIT_S", 0.01)
     server = s3fs.S3FileSystem(skip_instance_cache=True)
     if server.exists("caches"):
         server.rm("caches", recursive=True)
@@ -75,9 +75,9 @@ def test_pushed_and_pulled_it_is_the_same(cache: Path, bucket: str, tmp_path: Pa
     assert transfer.pull(RemoteFolder(bucket), tmp_path / "there").copied == count
     assert files(tmp_path / "there") == files(cache)
     again = transfer.push(cache, RemoteFolder(bucket))
-    assert (again.copied, again.kept, again.num_bytes) == (0, count, 0)
+    assert (again.copied, again.unchanged, again.num_bytes) == (0, count, 0)
     again = transfer.pull(RemoteFolder(bucket), tmp_path / "there")
-    assert (again.copied, again.kept) == (0, count)
+    assert (again.copied, again.unchanged) == (0, count)
 
 
 def test_pull_replaces_what_is_damaged_and_nothing_else(
@@ -115,7 +115,7 @@ def test_an_interrupted_pull_goes_on(
     with pytest.raises(ShardError, match="incomplete, manifest"):
         manifest.load(tmp_path / "there")
     done = transfer.pull(RemoteFolder(bucket), tmp_path / "there")
-    assert done.kept >= 1
+    assert done.unchanged >= 1
     assert files(tmp_path / "there") == files(cache)
 
 
@@ -137,7 +137,7 @@ def test_an_interrupted_push_goes_on_and_is_no_cache_before(
             transfer.push(cache, RemoteFolder(bucket))
     with pytest.raises(ShardError, match=r"manifest\.json: no such file there"):
         transfer.pull(RemoteFolder(bucket), tmp_path / "there")
-    assert transfer.push(cache, RemoteFolder(bucket)).kept >= 2
+    assert transfer.push(cache, RemoteFolder(bucket)).unchanged >= 2
     transfer.pull(RemoteFolder(bucket), tmp_path / "there")
     assert files(tmp_path / "there") == files(cache)
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from benchmarks.reference import logged_losses
+from benchmarks.reference.runs import logged_losses
 from common.errors import ConfigError
 from sd3.quantized import RowLinear
 from tests.conftest import Outcome, Spoil, flags

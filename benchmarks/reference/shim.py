@@ -1,10 +1,10 @@
-"""Run a copy of diffusers' train_controlnet_sd3.py with everything random handed to it.
+"""Runs a copy of diffusers' train_controlnet_sd3.py with given random numbers.
 
-    python -m benchmarks.reference_shim SCRIPT DRAWS LOSSES [the script's own arguments]
+    python -m benchmarks.reference.shim SCRIPT DRAWS LOSSES [the script's own arguments]
 
-DRAWS is a .npz with one entry a step: `rows` [S, B] of the data set, `noise`, `latent` and
-`conditioning_latent` [S, B, C, h, w], standard normal, and `density` [S, B]. LOSSES becomes a JSON
-list. The script itself is left as it is: libraries that it draws from are made to give these.
+DRAWS is a .npz with one entry a step: `rows` [S, B] of the data set; `noise`, `latent` and
+`conditioning_latent` [S, B, C, h, w], standard normal; and `density` [S, B]. LOSSES becomes a JSON
+list. The script is not changed: functions of the libraries that it draws from are replaced.
 """
 
 import importlib.util
@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import accelerate
-import datasets  # noqa: F401  # it looks for torchvision, and must not find the stand-in
+import datasets  # noqa: F401  # looks for torchvision, and must not find the substitute
 import diffusers.training_utils
 import numpy as np
 import torch
@@ -28,47 +28,63 @@ from torch import Tensor
 
 
 def main() -> None:
-    """Patch, run, and write the losses."""
+    """Replace the random draws, run the script, and write its losses."""
     script, draws, losses = sys.argv[1:4]
     sys.argv = [script, *sys.argv[4:]]
-    found = np.load(draws)
+    given = dict(np.load(draws).items())
     logged: list[float] = []
     if importlib.util.find_spec("torchvision") is None:
-        stand_in_for_torchvision()
-    hand_over(dict(found.items()), logged)
+        install_torchvision_substitute()
+    replace_draws(GivenDraws(given), order=[int(row) for row in given["rows"].flatten()])
+    record_losses(logged)
     runpy.run_path(script, run_name="__main__")
     Path(losses).write_text(json.dumps(logged))
 
 
-def hand_over(draws: dict[str, Any], logged: list[float]) -> None:
-    """Have the libraries that the script draws from give these draws, in their order."""
-    steps = iter(range(len(draws["rows"])))
-    now = {"step": -1}
+class GivenDraws:
+    """Returns the given random numbers, in the order in which the script asks for them.
 
-    def tensor(name: str) -> Tensor:
-        return torch.from_numpy(draws[name][now["step"]])
+    Args:
+        draws: see the module's docstring.
+    """
 
-    def sample(self: Any, generator: Any = None) -> Tensor:
-        # A step samples the image's latent first, which begins it, then the conditioning image's.
-        name = "conditioning_latent" if now.get("begun") else "latent"
+    def __init__(self, draws: dict[str, Any]) -> None:
+        self._draws = draws
+        self._step = -1
+        self._next_latent = "latent"
+
+    def sample(self, posterior: DiagonalGaussianDistribution) -> Tensor:
+        """Return a sample of a posterior; each step samples the image's, then the control's."""
+        name = self._next_latent
         if name == "latent":
-            now["step"] = next(steps)
-        now["begun"] = int(name == "latent")
-        latent: Tensor = self.mean + self.std * tensor(name)
+            self._step += 1
+        self._next_latent = "conditioning_latent" if name == "latent" else "latent"
+        latent: Tensor = posterior.mean + posterior.std * self.tensor(name)
         return latent
 
+    def tensor(self, name: str) -> Tensor:
+        """Return the current step's numbers of a kind."""
+        return torch.from_numpy(self._draws[name][self._step])
+
+
+def replace_draws(draws: GivenDraws, order: list[int]) -> None:
+    """Replace the functions that the script draws from.
+
+    Args:
+        draws: the numbers to return.
+        order: rows of the data set, in the order in which the script gets them.
+    """
+
+    def sample(self: Any, generator: Any = None) -> Tensor:
+        return draws.sample(self)
+
     def randn_like(values: Tensor, **_: Any) -> Tensor:
-        return tensor("noise").to(values.dtype)
+        return draws.tensor("noise").to(values.dtype)
 
     def density(*_: Any, **__: Any) -> Tensor:
-        return tensor("density")
+        return draws.tensor("density")
 
-    def log(self: Any, values: dict[str, float], *_: Any, **__: Any) -> None:
-        logged.append(values["loss"])
-
-    order = [int(row) for row in draws["rows"].flatten()]
-
-    class InOrder(torch.utils.data.DataLoader[Any]):
+    class OrderedLoader(torch.utils.data.DataLoader[Any]):
         def __init__(self, dataset: Any, *, shuffle: bool = False, **more: Any) -> None:
             super().__init__(dataset, sampler=order if shuffle else None, **more)
 
@@ -76,15 +92,23 @@ def hand_over(draws: dict[str, Any], logged: list[float]) -> None:
         (DiagonalGaussianDistribution, "sample", sample),
         (torch, "randn_like", randn_like),
         (diffusers.training_utils, "compute_density_for_timestep_sampling", density),
-        (accelerate.Accelerator, "log", log),
-        (torch.utils.data, "DataLoader", InOrder),
+        (torch.utils.data, "DataLoader", OrderedLoader),
     ]
     for owner, name, replacement in patches:
         setattr(owner, name, replacement)
 
 
-def stand_in_for_torchvision() -> None:
-    """Give the script the five transforms of torchvision that it uses, by Pillow and torch."""
+def record_losses(logged: list[float]) -> None:
+    """Append every loss that the script logs to a list."""
+
+    def log(self: Any, values: dict[str, float], *_: Any, **__: Any) -> None:
+        logged.append(values["loss"])
+
+    accelerate.Accelerator.log = log
+
+
+def install_torchvision_substitute() -> None:
+    """Install a module `torchvision` with the five transforms that the script uses."""
 
     class Compose:
         def __init__(self, parts: list[Callable[[Any], Any]]) -> None:
@@ -127,8 +151,8 @@ def stand_in_for_torchvision() -> None:
 
     package, transforms = types.ModuleType("torchvision"), types.ModuleType("transforms")
     package.__spec__ = ModuleSpec("torchvision", None)
-    for one in (Compose, Resize, CenterCrop, ToTensor, Normalize):
-        setattr(transforms, one.__name__, one)
+    for transform in (Compose, Resize, CenterCrop, ToTensor, Normalize):
+        setattr(transforms, transform.__name__, transform)
     transforms.InterpolationMode = types.SimpleNamespace(BILINEAR=None)  # type: ignore[attr-defined]
     package.transforms = transforms  # type: ignore[attr-defined]
     sys.modules |= {"torchvision": package, "torchvision.transforms": transforms}

@@ -1,4 +1,4 @@
-"""diffusers' train_controlnet_sd3.py and ours, run one beside the other on the same data."""
+"""Data, command lines and results for runs of diffusers' train_controlnet_sd3.py and of ours."""
 
 import json
 import os
@@ -13,15 +13,16 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from common.atomic_files import write_text
-from demo.circles import circles, write_circles
+from demo.circles import random_circles, write_circles
 
-# Flat pictures would have a random VAE's GroupNorm divide by next to nothing.
+# Standard deviation of the noise on the pictures. In flat ones the GroupNorm of a VAE with random
+# weights would divide by nearly zero.
 GRAIN = 40
 
 
 def write_data(folder: Path, num_rows: int, seed: int) -> None:
-    """Write circles with grain as an image folder that both read."""
-    rows = circles(num_rows, seed)
+    """Write pictures of circles, with noise on them, as an image folder that both programs read."""
+    rows = random_circles(num_rows, seed)
     write_circles(folder, rows)
     (folder / "prompt.json").unlink()
     rng = np.random.default_rng(seed)
@@ -41,7 +42,7 @@ def write_data(folder: Path, num_rows: int, seed: int) -> None:
 
 
 def flags(**settings: Any) -> list[str]:
-    """Return settings as a command line; every option with its value, but for those that are on."""
+    """Return settings as a command line of ours; a setting that is True becomes a bare flag."""
     return [
         part
         for name, value in settings.items()
@@ -50,7 +51,7 @@ def flags(**settings: Any) -> list[str]:
 
 
 def reference_flags(**settings: Any) -> list[str]:
-    """Return the same for the reference, whose argparse knows its options by underscores alone."""
+    """Return settings as the reference's command line, whose options have underscores."""
     return [
         "--" + part[2:].replace("-", "_") if part.startswith("--") else part
         for part in flags(**settings)
@@ -58,16 +59,16 @@ def reference_flags(**settings: Any) -> list[str]:
 
 
 def logged_losses(output_dir: Path) -> list[float]:
-    """Return the losses that a run of ours logged, step by step."""
+    """Return the losses that a training run of ours logged, step by step."""
     events = EventAccumulator(str(output_dir / "logs" / "train_controlnet")).Reload()
     return [event.value for event in events.Scalars("loss")]
 
 
-def run(*arguments: object) -> None:
-    """Run Python with these arguments, and without a hub.
+def run_python(*arguments: object) -> None:
+    """Run Python with these arguments, offline.
 
     Raises:
-        RuntimeError: it failed; with the end of what it said.
+        RuntimeError: the process failed; the message has the end of its output.
     """
     command = [sys.executable, *map(str, arguments)]
     environment = os.environ | {"HF_HUB_OFFLINE": "1"}

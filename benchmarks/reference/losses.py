@@ -1,9 +1,9 @@
-"""`python -m benchmarks.reference_losses --reference-script PATH`: our losses beside its own.
+"""`python -m benchmarks.reference.losses --reference-script PATH`: our losses beside diffusers'.
 
 PATH is a copy of diffusers' examples/controlnet/train_controlnet_sd3.py, which is no part of this
-project. Both train on the same miniature base with random weights, data, seed and settings, in
-float32 and processes of their own; the order of samples, noise, timesteps and posterior samples
-that ours draws are handed to the reference (see `benchmarks.reference_shim`).
+project. Both programs train in float32 with the same miniature base, data, seed and settings, each
+in its own process. The order of samples, noise, timesteps and posterior samples that ours draws are
+given to the reference (see `benchmarks.reference.shim`).
 """
 
 import json
@@ -16,7 +16,13 @@ import click
 import numpy as np
 from xxhash import xxh3_128_hexdigest
 
-from benchmarks.reference import flags, logged_losses, reference_flags, run, write_data
+from benchmarks.reference.runs import (
+    flags,
+    logged_losses,
+    reference_flags,
+    run_python,
+    write_data,
+)
 from common.atomic_files import write_text
 from common.options import CONTEXT, user_errors
 from common.provenance import commit, machine, versions
@@ -26,12 +32,12 @@ from shards.reading.order import Order
 from train import objective
 from train.data import Samples
 
-# The reference's ControlNet always has 12 blocks, and ours at most half as many as the base.
+# The reference's ControlNet always has 12 blocks; ours has at most half as many as the base.
 NUM_BLOCKS, CONTROLNET_BLOCKS = 24, 12
 NUM_ROWS, BATCH, STEPS, TOKENS, RESOLUTION_PX, SEED = 24, 4, 20, 77, 64, 0
 LEARNING_RATE = 1e-3
-LIMIT = 1e-3
-SAME = {
+LIMIT = 1e-3  # largest relative difference of two losses
+SHARED_SETTINGS = {
     "train_batch_size": BATCH,
     "max_train_steps": STEPS,
     "learning_rate": LEARNING_RATE,
@@ -60,10 +66,10 @@ SAME = {
 @click.pass_context
 def main(ctx: click.Context, reference_script: Path, work_dir: Path | None, results: Path) -> None:
     """Compare the losses of the first 20 steps; exit 1 where they are 0.1 % apart."""
-    # Both in float32; a GPU would compute other sums.
+    # On a GPU, sums in float32 come out differently.
     os.environ["ACCELERATE_USE_CPU"] = "true"
     with user_errors(), tempfile.TemporaryDirectory() as temporary:
-        found = compare(reference_script.absolute(), work_dir or Path(temporary))
+        losses = compare(reference_script.absolute(), work_dir or Path(temporary))
     figures = {
         "machine": machine(),
         "versions": versions(),
@@ -71,12 +77,12 @@ def main(ctx: click.Context, reference_script: Path, work_dir: Path | None, resu
         "steps": STEPS,
         "blocks": NUM_BLOCKS,
         "batch": BATCH,
-        **found,
+        **losses,
     }
     results.parent.mkdir(parents=True, exist_ok=True)
     write_text(results, json.dumps(figures, indent=1) + "\n")
     worst = 0.0
-    for setting, both in found.items():
+    for setting, both in losses.items():
         click.echo(f"{setting}\n  step  reference       ours   relative difference")
         for step, (theirs, ours) in enumerate(zip(both["reference"], both["ours"], strict=True), 1):
             click.echo(f"  {step:4d}  {theirs:.7f}  {ours:.7f}  {abs(ours / theirs - 1):.1e}")
@@ -86,22 +92,33 @@ def main(ctx: click.Context, reference_script: Path, work_dir: Path | None, resu
 
 
 def compare(script: Path, folder: Path) -> dict[str, Any]:
-    """Return the losses of both, by setting.
+    """Return the losses of both programs, by setting.
 
     Args:
         script: the reference.
-        folder: to work in.
+        folder: where data, cache and runs are written.
     """
-    data, base, cache = folder / "data", folder / "base", folder / "cache"
-    write_data(data, NUM_ROWS, SEED)
-    save_base(base, build_pipeline(SEED, num_layers=NUM_BLOCKS, clip_tokens=77))
-    run(
+    write_data(folder / "data", NUM_ROWS, SEED)
+    save_base(folder / "base", build_pipeline(SEED, num_layers=NUM_BLOCKS, clip_tokens=77))
+    _precompute(folder)
+    draws = folder / "draws.npz"
+    np.savez(draws, **training_draws(folder / "cache", folder / "data"))
+    losses = {}
+    for setting in (1, 0):
+        ours = _train_ours(folder, setting)
+        reference = _train_reference(script, folder, draws, setting)
+        losses[f"precondition_outputs={setting}"] = differences(reference, ours)
+    return losses
+
+
+def _precompute(folder: Path) -> None:
+    run_python(
         "-m",
         "precompute",
         *flags(
-            pretrained_model_name_or_path=base,
-            train_data_dir=data,
-            cache=cache,
+            pretrained_model_name_or_path=folder / "base",
+            train_data_dir=folder / "data",
+            cache=folder / "cache",
             cache_dir=folder / "datasets",
             resolution=RESOLUTION_PX,
             max_sequence_length=TOKENS,
@@ -112,52 +129,57 @@ def compare(script: Path, folder: Path) -> dict[str, Any]:
             device="cpu",
         ),
     )
-    draws = folder / "draws.npz"
-    np.savez(draws, **handed_over(cache, data))
-    found = {}
-    for setting in (1, 0):
-        name = f"precondition_outputs={setting}"
-        ours, theirs = folder / f"ours-{setting}", folder / f"reference-{setting}"
-        common = SAME | {"pretrained_model_name_or_path": base, "precondition_outputs": setting}
-        run(
-            "-m",
-            "train",
-            *flags(
-                **common,
-                cache=cache,
-                output_dir=ours,
-                num_controlnet_layers=CONTROLNET_BLOCKS,
-                validation_steps=0,
-                logging_steps=1,
-            ),
-        )
-        losses = folder / f"losses-{setting}.json"
-        arguments = reference_flags(
-            **common,
-            train_data_dir=data,
-            cache_dir=folder / "datasets",
-            output_dir=theirs,
-            resolution=RESOLUTION_PX,
-            max_sequence_length=TOKENS,
-        )
-        run("-m", "benchmarks.reference_shim", script, draws, losses, *arguments)
-        found[name] = beside(json.loads(losses.read_text()), logged_losses(ours))
-    return found
 
 
-def beside(reference: list[float], ours: list[float]) -> dict[str, Any]:
-    """Return both lists of losses and how far apart they are at most."""
+def _train_ours(folder: Path, precondition_outputs: int) -> list[float]:
+    """Train with our program; return its losses."""
+    output_dir = folder / f"ours-{precondition_outputs}"
+    run_python(
+        "-m",
+        "train",
+        *flags(
+            **SHARED_SETTINGS,
+            pretrained_model_name_or_path=folder / "base",
+            precondition_outputs=precondition_outputs,
+            cache=folder / "cache",
+            output_dir=output_dir,
+            num_controlnet_layers=CONTROLNET_BLOCKS,
+            validation_steps=0,
+            logging_steps=1,
+        ),
+    )
+    return logged_losses(output_dir)
+
+
+def _train_reference(
+    script: Path, folder: Path, draws: Path, precondition_outputs: int
+) -> list[float]:
+    """Train with the reference, on our draws; return its losses."""
+    losses = folder / f"losses-{precondition_outputs}.json"
+    arguments = reference_flags(
+        **SHARED_SETTINGS,
+        pretrained_model_name_or_path=folder / "base",
+        precondition_outputs=precondition_outputs,
+        train_data_dir=folder / "data",
+        cache_dir=folder / "datasets",
+        output_dir=folder / f"reference-{precondition_outputs}",
+        resolution=RESOLUTION_PX,
+        max_sequence_length=TOKENS,
+    )
+    run_python("-m", "benchmarks.reference.shim", script, draws, losses, *arguments)
+    values: list[float] = json.loads(losses.read_text())
+    return values
+
+
+def differences(reference: list[float], ours: list[float]) -> dict[str, Any]:
+    """Return both lists of losses and their largest relative difference."""
     assert len(reference) == len(ours) == STEPS, (len(reference), len(ours))
-    differences = [abs(one / other - 1) for one, other in zip(ours, reference, strict=True)]
-    return {
-        "reference": reference,
-        "ours": ours,
-        "largest_relative_difference": max(differences),
-    }
+    relative = [abs(mine / theirs - 1) for mine, theirs in zip(ours, reference, strict=True)]
+    return {"reference": reference, "ours": ours, "largest_relative_difference": max(relative)}
 
 
-def handed_over(cache: Path, data: Path) -> dict[str, Any]:
-    """Return what training draws for its first steps, as `benchmarks.reference_shim` takes it."""
+def training_draws(cache: Path, data: Path) -> dict[str, Any]:
+    """Return the draws of our training's first steps, as `benchmarks.reference.shim` takes them."""
     opened = Cache(cache)
     samples = Samples(
         opened,
@@ -176,16 +198,16 @@ def handed_over(cache: Path, data: Path) -> dict[str, Any]:
     for place in range(count):
         record = samples.order.record(place)
         samples.draw(draws, place, place, num_prompts=1)
-        order.append(rows[str(opened.conditioning.about(*record)["image_hash"])])
+        order.append(rows[str(opened.conditioning.metadata(*record)["image_hash"])])
     density = objective.timestep_density(
         memory.draws["uniform"], memory.draws["normal"], "logit_normal"
     )
-    found = {
+    arrays = {
         "rows": np.array(order),
         "density": density.numpy(),
         **{name: draws[name] for name in samples.drawn},
     }
-    return {name: array.reshape(STEPS, BATCH, *array.shape[1:]) for name, array in found.items()}
+    return {name: array.reshape(STEPS, BATCH, *array.shape[1:]) for name, array in arrays.items()}
 
 
 if __name__ == "__main__":

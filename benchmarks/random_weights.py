@@ -1,0 +1,100 @@
+"""SD3's models at their true size with random weights, for measurements."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel
+from transformers import CLIPTextConfig, CLIPTextModelWithProjection, T5Config, T5EncoderModel
+
+from benchmarks.bases import VAE
+from common.atomic_files import write_text
+from common.device import default_dtype
+from demo.base_model.pipeline import build_clip_tokenizer, build_t5_tokenizer
+
+CLIP_TOKENS = 77
+
+
+def save_encoders(folder: Path, *, dtype: torch.dtype, layers: int | None = None) -> None:
+    """Save CLIP-L, CLIP-G, T5-XXL and the VAE in a base model's folder: 11 GB in 16 bit.
+
+    Args:
+        folder: folder of the base model.
+        dtype: number format of the weights.
+        layers: number of layers of each text encoder; SD3's own if None.
+    """
+    torch.manual_seed(0)
+    with default_dtype(dtype):  # never in 32 bit, in which T5 takes 19 GB
+        for suffix, model in text_encoders(layers):
+            model.save_pretrained(folder / f"text_encoder{suffix}")
+            tokenizer = (
+                build_t5_tokenizer() if suffix == "_3" else build_clip_tokenizer(CLIP_TOKENS)
+            )
+            tokenizer.save_pretrained(folder / f"tokenizer{suffix}")
+    AutoencoderKL.from_config(VAE).save_pretrained(folder / "vae")
+
+
+def save_transformer(folder: Path, config: dict[str, Any], *, weights: bool = True) -> None:
+    """Save a transformer with random weights in 16 bit, and a scheduler, in a base model's folder.
+
+    Args:
+        folder: folder of the base model.
+        config: configuration of the transformer.
+        weights: whether weights are saved beside the configuration.
+    """
+    FlowMatchEulerDiscreteScheduler(shift=3.0).save_pretrained(folder / "scheduler")
+    if not weights:
+        (folder / "transformer").mkdir(parents=True)
+        write_text(folder / "transformer/config.json", json.dumps(config))
+        return
+    torch.manual_seed(0)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    with default_dtype(torch.bfloat16), device:
+        SD3Transformer2DModel.from_config(config).save_pretrained(folder / "transformer")
+
+
+def num_encoder_parameters() -> int:
+    """Return the number of weights of the three text encoders and the VAE."""
+    with torch.device("meta"):
+        models = [AutoencoderKL.from_config(VAE), *(model for _, model in text_encoders())]
+        return sum(int(model.num_parameters()) for model in models)
+
+
+def text_encoders(layers: int | None = None) -> Iterator[tuple[str, Any]]:
+    """Yield CLIP-L, CLIP-G and T5-XXL with random weights, each with its folder's suffix.
+
+    Args:
+        layers: number of layers of each; SD3's own if None.
+    """
+    tokenizer = build_clip_tokenizer(CLIP_TOKENS)
+    for suffix, width, depth, heads, activation in (
+        ("", 768, 12, 12, "quick_gelu"),
+        ("_2", 1280, 32, 20, "gelu"),
+    ):
+        config = CLIPTextConfig(
+            vocab_size=49408,
+            hidden_size=width,
+            intermediate_size=4 * width,
+            projection_dim=width,
+            num_hidden_layers=layers or depth,
+            num_attention_heads=heads,
+            max_position_embeddings=CLIP_TOKENS,
+            hidden_act=activation,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+        yield suffix, CLIPTextModelWithProjection(config)
+    t5 = T5Config(
+        vocab_size=32128,
+        d_model=4096,
+        d_kv=64,
+        d_ff=10240,
+        num_layers=layers or 24,
+        num_heads=64,
+        feed_forward_proj="gated-gelu",
+        dropout_rate=0.0,
+    )
+    yield "_3", T5EncoderModel(t5)

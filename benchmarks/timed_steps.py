@@ -1,0 +1,111 @@
+"""Times the steps of an assembled training run, and measures their peak of memory."""
+
+import time
+from typing import Any
+
+import click
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from benchmarks.presets import reset_accelerate
+from train import loop
+from train.assembly import Run, assemble
+from train.config import TrainConfig
+from train.data import RankBatches, Samples, loader
+from train.optim.nonfinite import NonFiniteGuard
+
+SECONDS, MOST_STEPS = 3.0, 20  # timing ends at the first of them
+WARM_UP = 2  # steps that are not timed
+
+
+def time_steps(config: TrainConfig) -> tuple[float, int]:
+    """Return the seconds a step takes and its peak of memory in bytes; the run is freed."""
+    steps = TimedSteps(assemble(config))
+    try:
+        return steps.time_step(), steps.measure_peak()
+    finally:
+        steps.close()
+
+
+class TimedSteps:
+    """Takes the steps of a run, one after another.
+
+    Args:
+        run: the assembled run.
+    """
+
+    def __init__(self, run: Run) -> None:
+        self.run = run
+        self.device = run.accelerator.device
+        samples = Samples(run.inputs.cache, run.inputs.order, seed=0, proportion_empty_prompts=0.0)
+        places = RankBatches(0, batch_size=run.config.train_batch_size, rank=0, num_ranks=1)
+        workers = run.config.dataloader_num_workers
+        pin = self.device.type == "cuda"
+        self.batches = loader(samples, places, num_workers=workers, pin=pin)
+        self.guard = NonFiniteGuard(
+            run.optimizer.optimizer, None, too_late=False, stop=True, name=str, say=click.echo
+        )
+        self.number = 0
+
+    def take(self) -> None:
+        """Take a step."""
+        self.number += 1
+        loop._step(self.run, self.batches, self.guard, self.number)
+
+    def time_step(self) -> float:
+        """Return the mean seconds of a step after the warm-up."""
+        for _ in range(WARM_UP):
+            self.take()
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+        self._wait()
+        start, count = time.perf_counter(), 0
+        while count < MOST_STEPS and time.perf_counter() - start < SECONDS:
+            self.take()
+            count += 1
+        self._wait()
+        return (time.perf_counter() - start) / count
+
+    def measure_peak(self) -> int:
+        """Return the peak of allocated bytes in a step after the first."""
+        if self.device.type == "cuda":
+            return int(torch.cuda.max_memory_allocated())
+        if not self.number:
+            self.take()
+        return self._persistent_bytes() + self._step_bytes()
+
+    def close(self) -> None:
+        """Stop reading, and free the run."""
+        self.batches.close()
+        if self.run.fused is not None:
+            self.run.fused.close()
+        reset_accelerate()
+        del self.run, self.guard
+
+    def _wait(self) -> None:
+        self.guard.finish()
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+
+    def _persistent_bytes(self) -> int:
+        """Return the bytes of weights and of the optimiser's state, shared storage counted once."""
+        networks = (self.run.transformer, self.run.controlnet)
+        tensors = [
+            tensor for network in networks for tensor in (*network.parameters(), *network.buffers())
+        ]
+        for state in self.run.optimizer.optimizer.state.values():
+            tensors += [value for value in state.values() if isinstance(value, torch.Tensor)]
+        nbytes = {tensor.untyped_storage().data_ptr(): tensor.nbytes for tensor in tensors}
+        return sum(nbytes.values())
+
+    def _step_bytes(self) -> int:
+        """Return the peak that the CPU's allocator adds in a step, as torch's profiler sees it."""
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+            self.take()
+        profiler: Any = profiled.profiler
+        events = [event for event in profiler.kineto_results.events() if event.name() == "[memory]"]
+        allocated = peak = 0
+        for event in sorted(events, key=lambda event: int(event.start_ns())):
+            allocated += event.nbytes()
+            peak = max(peak, allocated)
+        return peak

@@ -1,0 +1,138 @@
+"""The pictures of a run: which file each becomes, from what, and which are drawn together."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from itertools import groupby
+from pathlib import Path
+
+from PIL import Image
+
+from common.device import pick_device
+from common.errors import ConfigError
+from infer.config import GenerateConfig
+from infer.drawing import metadata
+from infer.drawing.controlnet_set import ControlNetSet
+from infer.drawing.requests import Control, DrawRequest
+from sd3 import images
+from sd3.images import BadImage
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A picture to draw.
+
+    Attributes:
+        path: file that it becomes.
+        description: what its file says of it; see `metadata.describe`.
+        request: prompt and conditioning images, as they were asked for.
+        seed: seed of its noise.
+        size: width and height in pixels.
+        controls: conditioning images, one for each ControlNet of the set.
+    """
+
+    path: Path
+    description: str
+    request: DrawRequest
+    seed: int
+    size: tuple[int, int]
+    controls: tuple[Control, ...]
+
+    def fit_controls(self) -> list[Image.Image]:
+        """Return the conditioning images in the picture's size.
+
+        Raises:
+            ConfigError: an image cannot be resized to it.
+        """
+        fitted = []
+        for control in self.controls:
+            try:
+                fitted.append(images.fit(control.image, self.size))
+            except BadImage as error:
+                raise ConfigError(f"--image {control.path}: {error}.") from error
+        return fitted
+
+
+def plan_pictures(
+    config: GenerateConfig,
+    controlnets: ControlNetSet,
+    requests: Sequence[DrawRequest],
+    *,
+    title_in_name: bool,
+) -> list[Picture]:
+    """Return the pictures that a set of ControlNets draws, in order.
+
+    Args:
+        config: settings of the run.
+        controlnets: the set.
+        requests: what to draw.
+        title_in_name: whether files are named for the set; needed where several sets draw.
+
+    Raises:
+        ConfigError: a conditioning image cannot be used, or is one too many or too few.
+    """
+    several_seeds = any(len(request.seeds) > 1 for request in requests)
+    pictures = []
+    for number, request in enumerate(requests):
+        controls = _controls_of(request, len(controlnets.folders))
+        size = controlnets.convention.picture_size(controls[0].image)
+        for seed in request.seeds:
+            name = f"{number:03d}"
+            name += f"-seed{seed}" if several_seeds else ""
+            name += f"-{controlnets.title}" if title_in_name else ""
+            path = config.output_dir / f"{name}.png"
+            pictures.append(Picture(path, "", request, seed, size, controls))
+        pictures[-1].fit_controls()  # fails now, before anything is loaded
+    return [
+        replace(picture, description=_describe(config, controlnets, picture, [place, len(batch)]))
+        for batch in split_into_batches(pictures, config.batch_size)
+        for place, picture in enumerate(batch)
+    ]
+
+
+def _controls_of(request: DrawRequest, count: int) -> tuple[Control, ...]:
+    """Return a request's conditioning images, one for each ControlNet.
+
+    Raises:
+        ConfigError: there are several images, and not as many as ControlNets.
+    """
+    controls = request.controls * (count if len(request.controls) == 1 else 1)
+    if len(controls) != count:
+        raise ConfigError(
+            f"{len(controls)} conditioning images for {count} ControlNets, "
+            f"{controls[0].path} first: give one for each, or one for all."
+        )
+    return controls
+
+
+def split_into_batches(pictures: Sequence[Picture], batch_size: int) -> list[list[Picture]]:
+    """Return batches of pictures of one size each, in order."""
+    batches = []
+    for _, group in groupby(pictures, key=lambda picture: picture.size):
+        same_size = list(group)
+        batches += [
+            same_size[start : start + batch_size] for start in range(0, len(same_size), batch_size)
+        ]
+    return batches
+
+
+def _describe(
+    config: GenerateConfig, controlnets: ControlNetSet, picture: Picture, batch: list[int]
+) -> str:
+    """Return what a picture's file says of it; `batch` is its place and the batch's size."""
+    request = picture.request
+    return metadata.describe(
+        config,
+        {
+            "images": [control.digest for control in request.controls],
+            "controlnets": list(controlnets.digests),
+        },
+        {"device": pick_device(config.device).type, "batch": batch},
+        controlnet=list(controlnets.names),
+        prompt=[request.prompt],
+        negative_prompt=request.negative_prompt,
+        image=[str(control.path.absolute()) for control in request.controls],
+        seed=[picture.seed],
+        width=picture.size[0],
+        height=picture.size[1],
+        max_sequence_length=controlnets.convention.max_sequence_length,
+    )

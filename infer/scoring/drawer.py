@@ -1,0 +1,131 @@
+"""Draws the samples with one pipeline after another, from the same noise, and measures them.
+
+Axes: B pictures, C latent channels, h x w latent grid.
+"""
+
+from collections.abc import Sequence
+from itertools import groupby
+from typing import Any
+
+import torch
+from diffusers import StableDiffusion3ControlNetPipeline, StableDiffusion3Pipeline
+from PIL import Image
+from torch import Tensor
+from tqdm import tqdm
+
+from infer.config import ScoreConfig
+from infer.convention import Convention, prepare_control_image
+from infer.scoring.measures import Measure, Sample
+from infer.scoring.results import SampleResult
+from sd3.contact_sheet import save_png
+
+
+class SampleDrawer:
+    """Draws every sample with one pipeline after another, and measures the pictures.
+
+    Args:
+        config: settings of the run.
+        measures: measures to apply.
+        results: one for each sample; pictures and values are added to them.
+        bar: progress bar over all pictures.
+    """
+
+    def __init__(
+        self,
+        config: ScoreConfig,
+        measures: Sequence[Measure],
+        results: Sequence[SampleResult],
+        bar: "tqdm[Any]",
+    ) -> None:
+        self.config = config
+        self.measures = measures
+        self.bar = bar
+        self.batches = _split_into_batches(results, config.batch_size)
+
+    def draw_all(self, variant: str, pipeline: Any, convention: Convention) -> None:
+        """Draw every sample, save the pictures and measure them.
+
+        Args:
+            variant: name of what draws.
+            pipeline: stock pipeline, with a ControlNet or without.
+            convention: the ControlNet's; without one, its token length alone counts.
+        """
+        pipeline.set_progress_bar_config(disable=True)
+        self.bar.set_description(variant)
+        for batch in self.batches:
+            samples = [result.sample for result in batch]
+            pictures = _draw(self.config, pipeline, convention, samples)
+            for result, picture in zip(batch, pictures, strict=True):
+                path = self.config.output_dir / variant / f"{result.sample.number:03d}.png"
+                save_png(path, picture)
+                result.pictures[variant] = path
+                result.values[variant] = {
+                    name: value
+                    for measure in self.measures
+                    for name, value in measure.of(picture, result.sample).items()
+                }
+            self.bar.update(len(batch))
+
+
+def _split_into_batches(
+    results: Sequence[SampleResult], batch_size: int
+) -> list[list[SampleResult]]:
+    """Return batches of samples of one size each."""
+
+    def size(result: SampleResult) -> tuple[int, int]:
+        return result.sample.conditioning.size
+
+    batches = []
+    for _, group in groupby(sorted(results, key=size), key=size):
+        same_size = list(group)
+        batches += [
+            same_size[start : start + batch_size] for start in range(0, len(same_size), batch_size)
+        ]
+    return batches
+
+
+def _draw(
+    config: ScoreConfig,
+    pipeline: StableDiffusion3ControlNetPipeline | StableDiffusion3Pipeline,
+    convention: Convention,
+    batch: Sequence[Sample],
+) -> list[Image.Image]:
+    """Draw a batch, from the same noise with every pipeline.
+
+    The pipeline samples conditioning latents from the global generator, so that figures depend a
+    little on how the samples are batched.
+    """
+    width, height = batch[0].conditioning.size
+    arguments: dict[str, Any] = {
+        "prompt": [sample.prompt for sample in batch],
+        "negative_prompt": [config.negative_prompt] * len(batch),
+        "height": height,
+        "width": width,
+        "num_inference_steps": config.num_inference_steps,
+        "guidance_scale": config.guidance_scale,
+        "max_sequence_length": convention.max_sequence_length,
+        "latents": _draw_noise(pipeline, batch, config.seed),
+    }
+    torch.manual_seed(config.seed + batch[0].number)
+    if isinstance(pipeline, StableDiffusion3ControlNetPipeline):
+        conditioning = [sample.conditioning for sample in batch]
+        arguments |= {
+            "control_image": prepare_control_image(conditioning, convention),
+            "controlnet_conditioning_scale": config.controlnet_conditioning_scale,
+            "control_guidance_start": config.control_guidance_start,
+            "control_guidance_end": config.control_guidance_end,
+        }
+    pictures: list[Image.Image] = pipeline(**arguments).images
+    return pictures
+
+
+def _draw_noise(pipeline: Any, batch: Sequence[Sample], seed: int) -> Tensor:
+    """Return the noise each picture starts from, [B, C, h, w], the same in any batch."""
+    width, height = (side // pipeline.vae_scale_factor for side in batch[0].conditioning.size)
+    shape = (1, pipeline.transformer.config.in_channels, height, width)
+    noises = [
+        torch.randn(shape, generator=torch.Generator().manual_seed(seed + sample.number))
+        for sample in batch
+    ]
+    # On the CPU: the pipeline moves it to its device.
+    return torch.cat(noises).to(pipeline.transformer.dtype)

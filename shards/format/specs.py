@@ -1,0 +1,73 @@
+"""What the records of a cache hold: the specs that a manifest states once for all shards."""
+
+from dataclasses import dataclass
+from typing import Annotated
+
+from msgspec import Meta
+
+from shards.format.tensor_spec import TensorSpec
+
+DType = Annotated[str, Meta(pattern=r"^(float16|bfloat16|float32)\Z")]
+Posterior = Annotated[str, Meta(pattern=r"^(mean|mean_std)\Z")]
+PixelRange = Annotated[str, Meta(pattern=r"^(-1_1|0_1)\Z")]
+# Of a tensor's axis.
+Size = Annotated[int, Meta(ge=1, le=1 << 16)]
+# Height and width of a latent grid.
+Bucket = tuple[Size, Size]
+
+
+@dataclass(frozen=True)
+class TextSpec:
+    """Shapes of a text record: `clip_embeds` [clip_tokens, clip_width], `t5_embeds`
+    [max_sequence_length, t5_width], `pooled_embeds` [pooled_width].
+    """
+
+    clip_tokens: Size
+    clip_width: Size
+    max_sequence_length: Size
+    t5_width: Size
+    pooled_width: Size
+    dtype: DType
+
+    def tensor_specs(self) -> dict[str, TensorSpec]:
+        """Return the tensors of a text record, by name."""
+        return {
+            "clip_embeds": TensorSpec((self.clip_tokens, self.clip_width), self.dtype),
+            "t5_embeds": TensorSpec((self.max_sequence_length, self.t5_width), self.dtype),
+            "pooled_embeds": TensorSpec((self.pooled_width,), self.dtype),
+        }
+
+
+@dataclass(frozen=True)
+class LatentSpec:
+    """Meaning of a latent or conditioning latent [latent_channels, height, width] of any bucket.
+
+    Attributes:
+        latent_channels: of the VAE.
+        vae_scale_factor: pixels a grid cell.
+        scaling_factor: training takes (latent - shift_factor) * scaling_factor.
+        shift_factor: subtracted before scaling.
+        posterior: `mean`, or `mean_std` where the standard deviation is stored as well.
+        pixel_range: `-1_1`, what the VAE was trained on; `0_1` for conditioning latents encoded
+            as the diffusers training script does.
+        dtype: of the stored tensors.
+    """
+
+    latent_channels: Size
+    vae_scale_factor: Size
+    scaling_factor: float
+    shift_factor: float
+    posterior: Posterior
+    pixel_range: PixelRange
+    dtype: DType
+
+    def tensor_specs(self, name: str, bucket: Bucket) -> dict[str, TensorSpec]:
+        """Return the tensors of a record, by name.
+
+        Args:
+            name: `latent` or `conditioning_latent`.
+            bucket: height and width of the latent grid.
+        """
+        spec = TensorSpec((self.latent_channels, *bucket), self.dtype)
+        names = [name, f"{name}_std"] if self.posterior == "mean_std" else [name]
+        return dict.fromkeys(names, spec)

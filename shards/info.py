@@ -1,0 +1,101 @@
+"""Describing a cache from its manifest alone: lines for people, values for programs."""
+
+import dataclasses
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from shards.format.manifest import Manifest
+from shards.format.sidecar import tar_path
+
+
+def describe(manifest: Manifest, *, by_shard: bool) -> Iterator[str]:
+    """Yield lines on what a cache holds, what made it and how large it is.
+
+    Args:
+        manifest: of the cache.
+        by_shard: whether every shard has a line.
+    """
+    for folder, product in manifest.products():
+        yield (
+            f"{folder:28s} {product.num_records:8d} records {product.num_shards:5d} shards "
+            f"{product.num_bytes / 1e6:10.1f} MB   {product.fingerprint}"
+        )
+    yield from _describe_tensors(manifest)
+    if manifest.held_out:
+        images = sum(manifest.latents.shard_records[shard] for shard in manifest.held_out)
+        yield f"held out of training: {images} images in {len(manifest.held_out)} shards"
+    for name, spec in manifest.conditioning_specs.items():
+        yield f"conditioning {name!r}: pixels encoded in {spec.pixel_range}"
+    yield f"rows skipped: {manifest.num_skipped}"
+    for key, value in manifest.made_by.items():
+        yield f"{key}: {value}"
+    if by_shard:
+        for shard in _shards(manifest):
+            yield (
+                f"{shard['shard']:36s} {shard['records']:8d} records "
+                f"{shard['bytes'] / 1e6:10.1f} MB   sha256 {shard['sha256']}"
+            )
+
+
+def _describe_tensors(manifest: Manifest) -> Iterator[str]:
+    text, latent = manifest.text_spec, manifest.latent_spec
+    yield (
+        f"text: CLIP [{text.clip_tokens}, {text.clip_width}], T5 [{text.max_sequence_length}, "
+        f"{text.t5_width}], pooled [{text.pooled_width}], {text.dtype}"
+    )
+    for (height, width), images in zip(manifest.buckets, manifest.bucket_records(), strict=True):
+        count = f", {images} images" if len(manifest.buckets) > 1 else ""
+        yield (
+            f"latents: [{latent.latent_channels}, {height}, {width}]{count}, "
+            f"posterior {latent.posterior}, {latent.dtype}"
+        )
+
+
+def summary(manifest: Manifest, *, by_shard: bool) -> dict[str, Any]:
+    """Return the same as plain JSON values.
+
+    Args:
+        manifest: of the cache.
+        by_shard: whether every shard has an entry.
+    """
+    products = {
+        folder: {
+            "records": product.num_records,
+            "shards": product.num_shards,
+            "bytes": product.num_bytes,
+            "fingerprint": product.fingerprint,
+        }
+        for folder, product in manifest.products()
+    }
+    return {
+        "format_version": manifest.format_version,
+        "products": products,
+        "text_spec": dataclasses.asdict(manifest.text_spec),
+        "buckets": [
+            {"height": height, "width": width, "images": images}
+            for (height, width), images in zip(
+                manifest.buckets, manifest.bucket_records(), strict=True
+            )
+        ],
+        "latent_spec": dataclasses.asdict(manifest.latent_spec),
+        "conditioning_specs": {
+            name: dataclasses.asdict(spec) for name, spec in manifest.conditioning_specs.items()
+        },
+        "num_skipped": manifest.num_skipped,
+        "made_by": manifest.made_by,
+        **({"shards": _shards(manifest)} if by_shard else {}),
+    }
+
+
+def _shards(manifest: Manifest) -> list[dict[str, Any]]:
+    return [
+        {
+            "shard": tar_path(Path(folder), shard).as_posix(),
+            "records": product.shard_records[shard],
+            "bytes": product.shard_bytes[shard],
+            "sha256": product.shard_sha256[shard],
+        }
+        for folder, product in manifest.products()
+        for shard in range(product.num_shards)
+    ]

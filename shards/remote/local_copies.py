@@ -1,0 +1,172 @@
+"""Copies of a remote cache's shards on this machine, in a folder of bounded size.
+
+Several processes may share the folder: of those that need a shard one fetches it, and none removes
+a shard that another has open.
+"""
+
+import contextlib
+import fcntl
+import hashlib
+import os
+import threading
+from collections import OrderedDict
+from collections.abc import Collection
+from pathlib import Path
+
+from shards.format import json_files
+from shards.format.sidecar import sidecar_path, tar_path
+from shards.reading.location import OPEN_FILES, OpenFile, Shard
+from shards.remote.folder import RemoteFolder
+
+
+class LocalCopies:
+    """Files of a remote cache, fetched when they are needed and removed to make room.
+
+    Args:
+        remote: the cache.
+        folder: of all remote caches' copies; made if missing.
+        name: of this cache's folder in it.
+        limit_bytes: size of all tars in `folder` together.
+
+    Attributes:
+        changed: lock for `arriving` and the open files; notified when there may be more room.
+        arriving: size in bytes of each tar that is being fetched.
+    """
+
+    def __init__(self, remote: RemoteFolder, folder: Path, name: str, limit_bytes: int) -> None:
+        self.remote = remote
+        self.folder = folder
+        self.root = folder / name
+        self.root.mkdir(parents=True, exist_ok=True)
+        self.limit_bytes = limit_bytes
+        self.changed = threading.Condition()
+        self.arriving: dict[Shard, int] = {}
+        self._open: OrderedDict[Shard, SharedFile] = OrderedDict()
+
+    def tar_path(self, shard: Shard) -> Path:
+        """Return where a shard's tar is, once it has been fetched."""
+        folder, number = shard
+        return tar_path(self.root / folder, number)
+
+    def sidecar(self, shard: Shard, sha256: str) -> bytes:
+        """Return the bytes of a shard's sidecar; it is fetched if it is not here.
+
+        Raises:
+            ShardError: it cannot be fetched.
+            OSError: it cannot be written here.
+        """
+        folder, number = shard
+        path = sidecar_path(self.root / folder, number)
+        while True:
+            self.fetch(path, None, sha256)
+            with contextlib.suppress(FileNotFoundError):  # another process has removed it
+                data = json_files.read_file(path)
+                if hashlib.sha256(data).hexdigest() == sha256:
+                    return data
+                path.unlink()  # damaged here; what is fetched is checked before it gets this name
+
+    def fetch(self, path: Path, size: int | None, sha256: str) -> None:
+        """Fetch a file that is not here; one process or thread at a time does so.
+
+        Args:
+            path: below `root`.
+            size: number of bytes; None for a sidecar.
+            sha256: of its bytes.
+
+        Raises:
+            ShardError: it cannot be fetched.
+            OSError: it cannot be written here.
+        """
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.with_suffix(f"{path.suffix}.lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not path.exists():
+                for part in path.parent.glob(f"{path.name}.*.part"):  # of a process that was killed
+                    part.unlink(missing_ok=True)
+                name = path.relative_to(self.root).as_posix()
+                self.remote.fetch(name, path, size=size, sha256=sha256)
+
+    def opened(self, shard: Shard) -> OpenFile | None:
+        """Return a shard's tar if this process has it open."""
+        with self.changed:
+            if shard not in self._open:
+                return None
+            self._open.move_to_end(shard)
+            return self._open[shard]
+
+    def open(self, shard: Shard) -> OpenFile:
+        """Open a shard's tar; no process removes it as long as it is open.
+
+        Raises:
+            FileNotFoundError: it is not here, or is being removed.
+        """
+        file = SharedFile(self.tar_path(shard))
+        with self.changed:
+            self._open[shard] = file
+            while len(self._open) > OPEN_FILES:
+                self._open.popitem(last=False)
+        return file
+
+    def close_others(self, needed: Collection[Shard]) -> None:
+        """Close all tars but the needed ones; other processes may then remove them."""
+        with self.changed:
+            for shard in self._open.keys() - needed:
+                del self._open[shard]
+            self.changed.notify_all()
+
+    def make_room(self, num_bytes: int, needed: Collection[Shard]) -> bool:
+        """Remove tars, oldest first, until a file has room.
+
+        Args:
+            num_bytes: size of the file.
+            needed: shards that stay.
+
+        Returns:
+            Whether it has room.
+        """
+        with self.changed:
+            needed_paths = {self.tar_path(shard) for shard in needed}
+            tars = self._tars()
+            total = sum(size for _, size, _ in tars) + sum(self.arriving.values())
+            for _, size, path in sorted(tars):
+                if total + num_bytes <= self.limit_bytes:
+                    break
+                if path not in needed_paths and self._remove(path):
+                    total -= size
+            return total + num_bytes <= self.limit_bytes
+
+    def _tars(self) -> list[tuple[float, int, Path]]:
+        """Return (time of the last opening, size, path) of all tars, of other caches as well."""
+        tars = []
+        for path in self.folder.rglob("*.tar"):
+            with contextlib.suppress(FileNotFoundError):
+                status = path.stat()
+                tars.append((status.st_mtime, status.st_size, path))
+        return tars
+
+    def _remove(self, path: Path) -> bool:
+        """Remove a shard unless another process reads it; tell whether it is gone."""
+        with contextlib.suppress(ValueError):  # a tar of another cache
+            folder = path.parent.relative_to(self.root).as_posix()
+            self._open.pop((folder, int(path.stem)), None)
+        with contextlib.suppress(OSError), path.open("rb") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            path.unlink()
+            path.with_suffix(".json").unlink(missing_ok=True)
+            return True
+        return False
+
+
+class SharedFile(OpenFile):
+    """An open file that other processes see to be in use.
+
+    Raises:
+        FileNotFoundError: it is not there, or is being removed.
+    """
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path)
+        fcntl.flock(self.descriptor, fcntl.LOCK_SH)
+        if os.fstat(self.descriptor).st_nlink == 0:
+            raise FileNotFoundError(path)
+        os.utime(self.descriptor)
