@@ -17,7 +17,7 @@ import click
 import torch
 
 from common.atomic_files import write_text
-from common.options import CONTEXT, user_errors
+from common.command import CONTEXT, user_errors
 from common.provenance import commit, machine, versions
 from demo.circles import unseen_circles
 from demo.config import load_config

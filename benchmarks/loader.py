@@ -42,8 +42,8 @@ from benchmarks.readers import (
 )
 from benchmarks.synthetic import Shape, write_cache
 from common.atomic_files import write_text
+from common.command import CONTEXT
 from common.device import keep_freed_memory
-from common.options import CONTEXT
 from common.provenance import commit, machine, versions
 from shards.format import manifest, sidecar
 from shards.format.product import Product, product_of

@@ -22,7 +22,7 @@ from xxhash import xxh3_128_digest
 
 from benchmarks.synthetic import Shape
 from common.atomic_files import write_text
-from common.options import CONTEXT
+from common.command import CONTEXT
 from common.provenance import commit, machine, versions
 from precompute.planning import products as plans
 from precompute.planning.digest_cache import ENTRY, DigestCache

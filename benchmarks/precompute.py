@@ -23,8 +23,8 @@ import torch
 from benchmarks.random_weights import save_encoders
 from benchmarks.synthetic import Shape
 from common.atomic_files import write_text
+from common.command import CONTEXT
 from common.device import keep_freed_memory, pick_device
-from common.options import CONTEXT
 from common.provenance import commit, machine, versions
 from demo.circles import random_circles, write_circles
 from precompute.config import PrecomputeConfig

@@ -15,8 +15,8 @@ import click
 from accelerate.state import AcceleratorState, GradientState
 
 from common.atomic_files import write_text
+from common.command import CONTEXT, user_errors
 from common.config_file import read_section
-from common.options import CONTEXT, user_errors
 from common.provenance import commit, machine, versions
 from demo.circles import CirclesConfig, draw_data_sets
 from precompute.config import PrecomputeConfig

@@ -27,9 +27,9 @@ from benchmarks.random_weights import save_transformer
 from benchmarks.synthetic import Shape, write_cache
 from benchmarks.timed_steps import time_steps
 from common.atomic_files import write_text
+from common.command import CONTEXT, user_errors
 from common.config_file import read_section
 from common.errors import ConfigError, RunError
-from common.options import CONTEXT, user_errors
 from common.provenance import commit, machine, versions
 from train.config import TrainConfig
 from train.memory.estimate import find_sizes

@@ -11,7 +11,7 @@ from pathlib import Path
 import click
 
 from common.atomic_files import write_text
-from common.options import CONTEXT, CommandError, user_errors
+from common.command import CONTEXT, CommandError, user_errors
 from demo.config import DemoConfig, load_config
 from demo.times import StageTimes
 

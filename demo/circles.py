@@ -18,8 +18,9 @@ from PIL import Image, ImageDraw
 from tqdm import tqdm
 
 from common.atomic_files import write_text
+from common.command import stage_command
 from common.errors import ConfigError
-from common.options import option, stage_command
+from common.options import option
 from demo.colors import COLORS, is_held_out
 
 IMAGE_PX = 512

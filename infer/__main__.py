@@ -7,8 +7,8 @@ from typing import Any
 
 import click
 
+from common.command import CONTEXT, stage_command, user_errors
 from common.errors import ConfigError
-from common.options import CONTEXT, stage_command, user_errors
 from infer.config import DecodeConfig, GenerateConfig, ScoreConfig, ServeConfig
 
 

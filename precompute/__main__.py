@@ -1,6 +1,6 @@
 """`python -m precompute`."""
 
-from common.options import stage_command
+from common.command import stage_command
 from precompute.config import PrecomputeConfig
 from precompute.elsewhere import ELSEWHERE
 

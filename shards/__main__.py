@@ -6,8 +6,8 @@ from pathlib import Path
 import click
 from tqdm import tqdm
 
+from common.command import CONTEXT, user_errors
 from common.errors import ConfigError
-from common.options import CONTEXT, user_errors
 from shards import info, verify
 from shards.format import manifest, seal
 from shards.format.expected_cache import read_expected

@@ -150,8 +150,27 @@ def test_training_imports_no_data_set_library_no_text_encoder_and_no_vae() -> No
         assert name not in loaded
 
 
-@pytest.mark.parametrize("package", ["precompute", "train", "infer", "shards"])
-def test_a_command_line_is_parsed_before_heavy_libraries_load(package: str) -> None:
-    loaded = loaded_modules(f"import {package}.__main__")
-    assert "diffusers" not in loaded
-    assert "transformers" not in loaded
+COMMANDS = [
+    ["precompute"],
+    ["train"],
+    ["infer"],
+    *(["infer", name] for name in ("generate", "show", "score", "serve", "decode")),
+    ["shards"],
+    *(["shards", name] for name in ("info", "seal", "verify", "preview", "pull", "push")),
+    ["demo"],
+    ["demo.circles"],
+]
+HEAVY = {"torch", "diffusers", "transformers", "accelerate", "datasets"}
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
+def test_help_loads_no_heavy_library(command: list[str]) -> None:
+    arguments = [*command[1:], "--help"]
+    assert not HEAVY & loaded_modules(
+        f"""
+import contextlib, io, runpy, sys
+sys.argv = ["", *{arguments}]
+with contextlib.suppress(SystemExit), contextlib.redirect_stdout(io.StringIO()):
+    runpy.run_module({command[0]!r}, run_name="__main__", alter_sys=True)
+"""
+    )

@@ -1,6 +1,6 @@
 """`python -m train`, or `accelerate launch -m train`."""
 
-from common.options import stage_command
+from common.command import stage_command
 from train.config import TrainConfig
 from train.elsewhere import ELSEWHERE
 

@@ -24,7 +24,7 @@ from benchmarks.reference.runs import (
     write_data,
 )
 from common.atomic_files import write_text
-from common.options import CONTEXT, user_errors
+from common.command import CONTEXT, user_errors
 from common.provenance import commit, machine, versions
 from demo.base_model.pipeline import build_pipeline, save_base
 from shards.reading.cache import Cache

@@ -14,8 +14,8 @@ from torch import Tensor
 from transformers.utils import logging as transformers_logging
 
 from common.atomic_files import write_text
+from common.command import CONTEXT, user_errors
 from common.device import keep_freed_memory, pick_device
-from common.options import CONTEXT, user_errors
 from demo.base_model import train_flow, train_vae
 from demo.base_model.card import model_card
 from demo.base_model.pipeline import check_replaceable, save_base

@@ -1,7 +1,7 @@
 """The expected cache: what a cache must hold to be complete, written down before it is made.
 
-Stage 1 writes it to `plan.safetensors`, with arrays of its own. Whoever finds every shard as
-expected may seal the cache; see `shards.format.seal`.
+Stage 1 writes it to `plan.safetensors`, with arrays of its own. A process that finds
+every shard as expected seals the cache; see `shards.format.seal`.
 """
 
 import contextlib
@@ -63,7 +63,7 @@ class ExpectedCache:
     Attributes:
         products: by folder.
         conditioning_name: the control that is made; other controls in the cache stay if they can.
-        text_spec: for the manifest, as the following fields.
+        text_spec: shapes of the text records.
         latent_spec: meaning of the latents.
         conditioning_spec: meaning of the conditioning latents.
         buckets: shapes of the latent grids.

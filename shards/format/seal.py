@@ -1,8 +1,7 @@
 """Sealing: from finished shards to a complete cache.
 
-Whoever finds every expected shard writes the manifest: a worker of stage 1, or
-`python -m shards seal` where the parts of a cache were made on machines without a common disk and
-copied together.
+A process that finds every expected shard writes the manifest: a worker of stage 1, or
+`python -m shards seal` after parts made on machines without a common disk were copied together.
 """
 
 import contextlib

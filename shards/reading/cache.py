@@ -21,7 +21,7 @@ from shards.format.manifest import (
     validation_folder,
 )
 from shards.format.tensor_spec import TensorSpec
-from shards.reading.location import Files, LocalFiles, Shard
+from shards.reading.location import Files, LocalFiles, ShardId
 from shards.reading.order import Order
 from shards.reading.tensors import TensorReader, byte_view
 
@@ -103,7 +103,7 @@ class Cache:
                 f"{size / 1e9:.3g} GB or more"
             )
 
-    def _shards_of(self, conditioning_shards: list[int]) -> list[Shard]:
+    def _shards_of(self, conditioning_shards: list[int]) -> list[ShardId]:
         """Return all shards that hold the samples of some conditioning shards."""
         text_shards = {0}  # of the empty prompt
         for shard in conditioning_shards:

@@ -15,7 +15,7 @@ from shards.format.sidecar import sidecar_path, tar_path
 
 OPEN_FILES = 256
 
-Shard = tuple[str, int]  # folder of the product, number of the shard
+ShardId = tuple[str, int]  # folder of the product, number of the shard
 Window = tuple[int, list[int]]  # the place at which it ends, its conditioning shards
 
 
@@ -30,19 +30,19 @@ class OpenFile:
         if self.descriptor >= 0:
             os.close(self.descriptor)
 
-    def read_into(self, buffers: Sequence[Any], start: int, wanted: int) -> int:
+    def read_into(self, buffers: Sequence[Any], start: int, num_bytes: int) -> int:
         """Fill writable buffers one after the other from the file.
 
         Args:
-            buffers: of `wanted` bytes together.
+            buffers: of `num_bytes` bytes together.
             start: offset of the first byte to read.
-            wanted: number of bytes.
+            num_bytes: number of bytes to read.
 
         Returns:
-            Number of bytes read; fewer than `wanted` only at the end of the file.
+            Number of bytes read; fewer than `num_bytes` only at the end of the file.
         """
         done = os.preadv(self.descriptor, buffers, start)
-        while 0 < done < wanted:  # rare: after a signal, or on a network's file system
+        while 0 < done < num_bytes:  # rare: after a signal, or on a network's file system
             more = os.preadv(self.descriptor, _remaining(buffers, done), start + done)
             if more == 0:
                 break
@@ -83,7 +83,7 @@ class Files(Protocol):
         """Check that the shards of some products are there, as far as that is cheap."""
 
     def read_ahead(
-        self, windows: Iterator[Window], shards_of: Callable[[list[int]], list[Shard]]
+        self, windows: Iterator[Window], shards_of: Callable[[list[int]], list[ShardId]]
     ) -> AbstractContextManager[None]:
         """Fetch the shards of windows in the background, before they are read.
 
@@ -147,7 +147,7 @@ class LocalFiles:
         return "python -m shards verify lists all that is; run precompute again, or pull it again"
 
     def read_ahead(
-        self, windows: Iterator[Window], shards_of: Callable[[list[int]], list[Shard]]
+        self, windows: Iterator[Window], shards_of: Callable[[list[int]], list[ShardId]]
     ) -> AbstractContextManager[None]:
         """Do nothing: all shards are on this machine."""
         return nullcontext()

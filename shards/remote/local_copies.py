@@ -15,7 +15,7 @@ from pathlib import Path
 
 from shards.format import json_files
 from shards.format.sidecar import sidecar_path, tar_path
-from shards.reading.location import OPEN_FILES, OpenFile, Shard
+from shards.reading.location import OPEN_FILES, OpenFile, ShardId
 from shards.remote.folder import RemoteFolder
 
 
@@ -40,23 +40,23 @@ class LocalCopies:
         self.root.mkdir(parents=True, exist_ok=True)
         self.limit_bytes = limit_bytes
         self.changed = threading.Condition()
-        self.arriving: dict[Shard, int] = {}
-        self._open: OrderedDict[Shard, SharedFile] = OrderedDict()
+        self.arriving: dict[ShardId, int] = {}
+        self._open: OrderedDict[ShardId, SharedFile] = OrderedDict()
 
-    def tar_path(self, shard: Shard) -> Path:
+    def tar_path(self, shard_id: ShardId) -> Path:
         """Return where a shard's tar is, once it has been fetched."""
-        folder, number = shard
-        return tar_path(self.root / folder, number)
+        folder, shard = shard_id
+        return tar_path(self.root / folder, shard)
 
-    def sidecar(self, shard: Shard, sha256: str) -> bytes:
+    def sidecar(self, shard_id: ShardId, sha256: str) -> bytes:
         """Return the bytes of a shard's sidecar; it is fetched if it is not here.
 
         Raises:
             ShardError: it cannot be fetched.
             OSError: it cannot be written here.
         """
-        folder, number = shard
-        path = sidecar_path(self.root / folder, number)
+        folder, shard = shard_id
+        path = sidecar_path(self.root / folder, shard)
         while True:
             self.fetch(path, None, sha256)
             with contextlib.suppress(FileNotFoundError):  # another process has removed it
@@ -86,35 +86,35 @@ class LocalCopies:
                 name = path.relative_to(self.root).as_posix()
                 self.remote.fetch(name, path, size=size, sha256=sha256)
 
-    def opened(self, shard: Shard) -> OpenFile | None:
+    def opened(self, shard_id: ShardId) -> OpenFile | None:
         """Return a shard's tar if this process has it open."""
         with self.changed:
-            if shard not in self._open:
+            if shard_id not in self._open:
                 return None
-            self._open.move_to_end(shard)
-            return self._open[shard]
+            self._open.move_to_end(shard_id)
+            return self._open[shard_id]
 
-    def open(self, shard: Shard) -> OpenFile:
+    def open(self, shard_id: ShardId) -> OpenFile:
         """Open a shard's tar; no process removes it as long as it is open.
 
         Raises:
             FileNotFoundError: it is not here, or is being removed.
         """
-        file = SharedFile(self.tar_path(shard))
+        file = SharedFile(self.tar_path(shard_id))
         with self.changed:
-            self._open[shard] = file
+            self._open[shard_id] = file
             while len(self._open) > OPEN_FILES:
                 self._open.popitem(last=False)
         return file
 
-    def close_others(self, needed: Collection[Shard]) -> None:
+    def close_others(self, needed: Collection[ShardId]) -> None:
         """Close all tars but the needed ones; other processes may then remove them."""
         with self.changed:
-            for shard in self._open.keys() - needed:
-                del self._open[shard]
+            for shard_id in self._open.keys() - needed:
+                del self._open[shard_id]
             self.changed.notify_all()
 
-    def make_room(self, num_bytes: int, needed: Collection[Shard]) -> bool:
+    def make_room(self, num_bytes: int, needed: Collection[ShardId]) -> bool:
         """Remove tars, oldest first, until a file has room.
 
         Args:
@@ -125,7 +125,7 @@ class LocalCopies:
             Whether it has room.
         """
         with self.changed:
-            needed_paths = {self.tar_path(shard) for shard in needed}
+            needed_paths = {self.tar_path(shard_id) for shard_id in needed}
             tars = self._tars()
             total = sum(size for _, size, _ in tars) + sum(self.arriving.values())
             for _, size, path in sorted(tars):

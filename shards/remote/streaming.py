@@ -11,7 +11,7 @@ from common.errors import ShardError
 from shards.format import manifest
 from shards.format.manifest import MANIFEST, Manifest
 from shards.format.sidecar import tar_path
-from shards.reading.location import Files, LocalFiles, OpenFile, Shard, Window
+from shards.reading.location import Files, LocalFiles, OpenFile, ShardId, Window
 from shards.remote.folder import RemoteFolder, is_url
 from shards.remote.local_copies import LocalCopies
 
@@ -61,8 +61,8 @@ class RemoteFiles:
         # Another manifest, another folder: no copy is ever out of date.
         name = hashlib.sha256(data).hexdigest()[:16]
         self._copies = LocalCopies(remote, cache_dir / OWN_FOLDER, name, limit_bytes)
-        # The windows that are held here: (place at which it ends, its shards).
-        self._windows: list[tuple[int, frozenset[Shard]]] = []
+        # The windows that are held here: (place at which the window ends, its shards).
+        self._windows: list[tuple[int, frozenset[ShardId]]] = []
         self._changed = self._copies.changed
         self._taking = threading.Lock()
 
@@ -101,17 +101,17 @@ class RemoteFiles:
             ShardError: it cannot be fetched.
             OSError: it cannot be written here.
         """
-        wanted = folder, shard
-        opened = self._copies.opened(wanted)
+        shard_id = folder, shard
+        opened = self._copies.opened(shard_id)
         while opened is None:
-            self._fetch_tar(wanted)
+            self._fetch_tar(shard_id)
             with contextlib.suppress(FileNotFoundError):  # another process has removed it
-                opened = self._copies.open(wanted)
+                opened = self._copies.open(shard_id)
         return opened
 
-    def _fetch_tar(self, wanted: Shard) -> None:
-        folder, shard = wanted
-        path, size = self._copies.tar_path(wanted), self._size(wanted)
+    def _fetch_tar(self, shard_id: ShardId) -> None:
+        folder, shard = shard_id
+        path, size = self._copies.tar_path(shard_id), self._size(shard_id)
         if size > self.limit_bytes:
             raise ShardError(
                 f"{self.name(folder, shard)}: {size / 1e9:.3g} GB, and --local-cache-gb is "
@@ -123,27 +123,27 @@ class RemoteFiles:
             # A reader waits for this tar: shards of the next window can be fetched again. If even
             # their removal does not make room, the limit is exceeded rather than training stopped.
             _ = self._make_room(size) or self._make_room(size, windows=1)
-            self._copies.arriving[wanted] = size
+            self._copies.arriving[shard_id] = size
         try:
             self._copies.fetch(path, size, self._products[folder].shard_sha256[shard])
         finally:
             with self._changed:
-                self._copies.arriving.pop(wanted, None)
+                self._copies.arriving.pop(shard_id, None)
 
     def _make_room(self, num_bytes: int, *, windows: int = WINDOWS_HELD) -> bool:
         """Remove shards that the first windows do not need; return whether a file has room."""
         return self._copies.make_room(num_bytes, self._needed(windows))
 
-    def _needed(self, windows: int = WINDOWS_HELD) -> frozenset[Shard]:
+    def _needed(self, windows: int = WINDOWS_HELD) -> frozenset[ShardId]:
         return frozenset().union(*(shards for _, shards in self._windows[:windows]))
 
-    def _size(self, shard: Shard) -> int:
-        folder, number = shard
-        return self._products[folder].shard_bytes[number]
+    def _size(self, shard_id: ShardId) -> int:
+        folder, shard = shard_id
+        return self._products[folder].shard_bytes[shard]
 
     @contextlib.contextmanager
     def read_ahead(
-        self, windows: Iterator[Window], shards_of: Callable[[list[int]], list[Shard]]
+        self, windows: Iterator[Window], shards_of: Callable[[list[int]], list[ShardId]]
     ) -> Iterator[None]:
         """Fetch the shards of windows in the background, one window ahead of reading.
 
@@ -176,14 +176,14 @@ class RemoteFiles:
     def _upcoming(
         self,
         windows: Iterator[Window],
-        shards_of: Callable[[list[int]], list[Shard]],
+        shards_of: Callable[[list[int]], list[ShardId]],
         stop: threading.Event,
-    ) -> Iterator[Shard]:
+    ) -> Iterator[ShardId]:
         """Yield the shards of window after window; wait while `WINDOWS_HELD` windows are held."""
         for end, conditioning_shards in windows:
             with self._changed:
                 self._changed.wait_for(lambda: len(self._windows) < WINDOWS_HELD)
-            shards: list[Shard] = []
+            shards: list[ShardId] = []
             while not (shards or stop.is_set()):
                 try:
                     shards = shards_of(conditioning_shards)
@@ -195,14 +195,14 @@ class RemoteFiles:
                 self._windows.append((end, frozenset(shards)))
             yield from shards
 
-    def _fetch_ahead(self, upcoming: Iterator[Shard], stop: threading.Event) -> None:
+    def _fetch_ahead(self, upcoming: Iterator[ShardId], stop: threading.Event) -> None:
         """Fetch and open upcoming shards; a thread's work."""
         while True:
             with self._taking:
-                wanted = None if stop.is_set() else next(upcoming, None)
-            if wanted is None:
+                shard_id = None if stop.is_set() else next(upcoming, None)
+            if shard_id is None:
                 return
-            path, size = self._copies.tar_path(wanted), self._size(wanted)
+            path, size = self._copies.tar_path(shard_id), self._size(shard_id)
             with self._changed:
                 while not (stop.is_set() or path.exists() or self._make_room(size)):
                     self._changed.wait(POLL_S)
@@ -210,4 +210,4 @@ class RemoteFiles:
             # processes do not remove the tar while it is open.
             if not stop.is_set():
                 with contextlib.suppress(ShardError, OSError):
-                    self.tar(*wanted)
+                    self.tar(*shard_id)

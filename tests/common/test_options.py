@@ -9,8 +9,9 @@ import pytest
 from click.testing import CliRunner, Result
 
 from common.checks import pair_up
+from common.command import stage_command
 from common.errors import ConfigError, ShardError
-from common.options import as_dict, option, stage_command
+from common.options import as_dict, option
 
 
 @dataclass(frozen=True)

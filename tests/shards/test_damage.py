@@ -38,10 +38,10 @@ def contents(folder: Path) -> list[dict[str, Tensor]]:
     return found
 
 
-def same(one: list[dict[str, Tensor]], other: list[dict[str, Tensor]]) -> bool:
-    return len(one) == len(other) and all(
+def same(read: list[dict[str, Tensor]], right: list[dict[str, Tensor]]) -> bool:
+    return len(read) == len(right) and all(
         a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
-        for a, b in zip(one, other, strict=True)
+        for a, b in zip(read, right, strict=True)
     )
 
 
@@ -73,19 +73,19 @@ def remove(folder: Path, rng: random.Random) -> None:
 
 
 def swap(folder: Path, rng: random.Random) -> None:
-    one, other = rng.sample(files(folder, rng.choice(["*.tar", "*.json"])), 2)
-    keep = one.read_bytes()
-    one.write_bytes(other.read_bytes())
-    other.write_bytes(keep)
+    first, second = rng.sample(files(folder, rng.choice(["*.tar", "*.json"])), 2)
+    keep = first.read_bytes()
+    first.write_bytes(second.read_bytes())
+    second.write_bytes(keep)
 
 
 def swap_pieces(folder: Path, rng: random.Random) -> None:
     path = rng.choice(files(folder, "*.tar"))
     data = bytearray(path.read_bytes())
-    one, other = (512 * rng.randrange(len(data) // 512) for _ in range(2))
-    data[one : one + 512], data[other : other + 512] = (
-        data[other : other + 512],
-        data[one : one + 512],
+    first, second = (512 * rng.randrange(len(data) // 512) for _ in range(2))
+    data[first : first + 512], data[second : second + 512] = (
+        data[second : second + 512],
+        data[first : first + 512],
     )
     path.write_bytes(data)
 
@@ -100,10 +100,10 @@ def link(folder: Path, rng: random.Random) -> None:
 def hostile_header(folder: Path, rng: random.Random) -> None:
     """A record whose safetensors header claims another length, or is another."""
     path = rng.choice(files(folder, "*.tar"))
-    card = json.loads(path.with_suffix(".json").read_text())
-    if not card["spans"]:
+    document = json.loads(path.with_suffix(".json").read_text())
+    if not document["spans"]:
         return
-    start, size, _, _ = rng.choice(card["spans"])
+    start, size, _, _ = rng.choice(document["spans"])
     data = bytearray(path.read_bytes())
     length = rng.choice([0, 1, size, size * 2, (1 << 63) - 1, (1 << 64) - 1])
     data[start : start + 8] = struct.pack("<Q", length)
@@ -155,7 +155,7 @@ def memory_mb(field: str) -> float:
 
 
 def forget_peak() -> None:
-    """Have VmHWM, the peak of resident memory, start again from the present."""
+    """Reset VmHWM, the peak of resident memory, to the present value."""
     with contextlib.suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")
 

@@ -45,13 +45,13 @@ class Page:
         return json.loads(data)
 
     def record(self, folder: str, shard: int, index: int) -> dict[str, np.ndarray]:
-        card = self.sidecar(folder, shard)
-        offset, size, about_offset, about_size = card["spans"][index]
+        sidecar = self.sidecar(folder, shard)
+        offset, size, json_offset, json_size = sidecar["spans"][index]
         tar = (self.cache / folder / f"{shard:06d}.tar").read_bytes()
-        assert hashlib.sha256(tar).hexdigest() == card["sha256"]
-        data, about = tar[offset : offset + size], tar[about_offset : about_offset + about_size]
-        for part, checksum in ((data, slice(16)), (about, slice(16, 32))):
-            assert f"{xxhash.xxh3_64_intdigest(part):016x}" == card["checksums"][index][checksum]
+        assert hashlib.sha256(tar).hexdigest() == sidecar["sha256"]
+        data, metadata = tar[offset : offset + size], tar[json_offset : json_offset + json_size]
+        for part, digits in ((data, slice(16)), (metadata, slice(16, 32))):
+            assert f"{xxhash.xxh3_64_intdigest(part):016x}" == sidecar["checksums"][index][digits]
         header_size = struct.unpack("<Q", data[:8])[0]
         body = data[8 + header_size :]
         found = {}
@@ -92,10 +92,11 @@ class Page:
                     continue
                 groups = []
                 for c in sorted(set(buckets.values())):
-                    its = [(k, i) for k, i in samples if buckets[k] == c]
-                    for j in range(math.ceil(len(its) / group)):
-                        rows = [(j * group + row) % len(its) for row in range(group)]
-                        groups.append([its[feistel(r, len(its), key(b + 1, c))] for r in rows])
+                    of_c = [(k, i) for k, i in samples if buckets[k] == c]
+                    for j in range(math.ceil(len(of_c) / group)):
+                        numbers = [(j * group + q) % len(of_c) for q in range(group)]
+                        keyed = [feistel(q, len(of_c), key(b + 1, c)) for q in numbers]
+                        groups.append([of_c[q] for q in keyed])
                 for t in range(len(groups)):
                     yield from groups[feistel(t, len(groups), key(b + 1))]
 

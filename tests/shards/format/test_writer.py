@@ -28,11 +28,11 @@ from tests.conftest import flags, run_python
 def records(count: int = 3) -> list[Record]:
     return [
         Record(
-            record_key(7, row, f"{row:032x}"),
-            {"latent": torch.full((2, 3), float(row)), "other": torch.arange(row + 1)},
-            {"prompt": f"número {row}"},
+            record_key(7, slot, f"{slot:032x}"),
+            {"latent": torch.full((2, 3), float(slot)), "other": torch.arange(slot + 1)},
+            {"prompt": f"número {slot}"},
         )
-        for row in range(count)
+        for slot in range(count)
     ]
 
 
@@ -44,18 +44,20 @@ def test_equal_records_give_equal_bytes(tmp_path: Path) -> None:
 
 
 def test_the_sidecar_describes_the_tar(tmp_path: Path) -> None:
-    card = write_shard(tmp_path, 7, records(), fingerprint="f")
+    written = write_shard(tmp_path, 7, records(), fingerprint="f")
     data = (tmp_path / "000007.tar").read_bytes()
-    assert card.tar_bytes == len(data)
-    assert card.sha256 == hashlib.sha256(data).hexdigest()
-    assert sidecar.load(tmp_path, 7) == card
+    assert written.tar_bytes == len(data)
+    assert written.sha256 == hashlib.sha256(data).hexdigest()
+    assert sidecar.load(tmp_path, 7) == written
     with tarfile.open(tmp_path / "000007.tar") as tar:
-        for key, (start, size, about_start, about_size) in zip(card.keys, card.spans, strict=True):
-            tensors, about = tar.extractfile(f"{key}.safetensors"), tar.extractfile(f"{key}.json")
+        for key, span in zip(written.keys, written.spans, strict=True):
+            start, size, metadata_start, metadata_size = span
+            tensors = tar.extractfile(f"{key}.safetensors")
+            metadata = tar.extractfile(f"{key}.json")
             assert tensors is not None
-            assert about is not None
+            assert metadata is not None
             assert data[start : start + size] == tensors.read()
-            assert data[about_start : about_start + about_size] == about.read()
+            assert data[metadata_start : metadata_start + metadata_size] == metadata.read()
 
 
 def test_members_bear_no_trace_of_time_or_owner(tmp_path: Path) -> None:
@@ -69,7 +71,7 @@ def test_members_bear_no_trace_of_time_or_owner(tmp_path: Path) -> None:
 def test_webdataset_streams_a_shard(tmp_path: Path) -> None:
     write_shard(tmp_path, 7, records(), fingerprint="f")
     samples = list(webdataset.WebDataset(str(tmp_path / "000007.tar"), shardshuffle=False))
-    assert [sample["__key__"] for sample in samples] == [one.key for one in records()]
+    assert [sample["__key__"] for sample in samples] == [record.key for record in records()]
     for sample, record in zip(samples, records(), strict=True):
         assert json.loads(sample["json"]) == record.metadata
         loaded = safetensors.torch.load(sample["safetensors"])
@@ -114,10 +116,10 @@ def test_a_record_is_taken_over_byte_for_byte(tmp_path: Path) -> None:
 
 def test_a_summary_says_what_the_sidecar_says_while_its_tar_is_there(tmp_path: Path) -> None:
     assert sidecar.load_summary(tmp_path, 7) is None
-    card = write_shard(tmp_path, 7, records(), fingerprint="f", identity="i", captions="c")
+    written = write_shard(tmp_path, 7, records(), fingerprint="f", identity="i", captions="c")
     found = sidecar.load_summary(tmp_path, 7)
     assert found is not None
-    assert vars(found) == {name: getattr(card, name) for name in vars(found)}
+    assert vars(found) == {name: getattr(written, name) for name in vars(found)}
     tar = tmp_path / "000007.tar"
     tar.write_bytes(tar.read_bytes()[:-1])
     assert sidecar.load_summary(tmp_path, 7) is None
@@ -215,7 +217,7 @@ def test_the_datasets_library_reads_shards(tmp_path: Path) -> None:
         split="train",
         cache_dir=str(tmp_path / "datasets"),
     )
-    assert [row["__key__"] for row in rows] == [one.key for one in records()]
+    assert [row["__key__"] for row in rows] == [record.key for record in records()]
     for row, record in zip(rows, records(), strict=True):
         assert row["json"] == record.metadata
         loaded = safetensors.torch.load(row["safetensors"])

@@ -41,7 +41,7 @@ def test_each_record_comes_once_an_epoch(sizes: list[int], seed: int, window: in
 def test_a_place_needs_no_history(sizes: list[int], seed: int, data: st.DataObject) -> None:
     order = Order(sizes, seed=seed, window=2)
     place = data.draw(st.integers(0, 3 * sum(sizes)))
-    expected = [order.record(one) for one in range(place + 1)][-1]
+    expected = [order.record(earlier) for earlier in range(place + 1)][-1]
     assert Order(sizes, seed=seed, window=2).record(place) == expected
 
 
@@ -101,7 +101,7 @@ def test_windows_are_those_that_records_come_from() -> None:
     order = Order(sizes, seed=2, window=3)
     place = 4
     for end, shards in islice(order.windows(place), 7):
-        assert {order.record(one)[0] for one in range(place, end)} <= set(shards)
+        assert {order.record(within)[0] for within in range(place, end)} <= set(shards)
         place = end
     assert place > 2 * sum(sizes)
 
@@ -139,17 +139,17 @@ def test_every_step_is_of_one_bucket_and_every_record_comes(
     for epoch in range(2):
         met: list[int] = []
         for end, mixed in order.windows(place):
-            records = [order.record(one) for one in range(place, end)]
+            records = [order.record(within) for within in range(place, end)]
             for first in range(0, len(records), step):
                 assert len({shards[shard][1] for shard, _ in records[first : first + step]}) == 1
             times = Counter(records)
             for bucket in {shards[shard][1] for shard in mixed}:
-                its = [(k, i) for k in mixed if shards[k][1] == bucket for i in range(shards[k][0])]
-                filled = sum(times[one] for one in its)
-                assert filled == -(-len(its) // step) * step
-                # Wrapping around: none comes twice as long as another waits for its turn.
-                for one in its:
-                    assert times[one] in (filled // len(its), -(-filled // len(its)))
+                own = [(k, i) for k in mixed if shards[k][1] == bucket for i in range(shards[k][0])]
+                filled = sum(times[record] for record in own)
+                assert filled == -(-len(own) // step) * step
+                # Wrapping around: no record comes twice before all have come once.
+                for record in own:
+                    assert times[record] in (filled // len(own), -(-filled // len(own)))
             assert set(times) == {(k, i) for k in mixed for i in range(shards[k][0])}
             met += mixed
             place = end
@@ -167,7 +167,7 @@ def test_a_place_among_buckets_needs_no_history(
 ) -> None:
     order = bucketed(shards, seed, window)
     places = order.start(3)
-    expected = [order.record(one) for one in range(places)]
+    expected = [order.record(place) for place in range(places)]
     place = data.draw(st.integers(0, places - 1))
     assert bucketed(shards, seed, window).record(place) == expected[place]
     epoch, place_in_epoch = order.epoch(place)
@@ -187,8 +187,10 @@ def test_one_bucket_changes_nothing(
     plain = Order(sizes, seed=seed, window=window)
     order = bucketed([(size, bucket) for size in sizes], seed, window, group)
     places = range(2 * sum(sizes))
-    assert [order.record(one) for one in places] == [plain.record(one) for one in places]
-    assert [order.epoch(one) for one in places] == [divmod(one, sum(sizes)) for one in places]
+    assert [order.record(place) for place in places] == [plain.record(place) for place in places]
+    assert [order.epoch(place) for place in places] == [
+        divmod(place, sum(sizes)) for place in places
+    ]
     assert order.group == 1
 
 
@@ -196,7 +198,7 @@ def test_buckets_come_in_turns_that_seed_and_epoch_change() -> None:
     # Three buckets of 40 groups each: runs of one bucket are short, 1.5 groups on average.
     order = bucketed([(40, k % 3) for k in range(12)], seed=0)
     turns = [order.record(4 * group)[0] % 3 for group in range(240)]
-    changes = sum(one != other for one, other in pairwise(turns[:120]))
+    changes = sum(turn != following for turn, following in pairwise(turns[:120]))
     assert changes == pytest.approx(119 * 2 / 3, abs=5 * (119 * 2 / 9) ** 0.5)
     assert turns[:120] != turns[120:]
     other = bucketed([(40, k % 3) for k in range(12)], seed=1)

@@ -86,9 +86,9 @@ def serve() -> Iterator[Callable[[Path], Server]]:
         return server
 
     yield start
-    for one in running:
-        one.shutdown()
-        one.server_close()
+    for server in running:
+        server.shutdown()
+        server.server_close()
 
 
 def open_remote(url: str, folder: Path, limit_bytes: int = 1 << 30) -> Cache:
@@ -104,8 +104,8 @@ def everything(cache: Cache) -> list[torch.Tensor]:
     return found
 
 
-def same(one: list[torch.Tensor], other: list[torch.Tensor]) -> bool:
-    return len(one) == len(other) and all(map(torch.equal, one, other))
+def same(read: list[torch.Tensor], right: list[torch.Tensor]) -> bool:
+    return len(read) == len(right) and all(map(torch.equal, read, right))
 
 
 def sent(handler: Any, data: bytes, length: int | None = None) -> bool:
@@ -312,8 +312,8 @@ def test_a_bounded_folder_holds_what_is_read_and_what_comes_next(
         group=2,
     )
 
-    def batches(one: Cache, count: int) -> list[torch.Tensor]:
-        ours = Samples(one, order, seed=0, proportion_empty_prompts=0.0)
+    def batches(opened: Cache, count: int) -> list[torch.Tensor]:
+        ours = Samples(opened, order, seed=0, proportion_empty_prompts=0.0)
         places = RankBatches(0, batch_size=2, rank=0, num_ranks=1)
         reading = loader(ours, places, num_workers=2, pin=False)
         read = []
