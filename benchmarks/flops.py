@@ -28,8 +28,10 @@ def count_step_flops(config: TrainConfig, sizes: Sizes) -> int:
         aten._scaled_dot_product_flash_attention_for_cpu_backward: attention_backward_flops,
     }
     counter = FlopCounterMode(display=False, custom_mapping=attention)
-    with FakeTensorMode(), Simulation(plain, sizes) as run, counter:
-        run.step()
+    with FakeTensorMode():
+        run = Simulation(plain, sizes)
+        with counter:
+            run.step()
     return int(counter.get_total_flops()) * config.gradient_accumulation_steps
 
 

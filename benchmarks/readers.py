@@ -14,7 +14,7 @@ from common.prefetch import prefetch
 from shards.reading.cache import Cache
 from shards.reading.order import Order
 from shards.reading.tensors import empty_tensors
-from train.data import Batch, RankBatches, Samples, loader
+from train.data import Batch, RankPlaces, TrainingSamples, read_batches
 
 BATCH = 8
 THREADS = 2  # as in the presets
@@ -64,9 +64,9 @@ def read_for_training(cache: Cache, images: int) -> int:
 def training_batches(cache: Cache) -> Generator[tuple[list[int], Batch], None, None]:
     """Return training's batches with their places, without end."""
     order = Order(cache.conditioning.product.shard_records, seed=0)
-    samples = Samples(cache, order, seed=0, proportion_empty_prompts=0.0)
-    places = RankBatches(0, batch_size=BATCH, rank=0, num_ranks=1)
-    return loader(samples, places, num_workers=THREADS, pin=False)
+    samples = TrainingSamples(cache, order, seed=0, proportion_empty_prompts=0.0)
+    places = RankPlaces(0, batch_size=BATCH, rank=0, num_ranks=1)
+    return read_batches(samples, places, num_workers=THREADS, pin=False)
 
 
 def read_with_webdataset(files: list[Path]) -> int:

@@ -11,7 +11,7 @@ from benchmarks.presets import reset_accelerate
 from train import loop
 from train.assembly import Run, assemble
 from train.config import TrainConfig
-from train.data import RankBatches, Samples, loader
+from train.data import RankPlaces, TrainingSamples, read_batches
 from train.optim.nonfinite import NonFiniteGuard
 
 SECONDS, MOST_STEPS = 3.0, 20  # timing ends at the first of them
@@ -37,20 +37,27 @@ class TimedSteps:
     def __init__(self, run: Run) -> None:
         self.run = run
         self.device = run.accelerator.device
-        samples = Samples(run.inputs.cache, run.inputs.order, seed=0, proportion_empty_prompts=0.0)
-        places = RankBatches(0, batch_size=run.config.train_batch_size, rank=0, num_ranks=1)
+        samples = TrainingSamples(
+            run.inputs.cache, run.inputs.order, seed=0, proportion_empty_prompts=0.0
+        )
+        places = RankPlaces(0, batch_size=run.config.train_batch_size, rank=0, num_ranks=1)
         workers = run.config.dataloader_num_workers
         pin = self.device.type == "cuda"
-        self.batches = loader(samples, places, num_workers=workers, pin=pin)
+        self.batches = read_batches(samples, places, num_workers=workers, pin=pin)
         self.guard = NonFiniteGuard(
-            run.optimizer.optimizer, None, too_late=False, stop=True, name=str, say=click.echo
+            run.optimizer.optimizer,
+            None,
+            update_already_applied=False,
+            stop=True,
+            sample_key=str,
+            print=click.echo,
         )
         self.number = 0
 
     def take(self) -> None:
         """Take a step."""
         self.number += 1
-        loop._step(self.run, self.batches, self.guard, self.number)
+        loop.take_step(self.run, self.batches, self.guard, self.number)
 
     def time_step(self) -> float:
         """Return the mean seconds of a step after the warm-up."""

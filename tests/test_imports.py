@@ -15,7 +15,7 @@ from tests.conftest import REPOSITORY
 CACHE = {"common", "sd3", "shards.format", "shards.reading", "shards.remote"}
 STAGE = CACHE | {"shards"}
 PRECOMPUTE = {"precompute.sources", "precompute.planning", "precompute.encoding", "precompute"}
-TRAIN = {"train", "train.optim", "train.memory", "train.validation"}
+TRAIN = {"train", "train.optim", "train.memory", "train.validation", "train.saving"}
 INFER = {"infer", "infer.drawing", "infer.scoring"}
 PRODUCT = STAGE | PRECOMPUTE | TRAIN | INFER
 ALLOWED = {
@@ -32,6 +32,7 @@ ALLOWED = {
     "train.optim": STAGE | {"train"},
     "train.memory": STAGE | {"train", "train.optim"},
     "train.validation": STAGE | {"train", "train.optim", "train.memory"},
+    "train.saving": STAGE | {"train", "train.optim", "train.validation"},
     "train": STAGE | TRAIN,
     "infer": STAGE | PRECOMPUTE | TRAIN | INFER,
     "infer.drawing": STAGE | PRECOMPUTE | TRAIN | {"infer"},

@@ -10,20 +10,20 @@ from tqdm import tqdm
 
 from common.device import compile_blocks
 from sd3.pretrained import DATA_KEY
-from train import checkpoints, distribution, models
-from train.compatibility import check_same_distribution
+from train import distribution, models
+from train.compatibility import check_controlnet, check_same_distribution
 from train.config import TrainConfig
 from train.inputs import (
-    WEIGHT_DTYPES,
     Inputs,
     find_inputs,
     make_accelerator,
     make_objective,
     num_train_steps,
-    samples_a_step,
+    samples_per_step,
 )
 from train.loss import Objective
 from train.memory.activation_offload import OffloadedActivations
+from train.models import trained_parameters
 from train.optim.adamw import (
     make_optimizer,
     make_schedule,
@@ -32,6 +32,8 @@ from train.optim.adamw import (
 )
 from train.optim.ema import Ema
 from train.optim.fused_backward import FusedBackward
+from train.saving import checkpoints
+from train.saving.controlnet import restore_ema, use_diffusers_format
 
 
 @dataclass(frozen=True)
@@ -43,15 +45,15 @@ class Run:
         inputs: what it reads.
         accelerator: its devices and processes.
         controlnet: trained; as accelerate prepared it.
-        transformer: frozen.
+        transformer: frozen, on the device.
         optimizer: as accelerate prepared it.
-        schedule: likewise.
+        schedule: of the learning rate, as accelerate prepared it.
         objective: what is minimised.
         fused: takes the optimiser's steps within the backward pass, or None.
-        saving: entered for the forward pass; says where activations go.
-        average: of the ControlNet's weights, or None.
-        num_steps: at which it ends.
-        num_trained: weights that change.
+        activation_offload: entered for the forward pass; decides where activations are kept.
+        ema: the moving average of the ControlNet's weights, or None.
+        num_steps: the step at which the run ends.
+        num_trained: number of trained parameters.
     """
 
     config: TrainConfig
@@ -63,13 +65,13 @@ class Run:
     schedule: Any
     objective: Objective
     fused: FusedBackward | None
-    saving: AbstractContextManager[Any]
-    average: Ema | None
+    activation_offload: AbstractContextManager[Any]
+    ema: Ema | None
     num_steps: int
     num_trained: int
 
-    def say(self, line: str) -> None:
-        """Print a line above the progress bar."""
+    def print(self, line: str) -> None:
+        """Print a line above the progress bar, on the main process only."""
         if self.accelerator.is_main_process:
             tqdm.write(line)
 
@@ -89,57 +91,27 @@ def assemble(config: TrainConfig) -> Run:
     torch.backends.cuda.matmul.allow_tf32 = config.allow_tf32
     torch.backends.cudnn.allow_tf32 = config.allow_tf32
 
-    if inputs.controlnet is None:
-        controlnet = models.new_controlnet(
-            inputs.base, config.variant, config.num_controlnet_layers
-        )
-    else:
-        controlnet = models.load_controlnet(inputs.controlnet)
-        models.check_controlnet(controlnet, inputs.base)
-    weight_dtype = WEIGHT_DTYPES[accelerator.mixed_precision]
-    transformer = models.load_transformer(
-        inputs.base,
-        config.variant,
-        weight_dtype,
-        config.quantize_base,
-        fp8_matmul=config.fp8_matmul,
-    )
-    data = models.data_entry(inputs.cache.manifest, inputs.cache.conditioning_spec)
-    controlnet.register_to_config(force_zeros_for_pooled_projection=False, **{DATA_KEY: data})
-    models.freeze_unused(controlnet)
-    if config.bf16_weights:
-        models.keep_in_bfloat16(controlnet)
-    controlnet.train()
-    if config.gradient_checkpointing:
-        controlnet.enable_gradient_checkpointing()
-        transformer.enable_gradient_checkpointing()
-    if config.compile:
-        compile_blocks(controlnet, transformer)
-    transformer.to(accelerator.device)
-
-    step_samples = samples_a_step(config, accelerator.num_processes)
-    num_steps = num_train_steps(config, inputs.order, step_samples)
-    trained = [parameter for parameter in controlnet.parameters() if parameter.requires_grad]
+    controlnet, transformer = _load_networks(config, inputs, accelerator)
+    trained = trained_parameters(controlnet)
     num_trained = sum(parameter.numel() for parameter in trained)
+    step_samples = samples_per_step(config, accelerator.num_processes)
+    num_steps = num_train_steps(config, inputs.order, step_samples)
     optimizer = make_optimizer(config, trained, step_samples)
     schedule = make_schedule(config, optimizer, num_steps)
-    checkpoints.use_diffusers_format(accelerator)
+    use_diffusers_format(accelerator)
     controlnet, optimizer, schedule = distribution.prepare(
         accelerator, config, controlnet, optimizer, schedule
     )
     if inputs.checkpoint is not None:
         checkpoints.check_same_model(inputs.checkpoint, accelerator.unwrap_model(controlnet))
         accelerator.load_state(str(inputs.checkpoint))
-        # It counts batches, to know where an optimiser step ends; a checkpoint always is such an
-        # end, but with another accumulation the count would say otherwise.
+        # accelerate counts batches to find the ends of optimiser steps. A checkpoint is such an
+        # end, but with another accumulation the restored count would not be.
         accelerator.step = 0
         set_learning_rate(schedule.scheduler, peak_learning_rate(config, step_samples))
-    fused = FusedBackward(optimizer.optimizer) if config.fused_backward_pass else None
-    average = None
-    if config.ema_decay is not None:
-        average = Ema(accelerator.unwrap_model(controlnet), config.ema_decay)
-        if inputs.checkpoint is not None:
-            checkpoints.restore_average(inputs.checkpoint, average, inputs.state.averaged_steps)
+    activation_offload: AbstractContextManager[Any] = nullcontext()
+    if config.offload_activations:
+        activation_offload = OffloadedActivations(controlnet, transformer)
     return Run(
         config=config,
         inputs=inputs,
@@ -149,11 +121,40 @@ def assemble(config: TrainConfig) -> Run:
         optimizer=optimizer,
         schedule=schedule,
         objective=make_objective(config, inputs, accelerator.device),
-        fused=fused,
-        saving=OffloadedActivations(controlnet, transformer)
-        if config.offload_activations
-        else nullcontext(),
-        average=average,
+        fused=FusedBackward(optimizer.optimizer) if config.fused_backward_pass else None,
+        activation_offload=activation_offload,
+        ema=_make_ema(config, inputs, accelerator.unwrap_model(controlnet)),
         num_steps=num_steps,
         num_trained=num_trained,
     )
+
+
+def _load_networks(
+    config: TrainConfig, inputs: Inputs, accelerator: Accelerator
+) -> tuple[Any, Any]:
+    """Return the ControlNet, and the transformer on the device."""
+    if inputs.controlnet is None:
+        controlnet = models.new_controlnet(
+            inputs.base, config.variant, config.num_controlnet_layers
+        )
+    else:
+        controlnet = models.load_controlnet(inputs.controlnet)
+        check_controlnet(controlnet, inputs.base)
+    data = models.data_entry(inputs.cache.manifest, inputs.cache.conditioning_spec)
+    controlnet.register_to_config(force_zeros_for_pooled_projection=False, **{DATA_KEY: data})
+    dtype = models.WEIGHT_DTYPES[accelerator.mixed_precision]
+    transformer = models.load_transformer(inputs.base, config.variant, dtype)
+    models.prepare_networks(config, transformer, controlnet)
+    if config.compile:
+        compile_blocks(controlnet, transformer)
+    return controlnet, transformer.to(accelerator.device)
+
+
+def _make_ema(config: TrainConfig, inputs: Inputs, controlnet: Any) -> Ema | None:
+    """Return the moving average of the weights, restored if the run resumes; None without one."""
+    if config.ema_decay is None:
+        return None
+    ema = Ema(controlnet, config.ema_decay)
+    if inputs.checkpoint is not None:
+        restore_ema(inputs.checkpoint, ema, inputs.state.averaged_steps)
+    return ema

@@ -1,32 +1,33 @@
-"""Whether the cache, the base model and a checkpoint go together, before any weights are read."""
+"""Whether the cache, the base model, a ControlNet and a checkpoint go together."""
 
 from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
+from diffusers import SD3ControlNetModel
 
 from common.errors import ConfigError
-from sd3.pretrained import has_component, read_config
+from sd3.pretrained import controlnet_mismatches, has_component, read_config
 from shards.format.manifest import Manifest
 from shards.format.specs import LatentSpec
-from train.checkpoints import TrainState
-from train.distribution import WAY_NAMES, way
+from train.distribution import STRATEGY_NAMES, strategy
+from train.saving.checkpoints import TrainState
 
-Row = tuple[str, object, object]  # what, on the left, on the right
+Comparison = tuple[str, object, object]  # what is compared, the left value, the right value
 
 
 def check_base(base: Path, manifest: Manifest) -> None:
-    """Hold the cache against the base model's configuration.
+    """Check that the cache was made for a base model like this one, by its configuration alone.
 
     Raises:
-        ConfigError: with what the cache holds beside what the model needs.
+        ConfigError: listing what the cache holds and what the model needs.
     """
     config = read_config(base, "transformer")
     text, latent = manifest.text_spec, manifest.latent_spec
     try:
         patch, largest = int(config["patch_size"]), int(config["pos_embed_max_size"])
         joint, pooled = int(config["joint_attention_dim"]), int(config["pooled_projection_dim"])
-        rows: list[Row] = [
+        compared: list[Comparison] = [
             ("latent channels", latent.latent_channels, int(config["in_channels"])),
             ("T5 width (joint_attention_dim)", text.t5_width, joint),
             ("pooled width (pooled_projection_dim)", text.pooled_width, pooled),
@@ -35,7 +36,7 @@ def check_base(base: Path, manifest: Manifest) -> None:
         raise ConfigError(
             f"{base / 'transformer' / 'config.json'}: not an SD3 transformer ({error!r})."
         ) from error
-    wrong = [row for row in rows if row[1] != row[2]]
+    wrong = _different(compared)
     if text.clip_width > joint:
         wrong.append(("CLIP width (joint_attention_dim)", text.clip_width, f"at most {joint}"))
     for height, width in manifest.buckets:
@@ -45,7 +46,7 @@ def check_base(base: Path, manifest: Manifest) -> None:
         if height % patch or width % patch:
             wrong.append(("latent grid (patch_size)", grid, f"multiples of {patch}"))
     if has_component(base, "vae"):
-        wrong += _vae_rows(latent, read_config(base, "vae"))
+        wrong += _vae_mismatches(latent, read_config(base, "vae"))
     if wrong:
         raise ConfigError(
             f"the cache does not fit the base model {base}:\n{two_columns('cache', 'model', wrong)}"
@@ -54,21 +55,25 @@ def check_base(base: Path, manifest: Manifest) -> None:
         )
 
 
-def check_same_order(checkpoint: Path, found: TrainState, wanted: TrainState) -> None:
-    """Refuse to resume where the sequence of samples would be another one.
+def check_same_order(checkpoint: Path, saved: TrainState, current: TrainState) -> None:
+    """Refuse to resume if the sequence of samples would be a different one.
+
+    Args:
+        checkpoint: its folder.
+        saved: what the checkpoint says.
+        current: what the settings and the cache say.
 
     Raises:
-        ConfigError: with what the checkpoint says beside what is now.
+        ConfigError: listing what differs.
     """
-    names = sorted(found.fingerprints.keys() | wanted.fingerprints.keys())
-    rows: list[Row] = [
-        ("--seed", found.seed, wanted.seed),
-        ("--shuffle-window", found.shuffle_window, wanted.shuffle_window),
-        ("samples a step, all of one bucket", found.bucket_group, wanted.bucket_group),
-        *((name, found.fingerprints.get(name), wanted.fingerprints.get(name)) for name in names),
+    names = sorted(saved.fingerprints.keys() | current.fingerprints.keys())
+    compared: list[Comparison] = [
+        ("--seed", saved.seed, current.seed),
+        ("--shuffle-window", saved.shuffle_window, current.shuffle_window),
+        ("samples a step, all of one bucket", saved.bucket_group, current.bucket_group),
+        *((name, saved.fingerprints.get(name), current.fingerprints.get(name)) for name in names),
     ]
-    wrong = [row for row in rows if row[1] != row[2]]
-    if wrong:
+    if wrong := _different(compared):
         raise ConfigError(
             f"{checkpoint}: made with other data or another order, so going on would repeat and "
             f"skip samples:\n{two_columns('checkpoint', 'now', wrong)}\n"
@@ -77,15 +82,44 @@ def check_same_order(checkpoint: Path, found: TrainState, wanted: TrainState) ->
         )
 
 
-def check_same_distribution(checkpoint: Path, state: TrainState, accelerator: Accelerator) -> None:
-    """Hold the way that a checkpoint was shared out against the way that it is to go on.
+def check_controlnet(controlnet: SD3ControlNetModel, base: Path) -> None:
+    """Check that training can continue from a ControlNet with this base model.
 
     Raises:
-        ConfigError: its optimiser's state cannot be read that way.
+        ConfigError: listing what the ControlNet has and what is needed.
     """
-    was, now = state.distribution, way(accelerator)
+    ours, theirs = dict(controlnet.config), read_config(base, "transformer")
+    wrong = controlnet_mismatches(ours, theirs)
+    needed = {
+        "joint_attention_dim": theirs.get("joint_attention_dim"),
+        "extra_conditioning_channels": 0,
+        "use_pos_embed": True,
+    }
+    wrong += [
+        f"  {name}: ControlNet {ours.get(name)}, training needs {value}"
+        for name, value in needed.items()
+        if ours.get(name) != value
+    ]
+    if int(ours["num_layers"]) > int(theirs["num_layers"]) // 2:
+        wrong.append(f"  num_layers: ControlNet {ours['num_layers']}, base {theirs['num_layers']}")
+    if wrong:
+        raise ConfigError("the ControlNet does not fit the base model:\n" + "\n".join(wrong))
+
+
+def check_same_distribution(checkpoint: Path, state: TrainState, accelerator: Accelerator) -> None:
+    """Check that a checkpoint's optimiser state can be read with the current strategy.
+
+    Args:
+        checkpoint: its folder.
+        state: what the checkpoint says.
+        accelerator: of the run that resumes.
+
+    Raises:
+        ConfigError: it cannot.
+    """
+    was, now = state.distribution, strategy(accelerator)
     if was != now:
-        wrong = f"written with {WAY_NAMES[was]}, and this is {WAY_NAMES[now]}"
+        wrong = f"written with {STRATEGY_NAMES[was]}, and this is {STRATEGY_NAMES[now]}"
     elif now == "deepspeed" and state.num_processes != accelerator.num_processes:
         wrong = (
             f"written by {state.num_processes} processes of DeepSpeed, and these are "
@@ -100,21 +134,32 @@ def check_same_distribution(checkpoint: Path, state: TrainState, accelerator: Ac
     )
 
 
-def two_columns(left: str, right: str, rows: list[Row]) -> str:
-    """Return a table, a line a row, indented by two."""
-    table = [("", left, right), *((name, str(one), str(other)) for name, one, other in rows)]
-    widths = [max(len(line[column]) for line in table) for column in range(2)]
+def two_columns(left: str, right: str, compared: list[Comparison]) -> str:
+    """Return a table with a line a comparison, indented by two spaces.
+
+    Args:
+        left: heading of the left values.
+        right: heading of the right values.
+        compared: what goes into the table.
+    """
+    lines = [("", left, right), *((name, str(one), str(other)) for name, one, other in compared)]
+    widths = [max(len(line[column]) for line in lines) for column in range(2)]
     return "\n".join(
-        f"  {name:<{widths[0]}}  {one:<{widths[1]}}  {other}".rstrip() for name, one, other in table
+        f"  {name:<{widths[0]}}  {one:<{widths[1]}}  {other}".rstrip() for name, one, other in lines
     )
 
 
-def _vae_rows(latent: LatentSpec, vae: dict[str, Any]) -> list[Row]:
-    """Return how a base's VAE would scale latents otherwise than the cache says."""
+def _different(compared: list[Comparison]) -> list[Comparison]:
+    return [comparison for comparison in compared if comparison[1] != comparison[2]]
+
+
+def _vae_mismatches(latent: LatentSpec, vae: dict[str, Any]) -> list[Comparison]:
+    """Return where a base's VAE scales latents differently from what the cache says."""
     shift = vae.get("shift_factor")
-    rows: list[Row] = [
-        ("VAE channels (latent_channels)", latent.latent_channels, vae.get("latent_channels")),
-        ("VAE scale (scaling_factor)", latent.scaling_factor, vae.get("scaling_factor")),
-        ("VAE shift (shift_factor)", latent.shift_factor, 0.0 if shift is None else shift),
-    ]
-    return [row for row in rows if row[1] != row[2]]
+    return _different(
+        [
+            ("VAE channels (latent_channels)", latent.latent_channels, vae.get("latent_channels")),
+            ("VAE scale (scaling_factor)", latent.scaling_factor, vae.get("scaling_factor")),
+            ("VAE shift (shift_factor)", latent.shift_factor, 0.0 if shift is None else shift),
+        ]
+    )

@@ -1,7 +1,7 @@
-"""From the cache to batches: records read by place, and everything random drawn for that place.
+"""From the cache to batches: samples read by place, and everything random drawn for that place.
 
-What is drawn depends on (seed, place) alone, the place being a sample's number in the run's order;
-so a resumed or re-partitioned run draws the same.
+A sample's place is its number in the run's order. What is drawn depends on (seed, place) alone, so
+a resumed or re-partitioned run draws the same.
 
 Axes: B samples, T tokens, W embedding width, C latent channels, h x w latent grid.
 """
@@ -15,7 +15,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.utils.data import Dataset, Sampler
 
 from common.prefetch import prefetch
 from shards.format.tensor_spec import TensorSpec
@@ -23,12 +22,12 @@ from shards.reading.cache import Cache
 from shards.reading.order import Order
 from shards.reading.tensors import empty_tensors
 
-BATCHES_AHEAD = 2  # a thread that reads
+BATCHES_AHEAD = 2  # for each reading thread
 
 
 @dataclass(frozen=True)
-class NoisySamples:
-    """Samples, raw as cached, each with noise.
+class EncodedSamples:
+    """Samples as cached, latents not yet scaled, and the noise to mix into them.
 
     Attributes:
         latent: [B, C, h, w].
@@ -54,12 +53,12 @@ class NoisySamples:
 
 
 @dataclass(frozen=True)
-class Batch(NoisySamples):
-    """Samples with all that was drawn for them.
+class Batch(EncodedSamples):
+    """Samples with the draws that decide their timesteps.
 
     Attributes:
-        uniform: uniform in [0, 1), [B], for the timestep.
-        normal: standard normal, [B], for the timestep.
+        uniform: uniform in [0, 1), [B].
+        normal: standard normal, [B].
     """
 
     uniform: Tensor
@@ -67,14 +66,14 @@ class Batch(NoisySamples):
 
 
 @dataclass(frozen=True)
-class Memory:
-    """Where a batch goes, taken before it is read.
+class BatchMemory:
+    """The memory that a batch is read into.
 
     Attributes:
         records: what is read, by name in the records, [B, ...].
-        draws: what is drawn, by name in `Batch`; where the cache holds means and deviations,
-            also the latents that are sampled from them.
-        bucket: whose shapes these are.
+        draws: what is drawn, by name in `Batch`. Where the cache holds means and deviations, the
+            latents sampled from them are here too.
+        bucket: the bucket whose shapes these are.
     """
 
     records: dict[str, Tensor]
@@ -82,14 +81,14 @@ class Memory:
     bucket: int
 
 
-class Samples(Dataset[dict[str, Tensor]]):
+class TrainingSamples:
     """The endless sequence of training samples, indexed by place.
 
     Args:
         cache: opened for reading.
         order: which record comes at which place.
         seed: of all draws.
-        proportion_empty_prompts: how often the empty prompt takes the caption's place.
+        proportion_empty_prompts: how often the empty prompt replaces the caption.
     """
 
     def __init__(
@@ -99,152 +98,162 @@ class Samples(Dataset[dict[str, Tensor]]):
         self.order = order
         self.seed = seed
         self.proportion_empty_prompts = proportion_empty_prompts
-        sampled = ("latent", "conditioning_latent")
-        names = cache.sample_specs(0).keys()
-        # What has the shape of a latent and is drawn, in the order of drawing.
-        self.drawn = ["noise", *(name for name in sampled if f"{name}_std" in names)]
+        cached = cache.sample_specs(0).keys()
+        from_posterior = [
+            name for name in ("latent", "conditioning_latent") if f"{name}_std" in cached
+        ]
+        # Tensors of a latent's shape that need normal draws, in the order of drawing.
+        self.drawn_latents = ["noise", *from_posterior]
         self.empty_prompt = cache.empty_prompt_key()
 
     def __getitem__(self, place: int) -> dict[str, Tensor]:
-        """Return one sample's tensors: those of a `Batch`, without its first axis.
+        """Return the tensors of the sample at a place: those of a `Batch`, without the batch axis.
 
         Raises:
             ShardError: a record is missing or damaged.
         """
-        batch = self.fill(self.memory(1, self.bucket(place)), [place])
+        batch = self.fill(self.allocate(1, self.bucket(place)), [place])
         return {name: value[0] for name, value in vars(batch).items()}
 
     def key(self, place: int) -> str:
         """Return the key of the sample at a place, for messages."""
-        shard, index = self.order.record(place)
-        return self.cache.conditioning.index(shard).key(index)
+        shard, slot = self.order.record(place)
+        return self.cache.conditioning.index(shard).key(slot)
 
     def bucket(self, place: int) -> int:
-        """Return which bucket the sample at a place is of."""
+        """Return the number of the bucket that the sample at a place belongs to."""
         shard, _ = self.order.record(place)
         return self.cache.conditioning.bucket(shard)
 
-    def memory(self, count: int, bucket: int = 0, *, pin: bool = False) -> Memory:
-        """Return memory for a batch of `count` samples.
+    def allocate(self, count: int, bucket: int = 0, *, pin: bool = False) -> BatchMemory:
+        """Return memory for a batch.
 
         Args:
-            count: samples.
-            bucket: that they are of.
-            pin: take pinned memory. Torch keeps what is freed of it for the next batch, and gives
-                it out again only when copies from it are done.
+            count: number of samples.
+            bucket: the bucket that they belong to.
+            pin: use pinned memory. Torch reuses freed pinned memory for later batches, but only
+                once all copies from it are done.
         """
         tensors = self.cache.sample_specs(bucket)
         latent = TensorSpec(tensors["latent"].shape, "float32")
-        draws = dict.fromkeys(self.drawn, latent)
+        draws = dict.fromkeys(self.drawn_latents, latent)
         draws |= dict.fromkeys(("uniform", "normal"), TensorSpec((), "float32"))
-
-        return Memory(
+        return BatchMemory(
             empty_tensors(tensors, count, pin_memory=pin),
             empty_tensors(draws, count, pin_memory=pin),
             bucket,
         )
 
-    def fill(self, memory: Memory, places: Sequence[int]) -> Batch:
+    def fill(self, memory: BatchMemory, places: Sequence[int]) -> Batch:
         """Read and draw the samples at some places.
 
         Args:
-            memory: for as many samples as there are places, of their bucket.
-            places: their numbers in the run's order.
+            memory: room for one sample a place, all of the same bucket.
+            places: numbers in the run's order.
 
         Raises:
             ShardError: a record is missing or damaged.
         """
         draws = {name: tensor.numpy() for name, tensor in memory.draws.items()}
         pairs, prompts = [], []
-        for row, place in enumerate(places):
+        for index, place in enumerate(places):
             pair = self.cache.sample_records(*self.order.record(place))
             assert self.cache.conditioning.bucket(pair.conditioning[0]) == memory.bucket
-            caption = self.draw(draws, row, place, len(pair.prompts))
+            caption = self.draw(draws, index, place, len(pair.prompts))
             pairs.append(pair)
             prompts.append(self.empty_prompt if caption is None else pair.prompts[caption])
         self.cache.read(memory.records, pairs, prompts)
         for name in memory.draws.keys() & memory.records.keys():
             deviation = memory.records[f"{name}_std"].float()
             memory.draws[name].mul_(deviation).add_(memory.records[name])
-        found = memory.records | memory.draws
-        return Batch(**{field.name: found[field.name] for field in fields(Batch)})
+        tensors = memory.records | memory.draws
+        return Batch(**{field.name: tensors[field.name] for field in fields(Batch)})
 
     def draw(
-        self, draws: Mapping[str, NDArray[np.float32]], row: int, place: int, num_prompts: int
+        self, draws: Mapping[str, NDArray[np.float32]], index: int, place: int, num_prompts: int
     ) -> int | None:
-        """Draw what is random about the sample at a place.
+        """Draw everything random about the sample at a place.
 
         Args:
-            draws: by name in `Batch`, [B, ...]; for latents what their deviation is multiplied by.
-            row: of them to fill.
-            place: number in the run's order.
-            num_prompts: captions that the sample has.
+            draws: arrays to fill, by name in `Batch`, [B, ...]. A latent's array gets the normal
+                draws that its deviation is multiplied by.
+            index: the sample's index in these arrays.
+            place: the sample's number in the run's order.
+            num_prompts: number of captions that the sample has.
 
         Returns:
-            Which of its captions it gets, or None for the empty prompt.
+            The index of the caption to use, or None for the empty prompt.
         """
-        # Philox is counter-based: any place's stream is there at once and overlaps no other.
+        # Philox is counter-based: every place's stream starts at once and overlaps no other.
         rng = np.random.Generator(np.random.Philox(key=[self.seed, place]))
-        draws["uniform"][row], draws["normal"][row] = rng.random(), rng.standard_normal()
-        drops = rng.random() < self.proportion_empty_prompts
+        draws["uniform"][index], draws["normal"][index] = rng.random(), rng.standard_normal()
+        drop_prompt = rng.random() < self.proportion_empty_prompts
         caption = int(rng.integers(num_prompts))
-        for name in self.drawn:
-            rng.standard_normal(out=draws[name][row], dtype=np.float32)
-        return None if drops else caption
+        for name in self.drawn_latents:
+            rng.standard_normal(out=draws[name][index], dtype=np.float32)
+        return None if drop_prompt else caption
 
 
-class RankBatches(Sampler[list[int]]):
-    """The places of one rank's batches from a place on, without end.
+@dataclass(frozen=True)
+class RankPlaces:
+    """The places of one rank's batches, without end.
 
-    An optimiser step takes the next `batch_size * num_ranks * accumulation` places; ranks share
-    each batch of `batch_size * num_ranks` among them in turn, so every rank makes equal steps.
+    An optimiser step takes the next `batch_size * num_ranks * accumulation` places. The ranks split
+    each batch of `batch_size * num_ranks` evenly, so every rank makes equal steps.
 
-    Args:
-        start: first place not yet trained on.
+    Attributes:
+        start: first place not yet trained on, on any rank.
         batch_size: samples a batch and rank.
-        rank: which of them this is.
-        num_ranks: how many share the sequence.
+        rank: this rank's number.
+        num_ranks: how many ranks share the sequence.
     """
 
-    def __init__(self, start: int, *, batch_size: int, rank: int, num_ranks: int) -> None:
-        self.start = start
-        self.batch_size = batch_size
-        self.rank = rank
-        self.num_ranks = num_ranks
+    start: int
+    batch_size: int
+    rank: int
+    num_ranks: int
 
     def __iter__(self) -> Iterator[list[int]]:
-        """Yield lists of places."""
+        """Yield the places of each batch."""
         first = self.start + self.rank * self.batch_size
         while True:
             yield list(range(first, first + self.batch_size))
             first += self.batch_size * self.num_ranks
 
 
-def loader(
-    samples: Samples, places: RankBatches, *, num_workers: int, pin: bool
+def read_batches(
+    samples: TrainingSamples, batch_places: RankPlaces, *, num_workers: int, pin: bool
 ) -> Generator[tuple[list[int], Batch], None, None]:
-    """Yield batches and their places without end, read ahead by `num_workers` threads.
+    """Yield the places of each batch and the batch, without end.
 
-    Threads rather than processes: reading and drawing happen outside Python's lock, batches need
-    not be copied from one process to another, and memory is that of the batches alone. Close it to
-    end the threads.
+    `num_workers` threads read ahead; with 0 the caller's thread reads. Threads suffice: reading and
+    drawing release Python's lock, no batch is copied between processes, and only the batches
+    themselves take memory. Close the generator to end the threads.
+
+    Args:
+        samples: the sequence to read from.
+        batch_places: which samples make up each batch.
+        num_workers: number of reading threads.
+        pin: read into pinned memory.
 
     Raises:
         ShardError: a record is missing or damaged.
     """
 
-    def fill(work: tuple[Memory, list[int]]) -> tuple[list[int], Batch]:
-        memory, group = work
-        return group, samples.fill(memory, group)
+    def fill(work: tuple[BatchMemory, list[int]]) -> tuple[list[int], Batch]:
+        memory, places = work
+        return places, samples.fill(memory, places)
 
     work = (
-        (samples.memory(len(group), samples.bucket(group[0]), pin=pin), group) for group in places
+        (samples.allocate(len(places), samples.bucket(places[0]), pin=pin), places)
+        for places in batch_places
     )
     with (
         ThreadPoolExecutor(max(1, num_workers), "read") as pool,
-        samples.cache.read_ahead(samples.order, places.start),
+        samples.cache.read_ahead(samples.order, batch_places.start),
     ):
         lead = BATCHES_AHEAD * num_workers
-        for group, batch in prefetch(pool, fill, work, lead) if num_workers else map(fill, work):
-            samples.cache.files.release_before(group[0])
-            yield group, batch
+        filled = prefetch(pool, fill, work, lead) if num_workers else map(fill, work)
+        for places, batch in filled:
+            samples.cache.files.release_before(places[0])
+            yield places, batch

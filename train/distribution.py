@@ -1,8 +1,8 @@
-"""How several processes share the work: whole copies (DDP), FSDP2, or DeepSpeed ZeRO.
+"""How several processes share the work: copies of the ControlNet (DDP), FSDP2, or DeepSpeed ZeRO.
 
-accelerate shares out the ControlNet's weights, gradients and optimiser state as its configuration
-says (configs/accelerate/ has some); the frozen transformer is whole on every device. Here is what
-the rest of training must know of it.
+accelerate shards the ControlNet's weights, gradients and optimiser state as its configuration says
+(see configs/accelerate/). The frozen transformer is whole on every device. This module holds what
+the rest of training needs to know about it.
 """
 
 import math
@@ -20,15 +20,15 @@ from common.errors import ConfigError
 from train.config import TrainConfig
 from train.optim import fused_backward
 
-Way = Literal["copies", "fsdp", "deepspeed"]
-WAYS: dict[DistributedType, Way] = {
+Strategy = Literal["copies", "fsdp", "deepspeed"]
+STRATEGIES: dict[DistributedType, Strategy] = {
     DistributedType.NO: "copies",
     DistributedType.MULTI_CPU: "copies",
     DistributedType.MULTI_GPU: "copies",
     DistributedType.FSDP: "fsdp",
     DistributedType.DEEPSPEED: "deepspeed",
 }
-WAY_NAMES: dict[Way, str] = {
+STRATEGY_NAMES: dict[Strategy, str] = {
     "copies": "one process or DDP",
     "fsdp": "FSDP2",
     "deepspeed": "DeepSpeed",
@@ -36,19 +36,37 @@ WAY_NAMES: dict[Way, str] = {
 ZERO_STAGES = (2, 3)
 FP8_CAPABILITY = (8, 9)  # Ada; Hopper is 9.0
 
+_OFFLOAD = (
+    "accelerate's own configuration says what is offloaded with FSDP2 and DeepSpeed; leave it out, "
+    "or train with DDP."
+)
+_8BIT = "its state cannot be shared out; leave it out, or train with DDP."
+_FSDP2 = "leave it out, or train with FSDP2 (configs/accelerate/fsdp2.yaml)."
+# Strategy, option (with its value, unless any will do), reason.
+UNSUPPORTED: tuple[tuple[Strategy, str, str], ...] = (
+    ("fsdp", "--offload-optimizer", _OFFLOAD),
+    ("fsdp", "--offload-activations", _OFFLOAD),
+    ("fsdp", "--use-8bit-adam", _8BIT),
+    ("deepspeed", "--offload-optimizer", _OFFLOAD),
+    ("deepspeed", "--offload-activations", _OFFLOAD),
+    ("deepspeed", "--use-8bit-adam", _8BIT),
+    ("deepspeed", "--ema-decay", f"DeepSpeed keeps the exact weights to itself; {_FSDP2}"),
+    ("deepspeed", "--on-nonfinite skip", f"DeepSpeed cannot be held back; {_FSDP2}"),
+)
 
-def way(accelerator: Accelerator) -> Way:
+
+def strategy(accelerator: Accelerator) -> Strategy:
     """Return how the processes share the ControlNet."""
-    return WAYS[accelerator.distributed_type]
+    return STRATEGIES[accelerator.distributed_type]
 
 
 def check(accelerator: Accelerator, config: TrainConfig) -> None:
-    """Refuse ways of sharing the work that training cannot go.
+    """Refuse strategies that training does not support, and options that do not go with them.
 
     Raises:
-        ConfigError: naming the way, or the option that does not go with it.
+        ConfigError: naming the strategy or the option.
     """
-    if accelerator.distributed_type not in WAYS:
+    if accelerator.distributed_type not in STRATEGIES:
         raise ConfigError(
             f"accelerate is set up for {accelerator.distributed_type.value}; training goes with "
             "one device, DDP, FSDP2 and DeepSpeed: see configs/accelerate/."
@@ -62,52 +80,54 @@ def check(accelerator: Accelerator, config: TrainConfig) -> None:
         fused_backward.check(
             config,
             num_processes=accelerator.num_processes,
-            scales=accelerator.scaler is not None,
+            scales_loss=accelerator.scaler is not None,
         )
-    device = accelerator.device
-    if config.fp8_matmul and device.type == "cuda":
-        capability = torch.cuda.get_device_capability(device)
-        if capability < FP8_CAPABILITY:
-            raise ConfigError(
-                f"--fp8-matmul: {torch.cuda.get_device_name(device)} has none (compute capability "
-                f"{'.'.join(map(str, capability))}, {'.'.join(map(str, FP8_CAPABILITY))} is "
-                "needed); leave it out, --quantize-base fp8 works without."
-            )
+    if config.fp8_matmul:
+        _check_fp8(accelerator.device)
     if config.bf16_weights:
         if accelerator.num_processes > 1:
             raise ConfigError("--bf16-weights: each process would round in its own way; use one.")
         if accelerator.mixed_precision != "bf16":
             raise ConfigError("--bf16-weights: goes with --mixed-precision bf16.")
-    if way(accelerator) == "copies":
+    for unsupported, option, reason in UNSUPPORTED:
+        if strategy(accelerator) == unsupported and _is_given(config, option):
+            raise ConfigError(f"{option}: {reason}")
+    _check_plugin(accelerator)
+
+
+def _check_fp8(device: torch.device) -> None:
+    if device.type != "cuda":
         return
-    for option in ("offload_optimizer", "offload_activations"):
-        if getattr(config, option):
-            raise ConfigError(
-                f"--{option.replace('_', '-')}: accelerate's own configuration says what is "
-                "offloaded with FSDP2 and DeepSpeed; leave it out, or train with DDP."
-            )
-    if config.use_8bit_adam:
+    capability = torch.cuda.get_device_capability(device)
+    if capability < FP8_CAPABILITY:
         raise ConfigError(
-            "--use-8bit-adam: its state cannot be shared out; leave it out, or train with DDP."
+            f"--fp8-matmul: {torch.cuda.get_device_name(device)} has none (compute capability "
+            f"{'.'.join(map(str, capability))}, {'.'.join(map(str, FP8_CAPABILITY))} is "
+            "needed); leave it out, --quantize-base fp8 works without."
         )
-    if way(accelerator) == "fsdp":
-        if not accelerator.is_fsdp2:
-            raise ConfigError(
-                "accelerate is set up for the first FSDP: its configuration needs fsdp_version: 2, "
-                "as in configs/accelerate/fsdp2.yaml."
-            )
-        return
-    stage = accelerator.deepspeed_plugin.deepspeed_config["zero_optimization"]["stage"]
-    if stage not in ZERO_STAGES:
+
+
+def _is_given(config: TrainConfig, option: str) -> bool:
+    """Return whether an option, as written on a command line, is among the settings."""
+    flag, _, value = option.partition(" ")
+    setting = getattr(config, flag.removeprefix("--").replace("-", "_"))
+    return setting == value if value else setting not in (None, False)
+
+
+def _check_plugin(accelerator: Accelerator) -> None:
+    """Refuse versions of FSDP and stages of ZeRO that training does not support."""
+    if strategy(accelerator) == "fsdp" and not accelerator.is_fsdp2:
         raise ConfigError(
-            f"accelerate is set up for ZeRO stage {stage}: use 2 or 3, as in configs/accelerate/, "
-            "or DDP."
+            "accelerate is set up for the first FSDP: its configuration needs fsdp_version: 2, "
+            "as in configs/accelerate/fsdp2.yaml."
         )
-    instead = "leave it out, or train with FSDP2 (configs/accelerate/fsdp2.yaml)."
-    if config.ema_decay is not None:
-        raise ConfigError(f"--ema-decay: DeepSpeed keeps the exact weights to itself; {instead}")
-    if config.on_nonfinite == "skip":
-        raise ConfigError(f"--on-nonfinite skip: DeepSpeed cannot be held back; {instead}")
+    if strategy(accelerator) == "deepspeed":
+        stage = accelerator.deepspeed_plugin.deepspeed_config["zero_optimization"]["stage"]
+        if stage not in ZERO_STAGES:
+            raise ConfigError(
+                f"accelerate is set up for ZeRO stage {stage}: use 2 or 3, as in "
+                "configs/accelerate/, or DDP."
+            )
 
 
 def prepare(
@@ -118,7 +138,7 @@ def prepare(
     schedule: Any,
 ) -> tuple[Any, Any, Any]:
     """Return ControlNet, optimiser and schedule as accelerate prepares them."""
-    if way(accelerator) != "deepspeed":
+    if strategy(accelerator) != "deepspeed":
         prepared: tuple[Any, Any, Any] = accelerator.prepare(controlnet, optimizer, schedule)
         return prepared
     accelerator.deepspeed_plugin.deepspeed_config |= {
@@ -128,16 +148,20 @@ def prepare(
     }
     buffers = {name: buffer.clone() for name, buffer in controlnet.named_buffers()}
     prepared = accelerator.prepare(controlnet, optimizer, schedule)
-    # DeepSpeed casts them to 16 bit, as it does weights, but has no exact copies of them.
+    # DeepSpeed casts buffers to 16 bit, as it does weights, but keeps no exact copies of them.
     for name, buffer in controlnet.named_buffers():
         buffer.data = buffers[name].to(buffer.device)
     return prepared
 
 
 def clip_gradients(accelerator: Accelerator, controlnet: Any, max_norm: float) -> Tensor:
-    """Clip the gradients' norm over all processes, unless to 0, and return what it was, [].
+    """Clip the gradients' norm over all processes and return what it was, [].
 
-    DeepSpeed has done so, and taken the step; it says what the norm was.
+    Args:
+        accelerator: prepared the ControlNet. DeepSpeed clips by itself, and has taken the
+            optimiser's step by now; here it only returns the norm.
+        controlnet: as accelerate prepared it.
+        max_norm: largest norm; 0 does not clip.
     """
     norm = accelerator.clip_grad_norm_(controlnet.parameters(), max_norm or math.inf)
     if isinstance(norm, DTensor):
@@ -145,55 +169,56 @@ def clip_gradients(accelerator: Accelerator, controlnet: Any, max_norm: float) -
     return torch.as_tensor(norm, device=accelerator.device)
 
 
-def whole_weights(accelerator: Accelerator, controlnet: Any) -> dict[str, Tensor]:
-    """Return a network's whole state on the main process, in the precision that it is trained in.
+def full_state_dict(accelerator: Accelerator, controlnet: Any) -> dict[str, Tensor]:
+    """Return all weights of a sharded network, in the precision that they are trained in.
 
-    Every process must call this; what the others get is of no use.
+    Every process must call this, but only the main process may use the result.
 
     Args:
-        accelerator: that prepared it.
-        controlnet: as it was prepared.
+        accelerator: prepared the network.
+        controlnet: as accelerate prepared it.
     """
     network = accelerator.unwrap_model(controlnet)
-    if way(accelerator) == "copies":
+    if strategy(accelerator) == "copies":
         return dict(network.state_dict())
-    whole = _whole_of_zero if way(accelerator) == "deepspeed" else _whole_of_fsdp
-    found = {}
-    for name, part in (*network.named_parameters(), *network.named_buffers()):
-        tensor = whole(part)
+    gather = _gather_zero if strategy(accelerator) == "deepspeed" else _gather_fsdp
+    weights = {}
+    for name, shard in (*network.named_parameters(), *network.named_buffers()):
+        tensor = gather(shard)
         if accelerator.is_main_process:
-            found[name] = tensor.detach().cpu()
-    return found
+            weights[name] = tensor.detach().cpu()
+    return weights
 
 
-def _whole_of_fsdp(part: Tensor) -> Tensor:
-    return part.full_tensor() if isinstance(part, DTensor) else part
+def _gather_fsdp(shard: Tensor) -> Tensor:
+    return shard.full_tensor() if isinstance(shard, DTensor) else shard
 
 
-def _whole_of_zero(part: Tensor) -> Tensor:
+def _gather_zero(shard: Tensor) -> Tensor:
     from deepspeed.runtime.zero import GatheredParameters
     from deepspeed.utils import safe_get_full_fp32_param
 
-    if not isinstance(part, torch.nn.Parameter):
-        return part
-    if part.requires_grad:
-        whole: Tensor = safe_get_full_fp32_param(part)
-        return whole
-    with GatheredParameters(part):
-        return part.to(torch.float32, copy=True)
+    if not isinstance(shard, torch.nn.Parameter):
+        return shard
+    if shard.requires_grad:
+        tensor: Tensor = safe_get_full_fp32_param(shard)
+        return tensor
+    with GatheredParameters(shard):
+        return shard.to(torch.float32, copy=True)
 
 
-def shared_out(whole: Tensor, like: Tensor) -> Tensor:
-    """Return a tensor shared out over the processes as another one is."""
+def sharded(tensor: Tensor, like: Tensor) -> Tensor:
+    """Return a tensor sharded over the processes as `like` is."""
     if not isinstance(like, DTensor):
-        return whole
-    return distribute_tensor(whole.to(like.device), like.device_mesh, like.placements)
+        return tensor
+    return distribute_tensor(tensor.to(like.device), like.device_mesh, like.placements)
 
 
-def forget_gathered(network: torch.nn.Module) -> None:
-    """Have FSDP drop the whole weights that a forward pass gathered, and gather them anew.
+def reshard(network: torch.nn.Module) -> None:
+    """Make FSDP drop the weights it gathered for a forward pass, so that it gathers them anew.
 
-    It keeps some for a backward pass, and has the network bear them in its own parts' place.
+    It keeps some of them for a backward pass, and meanwhile the network's parameters are these
+    copies instead of its own shards.
     """
     for module in network.modules():
         if isinstance(module, FSDPModule):

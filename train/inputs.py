@@ -1,4 +1,4 @@
-"""What a run is made of; mistakes are found before anything heavy is loaded."""
+"""What a run reads, found and checked before any weights are loaded."""
 
 import importlib.util
 import math
@@ -14,14 +14,13 @@ from sd3.pretrained import find_base, find_controlnet
 from shards.reading.cache import Cache
 from shards.reading.order import Order
 from shards.remote.streaming import open_files
-from train import checkpoints, distribution, models
-from train.checkpoints import TrainState
+from train import distribution, models
 from train.compatibility import check_base, check_same_order
 from train.config import TrainConfig
 from train.loss import Objective
+from train.saving import checkpoints
+from train.saving.checkpoints import TrainState
 from train.validation.held_out import held_out_records
-
-WEIGHT_DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
@@ -29,13 +28,13 @@ class Inputs:
     """What a run reads, found and checked.
 
     Attributes:
-        cache: opened.
+        cache: opened for reading.
         base: folder of the base model.
-        controlnet: folder of the ControlNet to go on from, or None.
-        order: of the samples.
-        draws: whether validation pictures are to be drawn.
-        measures: whether the loss on held-out rows is to be measured.
-        checkpoint: to resume from, or None.
+        controlnet: folder of the ControlNet to continue from, or None.
+        order: the order of the samples.
+        draws_pictures: whether the run draws validation pictures.
+        measures_held_out: whether the run measures the loss on held-out rows.
+        checkpoint: folder of the checkpoint to resume from, or None.
         state: where the run starts.
     """
 
@@ -43,36 +42,76 @@ class Inputs:
     base: Path
     controlnet: Path | None
     order: Order
-    draws: bool
-    measures: bool
+    draws_pictures: bool
+    measures_held_out: bool
     checkpoint: Path | None
     state: TrainState
+
+    @property
+    def validates(self) -> bool:
+        """Whether there is anything to validate."""
+        return self.draws_pictures or self.measures_held_out
 
 
 def find_inputs(config: TrainConfig, num_processes: int) -> Inputs:
     """Open and check everything the run reads, before any weights are loaded.
 
     Args:
-        config: names it.
-        num_processes: that train together.
+        config: settings of the run.
+        num_processes: number of processes that train together.
 
     Raises:
         ShardError: the cache is missing, incomplete or damaged.
         ConfigError: the base model, the cache and the checkpoint do not go together.
     """
     _require_packages(config)
+    cache = _open_cache(config)
+    validates = config.validation_steps > 0
+    draws_pictures = validates and cache.validation.product.num_records > 0
+    base = _find_base(config, draws_pictures and config.validation_decode != "latents")
+    check_base(base, cache.manifest)
+    controlnet = None
+    if config.controlnet_model_name_or_path is not None:
+        controlnet = find_controlnet(
+            config.controlnet_model_name_or_path,
+            "--controlnet-model-name-or-path",
+            cache_dir=config.cache_dir,
+        )
+    order = Order(
+        cache.manifest.training_records(config.conditioning_name),
+        seed=config.seed,
+        window=config.shuffle_window,
+        shard_buckets=cache.conditioning.product.shard_buckets,
+        group=samples_per_step(config, num_processes),
+    )
+    checkpoint = checkpoints.choose(config.output_dir, config.resume_from_checkpoint)
+    return Inputs(
+        cache=cache,
+        base=base,
+        controlnet=controlnet,
+        order=order,
+        draws_pictures=draws_pictures,
+        measures_held_out=validates and bool(held_out_records(cache)),
+        checkpoint=checkpoint,
+        state=_starting_state(config, cache, order, checkpoint),
+    )
+
+
+def _open_cache(config: TrainConfig) -> Cache:
     files = open_files(config.cache, config.local_cache_dir, config.local_cache_gb)
     cache = Cache(files, config.conditioning_name)
     if not sum(cache.manifest.training_records(config.conditioning_name)):
         raise ShardError(f"{config.cache}: the cache holds no samples")
-    draws = config.validation_steps > 0 and cache.validation.product.num_records > 0
-    measures = config.validation_steps > 0 and bool(held_out_records(cache))
-    decodes = draws and config.validation_decode != "latents"
-    needed = ("transformer", "scheduler", *(["vae"] if decodes else []))
+    return cache
+
+
+def _find_base(config: TrainConfig, needs_vae: bool) -> Path:
+    """Return the base model's folder, which has all components that the run needs."""
+    components = ("transformer", "scheduler", *(["vae"] if needs_vae else []))
     try:
-        base = find_base(
+        return find_base(
             config.pretrained_model_name_or_path,
-            needed,
+            components,
             revision=config.revision,
             variant=config.variant,
             cache_dir=config.cache_dir,
@@ -81,29 +120,17 @@ def find_inputs(config: TrainConfig, num_processes: int) -> Inputs:
         hint = (
             " Validation pictures need vae/; --validation-decode latents does without, and "
             "--validation-steps 0."
-            if decodes
+            if needs_vae
             else ""
         )
         raise ConfigError(f"{error}{hint}") from error
-    check_base(base, cache.manifest)
 
-    named = config.controlnet_model_name_or_path
-    controlnet = (
-        None
-        if named is None
-        else find_controlnet(named, "--controlnet-model-name-or-path", cache_dir=config.cache_dir)
-    )
 
-    product = cache.conditioning.product
-    order = Order(
-        cache.manifest.training_records(config.conditioning_name),
-        seed=config.seed,
-        window=config.shuffle_window,
-        shard_buckets=product.shard_buckets,
-        group=samples_a_step(config, num_processes),
-    )
-    checkpoint = checkpoints.choose(config.output_dir, config.resume_from_checkpoint)
-    start = TrainState(
+def _starting_state(
+    config: TrainConfig, cache: Cache, order: Order, checkpoint: Path | None
+) -> TrainState:
+    """Return the state of a checkpoint of the same order, or that of a new run."""
+    new = TrainState(
         step=0,
         place=0,
         seed=config.seed,
@@ -111,19 +138,19 @@ def find_inputs(config: TrainConfig, num_processes: int) -> Inputs:
         bucket_group=order.group,
         fingerprints=cache.manifest.fingerprints(config.conditioning_name),
     )
-    state = start
-    if checkpoint is not None:
-        state = checkpoints.read_state(checkpoint)
-        check_same_order(checkpoint, state, start)
-    return Inputs(cache, base, controlnet, order, draws, measures, checkpoint, state)
+    if checkpoint is None:
+        return new
+    saved = checkpoints.read_state(checkpoint)
+    check_same_order(checkpoint, saved, new)
+    return saved
 
 
 def make_accelerator(config: TrainConfig) -> Accelerator:
     """Return the accelerator: devices, processes, precision, accumulation and tracker.
 
     Raises:
-        ConfigError: the device cannot compute in the wanted precision, or accelerate is set up for
-            a way to distribute that is not supported.
+        ConfigError: the device does not support the precision, or training does not support the
+            strategy that accelerate is set up for.
     """
     try:
         accelerator = Accelerator(
@@ -134,9 +161,9 @@ def make_accelerator(config: TrainConfig) -> Accelerator:
                 project_dir=str(config.output_dir),
                 logging_dir=str(config.output_dir / config.logging_dir),
             ),
-            # The schedule steps once an optimiser step, on every number of processes.
+            # The schedule steps once an optimiser step, whatever the number of processes.
             step_scheduler_with_optimizer=False,
-            # A pass uses each weight once; kept, 16 bit copies of all would be held to its end.
+            # A pass uses each weight once, so a cache of 16 bit copies would only take memory.
             kwargs_handlers=[AutocastKwargs(cache_enabled=False)],
         )
     except ValueError as error:
@@ -147,18 +174,18 @@ def make_accelerator(config: TrainConfig) -> Accelerator:
     return accelerator
 
 
-def samples_a_step(config: TrainConfig, num_processes: int) -> int:
-    """Return how many samples an optimiser step takes, on all processes."""
+def samples_per_step(config: TrainConfig, num_processes: int) -> int:
+    """Return the number of samples an optimiser step, on all processes."""
     return config.train_batch_size * num_processes * config.gradient_accumulation_steps
 
 
 def num_train_steps(config: TrainConfig, order: Order, step_samples: int) -> int:
-    """Return how many optimiser steps the run has.
+    """Return the number of optimiser steps of the run.
 
     Args:
-        config: says so outright, or in epochs.
-        order: says how many places these have.
-        step_samples: consumed by an optimiser step, on all processes.
+        config: gives the number of steps or of epochs.
+        order: gives the number of places in these epochs.
+        step_samples: samples an optimiser step, on all processes.
     """
     if config.max_train_steps is not None:
         return config.max_train_steps
@@ -168,24 +195,21 @@ def num_train_steps(config: TrainConfig, order: Order, step_samples: int) -> int
 def make_objective(config: TrainConfig, inputs: Inputs, device: torch.device) -> Objective:
     """Return the objective with the base scheduler's tables on the device."""
     scheduler = models.load_scheduler(inputs.base)
-    return Objective(
+    return Objective.from_config(
+        config,
         sigmas=scheduler.sigmas.to(device, torch.float32),
         timesteps=scheduler.timesteps.to(device, torch.float32),
         latent_spec=inputs.cache.manifest.latent_spec,
         conditioning_spec=inputs.cache.conditioning_spec,
-        weighting_scheme=config.weighting_scheme,
-        logit_mean=config.logit_mean,
-        logit_std=config.logit_std,
-        mode_scale=config.mode_scale,
-        precondition_outputs=bool(config.precondition_outputs),
     )
 
 
 def _require_packages(config: TrainConfig) -> None:
-    for wanted, package, extra in (
+    """Refuse settings whose optional package is not installed."""
+    for needed, package, extra in (
         (config.report_to == "wandb", "wandb", "wandb"),
         (config.use_8bit_adam, "bitsandbytes", "bitsandbytes"),
         (config.quantize_base == "nf4", "bitsandbytes", "bitsandbytes"),
     ):
-        if wanted and importlib.util.find_spec(package) is None:
+        if needed and importlib.util.find_spec(package) is None:
             raise ConfigError(f"{package} is not installed: pip install '.[{extra}]'")

@@ -1,7 +1,7 @@
 """The loop of stage 2: optimiser steps, and what is due between them."""
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from signal import Signals
 from typing import Any
@@ -12,14 +12,14 @@ from accelerate import Accelerator
 from tqdm import tqdm
 
 from common.interruption import Received, signals_noted
-from train import checkpoints
 from train.assembly import Run
-from train.checkpoints import TrainState
-from train.data import RankBatches, Samples, loader
-from train.distribution import clip_gradients, way
-from train.inputs import samples_a_step
+from train.data import Batch, RankPlaces, TrainingSamples, read_batches
+from train.distribution import clip_gradients, strategy
+from train.inputs import samples_per_step
 from train.loss import batch_losses
 from train.optim.nonfinite import NonFiniteGuard
+from train.saving import checkpoints
+from train.saving.checkpoints import TrainState
 from train.validation import pictures
 
 
@@ -27,116 +27,135 @@ def take_steps(run: Run) -> tuple[TrainState, Signals | None]:
     """Take optimiser steps until all are done or a signal comes.
 
     Returns:
-        Where the run then stands, and the signal that ended it early.
+        Where the run then stands, and the signal that ended it early, or None.
 
     Raises:
         RunError: a step's gradient is not finite, or a checkpoint cannot be written.
         ShardError: a record is missing or damaged.
     """
-    config, accelerator = run.config, run.accelerator
-    state = run.inputs.state
-    samples = Samples(
+    config, accelerator, state = run.config, run.accelerator, run.inputs.state
+    samples = TrainingSamples(
         run.inputs.cache,
         run.inputs.order,
         seed=config.seed,
         proportion_empty_prompts=config.proportion_empty_prompts,
     )
-    places = RankBatches(
+    batch_places = RankPlaces(
         state.place,
         batch_size=config.train_batch_size,
         rank=accelerator.process_index,
         num_ranks=accelerator.num_processes,
     )
-    batches = loader(
+    batches = read_batches(
         samples,
-        places,
+        batch_places,
         num_workers=config.dataloader_num_workers,
         pin=accelerator.device.type == "cuda",
     )
     guard = NonFiniteGuard(
         run.optimizer.optimizer,
         accelerator.scaler,
-        too_late=way(accelerator) == "deepspeed",
-        in_part=run.fused is not None,
+        update_already_applied=strategy(accelerator) == "deepspeed",
+        updates_per_weight=run.fused is not None,
         stop=config.on_nonfinite == "stop",
-        name=samples.key,
-        say=tqdm.write,
+        sample_key=samples.key,
+        print=tqdm.write,
     )
-    step_samples = samples_a_step(config, accelerator.num_processes)
     if state.step and pictures.is_due(run, state.step) and not pictures.is_done(run, state.step):
-        # Killed between that step's checkpoint and its validation.
+        # The run was killed between that step's checkpoint and its validation.
         pictures.validate(run, state.step)
-    with (
-        signals_noted("step") as received,
-        tqdm(
-            total=run.num_steps,
-            initial=min(state.step, run.num_steps),
-            desc="train",
-            unit="step",
-            disable=None if accelerator.is_local_main_process else True,
-        ) as bar,
-    ):
-        agreed = _agreement(accelerator, received)
-        signal = None
-        while state.step < run.num_steps and not signal:
-            _step(run, batches, guard, state.step + 1)
-            state = replace(state, step=state.step + 1, place=state.place + step_samples)
-            bar.update()
-            signal = agreed()
-            last = state.step == run.num_steps or bool(signal)
-            if state.step % config.logging_steps == 0 or last:
-                _log(run, guard, state, bar)
-            if state.step % config.checkpointing_steps == 0 or last:
-                guard.finish()
-                checkpoints.save(
-                    accelerator,
-                    config.output_dir,
-                    replace(state, averaged_steps=run.average.num_steps if run.average else 0),
-                    config.checkpoints_total_limit,
-                    run.average,
-                    config,
-                )
-            if pictures.is_due(run, state.step) and not signal:
-                pictures.validate(run, state.step)
-        guard.finish()
+    with signals_noted("step") as received, _progress_bar(run) as bar:
+        state, signal = _loop(run, batches, guard, _agreement(accelerator, received), bar)
     batches.close()
     if guard.num_skipped:
-        run.say(f"{guard.num_skipped} steps were left out, since their gradient was not finite")
+        run.print(f"{guard.num_skipped} steps were left out, since their gradient was not finite")
     return state, signal
 
 
-def _step(run: Run, batches: Any, guard: NonFiniteGuard, step: int) -> None:
-    """Take one optimiser step."""
+def _progress_bar(run: Run) -> "tqdm[Any]":
+    return tqdm(
+        total=run.num_steps,
+        initial=min(run.inputs.state.step, run.num_steps),
+        desc="train",
+        unit="step",
+        disable=None if run.accelerator.is_local_main_process else True,
+    )
+
+
+def _loop(
+    run: Run,
+    batches: Iterator[tuple[list[int], Batch]],
+    guard: NonFiniteGuard,
+    agreed_signal: Received,
+    bar: "tqdm[Any]",
+) -> tuple[TrainState, Signals | None]:
+    """Take the steps; log, save and validate between them."""
+    config, state = run.config, run.inputs.state
+    step_samples = samples_per_step(config, run.accelerator.num_processes)
+    signal = None
+    while state.step < run.num_steps and not signal:
+        take_step(run, batches, guard, state.step + 1)
+        state = replace(state, step=state.step + 1, place=state.place + step_samples)
+        bar.update()
+        signal = agreed_signal()
+        last = state.step == run.num_steps or bool(signal)
+        if state.step % config.logging_steps == 0 or last:
+            _log(run, guard, state, bar)
+        if state.step % config.checkpointing_steps == 0 or last:
+            guard.finish()
+            checkpoints.save(run.accelerator, config, state, run.ema)
+        if pictures.is_due(run, state.step) and not signal:
+            pictures.validate(run, state.step)
+    guard.finish()
+    return state, signal
+
+
+def take_step(
+    run: Run, batches: Iterator[tuple[list[int], Batch]], guard: NonFiniteGuard, step: int
+) -> None:
+    """Take one optimiser step.
+
+    Args:
+        run: what takes the step.
+        batches: of this process, with the places of their samples.
+        guard: skips the update if a gradient is not finite.
+        step: its number.
+
+    Raises:
+        RunError: the gradient of the step before was not finite, and the run is to stop then.
+        ShardError: a record is missing or damaged.
+    """
     config, accelerator = run.config, run.accelerator
-    losses, of_places = [], []
-    bad = torch.zeros((), device=accelerator.device)
+    losses: list[torch.Tensor] = []
+    step_places: list[int] = []
+    nonfinite = torch.zeros((), device=accelerator.device)
     for places, batch in itertools.islice(batches, config.gradient_accumulation_steps):
         with accelerator.accumulate(run.controlnet):
-            with run.saving:
-                of_batch = batch_losses(
+            with run.activation_offload:
+                sample_losses = batch_losses(
                     batch.to(accelerator.device), run.controlnet, run.transformer, run.objective
                 )
-            accelerator.backward(of_batch.mean())
+            accelerator.backward(sample_losses.mean())
             if accelerator.sync_gradients:
                 if run.fused is not None:
-                    bad = run.fused.bad()
+                    nonfinite = run.fused.pop_nonfinite()
                 else:
                     norm = clip_gradients(accelerator, run.controlnet, config.max_grad_norm)
-                    bad = guard.before_update(norm)
+                    nonfinite = guard.before_update(norm)
             run.optimizer.step()
             run.optimizer.zero_grad(set_to_none=True)
-        losses.append(of_batch.detach())
-        of_places += places
+        losses.append(sample_losses.detach())
+        step_places += places
     if not accelerator.optimizer_step_was_skipped:
         run.schedule.step()
-        if run.average is not None:
-            run.average.step()
-    guard.after_update(step, of_places, torch.cat(losses), bad)
+        if run.ema is not None:
+            run.ema.step()
+    guard.after_update(step, step_places, torch.cat(losses), nonfinite)
 
 
 def _log(run: Run, guard: NonFiniteGuard, state: TrainState, bar: "tqdm[Any]") -> None:
-    """Log the mean loss since the last time, over all processes, and the learning rate."""
-    sums = guard.sums().to(run.accelerator.device)
+    """Log the mean loss since the last call, over all processes, and the learning rate."""
+    sums = guard.pop_loss_sum().to(run.accelerator.device)
     loss_sum, count = run.accelerator.reduce(sums, reduction="sum").tolist()
     loss, lr = loss_sum / max(count, 1), run.schedule.get_last_lr()[0]
     epoch = run.inputs.order.epochs(state.place)
@@ -145,13 +164,14 @@ def _log(run: Run, guard: NonFiniteGuard, state: TrainState, bar: "tqdm[Any]") -
 
 
 def _agreement(accelerator: Accelerator, received: Received) -> Callable[[], Signals | None]:
-    """Give a function that says which signal any process has received; all must call it together.
+    """Return a function that returns the signal that any process has received, or None.
 
-    A signal does not reach all processes in the same step, and they must end after the same one.
+    All processes must call it together: a signal does not reach them in the same step, but they
+    must end after the same one.
     """
     if accelerator.num_processes == 1:
         return received
-    # On the hosts, so that nobody waits for a device.
+    # On the hosts, so that no process waits for its device.
     group = torch.distributed.new_group(backend="gloo")
 
     def agreed() -> Signals | None:

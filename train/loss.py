@@ -1,4 +1,4 @@
-"""A batch through the two networks, held against the objective.
+"""The loss of a batch: both networks run on noised samples, and the objective compares.
 
 Axes: B samples, C latent channels, h x w latent grid.
 """
@@ -12,7 +12,8 @@ from torch import Tensor
 from sd3.prompt_embeds import prompt_embeds
 from shards.format.specs import LatentSpec
 from train import objective
-from train.data import Batch, NoisySamples
+from train.config import TrainConfig
+from train.data import Batch, EncodedSamples
 
 
 @dataclass(frozen=True)
@@ -20,15 +21,16 @@ class Objective:
     """The settings of the objective, and the base scheduler's tables on the device.
 
     Attributes:
-        sigmas: by schedule index, from 1 (noise) down, [N].
-        timesteps: what the networks are told, by schedule index, [N].
+        sigmas: noise levels by schedule index, from 1 (noise) down, [N].
+        timesteps: the networks' timestep input by schedule index, [N].
         latent_spec: scaling of latents.
         conditioning_spec: scaling of conditioning latents.
-        weighting_scheme: see `train.objective`.
-        logit_mean: likewise.
-        logit_std: likewise.
-        mode_scale: likewise.
-        precondition_outputs: likewise.
+        weighting_scheme: how timesteps are drawn and losses weighted: `sigma_sqrt`,
+            `logit_normal`, `mode`, `cosmap` or `none`.
+        logit_mean: mean of the logit, for `logit_normal`.
+        logit_std: standard deviation of the logit, for `logit_normal`.
+        mode_scale: how far from uniform `mode` is.
+        precondition_outputs: compare clean latents; otherwise velocities.
     """
 
     sigmas: Tensor
@@ -41,14 +43,37 @@ class Objective:
     mode_scale: float
     precondition_outputs: bool
 
+    @classmethod
+    def from_config(
+        cls,
+        config: TrainConfig,
+        *,
+        sigmas: Tensor,
+        timesteps: Tensor,
+        latent_spec: LatentSpec,
+        conditioning_spec: LatentSpec,
+    ) -> "Objective":
+        """Return the objective that the settings ask for, with these tables and scalings."""
+        return cls(
+            sigmas=sigmas,
+            timesteps=timesteps,
+            latent_spec=latent_spec,
+            conditioning_spec=conditioning_spec,
+            weighting_scheme=config.weighting_scheme,
+            logit_mean=config.logit_mean,
+            logit_std=config.logit_std,
+            mode_scale=config.mode_scale,
+            precondition_outputs=bool(config.precondition_outputs),
+        )
+
 
 class Prediction(NamedTuple):
-    """What the networks said of noised latents; each [B, C, h, w], float32 but the velocity.
+    """A prediction of the networks, and what it was made from; each [B, C, h, w].
 
     Attributes:
         velocity: predicted, in the transformer's dtype.
-        noisy: what it was predicted from.
-        latent: scaled, without noise.
+        noisy: the noised latents that it was predicted from, float32.
+        latent: scaled latents without noise, float32.
     """
 
     velocity: Tensor
@@ -61,8 +86,8 @@ def batch_losses(batch: Batch, controlnet: Any, transformer: Any, settings: Obje
 
     Args:
         batch: on the networks' device.
-        controlnet: see `predict`.
-        transformer: likewise.
+        controlnet: gets the transformer's dtype; its autocast decides what it computes in.
+        transformer: frozen; gets its own dtype.
         settings: of the objective.
     """
     density = objective.timestep_density(
@@ -75,12 +100,12 @@ def batch_losses(batch: Batch, controlnet: Any, transformer: Any, settings: Obje
     )
     index = objective.schedule_index(density, len(settings.sigmas))
     sigma, timestep = settings.sigmas[index], settings.timesteps[index]
-    found = predict(batch, sigma, timestep, controlnet, transformer, settings)
+    velocity, noisy, latent = predict(batch, sigma, timestep, controlnet, transformer, settings)
     return objective.flow_loss(
-        found.velocity,
-        found.latent,
+        velocity,
+        latent,
         batch.noise,
-        found.noisy,
+        noisy,
         sigma,
         objective.loss_weight(sigma, settings.weighting_scheme),
         precondition_outputs=settings.precondition_outputs,
@@ -88,20 +113,20 @@ def batch_losses(batch: Batch, controlnet: Any, transformer: Any, settings: Obje
 
 
 def predict(
-    samples: NoisySamples,
+    samples: EncodedSamples,
     sigma: Tensor,
     timestep: Tensor,
     controlnet: Any,
     transformer: Any,
     settings: Objective,
 ) -> Prediction:
-    """Return what the two networks say of samples noised to some level.
+    """Return the velocity that the two networks predict at given noise levels.
 
     Args:
         samples: on the networks' device.
         sigma: noise levels, [B].
-        timestep: what the networks are told of them, [B].
-        controlnet: gets float32 and casts as its autocast says.
+        timestep: the networks' timestep input for these levels, [B].
+        controlnet: gets the transformer's dtype; its autocast decides what it computes in.
         transformer: frozen; gets its own dtype.
         settings: how latents are scaled.
     """

@@ -1,20 +1,23 @@
-"""The two networks of training: the frozen SD3 transformer and the ControlNet grown from it."""
+"""The two networks of training: the frozen SD3 transformer, and the ControlNet."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, SD3ControlNetModel, SD3Transformer2DModel
 from safetensors import safe_open
-from torch import Tensor
+from torch import Tensor, nn
 
 from common.errors import ConfigError
-from sd3.pretrained import component_variant, controlnet_mismatches, read_config
+from sd3.pretrained import component_variant, read_config
 from sd3.quantized import quantize
 from shards.format.manifest import Manifest
 from shards.format.specs import LatentSpec
+from train.config import TrainConfig
 
 DEFAULT_NUM_LAYERS = 12
+WEIGHT_DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 def load_scheduler(base: Path) -> FlowMatchEulerDiscreteScheduler:
@@ -22,42 +25,29 @@ def load_scheduler(base: Path) -> FlowMatchEulerDiscreteScheduler:
     return FlowMatchEulerDiscreteScheduler.from_pretrained(base, subfolder="scheduler")
 
 
-def load_transformer(
-    base: Path,
-    variant: str | None,
-    dtype: torch.dtype,
-    quantization: str | None = None,
-    *,
-    fp8_matmul: bool = False,
-) -> SD3Transformer2DModel:
-    """Return the base model's transformer, frozen.
+def load_transformer(base: Path, variant: str | None, dtype: torch.dtype) -> SD3Transformer2DModel:
+    """Return the base model's transformer.
 
     Args:
         base: folder of the base model.
         variant: variant of its weight files.
-        dtype: of its arithmetic, and of its weights unless they are quantised.
-        quantization: see `sd3.quantized`; None for none.
-        fp8_matmul: likewise.
+        dtype: number format of its weights.
     """
-    transformer = SD3Transformer2DModel.from_pretrained(
+    return SD3Transformer2DModel.from_pretrained(
         base,
         subfolder="transformer",
         variant=component_variant(base / "transformer", variant),
         dtype=dtype,
         use_safetensors=True,
     )
-    transformer.requires_grad_(False).eval()
-    if quantization is not None:
-        quantize(transformer, quantization, fp8_matmul=fp8_matmul)
-    return transformer
 
 
 def new_controlnet(base: Path, variant: str | None, num_layers: int | None) -> SD3ControlNetModel:
     """Return a ControlNet that starts as a copy of the transformer's first blocks and does nothing.
 
-    Unlike `SD3ControlNetModel.from_transformer` this says in the saved configuration that training
-    used the real pooled embedding and the VAE's shift, and it copies the weights as they are
-    stored, whatever the precision that the frozen transformer is loaded in.
+    It differs from `SD3ControlNetModel.from_transformer` in two ways. The saved configuration says
+    that training used the real pooled embedding and the VAE's shift. And the weights are copied as
+    they are stored, whatever precision the frozen transformer is loaded in.
 
     Args:
         base: folder of the base model.
@@ -81,16 +71,24 @@ def new_controlnet(base: Path, variant: str | None, num_layers: int | None) -> S
 
 
 def controlnet_config(base: Path, num_layers: int | None) -> dict[str, Any]:
-    """Return the configuration of a new ControlNet; see `new_controlnet`."""
+    """Return the configuration of a new ControlNet.
+
+    Args:
+        base: folder of the base model.
+        num_layers: blocks; by default 12, or half the transformer's if that is less.
+
+    Raises:
+        ConfigError: the transformer has too few blocks.
+    """
     config = read_config(base, "transformer")
-    # The transformer hands out N residuals to its L blocks in runs of L / N and has none for its
-    # last block; so beyond L / 2 the ControlNet's last block would never be heard.
+    # The transformer adds each of N residuals to L / N blocks in a row, and none to its last block.
+    # So with more than L / 2 residuals the last one would have no effect.
     available = int(config["num_layers"]) // 2
     wanted = min(DEFAULT_NUM_LAYERS, available) if num_layers is None else num_layers
     if not 1 <= wanted <= available:
         raise ConfigError(
             f"--num-controlnet-layers {wanted}: a base model of {config['num_layers']} blocks "
-            f"listens to 1 to {available}."
+            f"supports 1 to {available} ControlNet blocks."
         )
     return {key: value for key, value in config.items() if not key.startswith("_")} | {
         "num_layers": wanted,
@@ -102,64 +100,83 @@ def controlnet_config(base: Path, num_layers: int | None) -> dict[str, Any]:
 def read_weights(component: Path, variant: str | None, names: set[str]) -> dict[str, Tensor]:
     """Return some of a component's weights as stored, reading no others.
 
+    Args:
+        component: folder of the component.
+        variant: variant of its weight files.
+        names: of the weights to read.
+
     Raises:
         ConfigError: its files lack one.
     """
     kind = component_variant(component, variant)
-    found: dict[str, Tensor] = {}
+    weights: dict[str, Tensor] = {}
     for path in sorted(component.glob(f"*.{kind}*safetensors" if kind else "*.safetensors")):
         if kind is None and path.name.count(".") > 1:
-            continue  # of a variant that was not asked for
+            continue  # another variant's
         with safe_open(path, framework="pt") as file:
-            found |= {name: file.get_tensor(name) for name in names & set(file.keys())}
-    if missing := names - found.keys():
+            weights |= {name: file.get_tensor(name) for name in names & set(file.keys())}
+    if missing := names - weights.keys():
         raise ConfigError(f"{component}: {len(missing)} weights are missing, {min(missing)} first.")
-    return found
+    return weights
 
 
 def load_controlnet(folder: Path) -> SD3ControlNetModel:
-    """Return a ControlNet to go on from, in float32."""
+    """Return a ControlNet to continue from, in float32."""
     return SD3ControlNetModel.from_pretrained(folder, dtype=torch.float32, use_safetensors=True)
 
 
-def keep_in_bfloat16(controlnet: SD3ControlNetModel) -> None:
-    """Cast all that a ControlNet consists of, in place; positions, up to a gigabyte, as well.
+def prepare_networks(
+    config: TrainConfig,
+    transformer: Any,
+    controlnet: Any,
+    quantize: Callable[..., None] = quantize,
+) -> None:
+    """Quantise, freeze, cast and checkpoint the networks as the settings ask, in place.
 
-    diffusers' own `to` does so too, but not without a warning.
+    Training and the simulation of its memory both call this, so that they cannot differ.
+
+    Args:
+        config: settings of the run.
+        transformer: unquantised, in the precision of the run.
+        controlnet: in float32.
+        quantize: a replacement for `sd3.quantized.quantize`.
     """
-    for tensor in (*controlnet.parameters(), *controlnet.buffers()):
-        tensor.data = tensor.data.to(torch.bfloat16)
+    transformer.requires_grad_(False).eval()
+    if config.quantize_base is not None:
+        quantize(transformer, config.quantize_base, fp8_matmul=config.fp8_matmul)
+    freeze_unused(controlnet)
+    if config.bf16_weights:
+        cast(controlnet, torch.bfloat16)
+    controlnet.train()
+    if config.gradient_checkpointing:
+        controlnet.enable_gradient_checkpointing()
+        transformer.enable_gradient_checkpointing()
 
 
-def check_controlnet(controlnet: SD3ControlNetModel, base: Path) -> None:
-    """Hold a ControlNet to go on from against the base model and against what training gives it.
+def cast(network: nn.Module, dtype: torch.dtype) -> None:
+    """Convert all parameters and buffers of a network in place.
 
-    Raises:
-        ConfigError: with what the ControlNet has beside what is needed.
+    Positional embeddings are included; they take up to a gigabyte. diffusers' own `to` warns when
+    it converts them. Tensors without numbers, as in a simulation, can only be replaced.
     """
-    ours, theirs = dict(controlnet.config), read_config(base, "transformer")
-    wrong = controlnet_mismatches(ours, theirs)
-    needed = {
-        "joint_attention_dim": theirs.get("joint_attention_dim"),
-        "extra_conditioning_channels": 0,
-        "use_pos_embed": True,
-    }
-    wrong += [
-        f"  {name}: ControlNet {ours.get(name)}, training needs {value}"
-        for name, value in needed.items()
-        if ours.get(name) != value
-    ]
-    if int(ours["num_layers"]) > int(theirs["num_layers"]) // 2:
-        wrong.append(f"  num_layers: ControlNet {ours['num_layers']}, base {theirs['num_layers']}")
-    if wrong:
-        raise ConfigError("the ControlNet does not fit the base model:\n" + "\n".join(wrong))
+    for module in network.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            converted = nn.Parameter(parameter.detach().to(dtype), parameter.requires_grad)
+            setattr(module, name, converted)
+        for name, buffer in module.named_buffers(recurse=False):
+            setattr(module, name, buffer.to(dtype))
+
+
+def trained_parameters(network: nn.Module) -> list[nn.Parameter]:
+    """Return the parameters that the optimiser changes."""
+    return [parameter for parameter in network.parameters() if parameter.requires_grad]
 
 
 def freeze_unused(controlnet: SD3ControlNetModel) -> None:
-    """Freeze what cannot receive a gradient: the end of the last block's text stream.
+    """Freeze what gets no gradient: the end of the last block's text stream, which has no effect.
 
-    Nobody reads what it computes. Left trainable, it would make distributed training wait for
-    gradients that never come, or search for them at each step.
+    If it were trainable, distributed training would wait for gradients that never come, or search
+    for them at each step.
     """
     last = controlnet.transformer_blocks[-1]
     for module in (last.ff_context, last.attn.to_add_out):
@@ -167,9 +184,13 @@ def freeze_unused(controlnet: SD3ControlNetModel) -> None:
 
 
 def data_entry(manifest: Manifest, conditioning: LatentSpec) -> dict[str, Any]:
-    """Return what inference must know of the data a ControlNet was trained on.
+    """Return what inference needs to know about the data a ControlNet was trained on.
 
-    Its `height` and `width` are of the bucket that is nearest to a square, in pixels.
+    `height` and `width` are those of the bucket nearest to a square, in pixels.
+
+    Args:
+        manifest: of the cache.
+        conditioning: how conditioning latents were encoded.
     """
     factor = conditioning.vae_scale_factor
     sizes = [(height * factor, width * factor) for height, width in manifest.buckets]

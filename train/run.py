@@ -1,10 +1,11 @@
-"""Stage 2 from front to back: networks, loop, the trained ControlNet."""
+"""Stage 2 from start to end: load the networks, take the steps, save the ControlNet."""
 
 import contextlib
 import os
 import sys
 from collections.abc import Iterator
-from signal import SIGTERM
+from signal import SIGTERM, Signals
+from typing import NoReturn
 
 import click
 import torch
@@ -13,15 +14,17 @@ from common.errors import RunError
 from common.options import as_dict
 from common.provenance import write_run
 from sd3.pretrained import DATA_KEY
-from train import checkpoints, publish
 from train.assembly import Run, assemble
 from train.config import TrainConfig
-from train.inputs import samples_a_step
+from train.inputs import samples_per_step
 from train.loop import take_steps
+from train.saving import publish
+from train.saving.checkpoints import TrainState
+from train.saving.controlnet import save_result
 
 
 def train(config: TrainConfig) -> None:
-    """Train a ControlNet as the settings say and save it in `config.output_dir`.
+    """Train a ControlNet and save it in `config.output_dir`; or only estimate the memory it takes.
 
     Raises:
         ConfigError: settings, base model, cache and checkpoint do not go together.
@@ -32,8 +35,8 @@ def train(config: TrainConfig) -> None:
         SystemExit: a signal ended the run, with its code; 0 for SIGTERM.
     """
     if config.estimate:
-        for part in _memory(config):
-            click.echo(part)
+        for text in _memory_report(config):
+            click.echo(text)
         return
     try:
         _train(config)
@@ -41,27 +44,49 @@ def train(config: TrainConfig) -> None:
         lines = [f"out of memory: {str(error).splitlines()[0]}"]
         if int(os.environ.get("RANK", "0")) == 0:
             click.echo(f"{lines[0]} Finding out what would help …", err=True)
-            with contextlib.suppress(Exception):  # whatever it is, the memory is what matters
-                lines += _memory(config)
+            with contextlib.suppress(Exception):  # the lack of memory is what to report
+                lines += _memory_report(config)
         raise RunError("\n".join(lines)) from error
 
 
-def _memory(config: TrainConfig) -> Iterator[str]:
-    """Give what the run takes, then what would make it less, which takes a while."""
-    # A second to import, seldom needed.
+def _memory_report(config: TrainConfig) -> Iterator[str]:
+    """Yield the memory that the run takes, then options that reduce it, which take a while."""
+    # Takes a second to import, and is seldom needed.
     from train.memory.estimate import advice, find_sizes, report
     from train.memory.simulation import simulate
 
     sizes = find_sizes(config)
-    found = simulate(config, sizes)
-    yield report(config, sizes, found)
-    yield advice(config, sizes, found)
+    estimate = simulate(config, sizes)
+    yield report(config, sizes, estimate)
+    yield advice(config, sizes, estimate)
 
 
 def _train(config: TrainConfig) -> None:
     run = assemble(config)
-    accelerator = run.accelerator
     _announce(run)
+    _start_records(run)
+    if config.push_to_hub and run.accelerator.is_main_process:
+        publish.create_repository(config)
+    try:
+        state, signal = take_steps(run)
+    finally:
+        if run.fused is not None:
+            run.fused.close()
+    run.accelerator.wait_for_everyone()
+    if signal and state.step < run.num_steps:
+        _exit_early(run, state, signal)
+    save_result(run.accelerator, run.controlnet, run.ema, config.output_dir)
+    if run.accelerator.is_main_process:
+        publish.write_card(run)
+        click.echo(f"{config.output_dir}: ControlNet saved after {state.step} steps")
+        if config.push_to_hub:
+            click.echo(publish.push(config))
+    run.accelerator.end_training()
+
+
+def _start_records(run: Run) -> None:
+    """Write run.json and start the tracker."""
+    config, accelerator = run.config, run.accelerator
     data = accelerator.unwrap_model(run.controlnet).config[DATA_KEY]
     if accelerator.is_main_process:
         config.output_dir.mkdir(parents=True, exist_ok=True)
@@ -69,37 +94,26 @@ def _train(config: TrainConfig) -> None:
     if accelerator.log_with:
         flat = {key: value if value is not None else "" for key, value in as_dict(config).items()}
         accelerator.init_trackers(config.tracker_project_name, config=flat)
-    if config.push_to_hub and accelerator.is_main_process:
-        publish.create_repository(config)
 
-    try:
-        state, signal = take_steps(run)
-    finally:
-        if run.fused is not None:
-            run.fused.close()
 
-    accelerator.wait_for_everyone()
-    if signal and state.step < run.num_steps:
-        command = "the same command"
-        if config.resume_from_checkpoint != "latest":
-            command += " with --resume-from-checkpoint latest"
-        if accelerator.is_main_process:
-            click.echo(
-                f"{config.output_dir}: {signal.name} after step {state.step}; {command} goes on"
-            )
-        accelerator.end_training()
-        sys.exit(0 if signal == SIGTERM else 128 + signal)
-    checkpoints.save_result(accelerator, run.controlnet, run.average, config.output_dir)
-    if accelerator.is_main_process:
-        publish.write_card(run)
-        click.echo(f"{config.output_dir}: ControlNet saved after {state.step} steps")
-        if config.push_to_hub:
-            click.echo(publish.push(config))
-    accelerator.end_training()
+def _exit_early(run: Run, state: TrainState, signal: Signals) -> NoReturn:
+    """Print how to resume, and exit with the code for a signal.
+
+    Raises:
+        SystemExit: always.
+    """
+    command = "the same command"
+    if run.config.resume_from_checkpoint != "latest":
+        command += " with --resume-from-checkpoint latest"
+    if run.accelerator.is_main_process:
+        folder = run.config.output_dir
+        click.echo(f"{folder}: {signal.name} after step {state.step}; {command} goes on")
+    run.accelerator.end_training()
+    sys.exit(0 if signal == SIGTERM else 128 + signal)
 
 
 def _announce(run: Run) -> None:
-    """Say what is about to be trained, and from where."""
+    """Print what is about to be trained, and from where it starts."""
     if not run.accelerator.is_main_process:
         return
     inputs, order = run.inputs, run.inputs.order
@@ -108,12 +122,12 @@ def _announce(run: Run) -> None:
     if order.several_buckets:
         shapes = {order.buckets[shard] for shard in order.shards}
         buckets = f" in {len(shapes)} buckets, filled up to {order.start(1)} an epoch"
-    step_samples = samples_a_step(run.config, run.accelerator.num_processes)
+    step_samples = samples_per_step(run.config, run.accelerator.num_processes)
     click.echo(
         f"train: {order.num_records} samples{buckets}, {run.num_steps} steps of {step_samples}, "
         f"{run.num_trained / 1e6:.1f} M parameters to train, {start}"
     )
-    if run.config.validation_steps > 0 and not (inputs.draws or inputs.measures):
+    if run.config.validation_steps > 0 and not inputs.validates:
         click.echo(
             "train: the cache has neither validation pairs nor held-out rows, so nothing will be "
             "validated"

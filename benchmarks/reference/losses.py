@@ -30,7 +30,7 @@ from demo.base_model.pipeline import build_pipeline, save_base
 from shards.reading.cache import Cache
 from shards.reading.order import Order
 from train import objective
-from train.data import Samples
+from train.data import TrainingSamples
 
 # The reference's ControlNet always has 12 blocks; ours has at most half as many as the base.
 NUM_BLOCKS, CONTROLNET_BLOCKS = 24, 12
@@ -181,7 +181,7 @@ def differences(reference: list[float], ours: list[float]) -> dict[str, Any]:
 def training_draws(cache: Path, data: Path) -> dict[str, Any]:
     """Return the draws of our training's first steps, as `benchmarks.reference.shim` takes them."""
     opened = Cache(cache)
-    samples = Samples(
+    samples = TrainingSamples(
         opened,
         Order(opened.manifest.training_records("conditioning"), seed=SEED),
         seed=SEED,
@@ -192,7 +192,7 @@ def training_draws(cache: Path, data: Path) -> dict[str, Any]:
         for number in range(NUM_ROWS)
     }
     count = STEPS * BATCH
-    memory = samples.memory(count)
+    memory = samples.allocate(count)
     draws = {name: tensor.numpy() for name, tensor in memory.draws.items()}
     order = []
     for place in range(count):
@@ -205,7 +205,7 @@ def training_draws(cache: Path, data: Path) -> dict[str, Any]:
     arrays = {
         "rows": np.array(order),
         "density": density.numpy(),
-        **{name: draws[name] for name in samples.drawn},
+        **{name: draws[name] for name in samples.drawn_latents},
     }
     return {name: array.reshape(STEPS, BATCH, *array.shape[1:]) for name, array in arrays.items()}
 

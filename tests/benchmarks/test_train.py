@@ -29,7 +29,7 @@ def controlnet(transformer: dict[str, Any], num_layers: int = 12) -> dict[str, A
 
 
 def test_a_row_is_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(simulation, "_use_float32_norms", lambda network: None)
+    monkeypatch.setattr(simulation, "use_float32_norms", lambda network: None)
     monkeypatch.setattr(timed_steps, "SECONDS", 0.1)
     save_transformer(tmp_path / "base", TINY)
     settings = {"train_batch_size": 2, "gradient_accumulation_steps": 2}

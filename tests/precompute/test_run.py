@@ -27,7 +27,7 @@ from shards.format.sidecar import Skipped
 from shards.reading.cache import Cache
 from shards.reading.order import Order
 from tests.conftest import NUM_ROWS, PROMPTS, RESOLUTION_PX, TOKENS, Outcome
-from train.data import Samples
+from train.data import TrainingSamples
 
 
 def rows(source: Path) -> list[dict[str, str]]:
@@ -588,7 +588,7 @@ def test_every_caption_of_a_list_is_cached_and_training_draws_one(
     assert texts == [first, second, "a third"]
     assert found.manifest.num_skipped == 2
     order = Order(found.conditioning.product.shard_records, seed=0)
-    samples = Samples(found, order, seed=0, proportion_empty_prompts=0.0)
+    samples = TrainingSamples(found, order, seed=0, proportion_empty_prompts=0.0)
     places = [p for p in range(400) if order.record(p) == (0, 0)]
     expected = [found.embeddings(key)["pooled_embeds"] for key in keys]
     drawn = {

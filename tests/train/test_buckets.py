@@ -19,10 +19,11 @@ from shards.reading.cache import Cache
 from shards.reading.tensors import torch_dtype
 from tests.conftest import BUCKETS, Outcome, flags, train_in_two_processes
 from tests.train.test_run import assert_close, near_gradient_descent, same
-from train import checkpoints, loop
+from train import loop
 from train.config import TrainConfig
 from train.data import Batch
 from train.run import train
+from train.saving import checkpoints
 from train.validation import sampling
 
 

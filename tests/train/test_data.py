@@ -17,13 +17,13 @@ from shards.reading.cache import Cache
 from shards.reading.order import Order
 from shards.reading.reader import ProductReader
 from tests.conftest import BUCKETS
-from train.data import RankBatches, Samples, loader
+from train.data import RankPlaces, TrainingSamples, read_batches
 
 
-def samples(cache: Path, seed: int = 0, empty: float = 0.0) -> Samples:
+def samples(cache: Path, seed: int = 0, empty: float = 0.0) -> TrainingSamples:
     found = Cache(cache)
     order = Order(found.conditioning.product.shard_records, seed=seed)
-    return Samples(found, order, seed=seed, proportion_empty_prompts=empty)
+    return TrainingSamples(found, order, seed=seed, proportion_empty_prompts=empty)
 
 
 def equal(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
@@ -38,7 +38,7 @@ def equal(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
 )
 def test_ranks_share_out_the_sequence(ranks: int, batch: int, steps: int, start: int) -> None:
     taken = [
-        list(islice(RankBatches(start, batch_size=batch, rank=rank, num_ranks=ranks), steps))
+        list(islice(RankPlaces(start, batch_size=batch, rank=rank, num_ranks=ranks), steps))
         for rank in range(ranks)
     ]
     in_order = [
@@ -123,12 +123,12 @@ def test_resumed_on_other_ranks_and_workers_the_sequence_goes_on(
 ) -> None:
     found = Cache(many)
     order = Order(found.conditioning.product.shard_records, seed=3, window=window)
-    ours = Samples(found, order, seed=3, proportion_empty_prompts=0.2)
+    ours = TrainingSamples(found, order, seed=3, proportion_empty_prompts=0.2)
     place = start
     for ranks, workers, batch_size, steps in phases:
         for rank in range(ranks):
-            places = RankBatches(place, batch_size=batch_size, rank=rank, num_ranks=ranks)
-            reading = loader(ours, places, num_workers=workers, pin=False)
+            places = RankPlaces(place, batch_size=batch_size, rank=rank, num_ranks=ranks)
+            reading = read_batches(ours, places, num_workers=workers, pin=False)
             for step, (_, batch) in enumerate(islice(reading, steps)):
                 first = place + (step * ranks + rank) * batch_size
                 for row in range(batch_size):
@@ -173,14 +173,14 @@ def test_batches_are_of_one_bucket_however_a_step_is_shared_out(
         shard_buckets=product.shard_buckets,
         group=group,
     )
-    ours = Samples(found, order, seed=3, proportion_empty_prompts=0.2)
+    ours = TrainingSamples(found, order, seed=3, proportion_empty_prompts=0.2)
     place = start * group
     for (ranks, batch_size), workers, steps in phases:
         accumulation = group // (ranks * batch_size)
         shapes = []
         for rank in range(ranks):
-            places = RankBatches(place, batch_size=batch_size, rank=rank, num_ranks=ranks)
-            reading = loader(ours, places, num_workers=workers, pin=False)
+            places = RankPlaces(place, batch_size=batch_size, rank=rank, num_ranks=ranks)
+            reading = read_batches(ours, places, num_workers=workers, pin=False)
             mine = []
             for number, (_, batch) in enumerate(islice(reading, steps * accumulation)):
                 first = place + (number * ranks + rank) * batch_size
@@ -207,7 +207,7 @@ def test_places_of_two_buckets_are_no_batch(bucketed: Path) -> None:
     buckets = [ours.bucket(place) for place in range(35)]
     other = next(place for place in range(35) if buckets[place] != buckets[0])
     with pytest.raises(AssertionError):
-        ours.fill(ours.memory(2, buckets[0]), [0, other])
+        ours.fill(ours.allocate(2, buckets[0]), [0, other])
 
 
 def test_a_prompt_that_comes_again_is_read_once(
@@ -223,7 +223,7 @@ def test_a_prompt_that_comes_again_is_read_once(
         original(self, shard, index, *more)
 
     monkeypatch.setattr(ProductReader, "read_into", read_into)
-    batch = ours.fill(ours.memory(4), range(4))
+    batch = ours.fill(ours.allocate(4), range(4))
     assert read == [(0, 0)]
     empty = Cache(cache).empty_prompt()
     for name, expected in empty.items():
@@ -232,8 +232,8 @@ def test_a_prompt_that_comes_again_is_read_once(
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_workers_change_nothing(cache: Path, workers: int) -> None:
-    places = RankBatches(4, batch_size=3, rank=1, num_ranks=2)
-    reading = loader(samples(cache), places, num_workers=workers, pin=False)
+    places = RankPlaces(4, batch_size=3, rank=1, num_ranks=2)
+    reading = read_batches(samples(cache), places, num_workers=workers, pin=False)
     batches = [batch for _, batch in islice(reading, 3)]
     ours = samples(cache)
     for number, batch in enumerate(batches):

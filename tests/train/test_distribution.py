@@ -10,8 +10,9 @@ import torch
 from accelerate.utils import DistributedType
 
 from common.errors import ConfigError
-from train import checkpoints, compatibility, distribution
+from train import compatibility, distribution
 from train.config import TrainConfig
+from train.saving import checkpoints
 
 
 def accelerator(kind: DistributedType, **more: Any) -> Any:
@@ -79,7 +80,7 @@ def test_what_cannot_be_is_refused(
     ],
 )
 def test_checkpoints_go_on_as_they_can(
-    was: distribution.Way, processes: int, now: DistributedType, message: str | None
+    was: distribution.Strategy, processes: int, now: DistributedType, message: str | None
 ) -> None:
     state = checkpoints.TrainState(
         step=1,

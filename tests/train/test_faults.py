@@ -16,9 +16,10 @@ from torch import Tensor
 from common.errors import RunError
 from tests.conftest import Outcome, Spoil, flags
 from tests.train.test_run import same, weights
-from train import assembly, checkpoints
+from train import assembly
 from train.config import TrainConfig
 from train.run import train
+from train.saving import checkpoints
 
 
 def second_is_nan(losses: Tensor, _: Any) -> Tensor:
@@ -31,11 +32,11 @@ def infinite_gradient(losses: Tensor, controlnet: Any) -> Tensor:
 
 
 def key(config: TrainConfig, place: int) -> str:
-    from train.data import Samples
+    from train.data import TrainingSamples
     from train.inputs import find_inputs
 
     inputs = find_inputs(config, 1)
-    samples = Samples(inputs.cache, inputs.order, seed=0, proportion_empty_prompts=0)
+    samples = TrainingSamples(inputs.cache, inputs.order, seed=0, proportion_empty_prompts=0)
     return samples.key(place)
 
 

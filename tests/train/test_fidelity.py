@@ -13,7 +13,7 @@ from shards.reading.cache import Cache
 from shards.reading.order import Order
 from tests.conftest import RESOLUTION_PX, TOKENS, awaken
 from train import models
-from train.data import Samples
+from train.data import TrainingSamples
 from train.loss import Objective, batch_losses
 
 
@@ -23,13 +23,13 @@ def test_live_encoding_gives_the_loss_of_the_cache(
     cache: Path, base: Path, circles: Path, scheme: str, precondition: bool
 ) -> None:
     found = Cache(cache)
-    samples = Samples(
+    samples = TrainingSamples(
         found,
         Order(found.conditioning.product.shard_records, seed=0),
         seed=0,
         proportion_empty_prompts=0.0,
     )
-    batch = samples.fill(samples.memory(4), range(4))
+    batch = samples.fill(samples.allocate(4), range(4))
     pipeline = StableDiffusion3Pipeline.from_pretrained(base)
     scheduler = pipeline.scheduler
     controlnet = models.new_controlnet(base, None, 2)

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from train import checkpoints
 from train.config import TrainConfig
+from train.saving import checkpoints
 
 NUM_KILLS, NUM_TERMS = 20, 5
 NUM_STEPS = 12

@@ -17,7 +17,7 @@ from sd3.prompt_embeds import prompt_embeds
 from shards.format import manifest
 from shards.reading.cache import Cache
 from train import models
-from train.compatibility import check_base
+from train.compatibility import check_base, check_controlnet
 
 
 def test_a_new_controlnet_copies_the_first_blocks(base: Path) -> None:
@@ -41,7 +41,8 @@ def test_the_number_of_blocks_is_bounded_by_the_base(base: Path) -> None:
     assert models.new_controlnet(base, None, 1).config.num_layers == 1
     for wrong in (0, 3):
         with pytest.raises(
-            ConfigError, match=f"{wrong}: a base model of 4 blocks listens to 1 to 2"
+            ConfigError,
+            match=f"{wrong}: a base model of 4 blocks supports 1 to 2 ControlNet blocks",
         ):
             models.new_controlnet(base, None, wrong)
 
@@ -187,7 +188,7 @@ def test_a_cache_that_does_not_fit_the_base_is_refused(
 
 def test_a_controlnet_of_other_widths_is_refused(base: Path) -> None:
     controlnet = models.new_controlnet(base, None, 2)
-    models.check_controlnet(controlnet, base)
+    check_controlnet(controlnet, base)
     for wrong, message in (
         ({"joint_attention_dim": 4096}, "joint_attention_dim: ControlNet 4096, base model 96"),
         ({"joint_attention_dim": None}, "joint_attention_dim: ControlNet None, training needs 96"),
@@ -197,4 +198,4 @@ def test_a_controlnet_of_other_widths_is_refused(base: Path) -> None:
         changed = models.new_controlnet(base, None, 2)
         changed.register_to_config(**wrong)
         with pytest.raises(ConfigError, match=message):
-            models.check_controlnet(changed, base)
+            check_controlnet(changed, base)

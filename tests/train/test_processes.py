@@ -22,9 +22,9 @@ from tests.conftest import (
     two_processes,
 )
 from tests.train.test_run import assert_close, near_gradient_descent
-from train import checkpoints
 from train.config import TrainConfig
 from train.run import train
+from train.saving import checkpoints
 
 pytestmark = pytest.mark.slow
 

@@ -18,9 +18,9 @@ from safetensors.torch import load_file
 
 from common.errors import ConfigError, RunError
 from tests.conftest import PROMPTS, Outcome
-from train import publish
 from train.config import TrainConfig
 from train.run import train
+from train.saving import publish
 
 
 @pytest.fixture
@@ -182,7 +182,7 @@ def test_a_validation_that_a_kill_cut_short_is_made_up_for(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(pictures, "_decoded", killed)
+        patch.setattr(pictures, "_decode", killed)
         with pytest.raises(KeyboardInterrupt):
             train(config)
     assert not (config.output_dir / "validation/step-000002").exists()

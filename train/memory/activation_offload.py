@@ -6,17 +6,16 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
-# Smaller ones are not worth a trip.
-SMALLEST_BYTES = 1 << 20
+MIN_OFFLOADED_BYTES = 1 << 20  # smaller tensors stay on the device
 
 
 class OffloadedActivations(saved_tensors_hooks):
-    """While this is entered, what is saved for the backward pass goes to pinned host memory.
+    """While entered, moves what is saved for the backward pass to pinned host memory.
 
-    Nobody waits for the copies: all go through the device's own stream of work, in order.
+    The host does not wait for the copies: the device makes them in order, between its other work.
 
     Args:
-        networks: their weights stay where they are.
+        networks: their weights stay on the device.
     """
 
     def __init__(self, *networks: Any) -> None:
@@ -27,10 +26,10 @@ class OffloadedActivations(saved_tensors_hooks):
         }
 
         def pack(tensor: Tensor) -> Tensor | tuple[torch.device, Tensor]:
-            small = tensor.nbytes < SMALLEST_BYTES
+            small = tensor.nbytes < MIN_OFFLOADED_BYTES
             if small or tensor.untyped_storage().data_ptr() in weights:
                 return tensor
-            # Strides and all: another layout might have another kernel compute.
+            # The strides are kept: another layout might select another kernel.
             host = torch.empty_like(tensor, device="cpu", pin_memory=tensor.device.type == "cuda")
             return tensor.device, host.copy_(tensor, non_blocking=True)
 

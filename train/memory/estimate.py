@@ -1,4 +1,4 @@
-"""What a run will take of a device's memory, and what would make it less."""
+"""How much device memory a run will take, and which options would reduce it."""
 
 import os
 from collections.abc import Iterator
@@ -14,7 +14,7 @@ from train.config import TrainConfig
 from train.memory.simulation import Estimate, Sizes, mixed_precision, simulate
 
 GB = 1e9
-# What may help; each with the settings that it needs beside it.
+# Changes that may help, each with the settings that it requires.
 REMEDIES: tuple[dict[str, Any], ...] = (
     {"mixed_precision": "bf16"},
     {"gradient_checkpointing": True},
@@ -31,11 +31,11 @@ REMEDIES: tuple[dict[str, Any], ...] = (
 
 
 def find_sizes(config: TrainConfig) -> Sizes:
-    """Return what decides a run's memory, reading configurations and the cache's manifest alone.
+    """Return the sizes that decide a run's memory, from configurations and the cache's manifest.
 
     Raises:
-        ConfigError: base or ControlNet are not there, or do not fit.
-        ShardError: nor is the cache.
+        ConfigError: the base or the ControlNet is missing, or they do not go together.
+        ShardError: the cache is missing.
     """
     files = open_files(config.cache, config.local_cache_dir, config.local_cache_gb)
     manifest = Cache(files, config.conditioning_name).manifest
@@ -52,9 +52,12 @@ def find_sizes(config: TrainConfig) -> Sizes:
     if config.controlnet_model_name_or_path is None:
         controlnet = models.controlnet_config(base, config.num_controlnet_layers)
     else:
-        flag = "--controlnet-model-name-or-path"
-        named = config.controlnet_model_name_or_path
-        controlnet = read_config(find_controlnet(named, flag, cache_dir=config.cache_dir), "")
+        folder = find_controlnet(
+            config.controlnet_model_name_or_path,
+            "--controlnet-model-name-or-path",
+            cache_dir=config.cache_dir,
+        )
+        controlnet = read_config(folder, "")
     text = manifest.text_spec
     return Sizes(
         transformer=read_config(base, "transformer"),
@@ -68,69 +71,71 @@ def find_sizes(config: TrainConfig) -> Sizes:
 
 
 def remedies(config: TrainConfig, sizes: Sizes, now: Estimate) -> list[tuple[str, int]]:
-    """Return flags that would make the peak smaller, with the bytes, the most helpful first.
+    """Return flags that would reduce the peak, with the bytes saved, the largest saving first.
 
     Args:
-        config: of the run.
+        config: settings of the run.
         sizes: of models and data.
-        now: what the run takes as it is.
+        now: the estimate for these settings.
     """
-    found = []
-    for change in _changes(config):
+    savings = []
+    for change in _possible_changes(config):
         try:
-            other = replace(config, **change)
+            changed = replace(config, **change)
         except ConfigError:
             continue
-        vae = sizes.vae if other.validation_decode == "vae" else None
-        saved = now.peak - simulate(other, replace(sizes, vae=vae)).peak
+        vae = sizes.vae if changed.validation_decode == "vae" else None
+        saved = now.peak - simulate(changed, replace(sizes, vae=vae)).peak
         if saved > now.peak / 100:
-            found.append((" ".join(_flag(name, to) for name, to in change.items()), saved))
-    return sorted(found, key=lambda one: -one[1])
+            savings.append((" ".join(_flag(*setting) for setting in change.items()), saved))
+    return sorted(savings, key=lambda saving: -saving[1])
 
 
-def report(config: TrainConfig, sizes: Sizes, found: Estimate) -> str:
-    """Return what a run will take, part by part, in lines."""
+def report(config: TrainConfig, sizes: Sizes, estimate: Estimate) -> str:
+    """Return the memory that a run will take, part by part, in lines."""
     height, width = (side * 8 for side in sizes.latent)
     samples = f"{config.train_batch_size} x {width} x {height} px a batch"
     lines = [f"memory of one device, nothing shared out, {samples}, in GB:"]
-    lines += [f"{size / GB:8.2f}  {part}" for part, size in found.step.items() if size]
-    lines.append(f"{sum(found.step.values()) / GB:8.2f}  a step at its fullest")
-    if found.validation:
+    lines += [f"{size / GB:8.2f}  {part}" for part, size in estimate.step.items() if size]
+    lines.append(f"{sum(estimate.step.values()) / GB:8.2f}  a step at its fullest")
+    if estimate.validation:
         what = "a validation, decoding included" if sizes.vae else "a validation"
-        lines.append(f"{found.validation / GB:8.2f}  {what}")
-    if found.host:
-        lines.append(f"{found.host / GB:8.2f}  of host memory, for what is offloaded")
+        lines.append(f"{estimate.validation / GB:8.2f}  {what}")
+    if estimate.host:
+        lines.append(f"{estimate.host / GB:8.2f}  of host memory, for what is offloaded")
     lines.append("CUDA takes half a GB or so for itself.")
     return "\n".join(lines)
 
 
 def advice(config: TrainConfig, sizes: Sizes, now: Estimate) -> str:
-    """Return what would make it less, by how much, in lines."""
-    found = remedies(config, sizes, now)
-    lines = [f"{-saved / GB:+8.2f}  {flags}" for flags, saved in found]
+    """Return which options would reduce the memory, and by how much, in lines."""
+    lines = [f"{-saved / GB:+8.2f}  {flags}" for flags, saved in remedies(config, sizes, now)]
     return "\n".join(["less, in GB, with", *lines]) if lines else "no option would make it less"
 
 
-def _changes(config: TrainConfig) -> Iterator[dict[str, Any]]:
-    """Give changes to settings, without what is as it is."""
-    changes = [change for change in REMEDIES if _goes(config, change)]
+def _possible_changes(config: TrainConfig) -> Iterator[dict[str, Any]]:
+    """Yield changes to the settings, without what is set already."""
+    changes = [change for change in REMEDIES if _is_supported(config, change)]
     if config.train_batch_size > 1:
         half, double = config.train_batch_size // 2, config.gradient_accumulation_steps * 2
         changes.append({"train_batch_size": half, "gradient_accumulation_steps": double})
     for change in changes:
-        real = {name: to for name, to in change.items() if getattr(config, name) != to}
-        if real:
-            yield real
+        new = {name: value for name, value in change.items() if getattr(config, name) != value}
+        if new:
+            yield new
 
 
-def _goes(config: TrainConfig, change: dict[str, Any]) -> bool:
-    """Tell whether the run could be made so: see `train.distribution.check`."""
-    alone = int(os.environ.get("WORLD_SIZE", "1")) == 1
+def _is_supported(config: TrainConfig, change: dict[str, Any]) -> bool:
+    """Return whether `train.distribution.check` would accept a change."""
+    one_process = int(os.environ.get("WORLD_SIZE", "1")) == 1
     if "fused_backward_pass" in change:
-        return alone and mixed_precision(config) != "fp16"
-    return alone or "bf16_weights" not in change
+        return one_process and mixed_precision(config) != "fp16"
+    return one_process or "bf16_weights" not in change
 
 
 def _flag(name: str, value: Any) -> str:
+    """Return a setting as it is written on a command line."""
     flag = "--" + name.replace("_", "-")
-    return flag if value is True else f"{flag} {value:g}" if value == 0 else f"{flag} {value}"
+    if value is True:
+        return flag
+    return f"{flag} {value:g}" if value == 0 else f"{flag} {value}"

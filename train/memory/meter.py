@@ -1,4 +1,4 @@
-"""How many bytes tensors take, moment by moment, whether they are real or fake."""
+"""Counting the bytes of all living tensors, real or fake."""
 
 import weakref
 from typing import Any
@@ -9,11 +9,11 @@ from torch.utils._pytree import tree_leaves
 
 
 class Meter(TorchDispatchMode):
-    """While this is entered, counts the bytes of all tensors that come and go.
+    """While entered, counts the bytes of all tensors that are created and freed.
 
     Attributes:
-        now: bytes alive, by kind.
-        peak: the same at the moment when they were most in all.
+        now: bytes of living tensors, by kind.
+        peak: the value of `now` when its sum was largest.
     """
 
     def __init__(self) -> None:
@@ -23,14 +23,14 @@ class Meter(TorchDispatchMode):
         self._kinds: dict[int, tuple[str, int]] = {}
 
     def count(self, tensor: Tensor, kind: str) -> None:
-        """Count a tensor as of a kind from now on; views share their bytes."""
+        """Count a tensor under a kind from now on; views of one storage count once."""
         storage = tensor.untyped_storage()
         number = storage._cdata
-        known = self._kinds.get(number)
-        if known is None:
+        counted = self._kinds.get(number)
+        if counted is None:
             weakref.finalize(storage, self._forget, number)
         else:
-            self.now[known[0]] -= known[1]
+            self.now[counted[0]] -= counted[1]
         size = storage.nbytes()
         self._kinds[number] = kind, size
         self.now[kind] = self.now.get(kind, 0) + size
@@ -38,22 +38,22 @@ class Meter(TorchDispatchMode):
             self.peak = dict(self.now)
 
     def kind(self, tensor: Tensor) -> str | None:
-        """Return what a tensor counts as; None if it was not seen."""
+        """Return the kind that a tensor counts under; None if it is not counted."""
         return self._kinds.get(tensor.untyped_storage()._cdata, (None, 0))[0]
 
-    def start_anew(self) -> None:
+    def reset_peak(self) -> None:
         """Forget the peak so far."""
         self.peak = dict(self.now)
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
-        """Call an operator and count what it returns."""
-        found = func(*args, **(kwargs or {}))
-        for tensor in tree_leaves(found):
+        """Call an operator and count the new tensors that it returns."""
+        result = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
             if isinstance(tensor, Tensor) and self.kind(tensor) is None:
                 self.count(tensor, "activations")
-        return found
+        return result
 
     def _forget(self, number: int) -> None:
         kind, size = self._kinds.pop(number)

@@ -1,4 +1,4 @@
-"""A moving average of the ControlNet's weights, often better than the weights themselves."""
+"""An exponential moving average of the ControlNet's weights, often better than the weights."""
 
 import contextlib
 from collections.abc import Iterable, Iterator, Mapping
@@ -8,14 +8,14 @@ import torch
 from torch import Tensor
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-from train.distribution import forget_gathered, shared_out
+from train.distribution import reshard, sharded
 
 
 class Ema:
     """The exponential moving average of a network's trained weights.
 
     After n updates its decay is `decay`, but at most (1 + n) / (10 + n), and 0 at the first, as
-    in diffusers' EMAModel; so the first updates do not drag the beginning along.
+    in diffusers' EMAModel; so the initial weights do not dominate the first averages.
 
     Args:
         network: as training updates it.
@@ -26,48 +26,50 @@ class Ema:
         self.network = network
         self.decay = decay
         self.num_steps = 0
-        self.weights = [one.detach().to(torch.float32, copy=True) for one in self._trained()]
+        self.weights = [
+            parameter.detach().to(torch.float32, copy=True) for parameter in self._parameters()
+        ]
 
     @torch.no_grad()
     def step(self) -> None:
-        """Take in the network's weights as they are now."""
+        """Update the average with the network's current weights."""
         count = self.num_steps
         decay = min(self.decay, (1 + count) / (10 + count)) if count else 0.0
         update = get_ema_multi_avg_fn(decay)
-        for average, parameter in zip(self.weights, self._trained(), strict=True):
+        for average, parameter in zip(self.weights, self._parameters(), strict=True):
             update([average], [parameter.float()], self.num_steps)
         self.num_steps += 1
 
     @contextlib.contextmanager
     @torch.no_grad()
-    def in_place(self) -> Iterator[None]:
-        """Have the network bear the averaged weights meanwhile."""
-        forget_gathered(self.network)
-        trained = self._trained()
-        own = [parameter.clone() for parameter in trained]
-        _copy(trained, self.weights)
+    def applied(self) -> Iterator[None]:
+        """Temporarily load the averaged weights into the network."""
+        reshard(self.network)
+        parameters = self._parameters()
+        trained = [parameter.clone() for parameter in parameters]
+        _copy(parameters, self.weights)
         try:
-            forget_gathered(self.network)
+            reshard(self.network)
             yield
         finally:
-            _copy(trained, own)
-            forget_gathered(self.network)
+            _copy(parameters, trained)
+            reshard(self.network)
 
     @torch.no_grad()
     def restore(self, weights: Mapping[str, Tensor], num_steps: int) -> None:
-        """Go on from an average that was saved.
+        """Continue from a saved average.
 
         Args:
             weights: of the whole network, by name.
-            num_steps: updates that were averaged.
+            num_steps: number of updates that it has averaged.
         """
-        names = [name for name, one in self.network.named_parameters() if one.requires_grad]
-        whole = [weights[name] for name in names]
-        _copy(self.weights, map(shared_out, whole, self.weights))
+        named = self.network.named_parameters()
+        whole = [weights[name] for name, parameter in named if parameter.requires_grad]
+        _copy(self.weights, map(sharded, whole, self.weights))
         self.num_steps = num_steps
 
-    def _trained(self) -> list[Tensor]:
-        return [one for one in self.network.parameters() if one.requires_grad]
+    def _parameters(self) -> list[Tensor]:
+        return [parameter for parameter in self.network.parameters() if parameter.requires_grad]
 
 
 def _copy(targets: list[Tensor], sources: Iterable[Tensor]) -> None:

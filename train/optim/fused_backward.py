@@ -1,7 +1,8 @@
-"""The optimiser's step within the backward pass: each gradient is used and freed as it comes.
+"""The optimiser's step within the backward pass: each gradient is used and freed at once.
 
-No gradient but one is ever kept, which saves 4 bytes a trained parameter. What needs all gradients
-at once is then impossible: clipping their common norm, accumulating, sharing them out.
+At most one gradient exists at a time, which saves 4 bytes a trained parameter. Whatever needs all
+gradients together becomes impossible: clipping their common norm, accumulating them, and
+exchanging them between processes.
 """
 
 from typing import Any
@@ -11,76 +12,74 @@ from torch import Tensor
 
 from common.errors import ConfigError
 from train.config import TrainConfig
-from train.optim.adamw import alone
-from train.optim.nonfinite import hold_back
+from train.optim.nonfinite import skip_next_update
+from train.optim.per_weight import only_weight
 
 
-def check(config: TrainConfig, *, num_processes: int, scales: bool) -> None:
+def check(config: TrainConfig, *, num_processes: int, scales_loss: bool) -> None:
     """Refuse settings that need all gradients at once.
 
     Args:
-        config: of the run.
-        num_processes: that train together.
-        scales: whether the loss is scaled, as for fp16.
+        config: settings of the run.
+        num_processes: number of processes that train together.
+        scales_loss: whether the loss is scaled, as for fp16.
 
     Raises:
         ConfigError: naming the option at fault.
     """
-    wrong = [
-        reason
-        for applies, reason in (
-            (
-                config.max_grad_norm > 0,
-                f"--max-grad-norm {config.max_grad_norm:g} clips the norm of all gradients "
-                "together; --max-grad-norm 0 leaves that out",
-            ),
-            (
-                config.gradient_accumulation_steps > 1,
-                "--gradient-accumulation-steps keeps gradients from batch to batch",
-            ),
-            (num_processes > 1, "several processes exchange theirs first"),
-            (scales, "--mixed-precision fp16 looks at all of them to find its scale; use bf16"),
-        )
-        if applies
-    ]
-    if wrong:
-        raise ConfigError(f"--fused-backward-pass: {'; '.join(wrong)}.")
+    rules = (
+        (
+            config.max_grad_norm > 0,
+            f"--max-grad-norm {config.max_grad_norm:g} clips the norm of all gradients "
+            "together; --max-grad-norm 0 leaves that out",
+        ),
+        (
+            config.gradient_accumulation_steps > 1,
+            "--gradient-accumulation-steps keeps gradients from batch to batch",
+        ),
+        (num_processes > 1, "several processes exchange theirs first"),
+        (scales_loss, "--mixed-precision fp16 looks at all of them to find its scale; use bf16"),
+    )
+    reasons = [reason for broken, reason in rules if broken]
+    if reasons:
+        raise ConfigError(f"--fused-backward-pass: {'; '.join(reasons)}.")
 
 
 class FusedBackward:
-    """Steps an optimiser, weight by weight, as gradients come.
+    """Steps an optimiser one weight at a time, as soon as the weight's gradient is known.
 
     Args:
-        optimizer: torch's own or one like it, of one group; its state is as ever.
+        optimizer: torch's own or a compatible one, with one parameter group. Its state has the
+            same form as without this class.
     """
 
     def __init__(self, optimizer: Any) -> None:
         self.optimizer = optimizer
         (self.group,) = optimizer.param_groups
-        self._bad: list[Tensor] = []
+        self._nonfinite: list[Tensor] = []
         self._hooks = [
             parameter.register_post_accumulate_grad_hook(self._step)
             for parameter in self.group["params"]
         ]
 
-    def bad(self) -> Tensor:
+    def pop_nonfinite(self) -> Tensor:
         """Return whether any gradient since the last call was not finite: 1 or 0, float32, [].
 
-        Those weights were left as they are.
+        Weights with such a gradient were not updated.
         """
-        found, self._bad = torch.stack(self._bad).amax(), []
-        return found
+        nonfinite, self._nonfinite = torch.stack(self._nonfinite).amax(), []
+        return nonfinite
 
     def close(self) -> None:
-        """Let go of the weights, which would otherwise hold on to themselves by their hooks."""
+        """Remove the hooks, whose reference cycle would keep the weights alive."""
         for hook in self._hooks:
             hook.remove()
 
     def _step(self, parameter: Tensor) -> None:
         assert parameter.grad is not None
-        bad = (~torch.isfinite(parameter.grad).all()).float()
-        self._bad.append(bad)
-        with alone(self.group, parameter):
-            hold_back(self.optimizer, bad)
+        nonfinite = (~torch.isfinite(parameter.grad).all()).float()
+        self._nonfinite.append(nonfinite)
+        with only_weight(self.group, parameter):
+            skip_next_update(self.optimizer, nonfinite)
             self.optimizer.step()
         parameter.grad = None

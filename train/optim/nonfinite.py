@@ -1,8 +1,8 @@
 """Steps whose gradient is not finite: they change nothing, and the samples at fault are named.
 
-Nobody waits for the device: torch's fused optimiser itself leaves such a step out, and what is
-reported about a step is read when the next one is under way. Other optimisers cannot be told, so
-for them the number is read.
+The host does not wait for the device: torch's fused optimiser skips such a step by itself, and what
+is reported about a step is read while the next one runs. Other optimisers cannot skip by
+themselves, so for them the host reads the flag.
 """
 
 from collections.abc import Callable
@@ -17,33 +17,35 @@ from common.errors import RunError
 
 LISTED_SAMPLES = 8
 LEFT_OUT = "Its update was left out."
-TOO_LATE = "Its update was made: go on from the last checkpoint."
-IN_PART = "Weights whose own gradients were finite were updated: go on from the last checkpoint."
+ALREADY_APPLIED = "Its update was made: go on from the last checkpoint."
+PARTLY_APPLIED = (
+    "Weights whose own gradients were finite were updated: go on from the last checkpoint."
+)
 ADVICE = (
     "A lower --learning-rate or --mixed-precision bf16 may help; python "
     "-m shards verify looks for damaged numbers; --on-nonfinite skip goes on without such steps."
 )
 
 
-def hold_back(optimizer: Any, bad: Tensor) -> None:
-    """Have an optimiser leave out its next update if `bad` is not 0.
+def skip_next_update(optimizer: Any, nonfinite: Tensor) -> None:
+    """Make an optimiser skip its next update if `nonfinite` is not 0.
 
-    A fused one of torch's is told the way torch's GradScaler does, without reading the number.
+    A fused optimiser of torch's is told as torch's GradScaler tells it, without reading the flag.
     """
     if optimizer.defaults.get("fused"):
-        optimizer.found_inf = bad
-    elif bad:
+        optimizer.found_inf = nonfinite
+    elif nonfinite:
         optimizer.zero_grad(set_to_none=True)
 
 
 @dataclass(frozen=True)
 class Report:
-    """What is known of a step once the device is done with it.
+    """What is known about a step once the device has finished it.
 
     Attributes:
         step: its number.
         places: of this process's samples.
-        copies: `losses`, one a sample, and `bad`, 1 where the gradient is not finite.
+        copies: `losses`, one a sample, and `nonfinite`, 1 where the gradient is not finite.
     """
 
     step: int
@@ -52,17 +54,19 @@ class Report:
 
 
 class NonFiniteGuard:
-    """Watches over a run's steps.
+    """Skips the updates of steps whose gradient is not finite, and reports them.
 
     Args:
-        optimizer: torch's own, or one like it.
-        scaler: accelerate's, for fp16: it leaves steps out itself, and infinite gradients are how
-            it finds its scale; then only losses are watched.
-        too_late: whether the step has been taken when its norm is known, as DeepSpeed does.
-        in_part: whether weights step one by one, so that some may have before a bad one comes.
-        stop: whether to end the run at the first bad step, or to go on.
-        name: of the sample at a place.
-        say: prints a line.
+        optimizer: torch's own, or a compatible one.
+        scaler: accelerate's gradient scaler for fp16, or None. It skips steps by itself, and finds
+            its scale by infinite gradients; so with it only losses are watched.
+        update_already_applied: whether the update is made before the norm is known, as by
+            DeepSpeed.
+        updates_per_weight: whether weights are updated one by one, so that some may be updated
+            before a non-finite gradient comes.
+        stop: whether to end the run at the first such step, or to continue.
+        sample_key: returns the key of the sample at a place.
+        print: prints a line.
     """
 
     def __init__(
@@ -70,90 +74,92 @@ class NonFiniteGuard:
         optimizer: Any,
         scaler: Any,
         *,
-        too_late: bool,
-        in_part: bool = False,
+        update_already_applied: bool,
+        updates_per_weight: bool = False,
         stop: bool,
-        name: Callable[[int], str],
-        say: Callable[[str], None],
+        sample_key: Callable[[int], str],
+        print: Callable[[str], None],
     ) -> None:
         self.optimizer = optimizer
         self.scaler = scaler
-        self.too_late = too_late
-        self.in_part = in_part
+        self.update_already_applied = update_already_applied
+        self.updates_per_weight = updates_per_weight
         self.stop = stop
-        self.name = name
-        self.say = say
+        self.sample_key = sample_key
+        self.print = print
         self.num_skipped = 0
         self.loss_sum, self.num_losses = 0.0, 0
-        self._under_way: Report | None = None
+        self._pending: Report | None = None
 
     def before_update(self, norm: Tensor) -> Tensor:
-        """Have the optimiser leave out its next update if the gradient's norm is not finite.
+        """Make the optimiser skip its next update if the gradient's norm is not finite.
 
         Returns:
-            1 if so, else 0, in float32, on the norm's device.
+            1 if it is not finite, else 0, in float32, on the norm's device.
         """
-        bad = (~torch.isfinite(norm.detach())).float()
+        nonfinite = (~torch.isfinite(norm.detach())).float()
         if self.scaler is not None:
-            return torch.zeros_like(bad)
-        if not self.too_late:
-            hold_back(self.optimizer, bad)
-        return bad
+            return torch.zeros_like(nonfinite)
+        if not self.update_already_applied:
+            skip_next_update(self.optimizer, nonfinite)
+        return nonfinite
 
-    def after_update(self, step: int, places: list[int], losses: Tensor, bad: Tensor) -> None:
-        """Take note of a step, and look at the one before it.
+    def after_update(self, step: int, places: list[int], losses: Tensor, nonfinite: Tensor) -> None:
+        """Note a step, and examine the one before it.
 
         Args:
             step: its number.
             places: of this process's samples.
             losses: one a sample, [len(places)].
-            bad: see `before_update`.
+            nonfinite: what `before_update` returned.
 
         Raises:
-            RunError: the one before was bad, and that is to end the run.
+            RunError: the step before was not finite, and the run is to stop then.
         """
         self.finish()
-        copies = AsyncHostCopy({"losses": losses.detach(), "bad": bad}, torch.float32)
-        self._under_way = Report(step, places, copies)
+        copies = AsyncHostCopy({"losses": losses.detach(), "nonfinite": nonfinite}, torch.float32)
+        self._pending = Report(step, places, copies)
 
     def finish(self) -> None:
-        """Look at the step under way, waiting for it.
+        """Wait for the last step noted, and examine it.
 
         Raises:
-            RunError: it is bad, and that is to end the run.
+            RunError: it was not finite, and the run is to stop then.
         """
-        report, self._under_way = self._under_way, None
+        report, self._pending = self._pending, None
         if report is None:
             return
-        found = report.copies.wait()
-        finite = torch.isfinite(found["losses"])
-        self.loss_sum += float(found["losses"][finite].sum())
+        copies = report.copies.wait()
+        losses, finite = copies["losses"], torch.isfinite(copies["losses"])
+        self.loss_sum += float(losses[finite].sum())
         self.num_losses += int(finite.sum())
-        if not found["bad"] and (self.scaler is None or bool(finite.all())):
+        if not copies["nonfinite"] and (self.scaler is None or bool(finite.all())):
             return
         self.num_skipped += 1
-        at_fault = [
-            f"{self.name(place)} ({loss:g})"
-            for place, loss, fine in zip(
-                report.places, found["losses"].tolist(), finite.tolist(), strict=True
-            )
-            if not fine
-        ]
-        keys = ", ".join(
-            (at_fault or [self.name(place) for place in report.places])[:LISTED_SAMPLES]
-        )
-        what = (
-            "the loss is not finite of" if at_fault else "no loss but the gradient is not finite of"
-        )
-        line = f"step {report.step}: {what} {keys}."
+        line = self._describe(report, losses.tolist(), finite.tolist())
         if self.stop:
-            done = TOO_LATE if self.too_late else IN_PART if self.in_part else LEFT_OUT
-            raise RunError(f"{line} {done} {ADVICE}")
-        self.say(f"{line} Left out{', but for weights with finite gradients' * self.in_part}.")
+            raise RunError(f"{line} {self._consequence()} {ADVICE}")
+        exception = ", but for weights with finite gradients" if self.updates_per_weight else ""
+        self.print(f"{line} Left out{exception}.")
 
-    def sums(self) -> Tensor:
-        """Return sum and number of the losses since the last call, [2], and start anew."""
+    def pop_loss_sum(self) -> Tensor:
+        """Return sum and number of the finite losses since the last call, [2]."""
         self.finish()
-        found = torch.tensor([self.loss_sum, self.num_losses], dtype=torch.float32)
+        sums = torch.tensor([self.loss_sum, self.num_losses], dtype=torch.float32)
         self.loss_sum, self.num_losses = 0.0, 0
-        return found
+        return sums
+
+    def _describe(self, report: Report, losses: list[float], finite: list[bool]) -> str:
+        """Return a sentence that names the samples at fault, or all if no loss is at fault."""
+        of_samples = zip(report.places, losses, finite, strict=True)
+        keys = [f"{self.sample_key(place)} ({loss:g})" for place, loss, ok in of_samples if not ok]
+        cause = "the loss is not finite of"
+        if not keys:
+            keys = [self.sample_key(place) for place in report.places]
+            cause = "no loss but the gradient is not finite of"
+        return f"step {report.step}: {cause} {', '.join(keys[:LISTED_SAMPLES])}."
+
+    def _consequence(self) -> str:
+        if self.update_already_applied:
+            return ALREADY_APPLIED
+        return PARTLY_APPLIED if self.updates_per_weight else LEFT_OUT

@@ -1,9 +1,9 @@
 """The held-out loss: how well velocities are predicted on rows that training never sees.
 
-Everything random is fixed, and every row is seen at every noise level, so that the curve moves only
+All randomness is fixed and every row is measured at every noise level, so the loss changes only
 when the ControlNet does. The mean squared error of the velocity over equidistant noise levels is
-the validation loss of Esser et al. 2024 (arXiv:2403.03206), who found it to go with how pictures
-are judged, and the quality metric of MLPerf Training's text-to-image benchmark.
+the validation loss of Esser et al. 2024 (arXiv:2403.03206), who found that it correlates with how
+people judge pictures. It is also the quality metric of MLPerf Training's text-to-image benchmark.
 
 Axes: B samples, C latent channels, h x w latent grid.
 """
@@ -19,12 +19,12 @@ from torch import Tensor
 from shards.reading.cache import Cache
 from shards.reading.tensors import empty_tensors
 from train import objective
-from train.data import NoisySamples
+from train.data import EncodedSamples
 from train.loss import Objective, predict
 
-# Noise levels k / 8; at 8 / 8 there is nothing left of the image.
+# Noise levels are k / 8; at 8 / 8 nothing of the image is left.
 NUM_LEVELS = 8
-# Of the noise, whatever the run's own seed, so that runs can be held beside each other.
+# The noise does not depend on the run's seed, so that runs can be compared.
 NOISE_SEED = 0
 
 
@@ -37,21 +37,23 @@ def held_out_records(cache: Cache) -> list[tuple[int, int]]:
 def batches(cache: Cache, batch_size: int) -> list[list[tuple[int, int]]]:
     """Return the held-out records in batches of one bucket each."""
     found = []
-    of_shard = itertools.groupby(
-        held_out_records(cache), key=lambda one: cache.conditioning.bucket(one[0])
+    by_bucket = itertools.groupby(
+        held_out_records(cache), key=lambda record: cache.conditioning.bucket(record[0])
     )
-    for _, records in of_shard:
-        its = list(records)
-        found += [its[at : at + batch_size] for at in range(0, len(its), batch_size)]
+    for _, group in by_bucket:
+        records = list(group)
+        found += [
+            records[start : start + batch_size] for start in range(0, len(records), batch_size)
+        ]
     return found
 
 
-def read(cache: Cache, records: list[tuple[int, int]]) -> NoisySamples:
-    """Return held-out samples with the noise that is always theirs; the first caption of each.
+def read(cache: Cache, records: list[tuple[int, int]]) -> EncodedSamples:
+    """Return held-out samples with each image's own fixed noise, and the first caption of each.
 
     Args:
-        cache: opened.
-        records: (shard, index), all of one bucket.
+        cache: opened for reading.
+        records: (shard, index) of conditioning records, all of one bucket.
 
     Raises:
         ShardError: a record is missing or damaged.
@@ -61,39 +63,40 @@ def read(cache: Cache, records: list[tuple[int, int]]) -> NoisySamples:
     memory = empty_tensors(specs, len(pairs))
     cache.read(memory, pairs, [pair.prompts[0] for pair in pairs])
     noise = np.empty(memory["latent"].shape, np.float32)
-    for row, pair in enumerate(pairs):
-        key = [NOISE_SEED, int(pair.key.rpartition("-")[2], 16)]  # of the image itself
-        np.random.Generator(np.random.Philox(key=key)).standard_normal(out=noise[row], dtype="f4")
+    for index, pair in enumerate(pairs):
+        image_hash = int(pair.key.rpartition("-")[2], 16)
+        rng = np.random.Generator(np.random.Philox(key=[NOISE_SEED, image_hash]))
+        rng.standard_normal(out=noise[index], dtype=np.float32)
     names = ("latent", "conditioning_latent", "clip_embeds", "t5_embeds", "pooled_embeds")
-    return NoisySamples(**{name: memory[name] for name in names}, noise=torch.from_numpy(noise))
+    return EncodedSamples(**{name: memory[name] for name in names}, noise=torch.from_numpy(noise))
 
 
 @torch.no_grad()
 def level_losses(
-    samples: NoisySamples, controlnet: Any, transformer: Any, settings: Objective
+    samples: EncodedSamples, controlnet: Any, transformer: Any, settings: Objective
 ) -> Tensor:
     """Return the mean squared error of each sample's velocity at each noise level.
 
-    Unweighted and without preconditioning, whatever training minimises.
+    The loss is unweighted and without preconditioning, whatever training minimises.
 
     Args:
         samples: on the networks' device.
-        controlnet: see `predict`.
-        transformer: likewise.
+        controlnet: in evaluation mode.
+        transformer: frozen.
         settings: how latents are scaled.
 
     Returns:
         [NUM_LEVELS, B], float32.
     """
     count = len(samples.noise)
-    found = []
+    losses = []
     for level in range(NUM_LEVELS):
         sigma = torch.full((count,), level / NUM_LEVELS, device=samples.noise.device)
         timestep = sigma * len(settings.sigmas)
         velocity, noisy, latent = predict(
             samples, sigma, timestep, controlnet, transformer, settings
         )
-        found.append(
+        losses.append(
             objective.flow_loss(
                 velocity,
                 latent,
@@ -104,7 +107,7 @@ def level_losses(
                 precondition_outputs=False,
             )
         )
-    return torch.stack(found)
+    return torch.stack(losses)
 
 
 def held_out_loss(
@@ -117,26 +120,27 @@ def held_out_loss(
 ) -> list[float]:
     """Return the mean loss over all held-out rows at each noise level, the same on every process.
 
-    Every process must call this. Where the batches do not go round, those left over compute the
-    first batch once more and do not count it, since a forward pass may need all of them.
+    Every process must call this. If there are not enough batches for all processes, the others
+    compute the first batch once more without counting it, since a forward pass may need all of
+    them.
 
     Args:
-        cache: opened; has held-out rows.
+        cache: opened for reading; it has held-out rows.
         accelerator: of the run.
         controlnet: in evaluation mode.
         transformer: frozen.
         settings: how latents are scaled.
-        batch_size: samples at a time.
+        batch_size: samples a batch.
 
     Raises:
         ShardError: a record is missing or damaged.
     """
-    work = batches(cache, batch_size)
+    record_batches = batches(cache, batch_size)
     sums = torch.zeros(NUM_LEVELS + 1, device=accelerator.device)
-    for first in range(0, len(work), accelerator.num_processes):
-        mine = first + accelerator.process_index
-        counts = mine < len(work)
-        samples = read(cache, work[mine if counts else 0]).to(accelerator.device)
+    for first in range(0, len(record_batches), accelerator.num_processes):
+        number = first + accelerator.process_index
+        counts = number < len(record_batches)
+        samples = read(cache, record_batches[number if counts else 0]).to(accelerator.device)
         losses = level_losses(samples, controlnet, transformer, settings)
         if counts:
             sums[:NUM_LEVELS] += losses.sum(dim=1)

@@ -1,9 +1,9 @@
 """Validation: pictures of the cached pairs, and the loss on held-out rows.
 
     validation/step-000500/
-        0.png                 a pair's conditioning image, then what came of it
-        0-ema.png             likewise, of the averaged weights
-        0.safetensors         instead of these where nothing is decoded; python -m infer decode does
+        0.png                 a pair's conditioning image, then the pictures drawn from it
+        0-ema.png             the same, drawn with the averaged weights
+        0.safetensors         instead of 0.png if nothing is decoded; python -m infer decode does it
         held_out.json         the held-out loss, by noise level
 
 Axes: B pictures, C latent channels, h x w latent grid, H x W pixels.
@@ -12,7 +12,7 @@ Axes: B pictures, C latent channels, h x w latent grid, H x W pixels.
 import contextlib
 import json
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,20 +29,20 @@ from sd3 import vae_decoder
 from sd3.vae_decoder import to_bytes
 from train import models
 from train.assembly import Run
-from train.distribution import forget_gathered
+from train.distribution import reshard
 from train.validation.held_out import held_out_loss
 from train.validation.sampling import Pair, negative_embeds, read_pairs, sample
 
 
 @dataclass(frozen=True)
-class Picture:
-    """What came of a pair.
+class Drawing:
+    """The pictures drawn from one pair.
 
     Attributes:
-        name: of its file; the pair's number, with `-ema` where the averaged weights drew it.
-        pair: what was to be drawn.
-        latents: raw, as the VAE takes them, [B, C, h, w].
-        images: [B, H, W, 3], 0 to 255; None where nothing is decoded.
+        name: of its file: the pair's number, with `-ema` if the averaged weights drew it.
+        pair: what was drawn.
+        latents: raw, as the VAE decodes them, [B, C, h, w].
+        images: [B, H, W, 3], 0 to 255; None if nothing is decoded.
     """
 
     name: str
@@ -50,7 +50,7 @@ class Picture:
     latents: Tensor
     images: NDArray[np.uint8] | None = None
 
-    def row(self) -> NDArray[np.uint8]:
+    def with_conditioning(self) -> NDArray[np.uint8]:
         """Return the conditioning image and the pictures, [1 + B, H, W, 3]."""
         assert self.images is not None
         conditioning = self.pair.conditioning_image.permute(1, 2, 0).numpy()
@@ -58,19 +58,19 @@ class Picture:
 
 
 def folder(run: Run, step: int) -> Path:
-    """Return where a step's validation goes."""
+    """Return the folder of a step's validation."""
     return run.config.output_dir / "validation" / f"step-{step:06d}"
 
 
 def is_due(run: Run, step: int) -> bool:
-    """Tell whether a step is followed by a validation."""
-    if not (run.inputs.draws or run.inputs.measures):
+    """Return whether a validation follows a step."""
+    if not run.inputs.validates:
         return False
     return step % run.config.validation_steps == 0 or step == run.num_steps
 
 
 def is_done(run: Run, step: int) -> bool:
-    """Tell whether a step's validation is there; on several machines they share the folder."""
+    """Return whether a step's validation is complete; several machines must share the folder."""
     return folder(run, step).is_dir()
 
 
@@ -83,37 +83,19 @@ def validate(run: Run, step: int) -> None:
         OSError: the pictures cannot be written.
         ShardError: a record is missing or damaged.
     """
-    model = run.accelerator.unwrap_model(run.controlnet)
     final = folder(run, step)
     partial = final.with_suffix(".partial")
     if run.accelerator.is_main_process:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
     run.accelerator.wait_for_everyone()
-    pictures: list[Picture] = []
-    losses: dict[str, list[float]] = {}
-    model.eval()
-    for average, kind in [(None, ""), *([(run.average, "ema")] if run.average else [])]:
-        with average.in_place() if average else contextlib.nullcontext():
-            if run.inputs.draws:
-                pictures += _draw(run, model, f"-{kind}" if kind else "")
-            if run.inputs.measures:
-                losses[f"{kind}_held_out_loss" if kind else "held_out_loss"] = held_out_loss(
-                    run.inputs.cache,
-                    run.accelerator,
-                    model,
-                    run.transformer,
-                    run.objective,
-                    run.config.train_batch_size,
-                )
-    model.train()
-    forget_gathered(model)
-    pictures = _decoded(run, pictures)
-    for picture in pictures:
-        _save(partial, picture)
-    gathered = gather_object(pictures if run.accelerator.log_with else [])
+    drawings, losses = _evaluate(run)
+    drawings = _decode(run, drawings)
+    for drawing in drawings:
+        _save(partial, drawing)
+    gathered = gather_object(drawings if run.accelerator.log_with else [])
     if run.accelerator.is_main_process:
-        _log(run, sorted(gathered, key=lambda one: one.name), losses, step)
+        _log(run, sorted(gathered, key=lambda drawing: drawing.name), losses, step)
         if losses:
             write_text(partial / "held_out.json", json.dumps(losses, indent=1) + "\n")
     run.accelerator.wait_for_everyone()
@@ -123,17 +105,41 @@ def validate(run: Run, step: int) -> None:
         partial.rename(final)
 
 
-def _draw(run: Run, model: Any, suffix: str) -> list[Picture]:
-    """Draw this process's share of the pairs, from the same noise each time.
+def _evaluate(run: Run) -> tuple[list[Drawing], dict[str, list[float]]]:
+    """Return this process's drawings, not decoded, and the held-out losses by name and level."""
+    controlnet = run.accelerator.unwrap_model(run.controlnet)
+    drawings: list[Drawing] = []
+    losses: dict[str, list[float]] = {}
+    controlnet.eval()
+    for ema in [None, run.ema] if run.ema else [None]:
+        with ema.applied() if ema else contextlib.nullcontext():
+            if run.inputs.draws_pictures:
+                drawings += _draw(run, controlnet, "-ema" if ema else "")
+            if run.inputs.measures_held_out:
+                losses["ema_held_out_loss" if ema else "held_out_loss"] = held_out_loss(
+                    run.inputs.cache,
+                    run.accelerator,
+                    controlnet,
+                    run.transformer,
+                    run.objective,
+                    run.config.train_batch_size,
+                )
+    controlnet.train()
+    reshard(controlnet)
+    return drawings, losses
 
-    Where the pairs do not go round, those left over draw the first once more and drop it, since a
-    forward pass may need all processes.
+
+def _draw(run: Run, controlnet: Any, suffix: str) -> list[Drawing]:
+    """Draw this process's share of the pairs, from the same noise at each validation.
+
+    If there are not enough pairs for all processes, the others draw the first one once more and
+    drop it, since a forward pass may need all processes.
     """
     config, cache, device = run.config, run.inputs.cache, run.accelerator.device
     pairs, negative = read_pairs(cache), negative_embeds(cache)
     scheduler = models.load_scheduler(run.inputs.base)
     spec = cache.manifest.latent_spec
-    drawn = []
+    drawings = []
     for first in range(0, len(pairs), run.accelerator.num_processes):
         number = first + run.accelerator.process_index
         pair = pairs[number if number < len(pairs) else 0]
@@ -141,7 +147,7 @@ def _draw(run: Run, model: Any, suffix: str) -> list[Picture]:
         generator = torch.Generator().manual_seed(config.seed + number)
         latents = sample(
             run.transformer,
-            model,
+            controlnet,
             scheduler,
             pair,
             negative,
@@ -151,50 +157,50 @@ def _draw(run: Run, model: Any, suffix: str) -> list[Picture]:
         )
         if number < len(pairs):
             raw = latents.cpu() / spec.scaling_factor + spec.shift_factor
-            drawn.append(Picture(f"{number}{suffix}", pair, raw))
-    return drawn
+            drawings.append(Drawing(f"{number}{suffix}", pair, raw))
+    return drawings
 
 
-def _decoded(run: Run, pictures: list[Picture]) -> list[Picture]:
-    """Return pictures with their pixels, as the settings ask."""
+def _decode(run: Run, drawings: list[Drawing]) -> list[Drawing]:
+    """Return drawings with their pixels, unless the settings keep the latents."""
     where = run.config.validation_decode
-    if where == "latents" or not pictures:
-        return pictures
+    if where == "latents" or not drawings:
+        return drawings
     device = torch.device("cpu") if where == "cpu" else run.accelerator.device
     pixels = vae_decoder.decode(
-        run.inputs.base, run.config.variant, [picture.latents for picture in pictures], device
+        run.inputs.base, run.config.variant, [drawing.latents for drawing in drawings], device
     )
     return [
-        Picture(picture.name, picture.pair, picture.latents, to_bytes(images))
-        for picture, images in zip(pictures, pixels, strict=True)
+        replace(drawing, images=to_bytes(images))
+        for drawing, images in zip(drawings, pixels, strict=True)
     ]
 
 
-def _save(partial: Path, picture: Picture) -> None:
-    if picture.images is not None:
-        Image.fromarray(np.concatenate(list(picture.row()), axis=1)).save(
-            partial / f"{picture.name}.png"
-        )
+def _save(partial: Path, drawing: Drawing) -> None:
+    if drawing.images is not None:
+        side_by_side = np.concatenate(list(drawing.with_conditioning()), axis=1)
+        Image.fromarray(side_by_side).save(partial / f"{drawing.name}.png")
         return
     tensors = {
-        "latents": picture.latents,
-        "conditioning_image": picture.pair.conditioning_image,
+        "latents": drawing.latents,
+        "conditioning_image": drawing.pair.conditioning_image,
     }
     save_file(
         {name: tensor.contiguous() for name, tensor in tensors.items()},
-        partial / f"{picture.name}.safetensors",
-        metadata={"prompt": picture.pair.prompt},
+        partial / f"{drawing.name}.safetensors",
+        metadata={"prompt": drawing.pair.prompt},
     )
 
 
-def _log(run: Run, pictures: list[Picture], losses: dict[str, list[float]], step: int) -> None:
+def _log(run: Run, drawings: list[Drawing], losses: dict[str, list[float]], step: int) -> None:
     for name, levels in losses.items():
         values = {f"{name}/level-{level}": loss for level, loss in enumerate(levels)}
-        run.accelerator.log({name: sum(levels) / len(levels), **values}, step=step)
-        run.say(f"step {step}: {name.replace('_', ' ')} {sum(levels) / len(levels):.4f}")
+        mean = sum(levels) / len(levels)
+        run.accelerator.log({name: mean, **values}, step=step)
+        run.print(f"step {step}: {name.replace('_', ' ')} {mean:.4f}")
     for tracker in run.accelerator.trackers:
         layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
-        for picture in pictures:
-            if picture.images is not None:
-                label = f"{picture.name}: {picture.pair.prompt}"
-                tracker.log_images({label: picture.row()}, step=step, **layout)
+        for drawing in drawings:
+            if drawing.images is not None:
+                label = f"{drawing.name}: {drawing.pair.prompt}"
+                tracker.log_images({label: drawing.with_conditioning()}, step=step, **layout)

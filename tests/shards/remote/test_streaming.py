@@ -26,7 +26,7 @@ from shards.remote.folder import RemoteFolder
 from shards.remote.streaming import RemoteFiles, open_files
 from tests.conftest import flags, free_port, run_python
 from train.config import TrainConfig
-from train.data import RankBatches, Samples, loader
+from train.data import RankPlaces, TrainingSamples, read_batches
 from train.run import train
 
 pytest.importorskip("aiohttp")
@@ -313,9 +313,9 @@ def test_a_bounded_folder_holds_what_is_read_and_what_comes_next(
     )
 
     def batches(opened: Cache, count: int) -> list[torch.Tensor]:
-        ours = Samples(opened, order, seed=0, proportion_empty_prompts=0.0)
-        places = RankBatches(0, batch_size=2, rank=0, num_ranks=1)
-        reading = loader(ours, places, num_workers=2, pin=False)
+        ours = TrainingSamples(opened, order, seed=0, proportion_empty_prompts=0.0)
+        places = RankPlaces(0, batch_size=2, rank=0, num_ranks=1)
+        reading = read_batches(ours, places, num_workers=2, pin=False)
         read = []
         for _, batch in islice(reading, count):
             read += [batch.latent, batch.conditioning_latent, batch.t5_embeds]

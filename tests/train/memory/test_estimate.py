@@ -19,7 +19,7 @@ from tests.conftest import Outcome, flags
 from train import loop
 from train.assembly import assemble
 from train.config import TrainConfig
-from train.data import RankBatches, Samples, loader
+from train.data import RankPlaces, TrainingSamples, read_batches
 from train.memory import estimate, simulation
 from train.memory.estimate import find_sizes, remedies
 from train.memory.meter import Meter
@@ -44,8 +44,8 @@ def wide(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 def config(wide: tuple[Path, Path], tmp_path: Path) -> TrainConfig:
     base, cache = wide
     return TrainConfig(
-        str(base),
-        str(cache),
+        pretrained_model_name_or_path=str(base),
+        cache=str(cache),
         output_dir=tmp_path / "out",
         train_batch_size=2,
         max_grad_norm=0.0,
@@ -57,20 +57,22 @@ def config(wide: tuple[Path, Path], tmp_path: Path) -> TrainConfig:
 def taken(config: TrainConfig) -> int:
     """Return the bytes that a run's second step takes beside weights and optimiser's state."""
     run = assemble(config)
-    samples = Samples(run.inputs.cache, run.inputs.order, seed=0, proportion_empty_prompts=0.0)
-    places = RankBatches(0, batch_size=config.train_batch_size, rank=0, num_ranks=1)
-    batches = loader(samples, places, num_workers=0, pin=False)
+    samples = TrainingSamples(
+        run.inputs.cache, run.inputs.order, seed=0, proportion_empty_prompts=0.0
+    )
+    places = RankPlaces(0, batch_size=config.train_batch_size, rank=0, num_ranks=1)
+    batches = read_batches(samples, places, num_workers=0, pin=False)
     guard = NonFiniteGuard(
         run.optimizer.optimizer,
         None,
-        too_late=False,
+        update_already_applied=False,
         stop=True,
-        name=str,
-        say=print,
+        sample_key=str,
+        print=print,
     )
-    loop._step(run, batches, guard, 1)
+    loop.take_step(run, batches, guard, 1)
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as found:
-        loop._step(run, batches, guard, 2)
+        loop.take_step(run, batches, guard, 2)
     batches.close()
     events: Any = found.profiler
     memory = [event for event in events.kineto_results.events() if event.name() == "[memory]"]
@@ -105,7 +107,7 @@ def test_a_step_takes_what_was_said(
     settings: dict[str, Any], within: float, config: TrainConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # What is measured here is the CPU, whose autocast leaves layer norms alone.
-    monkeypatch.setattr(simulation, "_use_float32_norms", lambda network: None)
+    monkeypatch.setattr(simulation, "use_float32_norms", lambda network: None)
     config = replace(config, **settings)
     step = simulate(config, find_sizes(config)).step
     assert step["gradients"] + step["activations"] == pytest.approx(taken(config), rel=within)
@@ -190,7 +192,7 @@ def test_the_meter_counts_arithmetic() -> None:
         del view
         assert meter.now == {"weights": 4000, "activations": 0}
         assert meter.peak == {"weights": 4000, "activations": 6000}
-        meter.start_anew()
+        meter.reset_peak()
         assert meter.peak == {"weights": 4000, "activations": 0}
 
 

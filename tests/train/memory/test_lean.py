@@ -13,14 +13,16 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from benchmarks.reference.runs import logged_losses
 from common.errors import ConfigError
-from sd3.quantized import RowLinear
+from sd3.quantized import RowLinear, quantize
 from tests.conftest import Outcome, Spoil, flags
 from tests.train.test_faults import second_is_nan
 from tests.train.test_run import same, weights
 from train import models
 from train.config import TrainConfig
 from train.memory import activation_offload
-from train.optim import adamw, fused_backward
+from train.optim import fused_backward, offloaded_state
+from train.optim.offloaded_state import OffloadedState
+from train.optim.stochastic_rounding import StochasticRounding, round_stochastically
 from train.run import train
 
 
@@ -33,8 +35,8 @@ def unclipped(train_config: TrainConfig) -> TrainConfig:
 @pytest.fixture
 def visiting(monkeypatch: pytest.MonkeyPatch) -> None:
     """The miniature's tensors are as much worth a trip as larger ones."""
-    monkeypatch.setattr(adamw, "VISITING_NUMBERS", 64)
-    monkeypatch.setattr(activation_offload, "SMALLEST_BYTES", 64)
+    monkeypatch.setattr(offloaded_state, "MIN_OFFLOADED_NUMBERS", 64)
+    monkeypatch.setattr(activation_offload, "MIN_OFFLOADED_BYTES", 64)
 
 
 SAME_BITS: list[dict[str, Any]] = [
@@ -59,12 +61,12 @@ def test_what_only_moves_numbers_gives_the_same_bits(
 
 
 def test_host_memory_is_taken_in_large_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(adamw, "PIECE_BYTES", 1024)
-    kind: Any = type("Adam", (adamw.WeightByWeight, torch.optim.AdamW), {})
-    adam = kind([nn.Parameter(torch.zeros(1))], offload=True)
+    monkeypatch.setattr(offloaded_state, "PIECE_BYTES", 1024)
+    kind: Any = type("Adam", (OffloadedState, torch.optim.AdamW), {})
+    adam = kind([nn.Parameter(torch.zeros(1))])
     cpu = torch.device("cpu")
-    homes = [adam._home(torch.zeros(100), cpu) for _ in range(3)]
-    large = adam._home(torch.zeros(30, 20), cpu)
+    homes = [adam._host_memory(torch.zeros(100), cpu) for _ in range(3)]
+    large = adam._host_memory(torch.zeros(30, 20), cpu)
     starts = [home.untyped_storage().data_ptr() for home in homes]
     assert starts[0] == starts[1] != starts[2]
     assert homes[1].data_ptr() - homes[0].data_ptr() == 4 * 128  # 100, to a multiple of 64
@@ -100,8 +102,8 @@ def test_checkpoints_go_on_with_and_without(
 def test_what_is_offloaded_is_in_host_memory() -> None:
     with FakeTensorMode(allow_non_fake_inputs=True):
         large, small = (nn.Parameter(torch.empty(count, device="cuda")) for count in (8192, 16))
-        kind: Any = type("Adam", (adamw.WeightByWeight, torch.optim.AdamW), {})
-        adam = kind([large, small], offload=True, fused=True)
+        kind: Any = type("Adam", (OffloadedState, torch.optim.AdamW), {})
+        adam = kind([large, small], fused=True)
         for _ in range(2):
             large.grad, small.grad = torch.empty_like(large), torch.empty_like(small)
             adam.step()
@@ -146,7 +148,7 @@ def test_bfloat16_is_rounded_to_the_mean() -> None:
     torch.manual_seed(0)
     # Between 1 and 1 + 2**-7, the next bfloat16, a quarter of the way.
     exact = torch.tensor([1 + 2**-9, -1 - 2**-9, 1.0, math.inf, -math.inf, math.nan])
-    found = adamw.rounded_at_random(exact.repeat(100_000, 1)).float()
+    found = round_stochastically(exact.repeat(100_000, 1)).float()
     above = (found[:, 0] == 1 + 2**-7).float().mean()
     assert set(found[:, 0].tolist()) == {1.0, 1 + 2**-7}
     assert set(found[:, 1].tolist()) == {-1.0, -1 - 2**-7}
@@ -159,8 +161,8 @@ def test_bfloat16_is_rounded_to_the_mean() -> None:
 def test_small_updates_do_not_vanish_in_bfloat16() -> None:
     torch.manual_seed(0)
     parameter = nn.Parameter(torch.ones(100_000, dtype=torch.bfloat16))
-    kind: Any = type("Adam", (adamw.WeightByWeight, torch.optim.AdamW), {})
-    adam = kind([parameter], offload=False, fused=True, lr=1e-4, weight_decay=0.0)
+    kind: Any = type("Adam", (StochasticRounding, torch.optim.AdamW), {})
+    adam = kind([parameter], fused=True, lr=1e-4, weight_decay=0.0)
     for _ in range(10):
         parameter.grad = torch.ones_like(parameter)
         adam.step()
@@ -203,7 +205,7 @@ def test_no_gradient_outlives_its_step() -> None:
     layers(torch.randn(2, 8)).sum().backward()
     assert len(alive) == 8
     assert max(alive) == 0
-    assert not fused.bad()
+    assert not fused.pop_nonfinite()
     assert all(
         not torch.equal(one, other) for one, other in zip(layers.parameters(), before, strict=True)
     )
@@ -235,13 +237,13 @@ def test_weights_without_finite_gradients_stay(
         ({"max_grad_norm": 1.0}, {}, "--max-grad-norm 1 clips the norm of all"),
         ({"gradient_accumulation_steps": 2}, {}, "--gradient-accumulation-steps keeps"),
         ({}, {"num_processes": 2}, "several processes exchange theirs first"),
-        ({}, {"scales": True}, "--mixed-precision fp16 looks at all"),
+        ({}, {"scales_loss": True}, "--mixed-precision fp16 looks at all"),
     ],
 )
 def test_what_needs_all_gradients_is_refused(
     unclipped: TrainConfig, settings: dict[str, Any], more: dict[str, Any], message: str
 ) -> None:
-    alone: dict[str, Any] = {"num_processes": 1, "scales": False}
+    alone: dict[str, Any] = {"num_processes": 1, "scales_loss": False}
     fused_backward.check(unclipped, **alone)
     with pytest.raises(ConfigError, match=f"^--fused-backward-pass: {message}"):
         fused_backward.check(replace(unclipped, **settings), **(alone | more))
@@ -296,7 +298,9 @@ def test_quantised_layers_compute_with_rounded_weights(
     if kind == "nf4":
         pytest.importorskip("bitsandbytes")
     exact = models.load_transformer(base, None, torch.float32)
-    transformer = models.load_transformer(base, None, torch.float32, kind).to("cpu")
+    transformer = models.load_transformer(base, None, torch.float32)
+    quantize(transformer, kind)
+    transformer.to("cpu")
     assert transformer.dtype == torch.float32
     plain = exact.transformer_blocks[0].ff.net[2]
     layer = transformer.transformer_blocks[0].ff.net[2]

@@ -9,10 +9,11 @@ import torch
 from diffusers import SD3ControlNetModel
 from diffusers.training_utils import EMAModel
 
-from train import checkpoints
 from train.config import TrainConfig
 from train.optim.ema import Ema
 from train.run import train
+from train.saving import checkpoints
+from train.saving.controlnet import EMA_FOLDER
 
 
 def walk(network: torch.nn.Module, generator: torch.Generator) -> None:
@@ -40,7 +41,7 @@ def test_the_network_bears_it_for_a_while() -> None:
     before = network.weight.detach().clone()
     walk(network, generator)
     own = network.weight.detach().clone()
-    with contextlib.suppress(KeyError), average.in_place():
+    with contextlib.suppress(KeyError), average.applied():
         assert torch.equal(network.weight, before)
         raise KeyError
     assert torch.equal(network.weight, own)
@@ -49,7 +50,7 @@ def test_the_network_bears_it_for_a_while() -> None:
 def test_it_is_saved_and_resumed(train_config: TrainConfig, tmp_path: Path) -> None:
     config = replace(train_config, ema_decay=0.5)
     train(config)
-    folder = config.output_dir / checkpoints.AVERAGE_FOLDER
+    folder = config.output_dir / EMA_FOLDER
     average = SD3ControlNetModel.from_pretrained(folder).state_dict()
     own = SD3ControlNetModel.from_pretrained(config.output_dir).state_dict()
     assert any(not torch.equal(average[name], own[name]) for name in own)
@@ -59,7 +60,7 @@ def test_it_is_saved_and_resumed(train_config: TrainConfig, tmp_path: Path) -> N
     (config.output_dir / "checkpoint-2").rename(resumed.output_dir / "checkpoint-2")
     assert checkpoints.read_state(resumed.output_dir / "checkpoint-2").averaged_steps == 2
     train(resumed)
-    again = SD3ControlNetModel.from_pretrained(resumed.output_dir / checkpoints.AVERAGE_FOLDER)
+    again = SD3ControlNetModel.from_pretrained(resumed.output_dir / EMA_FOLDER)
     for name, tensor in again.state_dict().items():
         assert torch.equal(tensor, average[name]), name
 

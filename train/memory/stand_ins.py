@@ -1,0 +1,102 @@
+"""Stand-ins for parts of a run that need real numbers or a GPU, equal to them in memory.
+
+Fake tensors have shapes but no numbers, and they are on the CPU.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
+
+from sd3 import quantized
+from sd3.quantized import replace_linear
+from train.memory import activation_offload
+from train.models import cast
+
+
+def build_network(kind: Any, config: Mapping[str, Any], dtype: torch.dtype) -> Any:
+    """Return a new network of a class of diffusers, in some precision."""
+    network = kind.from_config(dict(config))
+    cast(network, dtype)
+    return network
+
+
+def quantize(transformer: Any, kind: str, *, fp8_matmul: bool) -> None:
+    """Quantise a transformer as `sd3.quantized.quantize` does, without bitsandbytes.
+
+    Args:
+        transformer: an SD3 transformer, frozen.
+        kind: `int8`, `fp8` or `nf4`.
+        fp8_matmul: compute the matrix products in 8 bit too, with `fp8`.
+    """
+    if kind == "nf4":
+        replace_linear(transformer, Nf4Linear)
+    else:
+        quantized.quantize(transformer, kind, fp8_matmul=fp8_matmul)
+
+
+class Nf4Linear(nn.Module):
+    """As large as bitsandbytes' 4 bit layer, whose scales are themselves quantised to 8 bit."""
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        self.shape, self.bias = linear.weight.shape, linear.bias
+        count = linear.weight.numel()
+        self.register_buffer("values", torch.empty(count // 2, dtype=torch.uint8))
+        self.register_buffer("scales", torch.empty(count // 64, dtype=torch.uint8))
+        self.register_buffer("scales_of_scales", torch.empty(-(-count // (64 * 256))))
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """Return [..., out] from [..., in]."""
+        return _Nf4Product.apply(inputs, self)  # type: ignore[no-untyped-call,no-any-return]
+
+
+class _Nf4Product(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, inputs: Tensor, layer: Nf4Linear) -> Tensor:
+        ctx.layer = layer
+        return nn.functional.linear(inputs, inputs.new_empty(layer.shape), layer.bias)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        (gradient,) = gradients
+        return gradient @ gradient.new_empty(ctx.layer.shape), None
+
+
+def use_float32_norms(network: nn.Module) -> None:
+    """Compute layer norms in float32, as CUDA's autocast does and the CPU's does not."""
+
+    def in_float32(module: nn.Module, inputs: tuple[Tensor]) -> tuple[Tensor]:
+        return (inputs[0].float(),)
+
+    for module in network.modules():
+        if isinstance(module, nn.LayerNorm):
+            module.register_forward_pre_hook(in_float32)
+
+
+class DroppedActivations(saved_tensors_hooks):
+    """Drops what `OffloadedActivations` would move to the host, and creates it anew when needed.
+
+    Args:
+        is_weight: whether a tensor is a network's, and so stays.
+        count_host: called with the bytes of pinned host memory that each tensor would take.
+    """
+
+    def __init__(
+        self, is_weight: Callable[[Tensor], bool], count_host: Callable[[int], None]
+    ) -> None:
+        def pack(tensor: Tensor) -> Tensor | tuple[torch.Size, torch.dtype]:
+            if is_weight(tensor) or tensor.nbytes < activation_offload.MIN_OFFLOADED_BYTES:
+                return tensor
+            count_host(1 << (tensor.nbytes - 1).bit_length())  # pinned memory is in powers of two
+            return tensor.shape, tensor.dtype
+
+        def unpack(packed: Tensor | tuple[torch.Size, torch.dtype]) -> Tensor:
+            if isinstance(packed, Tensor):
+                return packed
+            shape, dtype = packed
+            return torch.empty(shape, dtype=dtype)
+
+        super().__init__(pack, unpack)

@@ -1,0 +1,1 @@
+"""What a run saves: checkpoints, the trained ControlNet, and its model card."""

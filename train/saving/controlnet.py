@@ -1,0 +1,101 @@
+"""The ControlNet on disk: in checkpoints and as a run's result, as diffusers loads it."""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from diffusers import SD3ControlNetModel
+
+from train.distribution import full_state_dict
+from train.optim.ema import Ema
+
+CONTROLNET_FOLDER = "controlnet"
+EMA_FOLDER = "controlnet_ema"
+
+
+def use_diffusers_format(accelerator: Accelerator) -> None:
+    """Make accelerate's checkpoints hold the ControlNet as a folder that diffusers loads."""
+
+    def save_model(models: list[Any], weights: list[Any], folder: str) -> None:
+        for model in models:
+            save_controlnet(accelerator, model, Path(folder) / CONTROLNET_FOLDER)
+        weights.clear()
+
+    def load_model(models: list[Any], folder: str) -> None:
+        while models:
+            unwrapped = accelerator.unwrap_model(models.pop())
+            saved = SD3ControlNetModel.from_pretrained(folder, subfolder=CONTROLNET_FOLDER)
+            unwrapped.load_state_dict(saved.state_dict())
+
+    accelerator.register_save_state_pre_hook(save_model)
+    accelerator.register_load_state_pre_hook(load_model)
+
+
+def restore_ema(checkpoint: Path, ema: Ema, num_steps: int) -> None:
+    """Continue from a checkpoint's average, if it has one.
+
+    Args:
+        checkpoint: its folder.
+        ema: the average to restore; if the checkpoint has none, it stays as it is.
+        num_steps: updates in the checkpoint's average.
+    """
+    if (checkpoint / EMA_FOLDER).is_dir():
+        saved = SD3ControlNetModel.from_pretrained(checkpoint, subfolder=EMA_FOLDER)
+        ema.restore(saved.state_dict(), num_steps)
+
+
+def save_result(
+    accelerator: Accelerator, controlnet: Any, ema: Ema | None, output_dir: Path
+) -> None:
+    """Save the trained ControlNet into the run's folder, and its average into `EMA_FOLDER` there.
+
+    Every process must call this.
+
+    Args:
+        accelerator: prepared the ControlNet.
+        controlnet: as accelerate prepared it.
+        ema: the average of its weights, or None.
+        output_dir: the run's folder.
+    """
+    _replace_controlnet(accelerator, controlnet, output_dir)
+    if ema is not None:
+        with ema.applied():
+            _replace_controlnet(accelerator, controlnet, output_dir / EMA_FOLDER)
+
+
+def save_controlnet(accelerator: Accelerator, controlnet: Any, folder: Path) -> None:
+    """Save all weights of a ControlNet, sharded or not, in diffusers' format.
+
+    Every process must call this.
+
+    Args:
+        accelerator: prepared the ControlNet.
+        controlnet: as accelerate prepared it.
+        folder: where it goes.
+    """
+    weights = full_state_dict(accelerator, controlnet)
+    if not accelerator.is_main_process:
+        return
+    config = accelerator.unwrap_model(controlnet).config
+    with torch.device("meta"):
+        network = SD3ControlNetModel.from_config(config)
+    network.load_state_dict(weights, assign=True)
+    network.save_pretrained(str(folder))
+
+
+def _replace_controlnet(accelerator: Accelerator, controlnet: Any, folder: Path) -> None:
+    """Save a ControlNet over an earlier one, so that an interruption leaves no mixture of both."""
+    partial = folder / "controlnet.partial"
+    if accelerator.is_main_process:
+        shutil.rmtree(partial, ignore_errors=True)
+    save_controlnet(accelerator, controlnet, partial)
+    if not accelerator.is_main_process:
+        return
+    # The configuration is removed first and comes last: without it the folder is not a model.
+    for stale in (folder / "config.json", *folder.glob("diffusion_pytorch_model*")):
+        stale.unlink(missing_ok=True)
+    for file in sorted(partial.iterdir(), key=lambda path: path.name == "config.json"):
+        file.replace(folder / file.name)
+    partial.rmdir()
