@@ -24,7 +24,7 @@ from benchmarks.synthetic import Shape
 from common.atomic_files import write_text
 from common.command import CONTEXT
 from common.provenance import commit, machine, versions
-from precompute.planning import plan
+from precompute.planning import products as plans
 from precompute.planning.digest_cache import ENTRY, DigestCache
 from precompute.planning.existing_layout import layout_arrays
 from precompute.planning.inventory import take_inventory
@@ -110,15 +110,15 @@ def make_plans(
     digests = DigestCache(folder / f"hashes{source.edition}.npy", keep=False)
     inventory = take_inventory(source, range(len(source)), digests, conditioning=True)
     lap("inventory")
-    prompts = plan.distinct_prompts(inventory)
+    prompts = plans.distinct_prompts(inventory)
     lap("distinct prompts")
-    text = plan.plan_text(
+    text = plans.plan_text(
         folder, prompts, {"": 0}, SD3_1024PX.text_spec().tensor_specs(), SHARD_MB, before["text"]
     )
     none_held_out = np.zeros(len(inventory), bool)
-    latents = plan.plan_latents(
+    latents = plans.plan_latents(
         folder,
-        plan.image_contents(inventory, none_held_out, mirrored=False),
+        plans.image_contents(inventory, none_held_out, mirrored=False),
         np.zeros(len(inventory), np.int64),
         none_held_out,
         {"": 0},
@@ -127,9 +127,8 @@ def make_plans(
         before["latents"],
     )
     lap("layout")
-    captions = plan.captions_of_shards(latents, inventory, prompts, text)
-    latents = plan.with_captions(latents, captions)
-    control = plan.plan_conditioning(folder, latents, inventory.conditionings, {"": 1})
+    latents = plans.with_captions(latents, inventory, prompts, text)
+    control = plans.plan_conditioning(folder, latents, inventory.conditionings, {"": 1})
     products = {"text": text, "latents": latents, "conditioning": control}
     for product in products.values():
         assert len(product.fingerprints) == product.num_shards

@@ -28,13 +28,13 @@ from common.device import keep_freed_memory, pick_device
 from common.provenance import commit, machine, versions
 from demo.circles import random_circles, write_circles
 from precompute.config import PrecomputeConfig
-from precompute.encoding.image_pass import latent_pass
-from precompute.encoding.pipeline import EncoderClock
-from precompute.encoding.text_pass import text_pass
+from precompute.encoding.encoder_clock import EncoderClock
+from precompute.encoding.image_pass import encode_images
+from precompute.encoding.text_pass import encode_text
 from precompute.planning.digest_cache import DigestCache
 from precompute.planning.inventory import take_inventory
-from precompute.planning.job import prepare
-from precompute.planning.plan import distinct_prompts
+from precompute.planning.prepare import prepare
+from precompute.planning.products import distinct_prompts
 from precompute.sources.source import Kind, Row
 from shards.format.keys import record_key
 from shards.format.records import Record
@@ -137,7 +137,7 @@ def measure_speed(config: PrecomputeConfig) -> dict[str, dict[str, float]]:
 
     The time runs from the first batch's start to the last shard's sidecar.
     """
-    job = prepare(config)
+    context = prepare(config)
 
     def figures(count: int, clock: EncoderClock, start: float) -> dict[str, float]:
         seconds = time.perf_counter() - clock.began
@@ -148,12 +148,12 @@ def measure_speed(config: PrecomputeConfig) -> dict[str, dict[str, float]]:
             "loading_s": clock.began - start,
         }
 
-    clock, start = EncoderClock(job.device), time.perf_counter()
-    embeds = text_pass(job, lambda: None, clock)
-    text = figures(len(job.prompts), clock, start)
-    clock, start = EncoderClock(job.device), time.perf_counter()
-    latent_pass(job, embeds, lambda: None, clock)
-    return {"text": text, "latents": figures(2 * len(job.inventory), clock, start)}
+    clock, start = EncoderClock(context.device), time.perf_counter()
+    embeds = encode_text(context, lambda: None, clock)
+    text = figures(len(context.prompts), clock, start)
+    clock, start = EncoderClock(context.device), time.perf_counter()
+    encode_images(context, embeds, lambda: None, clock)
+    return {"text": text, "latents": figures(2 * len(context.inventory), clock, start)}
 
 
 class Captions:

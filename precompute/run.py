@@ -1,4 +1,4 @@
-"""Stage 1 from front to back: plan, text pass, latent pass, manifest."""
+"""Stage 1 from front to back: plan, text pass, image pass, manifest."""
 
 import contextlib
 import dataclasses
@@ -15,12 +15,13 @@ from common.interruption import InterruptedRun, between_shards
 from common.provenance import write_run
 from precompute.config import PrecomputeConfig
 from precompute.dry_run import dry_run
-from precompute.encoding.image_pass import latent_pass
-from precompute.encoding.pipeline import EncoderClock
-from precompute.encoding.text_pass import text_pass
+from precompute.encoding.encoder_clock import EncoderClock
+from precompute.encoding.image_pass import encode_images
+from precompute.encoding.text_pass import encode_text
+from precompute.leftovers import abandoned_files, surplus_files
+from precompute.planning.context import Context
 from precompute.planning.existing_layout import layout_arrays
-from precompute.planning.job import Job, prepare
-from precompute.planning.plan import abandoned_files
+from precompute.planning.prepare import prepare
 from shards.format import manifest, seal, sidecar
 from shards.format.expected_cache import ExpectedCache, write_expected
 from shards.format.manifest import Manifest
@@ -28,147 +29,164 @@ from shards.format.writer import write_sidecar
 
 
 def precompute(config: PrecomputeConfig) -> None:
-    """Bring the cache at `config.cache` to what the settings ask for.
+    """Build the missing shards of the cache at `config.cache`, and complete it.
 
     Raises:
-        ConfigError: see `prepare`.
-        ShardError: too many bad rows; finished shards are kept.
-        OSError: the cache cannot be written, or there is no room for it; likewise.
+        ConfigError: the settings, the source or the base model cannot be used.
+        ShardError: too many rows are bad; finished shards are kept.
+        OSError: the cache cannot be written, or does not fit the disk; finished shards are kept.
     """
-    job = prepare(config)
-    keep_freed_memory(job.device)
+    context = prepare(config)
+    keep_freed_memory(context.device)
     torch.backends.cuda.matmul.allow_tf32 = config.allow_tf32
     torch.backends.cudnn.allow_tf32 = config.allow_tf32
     if config.dry_run:
-        dry_run(job)
+        dry_run(context)
         return
-    cache = config.cache
-    todo = {folder: job.todo(product) for folder, product in job.products().items()}
-    before = seal.previous_manifest(cache)
-    say_what_is_to_do(job, todo)
-    _count_bad_rows_of_kept_shards(job)
-    missing = sum(
-        product.shard_bytes(product.shard(shard))
-        for folder, product in job.products().items()
-        for shard in todo[folder]
+    products = context.products_by_folder()
+    todo = {folder: context.shards_to_build(product) for folder, product in products.items()}
+    previous = seal.previous_manifest(config.cache)
+    _print_todo(context, todo)
+    _count_bad_rows_of_finished_shards(context)
+    config.cache.mkdir(parents=True, exist_ok=True)
+    require_space(
+        config.cache,
+        sum(product.count_bytes(todo[folder]) for folder, product in products.items()),
     )
-    cache.mkdir(parents=True, exist_ok=True)
-    require_space(cache, missing)
-    plan = job.sealing_plan()
-    write_expected(cache, plan, layout_arrays({"text": job.text, "latents": job.latents}))
-    if before is not None and _changes_what_is_listed(job, before, todo):
-        # What it says is about to be untrue. What it says of other controls is needed at the end.
+    expected = context.expected_cache()
+    write_expected(
+        config.cache,
+        expected,
+        layout_arrays({"text": context.products.text, "latents": context.products.latents}),
+    )
+    if previous is not None and _changes_listed_shards(context, previous, todo):
+        # The manifest is about to be untrue. Its entries of other controls are needed at the end.
         with contextlib.suppress(FileNotFoundError):  # another worker was first
-            (cache / manifest.MANIFEST).rename(cache / manifest.PREVIOUS)
-    busy = EncoderClock(job.device)
-    try:
-        with between_shards() as check:
-            validation_embeds = text_pass(job, check, busy)
-            _free_memory()
-            latent_pass(job, validation_embeds, check, busy)
-            _free_memory()
-    except InterruptedRun as signal:
-        job.say(f"{cache}: {signal}, ended between shards; the same command goes on from here")
-        raise SystemExit(signal.exit_code) from None
-    if busy.seconds:
-        share = busy.seconds / (time.perf_counter() - busy.began)
-        job.say(f"  encoders computed {share:.0%} of the time")
-    _renew_captions(job)
-    _finish(job, plan, before)
+            (config.cache / manifest.MANIFEST).rename(config.cache / manifest.PREVIOUS)
+    _encode(context)
+    _renew_captions(context)
+    _finish(context, expected, previous)
 
 
-def _finish(job: Job, plan: ExpectedCache, before: Manifest | None) -> None:
-    """Seal the cache, if this worker finds every shard there."""
-    cache = job.config.cache
-    missing = plan.missing(cache)
-    if missing:
-        click.echo(
-            f"{cache}: part {job.part} is done; {plan.describe(missing)}. "
-            "Whichever part is last completes the cache; where the parts lie on several disks, "
-            "copy them into one folder and run python -m shards seal."
-        )
-        return
-    was_complete = (cache / manifest.MANIFEST).is_file()
-    for product in job.products().values():
-        for path in product.surplus():
-            path.unlink(missing_ok=True)
-    for path in abandoned_files(cache):
-        path.unlink(missing_ok=True)
-    now = seal.seal(cache, plan)
-    if was_complete and now == before:
-        job.say(f"{cache}: already complete, nothing to do")
-        return
-    fingerprints = {folder: product.fingerprint for folder, product in now.products()}
-    write_run(cache, "precompute", job.config, fingerprints=fingerprints)
-    _report(job, now, before)
-
-
-def say_what_is_to_do(job: Job, todo: Mapping[str, list[int]]) -> None:
-    """Say in a line a product what is kept, what is made and why."""
-    for folder, product in job.products().items():
-        mine = [shard for shard in range(product.num_shards) if job.part.has(shard)]
-        kept = len(mine) - len(todo[folder])
-        why = f" ({job.reasons[folder]})" if todo[folder] and job.reasons.get(folder) else ""
-        part = "" if job.part.count == 1 else f" of part {job.part}"
-        job.say(
+def _print_todo(context: Context, todo: Mapping[str, list[int]]) -> None:
+    """Print for each product how many shards are kept, how many are built, and why."""
+    for folder, product in context.products_by_folder().items():
+        count = sum(context.part.has(shard) for shard in range(product.num_shards))
+        kept = count - len(todo[folder])
+        reason = context.reasons.get(folder)
+        why = f" ({reason})" if todo[folder] and reason else ""
+        part = "" if context.part.count == 1 else f" of part {context.part}"
+        context.print(
             f"  {folder}: {product.num_records} records in {product.num_shards} shards{part}, "
             f"{kept} kept, {len(todo[folder])} to make{why}"
         )
 
 
-def _count_bad_rows_of_kept_shards(job: Job) -> None:
-    for product in (job.latents, job.conditioning):
-        for card in job.found[product.folder]:
-            job.bad.add(card.skipped if card else [])
+def _count_bad_rows_of_finished_shards(context: Context) -> None:
+    for product in (context.products.latents, context.products.conditioning):
+        for summary in context.finished[product.folder]:
+            context.bad_rows.add(summary.skipped if summary else [])
 
 
-def _renew_captions(job: Job) -> None:
-    """Have this part's kept latent shards point at the prompts that caption them now.
-
-    Their tars stay as they are.
-    """
-    for shard in job.outdated_captions():
-        card = sidecar.load(job.latents.folder, shard)
-        if card is not None:
-            plan = job.latents.shard(shard)
-            captions = job.captions(plan)
-            prompts = [captions[key] for key in card.keys]
-            new = dataclasses.replace(card, prompts=prompts, captions=plan.captions)
-            write_sidecar(job.latents.folder, new)
-
-
-def _changes_what_is_listed(job: Job, before: Manifest, todo: Mapping[str, list[int]]) -> bool:
-    """Tell whether the work ahead touches a product that the present manifest vouches for."""
-    if not (job.config.cache / manifest.MANIFEST).is_file():
+def _changes_listed_shards(
+    context: Context, previous: Manifest, todo: Mapping[str, list[int]]
+) -> bool:
+    """Tell whether the run changes shards that the present manifest lists."""
+    if not (context.config.cache / manifest.MANIFEST).is_file():
         return False
-    listed = dict(before.products())
-    return bool(job.outdated_captions()) or any(
+    listed = dict(previous.products())
+    return bool(context.outdated_captions()) or any(
         folder in listed and (todo[folder] or listed[folder].num_shards != product.num_shards)
-        for folder, product in job.products().items()
+        for folder, product in context.products_by_folder().items()
     )
 
 
-def _report(job: Job, now: Manifest, before: Manifest | None) -> None:
-    for other in before.conditioning if before else ():
-        lost = before and before.validation[other].num_records
-        if other not in now.conditioning:
-            click.echo(f"conditioning {other!r} was made for other latents: make it again")
-        elif lost and not now.validation[other].num_records:
-            click.echo(f"validation pairs of {other!r} had other text encoders: make them again")
-    if job.bad.reasons:
-        click.echo(f"{len(job.bad.reasons)} rows were left out:\n{job.bad.table()}")
-    size = sum(product.num_bytes for _, product in now.products())
-    per_prompt = now.latents.num_records / max(now.text.num_records - 1, 1)
-    held = sum(now.latents.shard_records[shard] for shard in now.held_out)
-    held_out = f" ({held} held out of training)" if held else ""
-    click.echo(
-        f"{job.config.cache}: complete, {now.latents.num_records} images{held_out}, "
-        f"{now.text.num_records} prompts ({per_prompt:.1f} images each), {size / 1e6:.1f} MB"
-    )
+def _encode(context: Context) -> None:
+    """Build the missing shards of all products.
+
+    Raises:
+        SystemExit: a signal ended the run between two shards.
+    """
+    clock = EncoderClock(context.device)
+    try:
+        with between_shards() as check:
+            validation_embeds = encode_text(context, check, clock)
+            _free_memory()
+            encode_images(context, validation_embeds, check, clock)
+            _free_memory()
+    except InterruptedRun as signal:
+        context.print(
+            f"{context.config.cache}: {signal}, ended between shards; "
+            "the same command goes on from here"
+        )
+        raise SystemExit(signal.exit_code) from None
+    if clock.seconds:
+        share = clock.seconds / (time.perf_counter() - clock.began)
+        context.print(f"  encoders computed {share:.0%} of the time")
 
 
 def _free_memory() -> None:
-    """Give the finished pass's memory back to the device."""
+    """Return the memory of a finished pass to the device."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
+
+
+def _renew_captions(context: Context) -> None:
+    """Update the captions in this worker's latent sidecars; the tars stay as they are."""
+    latents = context.products.latents
+    for shard in context.outdated_captions():
+        existing = sidecar.load(latents.folder, shard)
+        if existing is not None:
+            plan = latents.shard(shard)
+            caption_keys = context.caption_keys(plan)
+            prompts = [caption_keys[key] for key in existing.keys]
+            renewed = dataclasses.replace(existing, prompts=prompts, captions=plan.captions)
+            write_sidecar(latents.folder, renewed)
+
+
+def _finish(context: Context, expected: ExpectedCache, previous: Manifest | None) -> None:
+    """Seal the cache, if all shards of all workers are there."""
+    cache = context.config.cache
+    missing = expected.missing(cache)
+    if missing:
+        click.echo(
+            f"{cache}: part {context.part} is done; {expected.describe(missing)}. "
+            "Whichever part is last completes the cache; where the parts lie on several disks, "
+            "copy them into one folder and run python -m shards seal."
+        )
+        return
+    was_complete = (cache / manifest.MANIFEST).is_file()
+    for product in context.products_by_folder().values():
+        for path in surplus_files(product):
+            path.unlink(missing_ok=True)
+    for path in abandoned_files(cache):
+        path.unlink(missing_ok=True)
+    sealed = seal.seal(cache, expected)
+    if was_complete and sealed == previous:
+        context.print(f"{cache}: already complete, nothing to do")
+        return
+    fingerprints = {folder: product.fingerprint for folder, product in sealed.products()}
+    write_run(cache, "precompute", context.config, fingerprints=fingerprints)
+    _report(context, sealed, previous)
+
+
+def _report(context: Context, sealed: Manifest, previous: Manifest | None) -> None:
+    """Print the controls that were lost, the rows that were left out and the size of the cache."""
+    for name in previous.conditioning if previous else ():
+        had_pairs = previous and previous.validation[name].num_records
+        if name not in sealed.conditioning:
+            click.echo(f"conditioning {name!r} was made for other latents: make it again")
+        elif had_pairs and not sealed.validation[name].num_records:
+            click.echo(f"validation pairs of {name!r} had other text encoders: make them again")
+    if context.bad_rows.reasons:
+        count = len(context.bad_rows.reasons)
+        click.echo(f"{count} rows were left out:\n{context.bad_rows.table()}")
+    size = sum(product.num_bytes for _, product in sealed.products())
+    per_prompt = sealed.latents.num_records / max(sealed.text.num_records - 1, 1)
+    num_held_out = sum(sealed.latents.shard_records[shard] for shard in sealed.held_out)
+    held_out = f" ({num_held_out} held out of training)" if num_held_out else ""
+    click.echo(
+        f"{context.config.cache}: complete, {sealed.latents.num_records} images{held_out}, "
+        f"{sealed.text.num_records} prompts ({per_prompt:.1f} images each), {size / 1e6:.1f} MB"
+    )

@@ -26,7 +26,7 @@ from infer.scoring.results import (
     to_json,
     to_table,
 )
-from precompute.sources.opening import open_source
+from precompute.sources.open_source import open_source
 from precompute.sources.source import Source, SourceSettings
 from sd3 import images
 from sd3.contact_sheet import save_png

@@ -1,4 +1,4 @@
-"""How many items an encoder takes at a time: as told, or as many as the GPU's memory holds."""
+"""The size of an encoder's batches: a given number, or as many items as the GPU's memory holds."""
 
 from collections.abc import Callable, Sequence
 
@@ -13,8 +13,8 @@ class BatchSize:
     """The size of an encoder's batches.
 
     Attributes:
-        now: the size at present.
-        may_shrink: whether it steps back where memory runs out.
+        now: the current size.
+        may_shrink: whether the size is halved when memory runs out.
     """
 
     def __init__(self, now: int, *, may_shrink: bool = False) -> None:
@@ -25,13 +25,13 @@ class BatchSize:
 def find_batch_size(
     given: int | str, usual: int, device: torch.device, attempt: Callable[[int], object]
 ) -> BatchSize:
-    """Return the size that was asked for, or the largest power of two that memory takes.
+    """Return the given size, or the largest power of two that fits into the GPU's memory.
 
     Args:
         given: a number, or `auto`.
-        usual: what `auto` means where memory is not a GPU's.
+        usual: the size that `auto` gives on other devices than a GPU.
         device: where the encoder runs.
-        attempt: encodes a batch of so many.
+        attempt: encodes a batch of the size that it is called with.
     """
     if given != "auto":
         return BatchSize(int(given))
@@ -57,21 +57,24 @@ def find_batch_size(
 def in_parts(
     compute: Callable[..., dict[str, Tensor]], inputs: Sequence[Tensor], size: BatchSize
 ) -> dict[str, Tensor]:
-    """Return what a batch gives, computed in parts of the present size.
+    """Return the encoder's output for a batch, computed in parts of the current size.
 
     Args:
-        compute: takes parts of the inputs, returns tensors [B, ...].
+        compute: the encoder; takes parts of the inputs and returns tensors [part, ...].
         inputs: of the batch, [B, ...] each.
-        size: halved where memory runs out, if it may shrink.
+        size: of the parts; it is halved when memory runs out, if it may shrink.
+
+    Raises:
+        torch.OutOfMemoryError: memory is full, and the size may not shrink.
     """
     while True:
         try:
-            splits = zip(*(one.split(size.now) for one in inputs), strict=True)
+            splits = zip(*(tensor.split(size.now) for tensor in inputs), strict=True)
             parts = [compute(*part) for part in splits]
             return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
         except torch.OutOfMemoryError:
             if not size.may_shrink or size.now == 1:
                 raise
-        # Behind the handler: the error's traceback holds the tensors of the attempt.
+        # After the handler, since the error's traceback holds the tensors of the attempt.
         size.now //= 2
         torch.cuda.empty_cache()

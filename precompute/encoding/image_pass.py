@@ -1,7 +1,7 @@
-"""The latent pass: unfinished shards of latents, conditioning latents and validation pairs."""
+"""The image pass: images and conditioning images through the VAE, then the validation pairs."""
 
-from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,12 +11,13 @@ from common.device import AsyncHostCopy
 from common.errors import ShardError
 from common.interruption import Check
 from precompute.encoding.batch_size import BatchSize, find_batch_size
-from precompute.encoding.load_image import load_picture
-from precompute.encoding.pipeline import Batch, Encoded, EncoderClock, encode_ahead, in_order
-from precompute.encoding.shard_build import Work, prepare_work, write_work
-from precompute.encoding.vae_encoder import LatentEncoder, finite
-from precompute.planning.job import Job
-from precompute.planning.plan import ProductPlan
+from precompute.encoding.encoder_clock import EncoderClock
+from precompute.encoding.load_image import load_image
+from precompute.encoding.pipeline import Batch, build_shards
+from precompute.encoding.shard_build import ShardBuild, prepare_build
+from precompute.encoding.vae_encoder import VaeEncoder, is_finite
+from precompute.planning.context import Context
+from precompute.sources.source import Kind
 from sd3 import images
 from sd3.images import BadImage
 from shards.format import sidecar
@@ -27,166 +28,193 @@ from shards.format.writer import write_shard
 USUAL_BATCH = 8
 
 
-class Pictures(NamedTuple):
-    """The images of a batch, [B, 3, H, W] from 0 to 255, and why some are none, by position."""
+class LoadedImages(NamedTuple):
+    """The images of a batch, and why some of them cannot be used, by position.
+
+    Pixels are [B, 3, H, W], 0 to 255, and 0 in slots that are not encoded; None without images.
+    """
 
     pixels: Tensor | None
     reasons: dict[int, str]
 
 
-def latent_pass(
-    job: Job, validation_embeds: dict[str, dict[str, Tensor]], check: Check, busy: EncoderClock
-) -> None:
-    """Write the unfinished latent, conditioning and validation shards.
+class ImagePass:
+    """How the records of latents or of conditioning latents are made: an `EncodingPass`.
 
     Args:
-        job: what is to be made.
-        validation_embeds: see `text_pass`.
-        check: called after each shard; may end the run.
-        busy: counts the time spent encoding.
+        context: of the run.
+        encoder: the VAE's encoder.
+        batch_size: of the encoder.
+        kind: which of a row's images are encoded.
     """
-    latents, conditioning = job.todo(job.latents), job.todo(job.conditioning)
-    validation = job.todo(job.validation)
-    if not (latents or conditioning or validation):
-        return
-    config = job.config
-    encoder = LatentEncoder(job.base, job.latent_settings, job.device, config.variant)
-    # The largest shape; the others take no more.
-    width, height = max(job.latent_settings.shapes, key=lambda shape: shape[0] * shape[1])
 
-    def attempt(count: int) -> object:
-        pixels = torch.zeros(count, 3, height, width, dtype=torch.uint8)
-        return encoder.encode(pixels, "-1_1", "latent", BatchSize(count))
+    def __init__(
+        self, context: Context, encoder: VaeEncoder, batch_size: BatchSize, kind: Kind
+    ) -> None:
+        products, inventory = context.products, context.inventory
+        self.context = context
+        self.encoder = encoder
+        self.batch_size = batch_size
+        self.kind = kind
+        self.num_loaders = context.config.dataloader_num_workers
+        if kind == "image":
+            self.product, self.faults = products.latents, inventory.faults
+            self.tensor_name, self.pixel_range = "latent", "-1_1"
+        else:
+            self.product, self.faults = products.conditioning, inventory.conditioning_faults
+            self.tensor_name = "conditioning_latent"
+            self.pixel_range = context.specs.conditioning.pixel_range
 
-    size = find_batch_size(config.vae_batch_size, USUAL_BATCH, job.device, attempt)
-    total = sum(len(job.latents.shard(shard).items) for shard in latents)
-    total += sum(len(job.conditioning.shard(shard).items) for shard in conditioning)
-    with tqdm(total=total, unit="image", desc="latents", disable=job.quiet) as bar:
-        for product, todo, kind in (
-            (job.latents, latents, "latent"),
-            (job.conditioning, conditioning, "conditioning_latent"),
-        ):
-            _encode_product(job, encoder, product, todo, kind, size, bar, check, busy)
-    for shard in validation:
-        plan = job.validation.shard(shard)
-        write_shard(
-            job.validation.folder,
-            shard,
-            _validation_records(job, encoder, shard, validation_embeds, size),
-            fingerprint=plan.fingerprint,
-            identity=job.validation.identity_digest,
-            num_bytes=job.validation.shard_bytes(plan),
+    def prepare(self, shard: int) -> ShardBuild:
+        """Return the build of a shard, without the rows that are known to be bad.
+
+        Raises:
+            ShardError: the shard of the latents has vanished.
+        """
+        context = self.context
+        build = prepare_build(
+            self.product, shard, lambda item: context.metadata(self.product, item)
         )
-        check()
+        if self.kind == "image":
+            build.caption_keys = context.caption_keys(build.plan)
+            latent_keys = set(build.keys)
+        else:
+            latent_keys = self._latent_keys(shard)
+        for position, item in enumerate(build.plan.items):
+            reason = self.faults.get(context.row_of(int(item)))
+            if build.keys[position] not in latent_keys:
+                build.leave_out(position, None)  # the latents' sidecar says why
+            elif reason:
+                build.leave_out(position, Skipped(context.row_name(int(item)), reason))
+        return build
 
+    def _latent_keys(self, shard: int) -> set[str]:
+        """Return the keys of a shard's latents; without one, a conditioning image is no sample."""
+        folder = self.context.products.latents.folder
+        latents = sidecar.load(folder, shard)
+        if latents is None:
+            raise ShardError(f"{folder}: shard {shard:06d} vanished while working")
+        return set(latents.keys)
 
-def _encode_product(
-    job: Job,
-    encoder: LatentEncoder,
-    product: ProductPlan,
-    todo: Sequence[int],
-    kind: str,
-    size: BatchSize,
-    bar: "tqdm[Any]",
-    check: Check,
-    busy: EncoderClock,
-) -> None:
-    """Write the unfinished shards of the latents or of the conditioning latents."""
-    controls = kind != "latent"
-    pixel_range = job.conditioning_spec.pixel_range if controls else "-1_1"
-
-    def load(batch: Batch) -> Pictures:
-        items, bucket = batch.work.plan.items, batch.work.plan.bucket
-        width, height = job.latent_settings.shapes[bucket]
+    def load(self, batch: Batch) -> LoadedImages:
+        """Return the images of a batch."""
+        plan = batch.build.plan
+        width, height = self.context.specs.latent_settings.shapes[plan.bucket]
         pixels, reasons = None, {}
-        for at, place in batch.wanted.items():
+        for position, index in batch.to_encode.items():
+            item = int(plan.items[position])
             try:
-                picture = load_picture(job, int(items[at]), (width, height), controls=controls)
+                image = load_image(self.context, item, (width, height), self.kind)
             except BadImage as error:
-                reasons[at] = str(error)
+                reasons[position] = str(error)
                 continue
             if pixels is None:
                 pixels = torch.zeros(
                     (batch.size, 3, height, width),
                     dtype=torch.uint8,
-                    pin_memory=job.device.type == "cuda",
+                    pin_memory=self.context.device.type == "cuda",
                 )
-            pixels[place] = images.to_uint8(picture)
-        return Pictures(pixels, reasons)
+            pixels[index] = images.to_uint8(image)
+        return LoadedImages(pixels, reasons)
 
-    def encode(loaded: Pictures) -> AsyncHostCopy | None:
+    def encode(self, loaded: LoadedImages) -> AsyncHostCopy | None:
+        """Return the latents of a batch."""
         if loaded.pixels is None:
             return None
-        return encoder.encode(loaded.pixels, pixel_range, kind, size)
-
-    def records(found: Encoded[Pictures]) -> Iterator[Record]:
-        work, reasons = found.batch.work, found.loaded.reasons
-        tensors = found.tensors.wait() if found.tensors else {}
-        for at, place in found.batch.wanted.items():
-            one = {name: tensor[place] for name, tensor in tensors.items()}
-            reason = reasons.get(at) or ("" if finite(one) else f"{kind} is not finite")
-            if reason:
-                work.skipped.append(Skipped(job.row_name(int(work.plan.items[at])), reason))
-            else:
-                # A record of its own, not a view that keeps the whole batch.
-                yield Record(work.keys[at], one, job.about(product, int(work.plan.items[at])))
-
-    def works() -> Iterator[Work]:
-        for shard in todo:
-            work = prepare_work(product, shard, lambda item: job.about(product, item))
-            _leave_out(job, work, controls=controls)
-            yield work
-
-    for work, encoded in encode_ahead(
-        works(),
-        load,
-        encode,
-        batch_size=size,
-        num_threads=job.config.dataloader_num_workers,
-        busy=busy,
-    ):
-        write_work(
-            work,
-            in_order(encoded, records, bar),
-            None if controls else job.captions(work.plan),
+        return self.encoder.encode(
+            loaded.pixels, self.pixel_range, self.tensor_name, self.batch_size
         )
-        job.bad.add(work.skipped)
+
+    def records(
+        self, batch: Batch, loaded: LoadedImages, tensors: dict[str, Tensor]
+    ) -> Iterator[Record]:
+        """Yield the records of a batch; note the rows that cannot be used."""
+        build = batch.build
+        for position, index in batch.to_encode.items():
+            item = int(build.plan.items[position])
+            latent = {name: tensor[index] for name, tensor in tensors.items()}
+            reason = loaded.reasons.get(position)
+            if not reason and not is_finite(latent):
+                reason = f"{self.tensor_name} is not finite"
+            if reason:
+                build.skipped.append(Skipped(self.context.row_name(item), reason))
+            else:
+                metadata = self.context.metadata(self.product, item)
+                yield Record(build.keys[position], latent, metadata)
+
+
+def encode_images(
+    context: Context,
+    validation_embeds: dict[str, dict[str, Tensor]],
+    check: Check,
+    clock: EncoderClock,
+) -> None:
+    """Build the missing shards of latents, conditioning latents and validation pairs.
+
+    Args:
+        context: of the run.
+        validation_embeds: embeddings of the validation prompts by prompt, from `encode_text`.
+        check: called between shards; may end the run.
+        clock: measures the time spent encoding.
+    """
+    products = context.products
+    latents = context.shards_to_build(products.latents)
+    conditioning = context.shards_to_build(products.conditioning)
+    validation = context.shards_to_build(products.validation)
+    if not (latents or conditioning or validation):
+        return
+    specs, config = context.specs, context.config
+    encoder = VaeEncoder(specs.base, specs.latent_settings, context.device, config.variant)
+    width, height = specs.latent_settings.largest_shape  # the others take no more memory
+
+    def attempt(count: int) -> object:
+        pixels = torch.zeros(count, 3, height, width, dtype=torch.uint8)
+        return encoder.encode(pixels, "-1_1", "latent", BatchSize(count))
+
+    size = find_batch_size(config.vae_batch_size, USUAL_BATCH, context.device, attempt)
+    total = products.latents.count_records(latents)
+    total += products.conditioning.count_records(conditioning)
+    with tqdm(total=total, unit="image", desc="latents", disable=context.quiet) as bar:
+        for image_pass, shards in (
+            (ImagePass(context, encoder, size, "image"), latents),
+            # After all latents, since it reads their sidecars.
+            (ImagePass(context, encoder, size, "conditioning_image"), conditioning),
+        ):
+            build_shards(
+                image_pass,
+                shards,
+                bad_rows=context.bad_rows,
+                clock=clock,
+                check=check,
+                written=lambda build: bar.update(len(build.plan.items)),
+            )
+    for shard in validation:
+        records = _validation_records(context, encoder, shard, validation_embeds, size)
+        plan = products.validation.shard(shard)
+        write_shard(
+            products.validation.folder,
+            shard,
+            records,
+            fingerprint=plan.fingerprint,
+            identity=products.validation.identity_digest,
+            num_bytes=products.validation.shard_bytes(plan),
+        )
         check()
 
 
-def _leave_out(job: Job, work: Work, *, controls: bool) -> None:
-    """Take rows out of a shard's work that are known to be of no use, and say why."""
-    present = None
-    if controls:
-        # A conditioning image without its image is no sample.
-        card = sidecar.load(job.latents.folder, work.plan.shard)
-        if card is None:
-            raise ShardError(
-                f"{job.latents.folder}: shard {work.plan.shard:06d} vanished while working"
-            )
-        present = set(card.keys)
-    faults = job.inventory.conditioning_faults if controls else job.inventory.faults
-    for at, item in enumerate(work.plan.items):
-        reason = faults.get(job.row_of(int(item)))
-        if present is not None and work.keys[at] not in present:
-            work.leave_out(at, None)
-        elif reason:
-            work.leave_out(at, Skipped(job.row_name(int(item)), reason))
-
-
 def _validation_records(
-    job: Job,
-    encoder: LatentEncoder,
+    context: Context,
+    encoder: VaeEncoder,
     shard: int,
     embeds: dict[str, dict[str, Tensor]],
     size: BatchSize,
 ) -> Iterator[Record]:
-    pixel_range = job.conditioning_spec.pixel_range
-    plan = job.validation.shard(shard)
-    for at, item in enumerate(plan.items):
-        pair = job.pairs[int(item)]
+    """Yield the records of a shard of validation pairs."""
+    validation, pixel_range = context.products.validation, context.specs.conditioning.pixel_range
+    plan = validation.shard(shard)
+    for position, pair in enumerate(context.pairs_of(shard)):
         pixels = pair.conditioning_image[None]
         latent = encoder.encode(pixels, pixel_range, "conditioning_latent", size).wait()
         tensors = {name: tensor[0] for name, tensor in latent.items()}
         tensors |= {"conditioning_image": pair.conditioning_image} | embeds[pair.prompt]
-        yield Record(plan.key(at, job.validation.ids), tensors, {"prompt": pair.prompt})
+        yield Record(plan.key(position, validation.ids), tensors, {"prompt": pair.prompt})

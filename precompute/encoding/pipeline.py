@@ -1,37 +1,39 @@
-"""From planned shards to written ones: what is loaded and encoded runs ahead of what is written.
+"""From planned shards to written ones: loading, encoding and writing overlap.
 
-Threads load (decode, resize, tokenize) batches ahead; one more thread encodes them, also ahead; the
-caller's thread writes. All three leave Python's lock for most of their time, so they overlap, and
-on a GPU the copy to the host overlaps as well.
+Threads load batches ahead (decode, resize, tokenize). One thread encodes them, also ahead. The
+caller's thread collects the records of a shard, and one more thread writes the shard. All of them
+release Python's lock for most of their time, so they overlap; on a GPU, so does the copy to the
+host. Beside the batches ahead, two shards at most are in memory: one being collected and one being
+written.
 
-A record's bytes depend on its content, its slot and the size of the batches, never on what else is
-in the batch: a batch is a fixed run of slots, and the places of those that are not encoded hold
-zeros. So a record that stands where it stood is taken over from the old shard, and nobody can tell.
+A record's bytes depend on its content, its slot and the size of the batches, never on the rest of
+its batch: a batch is a fixed run of slots, and those that are not encoded hold zeros. So a record
+that keeps its slot can be taken from the old shard: encoding it again gives the same bytes.
 """
 
 import contextlib
 import itertools
-import time
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, Generic, TypeVar
+from functools import cached_property
+from typing import Generic, Protocol, TypeVar
 
-import torch
-from tqdm import tqdm
+from torch import Tensor
 
 from common.device import AsyncHostCopy
-from common.errors import ShardError
+from common.interruption import Check
 from common.prefetch import prefetch
 from precompute.encoding.batch_size import BatchSize
-from precompute.encoding.shard_build import Work
-from shards.format import sidecar
+from precompute.encoding.encoder_clock import EncoderClock
+from precompute.encoding.shard_build import ShardBuild
+from precompute.encoding.shard_writer import ShardWriter
+from precompute.planning.bad_rows import BadRows
 from shards.format.members import Members
-from shards.format.records import Record
+from shards.format.records import Record, to_members
 
 Loaded = TypeVar("Loaded")
-# Encoded batches that may wait while a full shard is being committed.
+# Encoded batches that may wait for the caller's thread.
 BATCHES_AHEAD = 8
 
 
@@ -40,163 +42,168 @@ class Batch:
     """A run of a shard's slots.
 
     Attributes:
-        work: the shard.
+        build: the shard.
         size: slots in the run, and items in the encoder's batch.
-        positions: of the items in these slots, among the shard's.
+        positions: of the items in these slots, among the items of the shard.
     """
 
-    work: Work
+    build: ShardBuild
     size: int
     positions: Sequence[int]
 
-    @property
-    def wanted(self) -> dict[int, int]:
-        """Return the items to encode: position in the shard -> place in the batch."""
-        rows = self.work.plan.rows
-        return {at: int(rows[at]) % self.size for at in self.positions if at in self.work.wanted}
+    @cached_property
+    def to_encode(self) -> dict[int, int]:
+        """The items to encode: position among the shard's items -> index in the batch."""
+        slots = self.build.plan.slots
+        return {
+            position: int(slots[position]) % self.size
+            for position in self.positions
+            if position in self.build.to_encode
+        }
+
+
+class EncodingPass(Protocol[Loaded]):
+    """How the records of one product are made.
+
+    Attributes:
+        batch_size: of the encoder.
+        num_loaders: how many threads may call `load` at once.
+    """
+
+    batch_size: BatchSize
+    num_loaders: int
+
+    def prepare(self, shard: int) -> ShardBuild:
+        """Return the build of a shard: what it keeps, encodes and leaves out."""
+        ...
+
+    def load(self, batch: Batch) -> Loaded:
+        """Return the encoder's input for a batch; called in threads."""
+        ...
+
+    def encode(self, loaded: Loaded) -> AsyncHostCopy | None:
+        """Return the encoder's output, or None if the batch has nothing to encode.
+
+        Called in one thread.
+        """
+        ...
+
+    def records(self, batch: Batch, loaded: Loaded, tensors: dict[str, Tensor]) -> Iterator[Record]:
+        """Yield the records of a batch.
+
+        Args:
+            batch: the batch.
+            loaded: what `load` returned for it.
+            tensors: the encoder's output, [batch size, ...] each; empty without output.
+        """
+        ...
 
 
 @dataclass
-class Encoded(Generic[Loaded]):
-    """A batch, what was loaded for it and, if there was anything, what came of it."""
+class EncodedBatch(Generic[Loaded]):
+    """A batch with the input and the output of its encoder."""
 
     batch: Batch
     loaded: Loaded
-    tensors: AsyncHostCopy | None
+    output: AsyncHostCopy | None
 
 
-class EncoderClock:
-    """How long encoders computed.
+def build_shards(
+    encoding_pass: EncodingPass[Loaded],
+    shards: Sequence[int],
+    *,
+    bad_rows: BadRows,
+    clock: EncoderClock,
+    check: Check,
+    written: Callable[[ShardBuild], object],
+) -> None:
+    """Encode and write shards of one product, in order; return when all are on disk.
 
     Args:
-        device: where they do; a GPU's own clock counts there.
+        encoding_pass: makes the product's records.
+        shards: numbers of the shards.
+        bad_rows: counts the rows that are left out.
+        clock: measures the time spent encoding.
+        check: called between shards; may end the run.
+        written: called in the writer's thread after each shard is on disk.
 
-    Attributes:
-        began: when the first of them did, by `time.perf_counter`; 0 before.
+    Raises:
+        ShardError: too many rows are bad, or the source has changed; finished shards are kept.
+        OSError: a shard cannot be written; finished shards are kept.
     """
-
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-        self.began = 0.0
-        self._seconds = 0.0
-        self._running: deque[tuple[torch.cuda.Event, torch.cuda.Event]] = deque()
-
-    @contextlib.contextmanager
-    def __call__(self) -> Iterator[None]:
-        """Count the time until what the block asks for is computed."""
-        start = time.perf_counter()
-        self.began = self.began or start
-        if self.device.type != "cuda":
-            yield
-            self._seconds += time.perf_counter() - start
-            return
-        events = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        events[0].record()
-        yield
-        events[1].record()
-        self._running.append(events)
-        while self._running[0][1].query() and len(self._running) > 1:
-            self._count_first()
-
-    def _count_first(self) -> None:
-        first, last = self._running.popleft()
-        self._seconds += first.elapsed_time(last) / 1000
-
-    @property
-    def seconds(self) -> float:
-        """How long they have computed so far."""
-        if self._running:
-            torch.cuda.synchronize(self.device)
-        while self._running:
-            self._count_first()
-        return self._seconds
+    with (
+        ShardWriter(written) as writer,
+        contextlib.closing(_encoded_batches(encoding_pass, shards, clock)) as encoded,
+    ):
+        for build, batches in itertools.groupby(encoded, key=lambda one: one.batch.build):
+            members: list[Members] = []
+            for batch in batches:
+                members += _members(encoding_pass, batch)
+                writer.raise_error()
+            writer.submit(build, members)
+            bad_rows.add(build.skipped)
+            check()
 
 
-def batches_of(work: Work, size: int) -> Iterator[Batch]:
+def _encoded_batches(
+    encoding_pass: EncodingPass[Loaded], shards: Sequence[int], clock: EncoderClock
+) -> Generator[EncodedBatch[Loaded], None, None]:
+    """Yield the batches of shards, loaded and encoded ahead in threads."""
+
+    def load(batch: Batch) -> tuple[Batch, Loaded]:
+        return batch, encoding_pass.load(batch)
+
+    def encode(batch_and_loaded: tuple[Batch, Loaded]) -> EncodedBatch[Loaded]:
+        batch, loaded = batch_and_loaded
+        with clock.measure():
+            return EncodedBatch(batch, loaded, encoding_pass.encode(loaded))
+
+    batches = (
+        batch
+        for shard in shards
+        for batch in batches_of(encoding_pass.prepare(shard), encoding_pass.batch_size.now)
+    )
+    num_loaders = encoding_pass.num_loaders
+    with (
+        ThreadPoolExecutor(num_loaders, "load") as loaders,
+        ThreadPoolExecutor(1, "encode") as encoder,
+        contextlib.closing(prefetch(loaders, load, batches, num_loaders + 1)) as loaded,
+        contextlib.closing(prefetch(encoder, encode, loaded, BATCHES_AHEAD)) as encoded,
+    ):
+        yield from encoded
+
+
+def batches_of(build: ShardBuild, size: int) -> Iterator[Batch]:
     """Yield a shard's batches; at least one, which may be empty.
 
     Args:
-        work: the shard.
-        size: of the encoder's batches; never more than a shard has slots.
+        build: the shard.
+        size: of the encoder's batches; a shard with fewer slots is one batch.
     """
-    slots = work.product.layout.slots(work.plan.shard)
+    slots = build.product.layout.slots(build.plan.shard)
     size = min(size, slots.stop - slots.start)
-    runs = itertools.groupby(range(len(work.plan.items)), lambda at: work.plan.rows[at] // size)
-    found = [list(positions) for _, positions in runs]
-    for positions in found or [[]]:
-        yield Batch(work, size, positions)
+    positions = range(len(build.plan.items))
+    runs = itertools.groupby(positions, lambda position: build.plan.slots[position] // size)
+    batches = [list(run) for _, run in runs]
+    for batch in batches or [[]]:
+        yield Batch(build, size, batch)
 
 
-def encode_ahead(
-    works: Iterable[Work],
-    load: Callable[[Batch], Loaded],
-    encode: Callable[[Loaded], AsyncHostCopy | None],
-    *,
-    batch_size: BatchSize,
-    num_threads: int,
-    busy: EncoderClock,
-) -> Iterator[tuple[Work, Iterator[Encoded[Loaded]]]]:
-    """Yield each shard's work with its batches, encoded; the batches are to be consumed.
-
-    Args:
-        works: the shards to make.
-        load: reads what a batch needs; called in threads.
-        encode: computes, or returns None where nothing of what was loaded is to be encoded; called
-            in a thread of its own.
-        batch_size: of the encoder.
-        num_threads: that load.
-        busy: counts the time spent encoding.
-    """
-
-    def loading(batch: Batch) -> tuple[Batch, Loaded]:
-        return batch, load(batch)
-
-    def encoding(found: tuple[Batch, Loaded]) -> Encoded[Loaded]:
-        batch, loaded = found
-        with busy():
-            return Encoded(batch, loaded, encode(loaded))
-
-    batches = (batch for work in works for batch in batches_of(work, batch_size.now))
-    with (
-        ThreadPoolExecutor(num_threads, "load") as loaders,
-        ThreadPoolExecutor(1, "encode") as encoder,
-        contextlib.closing(prefetch(loaders, loading, batches, num_threads + 1)) as loaded,
-        contextlib.closing(prefetch(encoder, encoding, loaded, BATCHES_AHEAD)) as encoded,
-    ):
-        yield from itertools.groupby(encoded, key=lambda one: one.batch.work)
-
-
-def in_order(
-    encoded: Iterator[Encoded[Any]],
-    records: Callable[[Encoded[Any]], Iterator[Record]],
-    bar: "tqdm[Any]",
-) -> Iterator[Record | Members]:
-    """Yield the records of a shard by their rows, those that are kept in between.
-
-    Args:
-        encoded: the shard's batches.
-        records: makes records of a batch.
-        bar: moves on a batch at a time.
+def _members(
+    encoding_pass: EncodingPass[Loaded], encoded: EncodedBatch[Loaded]
+) -> Iterator[Members]:
+    """Yield the members of a batch's records, kept and encoded, by ascending slot.
 
     Raises:
-        ShardError: a record that was to be kept is damaged.
+        ShardError: a record that is to be kept is damaged.
     """
-    with contextlib.ExitStack() as tar_of_old:
-        tar = None
-        for found in encoded:
-            work = found.batch.work
-            made = {record.key: record for record in records(found)}
-            for at in found.batch.positions:
-                if at in work.kept:
-                    tar = tar or tar_of_old.enter_context(
-                        sidecar.tar_path(work.product.folder, work.plan.shard).open("rb")
-                    )
-                    members = work.kept[at].read(tar)
-                    if members is None:
-                        raise ShardError(
-                            f"{tar.name}: changed while precompute was running; run again"
-                        )
-                    yield members
-                elif work.keys[at] in made:
-                    yield made[work.keys[at]]
-            bar.update(len(found.batch.positions))
+    batch, build = encoded.batch, encoded.batch.build
+    tensors = encoded.output.wait() if encoded.output else {}
+    members = {
+        record.key: to_members(record)
+        for record in encoding_pass.records(batch, encoded.loaded, tensors)
+    }
+    members |= {record.key: record for record in build.read_kept(batch.positions)}
+    for position in batch.positions:
+        if build.keys[position] in members:
+            yield members[build.keys[position]]

@@ -1,6 +1,6 @@
-"""A shard in the making: what the one on disk has already, and what is to be encoded."""
+"""A shard that is being built: which of its records exist already, and which must be encoded."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import IO, Any, NamedTuple
 
@@ -10,13 +10,12 @@ from common.errors import ShardError
 from precompute.planning.plan import ProductPlan, ShardPlan
 from shards.format import sidecar
 from shards.format.members import Members, metadata_to_bytes
-from shards.format.records import Record
 from shards.format.sidecar import Skipped
 from shards.format.writer import write_shard
 
 
-class Kept(NamedTuple):
-    """A record in the shard on disk: where its two members lie, and their checksums."""
+class ExistingRecord(NamedTuple):
+    """A record in the shard on disk: its key, where its two members lie, and their checksums."""
 
     key: str
     span: tuple[int, ...]
@@ -33,107 +32,115 @@ class Kept(NamedTuple):
 
 
 @dataclass(eq=False)
-class Work:
-    """A shard in the making.
+class ShardBuild:
+    """A shard that is being built; positions are those of its items in the plan.
 
     Attributes:
-        product: that it is of.
-        plan: what it is to hold.
-        keys: of its items' records.
-        abouts: of its items' records, the JSON members.
-        kept: records that the shard on disk has already, by position among the items.
-        wanted: positions of the items that are to be encoded; the others are kept or left out.
-        skipped: rows left out so far.
+        product: the shard's product.
+        plan: what the shard is to hold.
+        keys: of the items' records.
+        metadata: JSON members of the items' records.
+        kept: records that the shard on disk has already, by position.
+        to_encode: positions of the items to encode; all others are kept or left out.
+        skipped: rows that are left out so far.
+        caption_keys: for latents, the keys of each image's prompts by the image's key.
     """
 
     product: ProductPlan
     plan: ShardPlan
     keys: list[str]
-    abouts: list[bytes]
-    kept: dict[int, Kept] = field(default_factory=dict)
-    wanted: set[int] = field(default_factory=set)
+    metadata: list[bytes]
+    kept: dict[int, ExistingRecord] = field(default_factory=dict)
+    to_encode: set[int] = field(default_factory=set)
     skipped: list[Skipped] = field(default_factory=list)
+    caption_keys: Mapping[str, list[str]] | None = None
 
-    def leave_out(self, at: int, skipped: Skipped | None) -> None:
-        """Neither keep nor encode an item; with a reason, say so in the sidecar."""
-        self.kept.pop(at, None)
-        self.wanted.discard(at)
+    def leave_out(self, position: int, skipped: Skipped | None) -> None:
+        """Neither keep nor encode an item; with a reason, list its row in the sidecar."""
+        self.kept.pop(position, None)
+        self.to_encode.discard(position)
         if skipped is not None:
             self.skipped.append(skipped)
 
+    def read_kept(self, positions: Iterable[int]) -> list[Members]:
+        """Return the members of the kept records among some items.
 
-def prepare_work(product: ProductPlan, shard: int, about: Callable[[int], dict[str, Any]]) -> Work:
-    """Return a shard's work, with what the shard on disk has already.
+        Raises:
+            ShardError: one of them is damaged.
+        """
+        kept = [self.kept[position] for position in positions if position in self.kept]
+        if not kept:
+            return []
+        records = []
+        with sidecar.tar_path(self.product.folder, self.plan.shard).open("rb") as tar:
+            for record in kept:
+                members = record.read(tar)
+                if members is None:
+                    raise ShardError(f"{tar.name}: changed while precompute was running; run again")
+                records.append(members)
+        return records
+
+    def write(self, records: Sequence[Members]) -> None:
+        """Write the shard's tar and its sidecar.
+
+        Args:
+            records: the members of its records, by ascending slot.
+        """
+        keys = self.caption_keys
+        write_shard(
+            self.product.folder,
+            self.plan.shard,
+            records,
+            fingerprint=self.plan.fingerprint,
+            identity=self.product.identity_digest,
+            num_bytes=self.product.shard_bytes(self.plan),
+            skipped=self.skipped,
+            prompts=[] if keys is None else [keys[record.key] for record in records],
+            captions=self.plan.captions,
+        )
+
+
+def prepare_build(
+    product: ProductPlan, shard: int, metadata: Callable[[int], dict[str, Any]]
+) -> ShardBuild:
+    """Return the build of a shard; it keeps what the shard on disk has already.
 
     Args:
-        product: that it is of.
+        product: the shard's product.
         shard: its number.
-        about: the JSON member of an item's record.
+        metadata: returns the JSON member of an item's record.
     """
     plan = product.shard(shard)
-    ids = product.ids
-    work = Work(
+    build = ShardBuild(
         product,
         plan,
-        keys=[plan.key(at, ids) for at in range(len(plan.items))],
-        abouts=[metadata_to_bytes(about(int(item))) for item in plan.items],
+        keys=[plan.key(position, product.ids) for position in range(len(plan.items))],
+        metadata=[metadata_to_bytes(metadata(int(item))) for item in plan.items],
     )
-    work.kept = _kept(work)
-    work.wanted = set(range(len(plan.items))) - work.kept.keys()
-    return work
+    build.kept = _find_kept(build)
+    build.to_encode = set(range(len(plan.items))) - build.kept.keys()
+    return build
 
 
-def write_work(
-    work: Work,
-    records: Iterator[Record | Members],
-    captions: Mapping[str, list[str]] | None = None,
-) -> None:
-    """Write a shard.
-
-    Args:
-        work: what it is to hold; its list of skipped rows may grow meanwhile.
-        records: by their rows.
-        captions: of latents, the keys of the prompts by that of the image.
-    """
-    prompts: list[list[str]] = []
-
-    def noted() -> Iterator[Record | Members]:
-        for record in records:
-            if captions is not None:
-                prompts.append(captions[record.key])
-            yield record
-
-    write_shard(
-        work.product.folder,
-        work.plan.shard,
-        noted(),
-        fingerprint=work.plan.fingerprint,
-        identity=work.product.identity_digest,
-        num_bytes=work.product.shard_bytes(work.plan),
-        skipped=work.skipped,
-        prompts=prompts,
-        captions=work.plan.captions,
-    )
-
-
-def _kept(work: Work) -> dict[int, Kept]:
-    """Return the records of the shard on disk that are as those to be made."""
-    product = work.product
-    folder, shard = product.folder, work.plan.shard
+def _find_kept(build: ShardBuild) -> dict[int, ExistingRecord]:
+    """Return the planned records that the shard on disk has already, by position."""
+    product = build.product
+    folder, shard = product.folder, build.plan.shard
     try:
-        card = sidecar.load(folder, shard)
-        if card is None or card.identity != product.identity_digest:
+        existing = sidecar.load(folder, shard)
+        if existing is None or existing.identity != product.identity_digest:
             return {}
-        positions = {key: at for at, key in enumerate(work.keys)}
+        positions = {key: position for position, key in enumerate(build.keys)}
         kept = {}
         with sidecar.tar_path(folder, shard).open("rb") as tar:
-            for key, span, checksums in zip(card.keys, card.spans, card.checksums, strict=True):
-                at = positions.get(key)
-                if at is not None:
-                    one = Kept(key, tuple(span), checksums)
-                    members = one.read(tar)
-                    if members is not None and members.metadata == work.abouts[at]:
-                        kept[at] = one
+            for entry in zip(existing.keys, existing.spans, existing.checksums, strict=True):
+                key, span, checksums = entry
+                position = positions.get(key)
+                if position is not None:
+                    record = ExistingRecord(key, tuple(span), checksums)
+                    members = record.read(tar)
+                    if members is not None and members.metadata == build.metadata[position]:
+                        kept[position] = record
     except (ShardError, OSError):
-        return {}  # damaged: all of it is made again
+        return {}  # the shard is damaged: encode all of it again
     return kept

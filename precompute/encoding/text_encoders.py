@@ -1,7 +1,9 @@
-"""The text pass: every distinct prompt through CLIP-L, CLIP-G and T5, once.
+"""The text encoders: CLIP-L, CLIP-G and T5.
 
-Axes: B prompts, T tokens, W embedding width. What is computed is what the stock
-StableDiffusion3Pipeline.encode_prompt computes, less the zeros it pads CLIP's width with.
+They compute what diffusers' StableDiffusion3Pipeline.encode_prompt computes, without the zeros that
+it appends to CLIP's width.
+
+Axes: B prompts, T tokens, W embedding width.
 """
 
 from collections.abc import Sequence
@@ -15,11 +17,7 @@ from torch import Tensor
 from common.device import AsyncHostCopy
 from common.errors import ShardError
 from precompute.encoding.batch_size import BatchSize, in_parts
-from precompute.planning.encoder_spec import (
-    CLIP_COMPONENTS,
-    T5_COMPONENTS,
-    TextSettings,
-)
+from precompute.planning.encoder_spec import CLIP_COMPONENTS, T5_COMPONENTS, TextSettings
 from sd3.pretrained import component_variant
 
 
@@ -46,17 +44,10 @@ class TextEncoders:
         settings: token length and number formats.
         device: where they run.
         variant: variant of the weight files.
-        compiled: whether torch compiles them.
     """
 
     def __init__(
-        self,
-        base: Path,
-        settings: TextSettings,
-        device: torch.device,
-        variant: str | None,
-        *,
-        compiled: bool = False,
+        self, base: Path, settings: TextSettings, device: torch.device, variant: str | None
     ) -> None:
         from transformers import (
             CLIPTextModelWithProjection,
@@ -76,11 +67,10 @@ class TextEncoders:
                 variant=component_variant(base / name, variant),
                 dtype=dtype,
                 use_safetensors=True,
-                # Straight to where they run: one copy, at no time two.
+                # Load onto the device directly, so that there are never two copies.
                 device_map={"": str(device)},
             )
-            model.eval()
-            return torch.compile(model, dynamic=False) if compiled else model
+            return model.eval()
 
         self.tokenizers = [
             CLIPTokenizer.from_pretrained(base, subfolder=name) for name, _ in CLIP_COMPONENTS
@@ -90,7 +80,7 @@ class TextEncoders:
         self.t5 = load(T5EncoderModel, T5_COMPONENTS[1])
 
     def tokenize(self, prompts: Sequence[str]) -> Tokens:
-        """Return the tokens of a batch of prompts; not for two threads at once."""
+        """Return the tokens of a batch of prompts; must not run in two threads at once."""
         length = self.tokenizers[0].model_max_length
         uncut = self.t5_tokenizer(list(prompts), truncation=False, verbose=False).input_ids
         return Tokens(
@@ -101,13 +91,15 @@ class TextEncoders:
 
     @torch.no_grad()
     def encode(self, tokens: Tokens, size: BatchSize) -> AsyncHostCopy:
-        """Return `clip_embeds` [B, T, W], `t5_embeds` [B, T, W] and `pooled_embeds` [B, W].
-
-        They are on their way to the CPU, in the cache's number format.
+        """Return the embeddings of prompts, in the cache's number format.
 
         Args:
             tokens: of the prompts.
-            size: how many of them go through the encoders at once.
+            size: how many prompts are encoded at once.
+
+        Returns:
+            `clip_embeds` [B, T, W], `t5_embeds` [B, T, W] and `pooled_embeds` [B, W], while they
+            are copied to the host.
         """
         embeds = in_parts(self._embeds, [tokens.t5, *tokens.clip], size)
         return AsyncHostCopy(embeds, getattr(torch, self.settings.cache_dtype))
@@ -116,7 +108,7 @@ class TextEncoders:
         hidden, pooled = [], []
         for ids, encoder in zip(clip, self.clips, strict=True):
             output = encoder(ids.to(self.device, non_blocking=True), output_hidden_states=True)
-            # The projection of the end token, and the last but one layer: SD3's choice.
+            # SD3 takes the projection of the end token and the last layer but one.
             pooled.append(output[0])
             hidden.append(output.hidden_states[-2])
         return {
@@ -139,19 +131,19 @@ class TextEncoders:
 
 @dataclass
 class LongPrompts:
-    """How many prompts had more T5 tokens than are kept, and the longest."""
+    """How many prompts have more T5 tokens than are kept, and the length of the longest prompt."""
 
     count: int = 0
     most_tokens: int = 0
 
     def add(self, num_tokens: int, limit: int) -> None:
-        """Count a prompt if it is one."""
+        """Count a prompt if it has more tokens than the limit."""
         self.count += num_tokens > limit
         self.most_tokens = max(self.most_tokens, num_tokens)
 
 
 def require_finite(tensors: dict[str, Tensor], prompt: str) -> None:
-    """Raise unless all embeddings of a prompt are numbers.
+    """Raise unless all embeddings of a prompt are finite.
 
     Raises:
         ShardError: naming the prompt and the way out.

@@ -1,4 +1,4 @@
-"""The text pass: unfinished text shards through the text encoders."""
+"""The text pass: prompts through the text encoders."""
 
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -6,92 +6,133 @@ from typing import NamedTuple
 from torch import Tensor
 from tqdm import tqdm
 
+from common.device import AsyncHostCopy
 from common.interruption import Check
 from precompute.encoding.batch_size import BatchSize, find_batch_size
-from precompute.encoding.pipeline import Batch, Encoded, EncoderClock, encode_ahead, in_order
-from precompute.encoding.shard_build import prepare_work, write_work
+from precompute.encoding.encoder_clock import EncoderClock
+from precompute.encoding.pipeline import Batch, build_shards
+from precompute.encoding.shard_build import ShardBuild, prepare_build
 from precompute.encoding.text_encoders import LongPrompts, TextEncoders, Tokens, require_finite
-from precompute.planning.job import Job
+from precompute.planning.context import Context
 from shards.format.records import Record
 
 USUAL_BATCH = 32
+Embeddings = dict[str, Tensor]
 
 
-class Prompts(NamedTuple):
-    """The prompts of a batch that are to be encoded, by position, and the tokens of all of it."""
+class LoadedPrompts(NamedTuple):
+    """The prompts of a batch by position, and the tokens of the whole batch; None without prompts.
+
+    Slots of the batch that are not encoded have the tokens of the empty prompt.
+    """
 
     prompts: dict[int, str]
     tokens: Tokens | None
 
 
-def text_pass(job: Job, check: Check, busy: EncoderClock) -> dict[str, dict[str, Tensor]]:
-    """Write the unfinished text shards; return the embeddings of the validation prompts.
-
-    The encoders live in this function alone, so that they are gone when it returns.
+class TextPass:
+    """How text records are made: an `EncodingPass`.
 
     Args:
-        job: what is to be made.
-        check: called after each shard; may end the run.
-        busy: counts the time spent encoding.
+        context: of the run.
     """
-    todo = job.todo(job.text)
-    pairs = [pair for shard in job.todo(job.validation) for pair in job.pairs_of(shard)]
-    if not todo and not pairs:
-        return {}
-    config = job.config
-    encoders = TextEncoders(job.base, job.text_settings, job.device, config.variant)
-    size = find_batch_size(
-        config.text_batch_size,
-        USUAL_BATCH,
-        job.device,
-        lambda count: encoders.encode(encoders.tokenize([""] * count), BatchSize(count)),
-    )
-    long_prompts = LongPrompts()
 
-    def load(batch: Batch) -> Prompts:
-        items = batch.work.plan.items
-        prompts = {at: job.prompt(int(items[at])) for at in batch.wanted}
-        if not prompts:
-            return Prompts(prompts, None)
-        whole = [""] * batch.size
-        for at, place in batch.wanted.items():
-            whole[place] = prompts[at]
-        return Prompts(prompts, encoders.tokenize(whole))
+    num_loaders = 1  # two threads must not use a tokenizer at once
 
-    def records(found: Encoded[Prompts]) -> Iterator[Record]:
-        tensors = found.tensors.wait() if found.tensors else {}
-        for at, place in found.batch.wanted.items():
-            one = {name: tensor[place] for name, tensor in tensors.items()}
-            prompt = found.loaded.prompts[at]
-            require_finite(one, prompt)
-            if found.loaded.tokens:
-                long_prompts.add(found.loaded.tokens.t5_lengths[place], config.max_sequence_length)
-            yield Record(found.batch.work.keys[at], one, {"prompt": prompt})
-
-    works = (
-        prepare_work(job.text, shard, lambda item: {"prompt": job.prompt(item)}) for shard in todo
-    )
-    total = sum(len(job.text.shard(shard).items) for shard in todo)
-    with tqdm(total=total, unit="prompt", desc="text", disable=job.quiet) as bar:
-        for work, encoded in encode_ahead(
-            works,
-            load,
-            lambda loaded: encoders.encode(loaded.tokens, size) if loaded.tokens else None,
-            batch_size=size,
-            num_threads=1,  # tokenizers are not for two threads at once
-            busy=busy,
-        ):
-            write_work(work, in_order(encoded, records, bar))
-            check()
-    if long_prompts.count:
-        job.say(
-            f"  {long_prompts.count} prompts have more T5 tokens than --max-sequence-length "
-            f"{config.max_sequence_length} and were cut; the longest has {long_prompts.most_tokens}"
+    def __init__(self, context: Context) -> None:
+        config, specs = context.config, context.specs
+        self.context = context
+        self.max_sequence_length = config.max_sequence_length
+        self.encoders = TextEncoders(
+            specs.base, specs.text_settings, context.device, config.variant
         )
-    embeds: dict[str, dict[str, Tensor]] = {}
-    for pair in pairs:
-        found = encoders.encode(encoders.tokenize([pair.prompt]), size).wait()
-        one = {name: tensor[0] for name, tensor in found.items()}
-        require_finite(one, pair.prompt)
-        embeds[pair.prompt] = one
-    return embeds
+        self.batch_size = find_batch_size(
+            config.text_batch_size, USUAL_BATCH, context.device, self._encode_empty_prompts
+        )
+        self.long_prompts = LongPrompts()
+
+    def _encode_empty_prompts(self, count: int) -> object:
+        return self.encoders.encode(self.encoders.tokenize([""] * count), BatchSize(count))
+
+    def prepare(self, shard: int) -> ShardBuild:
+        """Return the build of a shard."""
+        text = self.context.products.text
+        return prepare_build(text, shard, lambda item: {"prompt": self.context.prompt(item)})
+
+    def load(self, batch: Batch) -> LoadedPrompts:
+        """Return the tokens of a batch."""
+        items = batch.build.plan.items
+        prompts = {at: self.context.prompt(int(items[at])) for at in batch.to_encode}
+        if not prompts:
+            return LoadedPrompts(prompts, None)
+        whole = [""] * batch.size
+        for position, index in batch.to_encode.items():
+            whole[index] = prompts[position]
+        return LoadedPrompts(prompts, self.encoders.tokenize(whole))
+
+    def encode(self, loaded: LoadedPrompts) -> AsyncHostCopy | None:
+        """Return the embeddings of a batch."""
+        return self.encoders.encode(loaded.tokens, self.batch_size) if loaded.tokens else None
+
+    def records(self, batch: Batch, loaded: LoadedPrompts, tensors: Embeddings) -> Iterator[Record]:
+        """Yield the records of a batch.
+
+        Raises:
+            ShardError: an embedding is not finite.
+        """
+        for position, index in batch.to_encode.items():
+            embeds = {name: tensor[index] for name, tensor in tensors.items()}
+            prompt = loaded.prompts[position]
+            require_finite(embeds, prompt)
+            if loaded.tokens:
+                self.long_prompts.add(loaded.tokens.t5_lengths[index], self.max_sequence_length)
+            yield Record(batch.build.keys[position], embeds, {"prompt": prompt})
+
+    def encode_prompt(self, prompt: str) -> Embeddings:
+        """Return the embeddings of one prompt.
+
+        Raises:
+            ShardError: an embedding is not finite.
+        """
+        batch = self.encoders.encode(self.encoders.tokenize([prompt]), self.batch_size).wait()
+        embeds = {name: tensor[0] for name, tensor in batch.items()}
+        require_finite(embeds, prompt)
+        return embeds
+
+
+def encode_text(context: Context, check: Check, clock: EncoderClock) -> dict[str, Embeddings]:
+    """Build the missing text shards; return the embeddings of the validation prompts by prompt.
+
+    The encoders are referenced by this function alone, so that they are freed when it returns.
+
+    Args:
+        context: of the run.
+        check: called between shards; may end the run.
+        clock: measures the time spent encoding.
+    """
+    text, validation = context.products.text, context.products.validation
+    shards = context.shards_to_build(text)
+    pairs = [
+        pair for shard in context.shards_to_build(validation) for pair in context.pairs_of(shard)
+    ]
+    if not shards and not pairs:
+        return {}
+    text_pass = TextPass(context)
+    total = text.count_records(shards)
+    with tqdm(total=total, unit="prompt", desc="text", disable=context.quiet) as bar:
+        build_shards(
+            text_pass,
+            shards,
+            bad_rows=context.bad_rows,
+            clock=clock,
+            check=check,
+            written=lambda build: bar.update(len(build.plan.items)),
+        )
+    long_prompts = text_pass.long_prompts
+    if long_prompts.count:
+        context.print(
+            f"  {long_prompts.count} prompts have more T5 tokens than --max-sequence-length "
+            f"{context.config.max_sequence_length} and were cut; "
+            f"the longest has {long_prompts.most_tokens}"
+        )
+    return {pair.prompt: text_pass.encode_prompt(pair.prompt) for pair in pairs}

@@ -1,4 +1,4 @@
-"""The latent pass: images and conditioning images through the VAE, once.
+"""The VAE's encoder.
 
 Axes: B images, 3 colours, H x W pixels, C latent channels, h x w latent grid (H / 8, W / 8).
 """
@@ -15,25 +15,18 @@ from sd3.images import to_pixels
 from sd3.pretrained import component_variant
 
 
-class LatentEncoder:
+class VaeEncoder:
     """The VAE's encoder on a device.
 
     Args:
         base: model folder with a VAE.
-        settings: number formats and what to keep of the posterior.
+        settings: number formats, and whether to keep the posterior's standard deviation.
         device: where it runs.
         variant: variant of the weight files.
-        compiled: whether torch compiles it.
     """
 
     def __init__(
-        self,
-        base: Path,
-        settings: LatentSettings,
-        device: torch.device,
-        variant: str | None,
-        *,
-        compiled: bool = False,
+        self, base: Path, settings: LatentSettings, device: torch.device, variant: str | None
     ) -> None:
         from diffusers import AutoencoderKL
 
@@ -47,28 +40,26 @@ class LatentEncoder:
             variant=component_variant(base / "vae", variant),
             dtype=self.dtype,
             use_safetensors=True,
-            device_map={"": str(device)},  # straight to where it runs
+            device_map={"": str(device)},  # load onto the device directly
         )
         vae.decoder = None
         if settings.tiled:
             vae.enable_tiling()
-        if compiled:
-            vae.encoder = torch.compile(vae.encoder, dynamic=False)
         self.vae = vae.eval()
 
     @torch.no_grad()
     def encode(self, uint8: Tensor, pixel_range: str, name: str, size: BatchSize) -> AsyncHostCopy:
-        """Return the latents of images, raw as the VAE gives them: not shifted, not scaled.
+        """Return the latents of images as the VAE computes them: not shifted, not scaled.
 
         Args:
             uint8: [B, 3, H, W], 0 to 255.
-            pixel_range: see `sd3.images.to_pixels`.
+            pixel_range: range of the pixels that the VAE is given, `-1_1` or `0_1`.
             name: of the tensor, `latent` or `conditioning_latent`.
-            size: how many of them go through the VAE at once.
+            size: how many images are encoded at once.
 
         Returns:
-            `<name>` [B, C, h, w], and `<name>_std` where the cache keeps it; on their way to the
-            CPU, in the cache's number format.
+            `<name>` [B, C, h, w], and `<name>_std` where the cache keeps it, in the cache's number
+            format, while they are copied to the host.
         """
 
         def compute(part: Tensor) -> dict[str, Tensor]:
@@ -82,6 +73,6 @@ class LatentEncoder:
         return AsyncHostCopy(in_parts(compute, [uint8], size), self.cache_dtype)
 
 
-def finite(tensors: dict[str, Tensor]) -> bool:
-    """Tell whether all numbers of a record are finite."""
+def is_finite(tensors: dict[str, Tensor]) -> bool:
+    """Tell whether all numbers in a record's tensors are finite."""
     return all(bool(torch.isfinite(tensor).all()) for tensor in tensors.values())

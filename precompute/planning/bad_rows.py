@@ -1,4 +1,4 @@
-"""Rows that cannot be used: named, counted and bounded."""
+"""Rows that cannot be used: counted, listed, and refused when there are too many."""
 
 from collections.abc import Iterable
 
@@ -12,8 +12,8 @@ class BadRows:
     """The rows that had to be left out, and the bound on their number.
 
     Args:
-        num_rows: of the source.
-        max_fraction: how many of them may be bad.
+        num_rows: rows of the source.
+        max_fraction: largest allowed fraction of bad rows.
     """
 
     def __init__(self, num_rows: int, max_fraction: float) -> None:
@@ -22,13 +22,13 @@ class BadRows:
         self.reasons: dict[str, str] = {}
 
     def add(self, rows: Iterable[Skipped]) -> None:
-        """Count rows, each once.
+        """Count bad rows, each once.
 
         Raises:
-            ShardError: more are bad than the settings allow; with the first of them.
+            ShardError: more rows are bad than the settings allow; with the first of them.
         """
-        for one in rows:
-            self.reasons.setdefault(one.row, one.reason)
+        for skipped in rows:
+            self.reasons.setdefault(skipped.row, skipped.reason)
         # Divided, not multiplied: 0.29 * 100 is less than 29.
         if self.reasons and len(self.reasons) / self.num_rows > self.max_fraction:
             strict = "" if self.max_fraction else " (--strict)"
@@ -40,7 +40,7 @@ class BadRows:
             )
 
     def table(self, limit: int = 20) -> str:
-        """Return a line a row, the first `limit` of them."""
+        """Return one line for each of the first `limit` rows, and how many more there are."""
         lines = [f"  {row}: {reason}" for row, reason in list(self.reasons.items())[:limit]]
         more = len(self.reasons) - limit
         return "\n".join([*lines, f"  … and {more} more"] if more > 0 else lines)

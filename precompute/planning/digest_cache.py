@@ -1,9 +1,10 @@
-"""Digests of contents, remembered by path, size and time, so that no file is hashed twice.
+"""Digests of files, remembered by path, size and time, so that no file is hashed twice.
 
-They lie in the cache's folder; without them everything is hashed again, no more.
+They are kept in the cache's folder. Without them everything is hashed again, and nothing is lost.
 """
 
 import contextlib
+import fcntl
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -23,8 +24,8 @@ class Content(NamedTuple):
 
     Attributes:
         digest: XXH3-128.
-        width: of an image, upright, in pixels; 0 if it is none.
-        height: likewise.
+        width: of an image, upright, in pixels; 0 if the file is no image.
+        height: of an image, upright, in pixels; 0 if the file is no image.
     """
 
     digest: bytes
@@ -36,8 +37,8 @@ class DigestCache:
     """Contents by version; a version is a digest of path, size and time, 16 bytes.
 
     Args:
-        path: of the file that they are kept in.
-        keep: whether what is learnt is written there.
+        path: the file that the contents are kept in.
+        keep: whether new contents are written to it.
     """
 
     def __init__(self, path: Path, *, keep: bool = True) -> None:
@@ -49,32 +50,32 @@ class DigestCache:
 
     def _load(self) -> None:
         self._entries: NDArray[np.void] = np.empty(0, ENTRY)
-        # Damaged, or of another time: it only saves work.
+        # A damaged file, or one of another version, is ignored: it only saves work.
         with contextlib.suppress(OSError, ValueError, EOFError):
-            found = np.load(self.path, mmap_mode="r", allow_pickle=False)
-            if found.dtype == ENTRY and found.ndim == 1:
-                self._entries = found
-        self._firsts = np.ascontiguousarray(self._entries["version"][:, 0], np.uint64)
+            loaded = np.load(self.path, mmap_mode="r", allow_pickle=False)
+            if loaded.dtype == ENTRY and loaded.ndim == 1:
+                self._entries = loaded
+        self._first_halves = np.ascontiguousarray(self._entries["version"][:, 0], np.uint64)
 
     def find(self, versions: Sequence[bytes | None]) -> list[Content | None]:
-        """Return what is known of each version."""
-        found: list[Content | None] = [None if v is None else self._new.get(v) for v in versions]
-        asked = [at for at, v in enumerate(versions) if v is not None and found[at] is None]
-        if asked and len(self._entries):
-            wanted = np.frombuffer(b"".join(versions[at] or b"" for at in asked), ">u8")
+        """Return the content of each version, or None where it is not known."""
+        contents: list[Content | None] = [None if v is None else self._new.get(v) for v in versions]
+        unknown = [at for at, v in enumerate(versions) if v is not None and contents[at] is None]
+        if unknown and len(self._entries):
+            wanted = np.frombuffer(b"".join(versions[at] or b"" for at in unknown), ">u8")
             wanted = wanted.reshape(-1, 2)
-            places = np.searchsorted(self._firsts, wanted[:, 0].astype(np.uint64))
-            entries = self._entries[np.minimum(places, len(self._entries) - 1)]
+            positions = np.searchsorted(self._first_halves, wanted[:, 0].astype(np.uint64))
+            entries = self._entries[np.minimum(positions, len(self._entries) - 1)]
             same = (entries["version"] == wanted).all(axis=1)
             digests = entries["digest"].astype(">u8").tobytes()
             sizes = zip(entries["width"].tolist(), entries["height"].tolist(), strict=True)
-            for row, (at, size) in enumerate(zip(asked, sizes, strict=True)):
-                if same[row]:
-                    found[at] = Content(digests[16 * row : 16 * row + 16], *size)
-        return found
+            for number, (at, size) in enumerate(zip(unknown, sizes, strict=True)):
+                if same[number]:
+                    contents[at] = Content(digests[16 * number : 16 * number + 16], *size)
+        return contents
 
     def add(self, version: bytes | None, content: Content) -> None:
-        """Remember a content; None is passed over."""
+        """Remember the content of a version; nothing is remembered where the version is None."""
         if version is not None:
             self._new[version] = content
             if time.monotonic() - self._saved_at > SAVE_EVERY_S:
@@ -90,7 +91,7 @@ class DigestCache:
             halves = np.frombuffer(version + content.digest, ">u8")
             new[at] = (halves[:2], halves[2:], content.width, content.height)
         merged = np.concatenate([np.asarray(self._entries), new])
-        # Stable: of two with one version the later is last, and only the last is kept.
+        # The sort is stable: of two entries with one version the newer is last, and is kept.
         order = np.lexsort((merged["version"][:, 1], merged["version"][:, 0]))
         merged = merged[order]
         last = np.ones(len(merged), bool)
@@ -102,15 +103,15 @@ class DigestCache:
         self._load()
 
     def forget(self) -> None:
-        """Forget everything: a file was not what it was remembered as."""
+        """Delete the file: one of its contents was wrong."""
         if self.keep:
             self.path.unlink(missing_ok=True)
 
     @contextlib.contextmanager
-    def hashing_alone(self) -> Iterator[None]:
-        """Wait until no other worker on this disk hashes; then know what it has found.
+    def hashing_lock(self) -> Iterator[None]:
+        """Wait until no other worker on this disk hashes files; then load what it has saved.
 
-        A worker that dies lets go of the lock.
+        A worker that dies releases the lock.
         """
         if not self.keep:
             yield
@@ -125,9 +126,7 @@ def _locked(path: Path) -> Iterator[None]:
     """Hold a lock among the processes of this machine and, where its disk has locks, of others."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("wb") as file:
-        # No fcntl, or a disk without locks: then some files are hashed twice, no more.
-        with contextlib.suppress(ImportError, OSError):
-            import fcntl
-
+        # On a disk without locks some files are hashed twice, which does no harm.
+        with contextlib.suppress(OSError):
             fcntl.flock(file, fcntl.LOCK_EX)
         yield

@@ -1,4 +1,4 @@
-"""What the encoders give and what determines it, read from a base model's configurations."""
+"""What the encoders compute, and what their results depend on, from the base model's files."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -7,21 +7,25 @@ from typing import Any
 from PIL import ImageColor
 
 from common.errors import ConfigError
+from precompute.config import PrecomputeConfig
 from precompute.planning.digest_cache import DigestCache
 from precompute.planning.fingerprint import hash_component
+from sd3.buckets import bucket_shapes
 from sd3.pretrained import read_config
 from shards.format.specs import LatentSpec, TextSpec
 
-# Above this a whole picture's activations take more memory than many cards have.
+# Above this the activations of a whole image take more memory than many GPUs have.
 TILED_ABOVE_PX = 1024
 CLIP_COMPONENTS = (("tokenizer", "text_encoder"), ("tokenizer_2", "text_encoder_2"))
 T5_COMPONENTS = ("tokenizer_3", "text_encoder_3")
+# What a record's bytes depend on besides its content; plain JSON values.
+Identity = dict[str, Any]
 COMPONENTS = (*(name for pair in CLIP_COMPONENTS for name in pair), *T5_COMPONENTS)
 
 
 @dataclass(frozen=True)
 class TextSettings:
-    """What determines the embeddings of a prompt, besides the weights."""
+    """The settings that the embeddings of a prompt depend on."""
 
     max_sequence_length: int
     compute_dtype: str
@@ -29,7 +33,7 @@ class TextSettings:
 
 
 def text_spec(base: Path, settings: TextSettings) -> TextSpec:
-    """Return the shapes that the base model's encoders will give, from their configurations.
+    """Return the shapes of the embeddings, from the configurations of the text encoders.
 
     Raises:
         ConfigError: a configuration lacks a width.
@@ -71,11 +75,11 @@ def clip_tokens(base: Path) -> int:
 
 
 def text_identity(
-    base: Path, variant: str | None, settings: TextSettings, remembered: DigestCache
-) -> dict[str, Any]:
-    """Return everything that the bytes of a text record depend on, but for the prompt."""
+    base: Path, variant: str | None, settings: TextSettings, digests: DigestCache
+) -> Identity:
+    """Return everything that the bytes of a text record depend on besides the prompt."""
     return {
-        **{name: hash_component(base / name, variant, remembered) for name in COMPONENTS},
+        **{name: hash_component(base / name, variant, digests) for name in COMPONENTS},
         "max_sequence_length": settings.max_sequence_length,
         "compute_dtype": settings.compute_dtype,
         "cache_dtype": settings.cache_dtype,
@@ -84,10 +88,10 @@ def text_identity(
 
 @dataclass(frozen=True)
 class LatentSettings:
-    """What determines the latent of an image, besides the weights.
+    """The settings that the latent of an image depends on.
 
     Attributes:
-        resolution_px: of the square, or whose square the buckets' area is.
+        resolution_px: side of the square images; with buckets, of the square of the same area.
         shapes: width and height of each bucket, in pixels.
     """
 
@@ -100,14 +104,13 @@ class LatentSettings:
 
     @property
     def tiled(self) -> bool:
-        """Whether the VAE takes a picture in overlapping tiles."""
+        """Whether the VAE encodes an image in overlapping tiles."""
         return self.resolution_px > TILED_ABOVE_PX
 
-    def grids(self, vae_scale_factor: int) -> list[tuple[int, int]]:
-        """Return height and width of the latents of each bucket."""
-        return [
-            (height // vae_scale_factor, width // vae_scale_factor) for width, height in self.shapes
-        ]
+    @property
+    def largest_shape(self) -> tuple[int, int]:
+        """Width and height of the bucket with the most pixels."""
+        return max(self.shapes, key=lambda shape: shape[0] * shape[1])
 
 
 def latent_spec(base: Path, settings: LatentSettings, pixel_range: str) -> LatentSpec:
@@ -136,11 +139,11 @@ def latent_spec(base: Path, settings: LatentSettings, pixel_range: str) -> Laten
 
 
 def latent_identity(
-    base: Path, variant: str | None, settings: LatentSettings, remembered: DigestCache
-) -> dict[str, Any]:
-    """Return everything that the bytes of a latent record depend on, but for the image."""
+    base: Path, variant: str | None, settings: LatentSettings, digests: DigestCache
+) -> Identity:
+    """Return everything that the bytes of a latent record depend on besides the image."""
     return {
-        "vae": hash_component(base / "vae", variant, remembered),
+        "vae": hash_component(base / "vae", variant, digests),
         "resolution": settings.resolution_px,
         "buckets": [list(shape) for shape in settings.shapes],
         "geometry": "upright; resize to cover, bilinear; centre crop",
@@ -150,3 +153,58 @@ def latent_identity(
         "compute_dtype": settings.compute_dtype,
         "cache_dtype": settings.cache_dtype,
     }
+
+
+@dataclass(frozen=True)
+class EncoderSpecs:
+    """The encoders of a run and what they compute.
+
+    Attributes:
+        base: folder of the base model.
+        text_settings: what the text encoders are run with.
+        latent_settings: what the VAE is run with.
+        text: shapes of a prompt's embeddings.
+        latents: shape and scaling of an image's latent.
+        conditioning: shape and scaling of a conditioning image's latent.
+    """
+
+    base: Path
+    text_settings: TextSettings
+    latent_settings: LatentSettings
+    text: TextSpec
+    latents: LatentSpec
+    conditioning: LatentSpec
+
+    @property
+    def grids(self) -> list[tuple[int, int]]:
+        """Height and width of the latents of each bucket."""
+        factor = self.latents.vae_scale_factor
+        return [
+            (height // factor, width // factor) for width, height in self.latent_settings.shapes
+        ]
+
+
+def read_specs(base: Path, config: PrecomputeConfig) -> EncoderSpecs:
+    """Return what the encoders compute, from the base model's configurations and the settings.
+
+    Raises:
+        ConfigError: a configuration is not that of an SD3 model.
+    """
+    side = config.resolution
+    text_settings = TextSettings(config.max_sequence_length, config.text_dtype, config.cache_dtype)
+    latent_settings = LatentSettings(
+        side,
+        bucket_shapes(side) if config.buckets else [(side, side)],
+        config.posterior,
+        config.vae_dtype,
+        config.cache_dtype,
+        config.background,
+    )
+    return EncoderSpecs(
+        base,
+        text_settings,
+        latent_settings,
+        text_spec(base, text_settings),
+        latent_spec(base, latent_settings, "-1_1"),
+        latent_spec(base, latent_settings, config.conditioning_range),
+    )

@@ -1,4 +1,4 @@
-"""What stands in a cache already: where each item is, so that it may stay there."""
+"""The layout of an existing cache, whose items keep their slots; and why shards are built again."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,7 +17,7 @@ from shards.format.keys import slot_of
 
 
 def layout_arrays(products: Mapping[str, ProductPlan]) -> dict[str, NDArray[Any]]:
-    """Return layouts as a cache's plan keeps them; see `layouts_before`."""
+    """Return the layouts of products as arrays by name; `existing_layouts` reads them again."""
     arrays: dict[str, NDArray[Any]] = {}
     for name, product in products.items():
         arrays[f"{name}.ids"] = product.layout.ids
@@ -26,99 +26,98 @@ def layout_arrays(products: Mapping[str, ProductPlan]) -> dict[str, NDArray[Any]
     return arrays
 
 
-def why_made(cache: Path, products: Mapping[str, ProductPlan]) -> dict[str, str]:
-    """Return for each product, by folder, why shards of it may have to be made; or nothing.
+def existing_layouts(cache: Path, identities: Mapping[str, Mapping[str, Any]]) -> dict[str, Layout]:
+    """Return the layout of each product in a cache, from its plan or else from its sidecars.
 
-    Args:
-        cache: its folder.
-        products: as they are planned now.
-    """
-    try:
-        before, arrays = read_expected(cache)
-    except ShardError:
-        return {}
-    reasons = {}
-    for folder, product in products.items():
-        planned = before.products.get(folder)
-        if planned is None:
-            continue
-        changed = _changes(planned.identity, product.identity)
-        if changed:
-            reasons[folder] = "; ".join(changed)
-        elif f"{folder}.ids" in arrays:
-            there = arrays[f"{folder}.ids"]
-            new = int((~np.isin(product.ids, there)).sum())
-            gone = int((~np.isin(there[there != 0], product.ids)).sum())
-            counts = {"new or changed": new, "gone": gone}
-            reasons[folder] = ", ".join(f"{n} {what}" for what, n in counts.items() if n)
-    return reasons
-
-
-def _changes(old: Mapping[str, Any], new: Mapping[str, Any], within: str = "") -> list[str]:
-    """Return what differs between two identities, in words."""
-    found = []
-    for name in sorted(old.keys() | new.keys()):
-        was, now = old.get(name), new.get(name)
-        if was == now:
-            continue
-        if isinstance(was, Mapping) and isinstance(now, Mapping):
-            found += _changes(was, now, f"{name} ")
-        elif all(isinstance(one, str) and len(one) == 32 for one in (was, now)):
-            found.append(f"another {within}{name}")  # digests mean nothing to people
-        else:
-            found.append(f"{within}{name} was {was}, is {now}")
-    return found
-
-
-def layouts_before(cache: Path, identities: Mapping[str, Mapping[str, Any]]) -> dict[str, Layout]:
-    """Return the layout of each product that a cache has, as its plan says or its shards.
-
-    It is empty where all records would be other ones, since the product's identity has changed.
+    A layout is empty if the product's identity has changed, since then no record can be kept.
 
     Args:
         cache: its folder.
         identities: of the products, by name.
     """
     try:
-        plan, arrays = read_expected(cache)
+        expected, arrays = read_expected(cache)
     except ShardError:
         return {name: _from_sidecars(cache, name, identities[name]) for name in identities}
-    found = {}
+    layouts = {}
     for name, identity in identities.items():
-        planned = plan.products.get(name)
-        same = planned is not None and planned.identity == identity
-        found[name] = (
-            Layout(*(arrays[f"{name}.{part}"] for part in ("ids", "starts", "buckets")))
-            if same
-            else EMPTY
-        )
-    return found
+        planned = expected.products.get(name)
+        if planned is not None and planned.identity == identity:
+            parts = (arrays[f"{name}.{part}"] for part in ("ids", "starts", "buckets"))
+            layouts[name] = Layout(*parts)
+        else:
+            layouts[name] = EMPTY
+    return layouts
 
 
 def _from_sidecars(cache: Path, name: str, identity: Mapping[str, Any]) -> Layout:
-    """Return the layout that the sidecars tell of; a cache that was copied may lack its plan.
+    """Return the layout that the sidecars show; a cache that was copied may lack its plan.
 
-    The slots behind a shard's last record are forgotten: they are not needed.
+    The slots behind a shard's last record are lost, which does no harm.
     """
-    before = seal.previous_manifest(cache)
-    if before is None:
+    previous = seal.previous_manifest(cache)
+    if previous is None:
         return EMPTY
-    product = dict(before.products())[name]
+    product = dict(previous.products())[name]
     ids: list[int] = []
     starts = [0]
     for shard in range(product.num_shards):
         try:
-            card = sidecar.load(cache / name, shard)
+            loaded = sidecar.load(cache / name, shard)
         except ShardError:
             return EMPTY
-        if card is None or card.identity != digest(identity):
+        if loaded is None or loaded.identity != digest(identity):
             return EMPTY
-        slots = [0] * (max((slot_of(key)[1] for key in card.keys), default=-1) + 1)
-        for key in card.keys:
+        slots = [0] * (max((slot_of(key)[1] for key in loaded.keys), default=-1) + 1)
+        for key in loaded.keys:
             slots[slot_of(key)[1]] = int(key.rpartition("-")[2], 16)
         ids += slots
         starts.append(len(ids))
     buckets = np.array(product.shard_buckets or [0] * product.num_shards, np.int64)
     if name == "latents":
-        buckets[before.held_out] += len(before.buckets)
+        buckets[previous.held_out] += len(previous.buckets)
     return Layout(np.array(ids, np.uint64), np.array(starts, np.int64), buckets)
+
+
+def reasons_to_build(cache: Path, products: Mapping[str, ProductPlan]) -> dict[str, str]:
+    """Return for each product, by folder, what has changed since the cache's plan was written.
+
+    Args:
+        cache: its folder.
+        products: as they are planned now, by folder.
+    """
+    try:
+        expected, arrays = read_expected(cache)
+    except ShardError:
+        return {}
+    reasons = {}
+    for folder, product in products.items():
+        planned = expected.products.get(folder)
+        if planned is None:
+            continue
+        changes = _changes(planned.identity, product.identity)
+        if changes:
+            reasons[folder] = "; ".join(changes)
+        elif f"{folder}.ids" in arrays:
+            old_ids = arrays[f"{folder}.ids"]
+            new = int((~np.isin(product.ids, old_ids)).sum())
+            gone = int((~np.isin(old_ids[old_ids != 0], product.ids)).sum())
+            counts = {"new or changed": new, "gone": gone}
+            reasons[folder] = ", ".join(f"{n} {what}" for what, n in counts.items() if n)
+    return reasons
+
+
+def _changes(old: Mapping[str, Any], new: Mapping[str, Any], within: str = "") -> list[str]:
+    """Return the differences between two identities, in words."""
+    changes = []
+    for name in sorted(old.keys() | new.keys()):
+        was, now = old.get(name), new.get(name)
+        if was == now:
+            continue
+        if isinstance(was, Mapping) and isinstance(now, Mapping):
+            changes += _changes(was, now, f"{name} ")
+        elif all(isinstance(value, str) and len(value) == 32 for value in (was, now)):
+            changes.append(f"another {within}{name}")  # digests mean nothing to people
+        else:
+            changes.append(f"{within}{name} was {was}, is {now}")
+    return changes

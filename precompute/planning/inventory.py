@@ -1,6 +1,8 @@
-"""The inventory: the rows of a source by the digests of what they name.
+"""The inventory: digests of the images and captions of a source's rows.
 
-Ten million rows fit a laptop's memory: arrays, never an object a row. Axes: N rows, P captions.
+It holds arrays and no object per row, so that ten million rows fit into a laptop's memory.
+
+Axes: N rows, P captions.
 """
 
 import contextlib
@@ -29,18 +31,18 @@ NO_CONTENT = Content(bytes(16))
 
 @dataclass(frozen=True)
 class Inventory:
-    """What the chosen rows of a source are.
+    """The chosen rows of a source; a row's number in here is not its index in the source.
 
     Attributes:
-        rows: their indices in the source, [N].
+        rows: index of each row in the source, [N].
         images: digest of each image's bytes, or of why the row cannot be used, [N, 2].
-        conditionings: likewise of each conditioning image, [N, 2]; of the image where conditioning
-            images are drawn from it.
-        sizes: width and height of each image, in pixels, [N, 2]; 0 where it has none.
+        conditionings: digest of each conditioning image's bytes, or of why it cannot be used,
+            [N, 2]; equal to `images` where conditioning images are drawn from the images.
+        sizes: width and height of each image, in pixels, [N, 2]; 0 where there is no image.
         captions: digests of the captions, row by row, [P, 2]; a row that cannot be used has none.
-        caption_ends: where each row's captions begin, and P, [N + 1].
-        faults: why a row cannot be used, as far as reading it shows, by its number in here.
-        conditioning_faults: why its conditioning image cannot be used, likewise.
+        caption_ends: number of each row's first caption, and P at the end, [N + 1].
+        faults: why a row cannot be used, as far as is known without decoding, by its number.
+        conditioning_faults: why a row's conditioning image cannot be used, by its number.
     """
 
     rows: Numbers
@@ -57,66 +59,83 @@ class Inventory:
         return len(self.rows)
 
 
-def chosen(num_rows: int, limit: int | None, seed: int) -> Sequence[int]:
+def choose_rows(num_rows: int, limit: int | None, seed: int) -> Sequence[int]:
     """Return at most `limit` of a source's rows, in their order.
 
-    The choice is random and nested: with a higher limit these rows are among those chosen.
+    The choice is random and nested: a higher limit chooses these rows and more.
     """
     if limit is None or limit >= num_rows:
         return range(num_rows)
-    lots = np.fromiter((xxh3_64_intdigest(b"%d" % at, seed=seed) for at in range(num_rows)), "u8")
-    return [int(at) for at in np.sort(np.argsort(lots, kind="stable")[:limit])]
+    lots = np.fromiter((xxh3_64_intdigest(b"%d" % row, seed=seed) for row in range(num_rows)), "u8")
+    return [int(row) for row in np.sort(np.argsort(lots, kind="stable")[:limit])]
 
 
 def take_inventory(
-    source: Source, rows: Sequence[int], remembered: DigestCache, *, conditioning: bool
+    source: Source, rows: Sequence[int], digests: DigestCache, *, conditioning: bool
 ) -> Inventory:
-    """Read and hash all that rows of a source name, but for what is remembered.
+    """Read and hash the images and captions of rows, except images whose digest is known.
 
     Args:
         source: the data set.
         rows: indices of the rows to take, ascending.
-        remembered: digests of files that were hashed before; learns those that are hashed now.
-        conditioning: whether the source's conditioning images count.
+        digests: digests of files that were hashed before; new ones are added.
+        conditioning: whether the source's conditioning images are read.
     """
-    found = _Growing()
+    builder = _InventoryBuilder()
     with (
-        contextlib.ExitStack() as alone,
-        ThreadPoolExecutor(HASHING_THREADS, "hash") as pool,
+        _ImageHasher(source, digests) as hasher,
         tqdm(total=len(rows), unit="row", desc="reading", disable=None) as bar,
     ):
-
-        def contents(indices: Sequence[int], kind: Kind) -> list[Content | str]:
-            """Return each image's content, or why it has none."""
-            versions = [source.version(index, kind) for index in indices]
-            known = remembered.find(versions)
-            if None in known and any(versions) and not alone_already:
-                alone_already.append(True)
-                alone.enter_context(remembered.hashing_alone())
-                known = remembered.find(versions)  # another worker may have hashed them meanwhile
-            missing = [at for at, content in enumerate(known) if content is None]
-            hashed = pool.map(lambda at: _content(source, indices[at], kind), missing)
-            result: list[Content | str] = [content or "" for content in known]
-            for at, content in zip(missing, hashed, strict=True):
-                result[at] = content
-                if isinstance(content, Content):
-                    remembered.add(versions[at], content)
-            return result
-
-        alone_already: list[bool] = []
         for start in range(0, len(rows), CHUNK_ROWS):
             indices = rows[start : start + CHUNK_ROWS]
-            pictures = contents(indices, "image")
-            controls = contents(indices, "conditioning_image") if conditioning else pictures
-            for row, picture, control in zip(source.rows(indices), pictures, controls, strict=True):
-                found.add(row, picture, control, conditioning=conditioning)
+            contents = hasher.contents(indices, "image")
+            controls = hasher.contents(indices, "conditioning_image") if conditioning else contents
+            for row, image, control in zip(source.rows(indices), contents, controls, strict=True):
+                builder.add(row, image, control)
             bar.update(len(indices))
-        remembered.save()
-    return found.inventory(rows)
+        digests.save()
+    return builder.inventory(rows)
 
 
-class _Growing:
-    """The columns of an inventory while it is taken."""
+class _ImageHasher:
+    """Hashes images in threads, unless their digests are known.
+
+    The first image to be hashed takes the lock, so that workers of one disk do not all hash it.
+    """
+
+    def __init__(self, source: Source, digests: DigestCache) -> None:
+        self.source = source
+        self.digests = digests
+        self.resources = contextlib.ExitStack()
+        self.has_lock = False
+
+    def __enter__(self) -> "_ImageHasher":
+        self.pool = self.resources.enter_context(ThreadPoolExecutor(HASHING_THREADS, "hash"))
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.resources.close()
+
+    def contents(self, indices: Sequence[int], kind: Kind) -> list[Content | str]:
+        """Return the content of each row's image, or why it cannot be read."""
+        versions = [self.source.version(index, kind) for index in indices]
+        known = self.digests.find(versions)
+        if None in known and any(versions) and not self.has_lock:
+            self.resources.enter_context(self.digests.hashing_lock())
+            self.has_lock = True
+            known = self.digests.find(versions)  # another worker may have hashed them meanwhile
+        unknown = [at for at, content in enumerate(known) if content is None]
+        hashed = self.pool.map(lambda at: _read_content(self.source, indices[at], kind), unknown)
+        contents: list[Content | str] = [content or "" for content in known]
+        for at, content in zip(unknown, hashed, strict=True):
+            contents[at] = content
+            if isinstance(content, Content):
+                self.digests.add(versions[at], content)
+        return contents
+
+
+class _InventoryBuilder:
+    """The columns of an inventory, which grow row by row."""
 
     def __init__(self) -> None:
         self.images, self.conditionings, self.captions = bytearray(), bytearray(), bytearray()
@@ -125,32 +144,36 @@ class _Growing:
         self.faults: dict[int, str] = {}
         self.conditioning_faults: dict[int, str] = {}
 
-    def add(
-        self, row: Row, picture: Content | str, control: Content | str, *, conditioning: bool
-    ) -> None:
-        """Add a row with what was found of its image and its conditioning image."""
+    def add(self, row: Row, image: Content | str, control: Content | str) -> None:
+        """Add a row.
+
+        Args:
+            row: the row.
+            image: content of its image, or why it cannot be read.
+            control: content of its conditioning image, or why it cannot be read.
+        """
         number = len(self.ends) - 1
-        captions, fault = _captions(row)
-        if not fault and isinstance(picture, str):
-            fault = f"{printable(row.image)}: {picture}" if row.image else picture
+        captions, fault = _hash_captions(row)
+        if not fault and isinstance(image, str):
+            fault = f"{printable(row.image)}: {image}" if row.image else image
         if fault:
             self.faults[number] = fault
             captions = b""
         elif isinstance(control, str):
             name = printable(row.conditioning_image)
             self.conditioning_faults[number] = f"{name}: {control}" if name else control
-        image = NO_CONTENT if isinstance(picture, str) else picture
-        self.images += _fault_digest(fault) if fault else image.digest
+        content = NO_CONTENT if isinstance(image, str) else image
+        self.images += _fault_digest(fault) if fault else content.digest
         if isinstance(control, str):
             self.conditionings += _fault_digest(control)
         else:
             self.conditionings += control.digest
-        self.sizes.extend((image.width, image.height))
+        self.sizes.extend((content.width, content.height))
         self.captions += captions
         self.ends.append(len(self.captions) // 16)
 
     def inventory(self, rows: Sequence[int]) -> Inventory:
-        """Return what was added."""
+        """Return the inventory of all added rows."""
         return Inventory(
             rows=np.asarray(rows, np.int64),
             images=_digests(self.images),
@@ -164,7 +187,7 @@ class _Growing:
 
 
 def digest_hex(digest: Any) -> str:
-    """Return one digest of an inventory in hexadecimal, as xxhash gives it."""
+    """Return one digest of an inventory in hexadecimal, as xxhash writes it."""
     return f"{int(digest[0]):016x}{int(digest[1]):016x}"
 
 
@@ -186,7 +209,7 @@ def _fault_digest(fault: str) -> bytes:
     return xxh3_128_digest(b"cannot be used: " + fault.encode(errors="replace"))
 
 
-def _captions(row: Row) -> tuple[bytes, str]:
+def _hash_captions(row: Row) -> tuple[bytes, str]:
     """Return the digests of a row's captions, or why they cannot be used."""
     prompts = row.prompts
     if not 1 <= len(prompts) <= LARGEST_CAPTIONS:
@@ -200,8 +223,8 @@ def _captions(row: Row) -> tuple[bytes, str]:
         return b"", "the prompt is not valid text: half of a surrogate pair"
 
 
-def _content(source: Source, index: int, kind: Kind) -> Content | str:
-    """Return what an image's bytes are, or why they cannot be read."""
+def _read_content(source: Source, index: int, kind: Kind) -> Content | str:
+    """Return the content of a row's image, or why it cannot be read."""
     try:
         data = source.read(index, kind)
     except OSError as error:

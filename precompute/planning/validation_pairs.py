@@ -30,7 +30,7 @@ class ValidationPair:
 
 
 def find_pairs(config: PrecomputeConfig, shapes: list[tuple[int, int]]) -> list[ValidationPair]:
-    """Return the pairs that the settings name.
+    """Return the validation pairs that the settings name.
 
     Args:
         config: the settings.
@@ -57,12 +57,12 @@ def plan_validation(
     identity: Mapping[str, Any],
     pair_bytes: Sequence[int],
 ) -> ProductPlan:
-    """Return the plan of the validation pairs: a shard for each bucket that they are in.
+    """Return the plan of the validation pairs: one shard for each bucket that has pairs.
 
     Args:
         folder: of the product.
-        pairs: all there are to be.
-        identity: see `ProductPlan`.
+        pairs: all validation pairs.
+        identity: what the records' bytes depend on besides the pairs.
         pair_bytes: size of a record's tensors, by bucket.
     """
     contents = digests_of(f"{pair.image_hash} {pair.prompt}" for pair in pairs)

@@ -20,8 +20,8 @@ from typing import IO, Any
 import msgspec
 
 from common.errors import ConfigError
+from precompute.sources.file_versions import file_version, read_file, stat_version
 from precompute.sources.source import Kind, Row, Source
-from precompute.sources.source_files import file_version, read_file, stat_version
 
 PROMPTS = "prompt.json"
 # Damaged, encrypted or compressed in a way that Python does not know.

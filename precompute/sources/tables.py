@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any
 
 from common.errors import ConfigError
 from precompute.sources.columns import Columns, find_columns
+from precompute.sources.file_versions import file_version, names_version, read_file
 from precompute.sources.hub import load_hub
 from precompute.sources.local import load_local
 from precompute.sources.source import Kind, Row, Source, SourceSettings
-from precompute.sources.source_files import file_version, names_version, read_file
 
 if TYPE_CHECKING:
     from datasets import Dataset

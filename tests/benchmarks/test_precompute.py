@@ -8,7 +8,7 @@ import torch
 from benchmarks import planning, precompute
 from benchmarks.random_weights import save_encoders
 from precompute.config import PrecomputeConfig
-from precompute.planning.job import prepare
+from precompute.planning.prepare import prepare
 
 
 def test_planning_a_few_thousand_rows(tmp_path: Path) -> None:
@@ -57,8 +57,8 @@ def test_the_true_size_is_that_of_sd3(tmp_path: Path, circles: Path) -> None:
         cache=tmp_path / "cache",
         device="cpu",
     )
-    job = prepare(config)
-    assert vars(job.text_spec) | {"dtype": ""} == {
+    context = prepare(config)
+    assert vars(context.specs.text) | {"dtype": ""} == {
         "clip_tokens": 77,
         "clip_width": 2048,
         "max_sequence_length": 77,
@@ -66,4 +66,5 @@ def test_the_true_size_is_that_of_sd3(tmp_path: Path, circles: Path) -> None:
         "pooled_width": 2048,
         "dtype": "",
     }
-    assert (job.latent_spec.latent_channels, job.latent_spec.vae_scale_factor) == (16, 8)
+    latents = context.specs.latents
+    assert (latents.latent_channels, latents.vae_scale_factor) == (16, 8)

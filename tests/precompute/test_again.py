@@ -14,9 +14,9 @@ from PIL import Image
 from demo.circles import random_circles as draw
 from demo.circles import write_circles
 from precompute.config import PrecomputeConfig
-from precompute.encoding.shard_build import prepare_work
+from precompute.encoding.shard_build import prepare_build
 from precompute.encoding.text_encoders import TextEncoders
-from precompute.encoding.vae_encoder import LatentEncoder
+from precompute.encoding.vae_encoder import VaeEncoder
 from precompute.run import precompute
 from precompute.sources.fill50k import Folder
 from shards import verify
@@ -34,17 +34,17 @@ class Encoded:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.records: dict[str, int] = {}
-        original = prepare_work
+        original = prepare_build
 
-        def counting(product: Any, shard: int, about: Any) -> Any:
-            work = original(product, shard, about)
+        def counting(product: Any, shard: int, metadata: Any) -> Any:
+            build = original(product, shard, metadata)
             folder = product.folder.parent.name
             kind = folder if folder == "conditioning" else product.folder.name
-            self.records[kind] = self.records.get(kind, 0) + len(work.wanted)
-            return work
+            self.records[kind] = self.records.get(kind, 0) + len(build.to_encode)
+            return build
 
-        monkeypatch.setattr("precompute.encoding.text_pass.prepare_work", counting)
-        monkeypatch.setattr("precompute.encoding.image_pass.prepare_work", counting)
+        monkeypatch.setattr("precompute.encoding.text_pass.prepare_build", counting)
+        monkeypatch.setattr("precompute.encoding.image_pass.prepare_build", counting)
 
     def taken(self) -> dict[str, int]:
         found, self.records = self.records, {}
@@ -317,7 +317,7 @@ def test_a_second_run_reads_no_image_and_loads_no_encoder(
         if path.is_file():
             os.utime(path, (1e9, 1e9))
     monkeypatch.setattr(
-        "precompute.sources.source_files.SETTLED_NS", 0
+        "precompute.sources.file_versions.SETTLED_NS", 0
     )  # their change times are of just now
     precompute(again)
 
@@ -327,5 +327,5 @@ def test_a_second_run_reads_no_image_and_loads_no_encoder(
     monkeypatch.setattr(Folder, "read", never)
     monkeypatch.setattr("precompute.planning.fingerprint.Content", never)  # of a hashed weight file
     monkeypatch.setattr(TextEncoders, "__init__", never)
-    monkeypatch.setattr(LatentEncoder, "__init__", never)
+    monkeypatch.setattr(VaeEncoder, "__init__", never)
     precompute(again)

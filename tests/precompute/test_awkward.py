@@ -20,7 +20,7 @@ from PIL import Image, ImageOps
 from common.errors import ShardError
 from precompute.config import PrecomputeConfig
 from precompute.encoding.text_encoders import TextEncoders
-from precompute.encoding.vae_encoder import LatentEncoder
+from precompute.encoding.vae_encoder import VaeEncoder
 from precompute.run import precompute
 from shards import verify
 from shards.format import manifest, sidecar
@@ -386,7 +386,7 @@ def test_taking_bad_rows_out_encodes_nothing(
     def never(*_: object) -> None:
         raise AssertionError("nothing is new")
 
-    monkeypatch.setattr(LatentEncoder, "encode", never)
+    monkeypatch.setattr(VaeEncoder, "encode", never)
     monkeypatch.setattr(TextEncoders, "encode", never)
     precompute(replace(made, source=str(cleaned), cache=cache))
     assert manifest.load(cache).num_skipped == 0

@@ -411,18 +411,18 @@ def test_other_controls_survive_an_interruption(
 
     shutil.copytree(cache, fresh.cache)
     precompute.run.precompute(replace(fresh, conditioning_name="depth"))
-    latent_pass = precompute.run.latent_pass
+    encode_images = precompute.run.encode_images
 
     def interrupted(*_: object) -> None:
         raise KeyboardInterrupt
 
     longer = replace(fresh, conditioning_name="depth", max_sequence_length=TOKENS + 2)
-    monkeypatch.setattr(precompute.run, "latent_pass", interrupted)
+    monkeypatch.setattr(precompute.run, "encode_images", interrupted)
     with pytest.raises(KeyboardInterrupt):
         precompute.run.precompute(longer)
     with pytest.raises(ShardError, match="incomplete"):
         manifest.load(fresh.cache)
-    monkeypatch.setattr(precompute.run, "latent_pass", latent_pass)
+    monkeypatch.setattr(precompute.run, "encode_images", encode_images)
     precompute.run.precompute(longer)
     assert manifest.load(fresh.cache).conditioning.keys() == {"conditioning", "depth"}
     assert sorted(p.name for p in fresh.cache.glob("manifest*")) == ["manifest.json"]
@@ -458,13 +458,13 @@ def test_encoders_are_gone_after_their_pass(
         return sum(isinstance(thing, kinds) for thing in gc.get_objects())
 
     before = alive(CLIPTextModelWithProjection, T5EncoderModel, AutoencoderKL)
-    latent_pass = precompute.run.latent_pass
+    encode_images = precompute.run.encode_images
 
     def watching(*arguments: object) -> None:
         assert alive(CLIPTextModelWithProjection, T5EncoderModel, AutoencoderKL) == before
-        latent_pass(*arguments)
+        encode_images(*arguments)
 
-    monkeypatch.setattr(precompute.run, "latent_pass", watching)
+    monkeypatch.setattr(precompute.run, "encode_images", watching)
     precompute.run.precompute(fresh)
     assert alive(CLIPTextModelWithProjection, T5EncoderModel, AutoencoderKL) == before
 
@@ -472,19 +472,19 @@ def test_encoders_are_gone_after_their_pass(
 def test_an_interrupted_run_goes_on_where_it_stopped(
     cache: Path, fresh: PrecomputeConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from precompute.encoding.vae_encoder import LatentEncoder
+    from precompute.encoding.vae_encoder import VaeEncoder
 
-    original = LatentEncoder.encode
+    original = VaeEncoder.encode
     calls = 0
 
-    def failing(self: LatentEncoder, *arguments: object) -> object:
+    def failing(self: VaeEncoder, *arguments: object) -> object:
         nonlocal calls
         calls += 1
         if calls == 7:
             raise KeyboardInterrupt
         return original(self, *arguments)
 
-    monkeypatch.setattr(LatentEncoder, "encode", failing)
+    monkeypatch.setattr(VaeEncoder, "encode", failing)
     with pytest.raises(KeyboardInterrupt):
         precompute(fresh)
     with pytest.raises(ShardError, match=r"incomplete.*latents: 2 finished.*Run the same"):

@@ -19,17 +19,17 @@ def content(number: int) -> Content:
 
 def test_what_was_added_is_found_again(tmp_path: Path) -> None:
     path = tmp_path / "cache" / "hashes.npy"
-    remembered = DigestCache(path)
+    digests = DigestCache(path)
     numbers = [5, 1, 2**30]
     for number in numbers:
-        remembered.add(version(number), content(number))
-    remembered.add(None, content(7))
+        digests.add(version(number), content(number))
+    digests.add(None, content(7))
     # Two of which the first halves are those of others.
     strangers = [version(5)[:8] + bytes(8), version(1)[:8] + b"\xff" * 8, bytes(16), b"\xff" * 16]
     asked = [*map(version, numbers), *strangers]
     expected = [*map(content, numbers), None, None, None, None]
-    assert remembered.find([*asked, None]) == [*expected, None]
-    remembered.save()
+    assert digests.find([*asked, None]) == [*expected, None]
+    digests.save()
     assert DigestCache(path).find([*asked, None]) == [*expected, None]
     later = DigestCache(path)
     later.add(version(3), content(3))
@@ -45,32 +45,32 @@ def test_a_damaged_file_is_as_good_as_none(tmp_path: Path) -> None:
     path = tmp_path / "hashes.npy"
     for damaged in (b"", b"nothing", b"\x93NUMPY\x01\x00garbage", b"\x93NUMPY" + bytes(200)):
         path.write_bytes(damaged)
-        remembered = DigestCache(path)
-        assert remembered.find([version(1)]) == [None]
-    remembered.add(version(1), content(1))
-    remembered.save()
+        digests = DigestCache(path)
+        assert digests.find([version(1)]) == [None]
+    digests.add(version(1), content(1))
+    digests.save()
     assert DigestCache(path).find([version(1)]) == [content(1)]
     DigestCache(path).forget()
     assert DigestCache(path).find([version(1)]) == [None]
 
 
 def test_without_keep_nothing_is_written(tmp_path: Path) -> None:
-    remembered = DigestCache(tmp_path / "cache" / "hashes.npy", keep=False)
-    with remembered.hashing_alone():
-        remembered.add(version(1), content(1))
-    remembered.save()
+    digests = DigestCache(tmp_path / "cache" / "hashes.npy", keep=False)
+    with digests.hashing_lock():
+        digests.add(version(1), content(1))
+    digests.save()
     assert list(tmp_path.iterdir()) == []
 
 
 def _hash_once(path: Path, counter: Path) -> None:
-    remembered = DigestCache(path)
-    with remembered.hashing_alone():
-        if remembered.find([version(1)]) == [None]:
+    digests = DigestCache(path)
+    with digests.hashing_lock():
+        if digests.find([version(1)]) == [None]:
             with counter.open("a") as file:
                 file.write("hashed\n")
             time.sleep(0.05)
-            remembered.add(version(1), content(1))
-            remembered.save()
+            digests.add(version(1), content(1))
+            digests.save()
 
 
 def test_workers_of_one_disk_hash_once(tmp_path: Path) -> None:

@@ -57,7 +57,7 @@ def test_properties(first: list[int], second: list[int], third: list[int]) -> No
     assert len(set(slots)) == len(third)
     assert layout.ids[slots].tolist() == third if third else True
     assert Counter(layout.ids[layout.ids > 0].tolist()) == Counter(third)
-    shards, rows = layout.places(np.array(slots, np.int64))
+    shards, rows = layout.locate(np.array(slots, np.int64))
     assert layout.buckets[shards].tolist() == [number % 2 for number in third]
     assert (rows < np.array(SIZES)[layout.buckets[shards]]).all()
     # What was there stays: of each id as many slots as both have.

@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 
 from common.errors import ConfigError
-from precompute.sources import source_files
-from precompute.sources.opening import open_source
+from precompute.sources import file_versions
+from precompute.sources.open_source import open_source
 from precompute.sources.source import Row, Source, SourceSettings
 
 LINE = {"source": "source/0.png", "target": "target/0.png", "prompt": "a circle"}
@@ -39,7 +39,7 @@ def all_rows(source: Source) -> list[Row]:
 def later(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let a minute pass, so that the times of files just written tell them apart."""
     now = time.time_ns
-    monkeypatch.setattr(source_files.time, "time_ns", lambda: now() + 60 * 10**9)
+    monkeypatch.setattr(file_versions.time, "time_ns", lambda: now() + 60 * 10**9)
 
 
 def pack(folder: Path, archive: Path, prefix: str) -> Path:

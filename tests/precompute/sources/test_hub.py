@@ -20,7 +20,7 @@ CONVERSION = "refs/convert/parquet"
 SCRIPT, SEVERAL, LONELY, GATED = "fusing/fill50k", "some/several", "some/lonely", "some/gated"
 OPEN = """
 import json, sys
-from precompute.sources.opening import open_source
+from precompute.sources.open_source import open_source
 from precompute.sources.source import SourceSettings
 from common.errors import ConfigError
 try:

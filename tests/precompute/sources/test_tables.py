@@ -17,8 +17,8 @@ import pytest
 from PIL import Image
 
 from common.errors import ConfigError
-from precompute.sources import source_files
-from precompute.sources.opening import open_source
+from precompute.sources import file_versions
+from precompute.sources.open_source import open_source
 from precompute.sources.source import Source, SourceSettings
 
 NUM_ROWS = 3
@@ -61,7 +61,7 @@ def opened(tmp_path: Path) -> Callable[..., Source]:
 def later(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let a minute pass, so that the times of files just written tell them apart."""
     now = time.time_ns
-    monkeypatch.setattr(source_files.time, "time_ns", lambda: now() + 60 * 10**9)
+    monkeypatch.setattr(file_versions.time, "time_ns", lambda: now() + 60 * 10**9)
 
 
 def lines(*rows: object) -> str:

@@ -1,0 +1,55 @@
+"""Measuring how long the encoders compute."""
+
+import contextlib
+import time
+from collections import deque
+from collections.abc import Iterator
+
+import torch
+
+
+class EncoderClock:
+    """How long encoders computed.
+
+    Args:
+        device: where they compute; on a GPU the time is measured by the GPU.
+
+    Attributes:
+        began: when the first encoding began, by `time.perf_counter`; 0 before.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.began = 0.0
+        self._seconds = 0.0
+        self._running: deque[tuple[torch.cuda.Event, torch.cuda.Event]] = deque()
+
+    @contextlib.contextmanager
+    def measure(self) -> Iterator[None]:
+        """Add the time until everything that the block starts is computed."""
+        start = time.perf_counter()
+        self.began = self.began or start
+        if self.device.type != "cuda":
+            yield
+            self._seconds += time.perf_counter() - start
+            return
+        events = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        events[0].record()
+        yield
+        events[1].record()
+        self._running.append(events)
+        while self._running[0][1].query() and len(self._running) > 1:
+            self._add_first()
+
+    def _add_first(self) -> None:
+        first, last = self._running.popleft()
+        self._seconds += first.elapsed_time(last) / 1000
+
+    @property
+    def seconds(self) -> float:
+        """The time so far, in seconds."""
+        if self._running:
+            torch.cuda.synchronize(self.device)
+        while self._running:
+            self._add_first()
+        return self._seconds

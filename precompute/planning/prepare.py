@@ -1,0 +1,211 @@
+"""Preparing a run: open and check the source and the base model, hash, and plan the shards."""
+
+import os
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from common.device import pick_device
+from common.errors import ConfigError
+from common.provenance import RUN
+from precompute.config import PrecomputeConfig
+from precompute.planning.bad_rows import BadRows, bad_rows
+from precompute.planning.context import Context, Products
+from precompute.planning.digest_cache import DigestCache
+from precompute.planning.encoder_spec import (
+    COMPONENTS,
+    EncoderSpecs,
+    Identity,
+    latent_identity,
+    read_specs,
+    text_identity,
+)
+from precompute.planning.existing_layout import existing_layouts
+from precompute.planning.held_out import held_out_rows
+from precompute.planning.inventory import Inventory, choose_rows, take_inventory
+from precompute.planning.layout import Layout
+from precompute.planning.plan import ProductPlan
+from precompute.planning.products import (
+    Prompts,
+    distinct_prompts,
+    image_contents,
+    plan_conditioning,
+    plan_latents,
+    plan_text,
+    with_captions,
+)
+from precompute.planning.validation_pairs import ValidationPair, find_pairs, plan_validation
+from precompute.planning.workers import find_part
+from precompute.sources.annotators import find_annotator
+from precompute.sources.open_source import open_source
+from sd3.buckets import nearest_buckets
+from sd3.pretrained import find_base
+from shards.format import manifest
+from shards.format.expected_cache import PLAN
+from shards.format.manifest import conditioning_folder, validation_folder
+from shards.format.tensor_spec import record_bytes
+
+HASHES = "hashes.npy"
+CACHE_FILES = {
+    "text",
+    "latents",
+    "conditioning",
+    "validation",
+    RUN,
+    manifest.MANIFEST,
+    manifest.PREVIOUS,
+    PLAN,
+    HASHES,
+    f"{HASHES}.lock",
+}
+
+
+def prepare(config: PrecomputeConfig) -> Context:
+    """Open and check the source and the base model, hash what they hold, and plan the shards.
+
+    Raises:
+        ConfigError: the source or base model cannot be used.
+        ShardError: too many of the source's files are missing.
+    """
+    _refuse_other_files(config.cache)
+    part = find_part(config.part, os.environ)
+    device = pick_device(config.device or _device_of_this_process())
+    annotator, drawn_by = (
+        find_annotator(config.conditioning_from) if config.conditioning_from else (None, [])
+    )
+    source = open_source(config.source_settings())
+    base = find_base(
+        config.pretrained_model_name_or_path,
+        (*COMPONENTS, "vae"),
+        revision=config.revision,
+        variant=config.variant,
+        cache_dir=config.cache_dir,
+    )
+    specs = read_specs(base, config)
+    pairs = find_pairs(config, specs.latent_settings.shapes)
+    digests = DigestCache(config.cache / HASHES, keep=not config.dry_run)
+    text_id = text_identity(base, config.variant, specs.text_settings, digests)
+    latent_id = latent_identity(base, config.variant, specs.latent_settings, digests)
+    control_id = {
+        **latent_id,
+        "conditioning_range": config.conditioning_range,
+        "drawn_by": drawn_by,
+    }
+
+    rows = choose_rows(len(source), config.max_train_samples, config.seed)
+    inventory = take_inventory(source, rows, digests, conditioning=annotator is None)
+    bad = BadRows(len(rows), 0.0 if config.strict else config.max_bad_fraction)
+    bad.add(bad_rows(source, inventory))
+    held_out = held_out_rows(inventory, config.validation_rows, config.seed)
+    prompts = distinct_prompts(inventory)
+    return Context(
+        config=config,
+        part=part,
+        device=device,
+        source=source,
+        annotator=annotator,
+        digests=digests,
+        specs=specs,
+        inventory=inventory,
+        held_out=held_out,
+        bad_rows=bad,
+        prompts=prompts,
+        pairs=pairs,
+        products=_plan_products(
+            config, specs, (text_id, latent_id, control_id), inventory, held_out, prompts, pairs
+        ),
+    )
+
+
+def _refuse_other_files(cache: Path) -> None:
+    """Refuse to write into a folder that holds other files than a cache's."""
+    if cache.is_dir():
+        others = sorted(
+            path.name for path in cache.iterdir() if path.name.split(".tmp-")[0] not in CACHE_FILES
+        )
+        if others:
+            raise ConfigError(
+                f"--cache {cache}: not a cache, it holds {', '.join(others[:4])}; "
+                "give a new or empty folder, or a cache."
+            )
+
+
+def _device_of_this_process() -> str | None:
+    """Return the GPU of a process that `accelerate launch` started beside others, or None."""
+    local_rank = os.environ.get("LOCAL_RANK")
+    return f"cuda:{local_rank}" if local_rank and torch.cuda.is_available() else None
+
+
+def _plan_products(
+    config: PrecomputeConfig,
+    specs: EncoderSpecs,
+    identities: tuple[Identity, Identity, Identity],
+    inventory: Inventory,
+    held_out: NDArray[np.bool_],
+    prompts: Prompts,
+    pairs: list[ValidationPair],
+) -> Products:
+    """Return the plans of all products; the identities are text's, latents' and conditioning's."""
+    cache, name = config.cache, config.conditioning_name
+    text_id, latent_id, control_id = identities
+    existing = existing_layouts(cache, {"text": text_id, "latents": latent_id})
+    text = plan_text(
+        cache / "text",
+        prompts,
+        text_id,
+        specs.text.tensor_specs(),
+        config.shard_mb,
+        existing["text"],
+    )
+    latents = with_captions(
+        _plan_latents(config, specs, latent_id, inventory, held_out, existing["latents"]),
+        inventory,
+        prompts,
+        text,
+    )
+    conditioning = plan_conditioning(
+        cache / conditioning_folder(name),
+        latents,
+        np.repeat(inventory.conditionings, 2 if config.random_flip else 1, axis=0),
+        control_id,
+    )
+    validation = plan_validation(
+        cache / validation_folder(name),
+        pairs,
+        {"text": text_id, "conditioning": control_id},
+        _pair_bytes(specs),
+    )
+    return Products(text, latents, conditioning, validation)
+
+
+def _plan_latents(
+    config: PrecomputeConfig,
+    specs: EncoderSpecs,
+    identity: Identity,
+    inventory: Inventory,
+    held_out: NDArray[np.bool_],
+    existing: Layout,
+) -> ProductPlan:
+    images_per_row = 2 if config.random_flip else 1
+    return plan_latents(
+        config.cache / "latents",
+        image_contents(inventory, held_out, mirrored=config.random_flip),
+        np.repeat(nearest_buckets(inventory.sizes, specs.latent_settings.shapes), images_per_row),
+        np.repeat(held_out, images_per_row),
+        identity,
+        [specs.latents.tensor_specs("latent", grid) for grid in specs.grids],
+        config.shard_mb,
+        existing,
+    )
+
+
+def _pair_bytes(specs: EncoderSpecs) -> list[int]:
+    """Return the size of a validation record's tensors, by bucket."""
+    return [
+        record_bytes(specs.text.tensor_specs())
+        + record_bytes(specs.latents.tensor_specs("latent", grid))
+        + 3 * width * height
+        for grid, (width, height) in zip(specs.grids, specs.latent_settings.shapes, strict=True)
+    ]

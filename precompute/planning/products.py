@@ -1,0 +1,202 @@
+"""The plans of the products: text, latents and conditioning latents.
+
+Axes: N rows of the inventory, P captions, D distinct prompts.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from xxhash import xxh3_128_digest
+
+from precompute.planning.held_out import HELD_OUT
+from precompute.planning.inventory import Inventory, digest_hex, digests_of
+from precompute.planning.layout import (
+    EMPTY,
+    Ids,
+    Layout,
+    Numbers,
+    arrange,
+    first_of_each,
+    items_of_slots,
+)
+from precompute.planning.plan import ProductPlan, array_digest
+from shards.format.tensor_spec import TensorSpec, record_bytes
+
+# Encoders take full batches, of powers of two, from large shards.
+LARGE_SHARD, WHOLE_BATCHES = 64, 32
+# The digest of a mirrored image is the digest of the image with these bits flipped.
+MIRROR = np.frombuffer(xxh3_128_digest(b"mirrored"), ">u8").astype(np.uint64)
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """The distinct prompts of an inventory; the empty prompt is the first.
+
+    Attributes:
+        digests: of each prompt, [D, 2].
+        first: number of the first caption with each prompt, counted from 1, [D]; 0 for the empty
+            prompt.
+        numbers: number of each caption's prompt, [P].
+    """
+
+    digests: Ids
+    first: Numbers
+    numbers: Numbers
+
+    def __len__(self) -> int:
+        """Return D."""
+        return len(self.first)
+
+
+def distinct_prompts(inventory: Inventory) -> Prompts:
+    """Return the empty prompt, then each prompt once, in order of first appearance."""
+    captions = np.concatenate([digests_of(iter([""])), inventory.captions])
+    first, numbers = first_of_each(captions)
+    return Prompts(captions[first], first, numbers[1:])
+
+
+def plan_text(
+    folder: Path,
+    prompts: Prompts,
+    identity: Mapping[str, Any],
+    tensors: Mapping[str, TensorSpec],
+    shard_mb: float,
+    existing: Layout = EMPTY,
+) -> ProductPlan:
+    """Return the plan of the text product.
+
+    Args:
+        folder: of the product.
+        prompts: all prompts that the product holds.
+        identity: what the records' bytes depend on besides the prompts.
+        tensors: of a record.
+        shard_mb: size of a shard, in 10^6 bytes.
+        existing: the layout of the cache as it is; items that have a slot keep it.
+    """
+    sizes = [records_per_shard(shard_mb, tensors)]
+    buckets = np.zeros(len(prompts), np.int64)
+    layout, slots = arrange(prompts.digests[:, 0], buckets, sizes, existing)
+    items = items_of_slots(layout, slots)
+    return ProductPlan(folder, identity, layout, items, prompts.digests, [record_bytes(tensors)])
+
+
+def image_contents(inventory: Inventory, held_out: NDArray[np.bool_], *, mirrored: bool) -> Ids:
+    """Return the digest of each latent's image, [N, 2]; mirrored and held-out ones have their own.
+
+    Args:
+        inventory: of all rows.
+        held_out: which rows are held out of training, [N].
+        mirrored: whether each row is followed by its mirror; then the result is [2 N, 2].
+    """
+    contents = np.where(held_out[:, None], inventory.images ^ HELD_OUT, inventory.images)
+    if not mirrored:
+        return contents
+    return np.stack([contents, contents ^ MIRROR], axis=1).reshape(-1, 2)
+
+
+def image_metadata(content: Any, *, mirrored: bool, held_out: bool) -> dict[str, Any]:
+    """Return the part of a latent record's JSON member that identifies its image.
+
+    Args:
+        content: the latent's entry in `image_contents`, [2].
+        mirrored: whether the image is a mirror.
+        held_out: whether the image is held out of training.
+    """
+    flags: dict[str, Any] = {}
+    for is_set, name, bits in ((mirrored, "mirrored", MIRROR), (held_out, "held_out", HELD_OUT)):
+        if is_set:
+            flags[name] = True
+            content = content ^ bits
+    return {"image_hash": digest_hex(content)} | flags
+
+
+def plan_latents(
+    folder: Path,
+    contents: Ids,
+    buckets: Numbers,
+    held_out: NDArray[np.bool_],
+    identity: Mapping[str, Any],
+    tensors: Sequence[Mapping[str, TensorSpec]],
+    shard_mb: float,
+    existing: Layout = EMPTY,
+) -> ProductPlan:
+    """Return the plan of the latents.
+
+    Args:
+        folder: of the product.
+        contents: the digest of each latent's image, from `image_contents`.
+        buckets: of each latent.
+        held_out: which latents are held out of training; they get shards of their own.
+        identity: what the records' bytes depend on besides the images.
+        tensors: of a record, by bucket.
+        shard_mb: size of a shard, in 10^6 bytes.
+        existing: the layout of the cache as it is; items that have a slot keep it.
+    """
+    sizes = [records_per_shard(shard_mb, specs) for specs in tensors]
+    # Held-out latents of bucket b are arranged as if they were of bucket len(sizes) + b.
+    arranged_buckets = buckets + len(sizes) * held_out
+    layout, slots = arrange(contents[:, 0], arranged_buckets, [*sizes, *sizes], existing)
+    items = items_of_slots(layout, slots)
+    bucket_bytes = [record_bytes(specs) for specs in tensors]
+    return ProductPlan(folder, identity, layout, items, contents, bucket_bytes)
+
+
+def plan_conditioning(
+    folder: Path, latents: ProductPlan, conditionings: Ids, identity: Mapping[str, Any]
+) -> ProductPlan:
+    """Return the plan of the conditioning latents, which have the slots of their latents.
+
+    Args:
+        folder: of the product.
+        latents: the plan of the latents.
+        conditionings: digest of each latent's conditioning image, [N, 2].
+        identity: what the records' bytes depend on besides the images.
+    """
+    contents = np.concatenate([latents.contents, conditionings], axis=1)
+    return ProductPlan(
+        folder, identity, latents.layout, latents.items, contents, latents.record_bytes
+    )
+
+
+def with_captions(
+    latents: ProductPlan, inventory: Inventory, prompts: Prompts, text: ProductPlan
+) -> ProductPlan:
+    """Return the plan of the latents with a digest of each shard's captions.
+
+    Args:
+        latents: the plan without captions.
+        inventory: of all rows.
+        prompts: the distinct prompts of the inventory.
+        text: the plan of the text product.
+    """
+    addresses = text_addresses(text)
+    images_per_row = latents.num_records // max(len(inventory), 1)
+    digests = []
+    for shard in range(latents.num_shards):
+        plan = latents.shard(shard)
+        rows = plan.items // images_per_row
+        starts, ends = inventory.caption_ends[rows], inventory.caption_ends[rows + 1]
+        counts = ends - starts
+        # Numbers of the captions of these rows, one row's after the other's.
+        offsets = np.repeat(starts - np.cumsum(counts) + counts, counts)
+        numbers = prompts.numbers[offsets + np.arange(counts.sum())]
+        digests.append(array_digest(b"captions", plan.slots, counts, addresses[numbers]))
+    return replace(latents, captions=digests)
+
+
+def text_addresses(text: ProductPlan) -> Numbers:
+    """Return shard, slot and id of each prompt's record, [D, 3]."""
+    slots = np.empty(text.num_records, np.int64)
+    occupied = np.flatnonzero(text.items >= 0)
+    slots[text.items[occupied]] = occupied
+    return np.stack([*text.layout.locate(slots), text.ids.astype(np.int64)], axis=1)
+
+
+def records_per_shard(shard_mb: float, tensors: Mapping[str, TensorSpec]) -> int:
+    """Return how many records a shard holds: at least one, and whole batches in large shards."""
+    count = max(1, int(shard_mb * 1e6 / record_bytes(tensors)))
+    return count if count < LARGE_SHARD else count - count % WHOLE_BATCHES
