@@ -44,6 +44,7 @@ ALLOWED = {
 }
 PACKAGES = {folder.split(".")[0] for folder in ALLOWED}
 MOST_MODULES = 14
+MOST_LINES = 70
 
 
 def modules() -> dict[str, Path]:
@@ -129,6 +130,15 @@ def test_no_folder_is_crowded() -> None:
         names = [path.name for path in folder.glob("*.py")]
         count = len(set(names) - {"__init__.py", "__main__.py"})
         assert count <= MOST_MODULES, f"{folder}: {count} modules"
+
+
+@pytest.mark.parametrize("path", MODULES.values(), ids=MODULES)
+def test_every_function_fits_a_screen(path: Path) -> None:
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            assert node.end_lineno is not None
+            lines = node.end_lineno - node.lineno + 1
+            assert lines <= MOST_LINES, f"{path}: {node.name} has {lines} lines"
 
 
 def loaded_modules(statement: str) -> set[str]:
