@@ -30,5 +30,5 @@ def slot_of(key: str) -> tuple[int, int]:
     shard, _, rest = key.partition("-")
     slot, _, content = rest.partition("-")
     if not (shard.isdecimal() and slot.isdecimal() and content):
-        raise ShardError(f"{key!r} is not a record key (shard-row-content)")
+        raise ShardError(f"{key!r} is not a record key (shard-slot-content)")
     return int(shard), int(slot)
