@@ -25,7 +25,8 @@ from demo.base_model.shapes import (
 )
 from demo.base_model.vae import ANCHOR, CONSTANTS, build_vae, freeze_constant_channels
 from demo.colors import COLORS, is_held_out
-from sd3.images import fit, to_pixels, to_uint8
+from sd3.images import fit
+from sd3.pixels import to_pixels, to_uint8
 from tests.conftest import REPOSITORY
 
 CPU = torch.device("cpu")
@@ -174,9 +175,9 @@ def test_the_shipped_base_is_as_good_as_its_card_says(
     assert found.outline_psnr_db > 26
     assert found.latent_mean == pytest.approx(0, abs=0.1)
     assert found.latent_std == pytest.approx(1, abs=0.1)
-    assert found.background_color_error < 10
-    assert found.patch_color_error < 12
-    assert found.patches > 30
+    assert found.by_prompt.background_color_error < 10
+    assert found.by_prompt.patch_color_error < 12
+    assert found.by_prompt.num_patches > 30
 
 
 def test_the_shipped_base_is_small_and_in_half_precision() -> None:
