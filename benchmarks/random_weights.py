@@ -12,7 +12,7 @@ from transformers import CLIPTextConfig, CLIPTextModelWithProjection, T5Config, 
 from benchmarks.bases import VAE
 from common.atomic_files import write_text
 from common.device import default_dtype
-from demo.base_model.pipeline import build_clip_tokenizer, build_t5_tokenizer
+from demo.base_model.tokenizers import build_clip_tokenizer, build_t5_tokenizer
 
 CLIP_TOKENS = 77
 

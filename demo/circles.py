@@ -1,8 +1,8 @@
-"""`python -m demo.circles`: data sets in fill50k's very layout and style, drawn from a seed.
+"""`python -m demo.circles`: data sets in fill50k's layout and style, drawn from a seed.
 
-Each row is a circle: its thin white outline on black is the conditioning image, the filled disc on
-a plain background the image, "<colour> circle with <colour> background" the caption. Two data sets:
-`train`, and `unseen`, other circles in pairs of colours that `train` never shows.
+Each row is a circle. The conditioning image is its thin white outline on black, the image is the
+filled disc on a plain background, the caption "<colour> circle with <colour> background". The two
+data sets are `train`, and `unseen`: other circles in pairs of colours that `train` never shows.
 """
 
 import json
@@ -47,18 +47,20 @@ class Circle:
 
 @dataclass(frozen=True)
 class CirclesConfig:
-    """Draw circles in fill50k's layout, `train` and `unseen`, unless just these are there."""
+    """Draw circles in fill50k's layout, `train` and `unseen`, unless they are there already."""
 
-    output_dir: Path = option(help="Where the two data sets go.")
-    num_rows: int = option(3072, help="Circles to train on.")
-    num_unseen: int = option(100, help="Circles to score on, in pairs of colours kept from train.")
-    seed: int = option(0, help="Of the circles.")
+    output_dir: Path = option(help="Folder of the two data sets.")
+    num_rows: int = option(3072, help="Number of circles to train on.")
+    num_unseen: int = option(
+        100, help="Number of circles to score on, in pairs of colours that train never shows."
+    )
+    seed: int = option(0, help="Seed of the circles.")
 
     def __post_init__(self) -> None:
-        """Refuse what cannot be drawn.
+        """Check the numbers.
 
         Raises:
-            ConfigError: naming the option.
+            ConfigError: a number is too small; the message names the option.
         """
         for flag, count in (("--num-rows", self.num_rows), ("--num-unseen", self.num_unseen)):
             if count < 1:
@@ -68,12 +70,13 @@ class CirclesConfig:
 
 
 def random_circles(num_rows: int, seed: int, held_out: bool | None = None) -> list[Circle]:
-    """Return random circles that lie inside the picture; two different colours each.
+    """Return random circles that lie inside the picture, each with two different colours.
 
     Args:
         num_rows: how many.
-        seed: of the draw.
-        held_out: whether the pairs of colours are those kept from training; None is any pair.
+        seed: of the circles.
+        held_out: True for the pairs of colours kept from training, False for the others, None for
+            any pair.
     """
     rng = np.random.default_rng(seed)
     names = list(COLORS)
@@ -85,7 +88,7 @@ def random_circles(num_rows: int, seed: int, held_out: bool | None = None) -> li
         while COLORS[color] == COLORS[background] or (
             held_out is not None and is_held_out(color, background) != held_out
         ):
-            # Both anew where a tenth of the pairs is wanted: a colour may have no such partner.
+            # Draw both colours again, because a colour may have no held-out pair at all.
             if held_out is not None:
                 color = names[rng.integers(len(names))]
             background = names[rng.integers(len(names))]
@@ -95,15 +98,17 @@ def random_circles(num_rows: int, seed: int, held_out: bool | None = None) -> li
 
 def draw_outline(circle: Circle) -> Image.Image:
     """Return the conditioning image: a thin white outline on black."""
-    return _draw(circle, "black", outline="white", width=LINE_PX * SUPERSAMPLING)
+    return _draw_ellipse(circle, "black", outline="white", width=LINE_PX * SUPERSAMPLING)
 
 
 def draw_disc(circle: Circle) -> Image.Image:
     """Return the image: the filled disc on its background."""
-    return _draw(circle, COLORS[circle.background], fill=COLORS[circle.color])
+    return _draw_ellipse(circle, COLORS[circle.background], fill=COLORS[circle.color])
 
 
-def _draw(circle: Circle, background: str | tuple[int, int, int], **style: object) -> Image.Image:
+def _draw_ellipse(
+    circle: Circle, background: str | tuple[int, int, int], **style: object
+) -> Image.Image:
     side = IMAGE_PX * SUPERSAMPLING
     image = Image.new("RGB", (side, side), background)
     box = [
@@ -116,25 +121,25 @@ def _draw(circle: Circle, background: str | tuple[int, int, int], **style: objec
     return image.reduce(SUPERSAMPLING)
 
 
-def _save(folder: Path, index: int, circle: Circle) -> None:
+def _save_images(folder: Path, index: int, circle: Circle) -> None:
     draw_outline(circle).save(folder / "source" / f"{index}.png", compress_level=1)
     draw_disc(circle).save(folder / "target" / f"{index}.png", compress_level=1)
 
 
 def write_circles(folder: Path, rows: list[Circle]) -> None:
-    """Draw a data set into a folder; `prompt.json` comes last, so that its presence means whole."""
+    """Draw a data set into a folder; `prompt.json` is written last, when all images are there."""
     (folder / "prompt.json").unlink(missing_ok=True)
     for name in ("source", "target"):
         (folder / name).mkdir(parents=True, exist_ok=True)
     with ProcessPoolExecutor(min(os.cpu_count() or 1, 8)) as pool:
-        drawn = pool.map(partial(_save, folder), range(len(rows)), rows, chunksize=32)
+        drawn = pool.map(partial(_save_images, folder), range(len(rows)), rows, chunksize=32)
         for _ in tqdm(drawn, total=len(rows), unit="pair", desc="circles", disable=None):
             pass
     write_text(folder / "prompt.json", format_prompt_json(rows))
 
 
 def format_prompt_json(rows: list[Circle]) -> str:
-    """Return the text of fill50k's prompt.json for rows."""
+    """Return the text of fill50k's prompt.json for some rows."""
     return "".join(
         json.dumps({"source": f"source/{k}.png", "target": f"target/{k}.png", "prompt": row.prompt})
         + "\n"
@@ -143,17 +148,17 @@ def format_prompt_json(rows: list[Circle]) -> str:
 
 
 def unseen_circles(config: CirclesConfig) -> list[Circle]:
-    """Return the circles to score on: at other places than those of the same seed's `train`."""
+    """Return the circles to score on, drawn from another seed than those of `train`."""
     return random_circles(config.num_unseen, config.seed + 1, held_out=True)
 
 
 def unseen_image_path(config: CirclesConfig, number: int) -> Path:
-    """Return where the conditioning image of an unseen circle is."""
+    """Return the path of an unseen circle's conditioning image."""
     return config.output_dir / "unseen" / "source" / f"{number}.png"
 
 
 def draw_data_sets(config: CirclesConfig) -> None:
-    """Draw `train` and `unseen`, unless just these are there.
+    """Draw `train` and `unseen`, unless they are there already.
 
     Raises:
         OSError: the output cannot be written.
@@ -163,8 +168,8 @@ def draw_data_sets(config: CirclesConfig) -> None:
         ("unseen", unseen_circles(config)),
     ):
         folder = config.output_dir / name
-        present = folder / "prompt.json"
-        if present.is_file() and present.read_text() == format_prompt_json(rows):
+        prompts = folder / "prompt.json"
+        if prompts.is_file() and prompts.read_text() == format_prompt_json(rows):
             click.echo(f"{folder}: the {len(rows)} circles are there already")
         else:
             write_circles(folder, rows)

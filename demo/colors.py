@@ -1,11 +1,11 @@
-"""The CSS colour names, written apart as fill50k's captions write them."""
+"""The CSS colour names, with spaces between their words as in fill50k's captions."""
 
 import hashlib
 
 from PIL import ImageColor
 
-# The names that are one word stay so; the rest says where the words part.
-_APART = """
+# The names of two or more words; all others are one word.
+_SPACED = """
 alice blue, antique white, blanched almond, blue violet, burly wood, cadet blue, cornflower blue,
 dark blue, dark cyan, dark golden rod, dark gray, dark green, dark khaki, dark magenta,
 dark olive green, dark orange, dark orchid, dark red, dark salmon, dark sea green, dark slate blue,
@@ -23,21 +23,21 @@ steel blue, white smoke, yellow green
 """
 
 
-def _names() -> dict[str, tuple[int, int, int]]:
-    apart = {name.replace(" ", ""): name for name in " ".join(_APART.split()).split(", ")}
-    colours: dict[str, tuple[int, int, int]] = {}
+def _css_colors() -> dict[str, tuple[int, int, int]]:
+    spaced = {name.replace(" ", ""): name for name in " ".join(_SPACED.split()).split(", ")}
+    colors: dict[str, tuple[int, int, int]] = {}
     for css in sorted(ImageColor.colormap):
         if "grey" in css:
             continue  # a second spelling of gray
         red, green, blue = ImageColor.getrgb(css)[:3]
-        colours[apart.get(css, css)] = (red, green, blue)
-    return colours
+        colors[spaced.get(css, css)] = (red, green, blue)
+    return colors
 
 
 def is_held_out(color: str, background: str) -> bool:
-    """Tell whether a pair of colour names is kept from training, as one in ten is."""
+    """Tell whether a pair of colour names is kept from training; one pair in ten is."""
     return hashlib.sha256(f"{color}/{background}".encode()).digest()[0] * 10 < 256
 
 
-COLORS = _names()
-"""Name -> sRGB, 0 to 255; 141 names, aqua and cyan, fuchsia and magenta being the same."""
+COLORS = _css_colors()
+"""Name -> sRGB, 0 to 255. 141 names for 139 colours: aqua is cyan, fuchsia is magenta."""

@@ -1,4 +1,4 @@
-"""The page that a demonstration ends with: one HTML file that needs nothing beside it."""
+"""The page that a demonstration ends with: one HTML file that needs no other file."""
 
 import base64
 import io
@@ -19,22 +19,22 @@ from infer.scoring.results import WITHOUT
 from sd3 import images
 from sd3.contact_sheet import contact_sheet
 
-NUM_COLUMNS = 6  # of the sheet of validation pictures; steps in between are left out
-SMOOTHING = 10  # logged losses that a point of the curve is the mean of
+NUM_STEPS_SHOWN = 6  # columns of validation pictures; further steps are left out
+SMOOTHING = 10  # the curve's points are means of so many logged losses
 
 
 def build_report(config: DemoConfig, seconds: dict[str, float]) -> str:
     """Return the page about a finished demonstration.
 
     Args:
-        config: its settings; what the stages wrote is read from where they say.
-        seconds: how long each stage took.
+        config: its settings; they say where the stages' output is.
+        seconds: that each stage took.
 
     Raises:
         OSError: a stage's output is missing.
     """
-    curve = read_losses(config.train.output_dir / config.train.logging_dir)
-    steps = max(step for step, _ in curve)
+    losses = read_losses(config.train.output_dir / config.train.logging_dir)
+    steps = max(step for step, _ in losses)
     return render_page(
         config=config,
         seconds=seconds,
@@ -44,7 +44,7 @@ def build_report(config: DemoConfig, seconds: dict[str, float]) -> str:
         comparison=compare(config, steps),
         progress=to_data_url(draw_progress(config)),
         worst=to_data_url(Image.open(config.score.output_dir / "worst.png")),
-        curve=draw_losses(curve),
+        curve=draw_losses(losses),
         versions=versions(),
         commit=commit() or "unknown",
         machine=machine(),
@@ -52,7 +52,7 @@ def build_report(config: DemoConfig, seconds: dict[str, float]) -> str:
 
 
 def render_page(**values: Any) -> str:
-    """Return the page with the values that its template names."""
+    """Return the page, its template filled with values."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
         autoescape=True,
@@ -67,21 +67,22 @@ def read_losses(folder: Path) -> list[tuple[int, float]]:
     """Return (step, loss) as training logged them for TensorBoard, in order.
 
     Raises:
-        FileNotFoundError: it logged none there.
+        FileNotFoundError: the folder has no losses.
     """
-    found: dict[int, float] = {}
-    for path in sorted(folder.rglob("events.out.tfevents.*")):  # one a start; a resumed run has two
+    by_step: dict[int, float] = {}
+    # One file for each start of training: a resumed run has several.
+    for path in sorted(folder.rglob("events.out.tfevents.*")):
         events = EventAccumulator(str(path), size_guidance={"scalars": 0}).Reload()
         if "loss" in events.Tags()["scalars"]:
-            found |= {event.step: event.value for event in events.Scalars("loss")}
-    if not found:
+            by_step |= {event.step: event.value for event in events.Scalars("loss")}
+    if not by_step:
         raise FileNotFoundError(2, "no losses in TensorBoard's files here", str(folder))
-    return sorted(found.items())
+    return sorted(by_step.items())
 
 
-def draw_losses(curve: list[tuple[int, float]]) -> str:
-    """Return a chart of the training loss as an SVG element."""
-    steps, values = (np.array(column) for column in zip(*curve, strict=True))
+def draw_losses(losses: list[tuple[int, float]]) -> str:
+    """Return a chart of (step, loss) as an SVG element."""
+    steps, values = (np.array(column) for column in zip(*losses, strict=True))
     figure = matplotlib.figure.Figure(figsize=(8, 3), layout="constrained")
     axes = figure.subplots()
     axes.plot(steps, values, color="#b9c7dd", linewidth=1, label="as logged")
@@ -99,33 +100,33 @@ def draw_losses(curve: list[tuple[int, float]]) -> str:
 
 
 def draw_progress(config: DemoConfig) -> Image.Image:
-    """Return the validation pairs before, during and after training, a row each.
+    """Return the validation pairs before, during and after training, one row for each pair.
 
-    Before training the ControlNet adds nothing, so that column is the base model alone: score's
-    pictures without the ControlNet, which start from the same noise.
+    Before training the ControlNet adds nothing, so its pictures are those of the base model alone.
+    Score has drawn them, without the ControlNet and from the same noise.
     """
     folders = sorted((config.train.output_dir / "validation").glob("step-*"))
-    last = len(folders) - 1
-    shown = np.unique(np.linspace(0, last, min(len(folders), NUM_COLUMNS)).round().astype(int))
+    num_columns = min(len(folders), NUM_STEPS_SHOWN)
+    shown = np.unique(np.linspace(0, len(folders) - 1, num_columns).round().astype(int))
     columns = [folders[index] for index in shown]
     rows = []
     for number, (prompt, path) in enumerate(config.precompute.validation_pairs()):
         conditioning = images.load(path)[0]
         before = Image.open(config.score.output_dir / WITHOUT / f"{number:03d}.png")
-        drawn = [_result(folder / f"{number}.png") for folder in columns]
+        drawn = [_crop_result(folder / f"{number}.png") for folder in columns]
         rows.append(([images.fit(conditioning, before.width), before, *drawn], prompt))
     headings = [f"step {int(folder.name.removeprefix('step-'))}" for folder in columns]
     return contact_sheet(rows, ["conditioning", "before training", *headings])
 
 
-def _result(path: Path) -> Image.Image:
-    """Return what came of a validation pair, the right-hand part of its PNG."""
+def _crop_result(path: Path) -> Image.Image:
+    """Return the right part of a validation picture; the left part is the conditioning image."""
     pair = Image.open(path)
     return pair.crop((pair.width - pair.height, 0, pair.width, pair.height))
 
 
 def to_data_url(image: Image.Image) -> str:
-    """Return an image as a URL that carries it."""
+    """Return an image as a URL that contains it."""
     file = io.BytesIO()
     image.convert("RGB").save(file, format="WEBP", quality=85, method=6)
     return "data:image/webp;base64," + base64.b64encode(file.getvalue()).decode()

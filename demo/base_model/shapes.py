@@ -1,4 +1,4 @@
-"""Circles as training the base wants them: masks and outlines once, colours anew at each draw.
+"""Circles for training the base: masks and outlines drawn once, coloured at each step.
 
 Axes: B pictures, 3 colours, H x W pixels.
 """
@@ -19,13 +19,13 @@ from sd3.images import fit
 BASE_PX = 128
 NAMES = list(COLORS)
 PALETTE = torch.tensor([COLORS[name] for name in NAMES]) / 127.5 - 1
-# Pairs of colours, by index, that the base is trained on and tested on.
+# Pairs of disc colour and background, by index: those to train on, and those to test on.
 TRAINED_PAIRS, HELD_OUT_PAIRS = (
     torch.tensor(
         [
-            (one, other)
-            for one, color in enumerate(NAMES)
-            for other, background in enumerate(NAMES)
+            (color_index, background_index)
+            for color_index, color in enumerate(NAMES)
+            for background_index, background in enumerate(NAMES)
             if COLORS[color] != COLORS[background] and is_held_out(color, background) == held_out
         ]
     )
@@ -39,14 +39,22 @@ def caption(pair: Tensor) -> str:
     return Circle(0, 0, 0, NAMES[color], NAMES[background]).prompt
 
 
-def load_shapes(path: Path, count: int, seed: int) -> tuple[Tensor, Tensor]:
-    """Return (masks, outlines) of random circles, [count, H, W], 0 to 255; drawn once, then kept.
+def load_shapes(path: Path, num_circles: int, seed: int) -> tuple[Tensor, Tensor]:
+    """Return masks and outlines of random circles; drawn once, then kept.
 
-    They go through the very drawing, resizing and cropping that a data set goes through.
+    They are drawn, resized and cropped as a data set is.
+
+    Args:
+        path: file of the shapes.
+        num_circles: how many.
+        seed: of the circles.
+
+    Returns:
+        Masks and outlines, each [num_circles, H, W], 0 to 255.
     """
     if not path.is_file():
         with ProcessPoolExecutor() as pool:
-            drawn = list(pool.map(_draw, random_circles(count, seed), chunksize=64))
+            drawn = list(pool.map(_draw_shapes, random_circles(num_circles, seed), chunksize=64))
         masks, outlines = (
             torch.from_numpy(np.stack(images)) for images in zip(*drawn, strict=True)
         )
@@ -57,15 +65,15 @@ def load_shapes(path: Path, count: int, seed: int) -> tuple[Tensor, Tensor]:
 
 
 def paint_discs(masks: Tensor, colors: Tensor) -> Tensor:
-    """Return pictures [B, 3, H, W] in -1 to 1.
+    """Return pictures of discs on plain backgrounds, [B, 3, H, W] in -1 to 1.
 
     Args:
         masks: [B, H, W], 0 to 255.
-        colors: disc and background of each, [B, 2, 3] in -1 to 1.
+        colors: of each disc and its background, [B, 2, 3] in -1 to 1.
     """
-    share = masks[:, None] / 255
+    coverage = masks[:, None] / 255
     disc_color, background = colors[:, :, :, None, None].unbind(1)
-    return share * disc_color + (1 - share) * background
+    return coverage * disc_color + (1 - coverage) * background
 
 
 def paint_outlines(outlines: Tensor) -> Tensor:
@@ -73,8 +81,8 @@ def paint_outlines(outlines: Tensor) -> Tensor:
     return (outlines / 127.5 - 1)[:, None].expand(-1, 3, -1, -1)
 
 
-def _draw(circle: Circle) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
-    """Return a circle's mask and outline; no torch, whose threads do not survive the fork."""
+def _draw_shapes(circle: Circle) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
+    """Return a circle's mask and outline; without torch, whose threads do not survive a fork."""
     white = Circle(circle.x, circle.y, circle.radius, "white", "black")
     mask, line = (
         np.asarray(fit(image, BASE_PX).convert("L"))

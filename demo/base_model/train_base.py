@@ -1,8 +1,8 @@
 """`python -m demo.base_model.train_base`: trains the miniature base model and measures it.
 
-Circles are drawn, a VAE is trained on discs and outlines, then the transformer and the text
+It draws circles, trains a VAE on discs and outlines, then trains the transformer and the text
 encoders by flow matching on the discs' latents. One pair of colours in ten is kept from training.
-Minutes on a GPU, one hour on two CPU cores; interrupted, it goes on.
+It takes minutes on a GPU, one hour on two CPU cores; an interrupted run continues.
 """
 
 from pathlib import Path
@@ -33,10 +33,10 @@ HELD_OUT_SHAPES = 256
     type=click.Path(path_type=Path),
     default=Path("runs/base-training"),
     show_default=True,
-    help="What an interrupted run goes on from.",
+    help="Folder of the state from which an interrupted run continues.",
 )
 @click.option("--seed", default=0, show_default=True)
-@click.option("--device", default=None, help="cuda, mps or cpu; the best there is if absent.")
+@click.option("--device", default=None, help="cuda, mps or cpu; the best available by default.")
 def main(output_dir: Path, state_dir: Path, seed: int, device: str | None) -> None:
     """Train the miniature base model, save it in half precision, and measure what was saved."""
     transformers_logging.disable_progress_bar()
@@ -50,28 +50,30 @@ def make_base(output_dir: Path, state_dir: Path, seed: int, device: torch.device
     """Train, save and measure a base; return its model card.
 
     Args:
-        output_dir: where the base goes.
-        state_dir: what is finished of this very base, and what it goes on from.
+        output_dir: folder of the base.
+        state_dir: folder of the training states of the base with this seed; training continues
+            from them.
         seed: of weights, batches and noise.
         device: where to train.
 
     Raises:
-        ConfigError: `output_dir` holds something else.
+        ConfigError: `output_dir` holds something other than a pipeline.
     """
     check_replaceable(output_dir)
     keep_freed_memory(device)
     state_dir.mkdir(parents=True, exist_ok=True)
     masks, outlines = load_shapes(state_dir / "shapes.safetensors", NUM_SHAPES, seed)
-    seen, unseen = slice(None, -HELD_OUT_SHAPES), slice(-HELD_OUT_SHAPES, None)
-    vae = train_vae.train_vae(state_dir / "vae.pt", masks[seen], outlines[seen], device, seed)
-    latents = train_flow.load_latents(state_dir / "latents.safetensors", vae, masks[seen], seed)
+    trained, held_out = slice(None, -HELD_OUT_SHAPES), slice(-HELD_OUT_SHAPES, None)
+    vae = train_vae.train_vae(state_dir / "vae.pt", masks[trained], outlines[trained], device, seed)
+    latents = train_flow.load_latents(state_dir / "latents.safetensors", vae, masks[trained], seed)
     pipeline = train_flow.build_miniature(seed)
     pipeline.register_modules(vae=vae)
     set_scaling(pipeline, latents["latent"].float())
     train_flow.train_flow(state_dir / "flow.pt", pipeline, latents, device, seed)
     save_base(output_dir, pipeline.to("cpu", torch.float16))
     saved = StableDiffusion3Pipeline.from_pretrained(output_dir, dtype=torch.float32).to(device)
-    card = model_card(saved, measure_base(saved, masks[unseen], outlines[unseen], seed), seed)
+    quality = measure_base(saved, masks[held_out], outlines[held_out], seed)
+    card = model_card(saved, quality, seed)
     write_text(output_dir / "README.md", card)
     return card
 

@@ -1,24 +1,30 @@
 """Training the miniature's transformer and text encoders together, by flow matching on circles.
 
-The text encoders learn along with the transformer and are frozen ever after: with random ones the
-colours never come out right. Resumes from the last saved state.
+The text encoders learn here and are frozen ever after: with random ones the colours never come out
+right. Training resumes from the last saved state.
 
 Axes: B samples, T tokens, W embedding width, C latent channels, h x w latent grid.
 """
 
 import copy
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, StableDiffusion3Pipeline
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from tqdm import tqdm
+from transformers import PreTrainedTokenizerBase
 
 from demo.base_model.pipeline import CLIP_TOKENS, build_pipeline
 from demo.base_model.shapes import PALETTE, TRAINED_PAIRS, caption, paint_discs
-from demo.base_model.train_vae import save_state, update_average
+from demo.base_model.training_state import (
+    load_state,
+    save_state,
+    states_of,
+    update_average,
+)
 from sd3.prompt_embeds import prompt_embeds
 from train.objective import noised, scaled
 
@@ -27,7 +33,7 @@ BATCH = 32
 NUM_LATENTS = 16384
 LEARNING_RATE = 2e-3
 WARMUP_FRACTION = 0.1
-SHIFT = 3.0  # of the scheduler: more time at high noise
+SHIFT = 3.0  # of the noise levels: more training at high noise
 EMPTY_PROMPTS = 0.1  # so that classifier-free guidance works
 EMA_DECAY = 0.998
 SAVE_EVERY = 100
@@ -47,9 +53,17 @@ def build_miniature(seed: int) -> StableDiffusion3Pipeline:
 
 
 def load_latents(path: Path, vae: AutoencoderKL, masks: Tensor, seed: int) -> dict[str, Tensor]:
-    """Return `latent` [N, C, h, w], raw, float16, and `pair` [N, 2], colour indices.
+    """Return latents of discs in random pairs of colours to train on; made once, then kept.
 
-    Discs in pairs of colours that are trained on; encoded once, then kept.
+    Args:
+        path: file of the latents.
+        vae: the trained VAE, on its device.
+        masks: of discs, [N, H, W], 0 to 255.
+        seed: of discs and colours.
+
+    Returns:
+        `latent` [NUM_LATENTS, C, h, w], not scaled, float16, and `pair` [NUM_LATENTS, 2], indices
+        of disc colour and background.
     """
     if not path.is_file():
         generator = torch.Generator().manual_seed(seed)
@@ -59,8 +73,8 @@ def load_latents(path: Path, vae: AutoencoderKL, masks: Tensor, seed: int) -> di
         ]
         latents = []
         with torch.no_grad():
-            for part in tqdm(torch.arange(NUM_LATENTS).split(BATCH), desc="latents"):
-                pictures = paint_discs(masks[shapes[part]], PALETTE[pairs[part]])
+            for batch in tqdm(torch.arange(NUM_LATENTS).split(BATCH), desc="latents"):
+                pictures = paint_discs(masks[shapes[batch]], PALETTE[pairs[batch]])
                 latent = vae.encode(pictures.to(vae.device)).latent_dist.mean
                 latents.append(latent.to("cpu", torch.float16))
         save_file({"latent": torch.cat(latents), "pair": pairs}, path)
@@ -74,12 +88,12 @@ def train_flow(
     device: torch.device,
     seed: int,
 ) -> None:
-    """Train the pipeline's transformer and text encoders in place; they end as their averages.
+    """Train a pipeline's transformer and text encoders in place; their averaged weights stay.
 
     Args:
-        state_path: where the state is kept; training goes on from there.
+        state_path: file of the state; training continues from it.
         pipeline: its VAE's configuration has the scaling of `latents`.
-        latents: see `load_latents`.
+        latents: what `load_latents` returns.
         device: where to train.
         seed: of the batches and the noise.
     """
@@ -90,63 +104,83 @@ def train_flow(
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimizer, LEARNING_RATE, NUM_STEPS, pct_start=WARMUP_FRACTION
     )
-    start, history = 0, []
-    if state_path.is_file():
-        state = torch.load(state_path, map_location=device, weights_only=True)
-        for name, part in (
-            ("models", models),
-            ("average", average),
-            ("optimizer", optimizer),
-            ("schedule", schedule),
-        ):
-            part.load_state_dict(state[name])
-        start, history = state["step"], state["history"]
-    config = pipeline.vae.config
+    parts = {"models": models, "average": average, "optimizer": optimizer, "schedule": schedule}
+    state = load_state(state_path, parts, device)
+    start, history = state.get("step", 0), state.get("history", [])
     bar = tqdm(range(start, NUM_STEPS), desc="flow", initial=start, total=NUM_STEPS)
     for step in bar:
         generator = torch.Generator().manual_seed(seed * 10**6 + step)
-        chosen = torch.randint(NUM_LATENTS, (BATCH,), generator=generator)
-        latent = scaled(
-            latents["latent"][chosen].float(), config.scaling_factor, config.shift_factor
-        ).to(device)
-        dropped = torch.rand(BATCH, generator=generator) < EMPTY_PROMPTS
-        prompts = [
-            "" if drop else caption(pair)
-            for drop, pair in zip(dropped, latents["pair"][chosen], strict=True)
-        ]
-        noise = torch.randn(latent.shape, generator=generator).to(device)
-        uniform = torch.sigmoid(torch.randn(BATCH, generator=generator)).to(device)
-        sigma = SHIFT * uniform / (1 + (SHIFT - 1) * uniform)
-        embeds, pooled = encode_prompts(pipeline, prompts, device)
-        velocity = pipeline.transformer(
-            hidden_states=noised(latent, noise, sigma),
-            timestep=1000 * sigma,
-            encoder_hidden_states=embeds,
-            pooled_projections=pooled,
-        ).sample
-        loss = (velocity - (noise - latent)).square().mean()
+        loss = flow_loss(pipeline, draw_batch(latents, pipeline.vae, generator), device)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(models.parameters(), 1.0)
         optimizer.step()
         schedule.step()
-        update_average(average, models, min(EMA_DECAY, (step + 1) / (step + 10)))
+        update_average(average, models, step, EMA_DECAY)
         history.append(loss.item())
         if (step + 1) % SAVE_EVERY == 0:
             bar.set_postfix(loss=f"{sum(history[-SAVE_EVERY:]) / SAVE_EVERY:.4f}")
-            save_state(
-                state_path,
-                {
-                    "models": models.state_dict(),
-                    "average": average.state_dict(),
-                    "optimizer": optimizer.state_dict(),
-                    "schedule": schedule.state_dict(),
-                    "step": step + 1,
-                    "history": history,
-                },
-            )
+            save_state(state_path, states_of(parts) | {"step": step + 1, "history": history})
     models.load_state_dict(average.state_dict())
     models.eval().requires_grad_(False)
+
+
+@dataclass(frozen=True)
+class FlowBatch:
+    """Samples of one step.
+
+    Attributes:
+        latent: scaled, [B, C, h, w].
+        prompts: captions, some of them replaced by the empty prompt.
+        noise: standard normal, [B, C, h, w].
+        sigma: noise levels, [B].
+    """
+
+    latent: Tensor
+    prompts: list[str]
+    noise: Tensor
+    sigma: Tensor
+
+
+def draw_batch(
+    latents: dict[str, Tensor], vae: AutoencoderKL, generator: torch.Generator
+) -> FlowBatch:
+    """Return a random batch, on the CPU.
+
+    Args:
+        latents: what `load_latents` returns.
+        vae: its configuration has the scaling of the latents.
+        generator: of samples, empty prompts, noise and noise levels.
+    """
+    chosen = torch.randint(NUM_LATENTS, (BATCH,), generator=generator)
+    latent = latents["latent"][chosen].float()
+    dropped = torch.rand(BATCH, generator=generator) < EMPTY_PROMPTS
+    prompts = [
+        "" if drop else caption(pair)
+        for drop, pair in zip(dropped, latents["pair"][chosen], strict=True)
+    ]
+    noise = torch.randn(latent.shape, generator=generator)
+    logit_normal = torch.sigmoid(torch.randn(BATCH, generator=generator))
+    return FlowBatch(
+        latent=scaled(latent, vae.config.scaling_factor, vae.config.shift_factor),
+        prompts=prompts,
+        noise=noise,
+        sigma=SHIFT * logit_normal / (1 + (SHIFT - 1) * logit_normal),
+    )
+
+
+def flow_loss(pipeline: StableDiffusion3Pipeline, batch: FlowBatch, device: torch.device) -> Tensor:
+    """Return the mean squared error of the predicted velocity, noise - latent."""
+    latent, noise, sigma = (part.to(device) for part in (batch.latent, batch.noise, batch.sigma))
+    embeds, pooled = encode_prompts(pipeline, batch.prompts, device)
+    velocity = pipeline.transformer(
+        hidden_states=noised(latent, noise, sigma),
+        timestep=1000 * sigma,
+        encoder_hidden_states=embeds,
+        pooled_projections=pooled,
+    ).sample
+    error: Tensor = velocity - (noise - latent)
+    return error.square().mean()
 
 
 def encode_prompts(
@@ -154,27 +188,27 @@ def encode_prompts(
 ) -> tuple[Tensor, Tensor]:
     """Return prompt embeddings [B, T, W] and pooled ones [B, W], with gradients.
 
-    As the stock pipeline's `encode_prompt`, which computes none.
+    The stock pipeline's `encode_prompt` gives the same, but without gradients.
     """
-
-    def ids(tokenizer: Any) -> Tensor:
-        tokens = tokenizer(
-            prompts,
-            padding="max_length",
-            max_length=CLIP_TOKENS,
-            truncation=True,
-            return_tensors="pt",
-        )
-        found: Tensor = tokens.input_ids
-        return found.to(device)
-
     first, second = (
-        encoder(ids(tokenizer), output_hidden_states=True)
+        encoder(_token_ids(tokenizer, prompts).to(device), output_hidden_states=True)
         for tokenizer, encoder in (
             (pipeline.tokenizer, pipeline.text_encoder),
             (pipeline.tokenizer_2, pipeline.text_encoder_2),
         )
     )
     clip = torch.cat([first.hidden_states[-2], second.hidden_states[-2]], dim=-1)
-    t5 = pipeline.text_encoder_3(ids(pipeline.tokenizer_3))[0]
+    t5 = pipeline.text_encoder_3(_token_ids(pipeline.tokenizer_3, prompts).to(device))[0]
     return prompt_embeds(clip, t5), torch.cat([first[0], second[0]], dim=-1)
+
+
+def _token_ids(tokenizer: PreTrainedTokenizerBase, prompts: list[str]) -> Tensor:
+    """Return token numbers, [B, CLIP_TOKENS]."""
+    ids: Tensor = tokenizer(
+        prompts,
+        padding="max_length",
+        max_length=CLIP_TOKENS,
+        truncation=True,
+        return_tensors="pt",
+    ).input_ids
+    return ids

@@ -203,14 +203,14 @@ def test_figures_stand_in_their_places() -> None:
         blocks=3,
         score=score | {"config": {"seed": 0}},
         comparison=Comparison(
-            rows=3000,
-            prompts=2800,
-            pictures_reference=28800,
-            pictures=6000,
+            num_rows=3000,
+            num_prompts=2800,
+            num_pictures_reference=28800,
+            num_pictures=6000,
             prompt_bytes_reference=75_000_000,
             prompt_bytes=25_000_000,
             latent_bytes=60_000_000,
-            vae_seconds_a_picture=0.01,
+            vae_seconds_per_picture=0.01,
             encoder_bytes=5_600_000,
         ),
         progress="data:,",
@@ -224,8 +224,8 @@ def test_figures_stand_in_their_places() -> None:
         "10.00", "10.01 to 10.02", "10.03", "10",
     ]  # fmt: skip
     assert cells(page, "IoU of the disc and its outline, without")[0] == "20.00"
-    assert cells(page, "background's colour error, CIEDE2000, without")[0] == "22.00"
-    assert cells(page, "disc's colour error, CIEDE2000, without") == ["–", "– to –", "–", "0"]
+    assert cells(page, "background's colour difference, without")[0] == "22.00"
+    assert cells(page, "disc's colour difference, without") == ["–", "– to –", "–", "0"]
     assert cells(page, "pictures through the VAE") == ["28,800", "6,000"]
     assert cells(page, "… at the 10.0 ms a picture that it takes here") == ["4.8 min", "60.0 s"]
     assert cells(page, "prompt embeddings on disk") == ["75.0 MB", "25.0 MB"]

@@ -174,9 +174,9 @@ def test_the_shipped_base_is_as_good_as_its_card_says(
     assert found.outline_psnr_db > 26
     assert found.latent_mean == pytest.approx(0, abs=0.1)
     assert found.latent_std == pytest.approx(1, abs=0.1)
-    assert found.background_color_error < 10
-    assert found.patch_color_error < 12
-    assert found.patches > 30
+    assert found.by_prompt.background_color_error < 10
+    assert found.by_prompt.patch_color_error < 12
+    assert found.by_prompt.num_patches > 30
 
 
 def test_the_shipped_base_is_small_and_in_half_precision() -> None:
