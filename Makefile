@@ -19,13 +19,7 @@ STAMP   := $(VENV)/.installed
 SERVE_STAMP := $(VENV)/.installed-serve
 IS_DEMO := $(filter configs/demo%.toml,$(CONFIG))
 
-# Short files go on top of a complete one, which comes first.
-ON_DEMO   := %configs/demo-fast.toml %configs/demo-full.toml
-ON_MEDIUM := %configs/sd3-medium.toml %configs/sd35-large.toml
-base_of    = $(if $(filter $(ON_DEMO),$1),configs/demo.toml) $(if $(filter $(ON_MEDIUM),$1),configs/sd35-medium.toml)
-flags_of   = $(foreach file,$(call base_of,$1) $(filter-out $(call base_of,$1),$1),--config "$(file)")
-
-CONFIG_FLAGS    = $(call flags_of,$(CONFIG))
+CONFIG_FLAGS    = $(foreach file,$(CONFIG),--config "$(file)")
 # Where SOURCE, BASE, CACHE or OUTPUT is not given, the configuration's own path stands.
 SOURCE_FLAG     = $(if $(SOURCE),--source "$(SOURCE)")
 BASE_FLAG       = $(if $(BASE),--pretrained-model-name-or-path "$(BASE)")
@@ -69,10 +63,10 @@ $(SERVE_STAMP): $(STAMP)
 	@touch $@
 
 demo: setup  ## Run the whole pipeline on a laptop in ten minutes; with FAST=1 in two, learning nothing
-	$(RUN) python -m demo $(call flags_of,$(if $(filter-out 0,$(FAST)),configs/demo-fast.toml,$(CONFIG)))
+	$(RUN) python -m demo $(if $(filter-out 0,$(FAST)),--config configs/demo-fast.toml,$(CONFIG_FLAGS))
 
 demo-full: setup  ## Run the demo with longer training, in half an hour
-	$(RUN) python -m demo $(call flags_of,configs/demo-full.toml)
+	$(RUN) python -m demo --config configs/demo-full.toml
 
 circles: setup  ## Draw the demo's data set
 	$(RUN) python -m demo.circles $(CONFIG_FLAGS)

@@ -58,5 +58,4 @@ CLIP, T5 = (77, 2048), (77, 4096)
 
 def train_settings(base: str) -> dict[str, Any]:
     """Return the settings of training that configs/ has for a base."""
-    complete = read_section(Path("configs/sd35-medium.toml"), "train", TrainConfig)
-    return complete | read_section(Path(f"configs/{base}.toml"), "train", TrainConfig)
+    return read_section(Path(f"configs/{base}.toml"), "train", TrainConfig)

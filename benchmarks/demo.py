@@ -18,9 +18,10 @@ import torch
 
 from common.atomic_files import write_text
 from common.command import CONTEXT, user_errors
+from common.config_file import config_files
 from common.provenance import commit, machine, versions
 from demo.circles import unseen_circles
-from demo.config import load_config
+from demo.config import load_config, settings_text
 from demo.times import StageTimes
 from infer.scoring.results import WITH, WITHOUT
 
@@ -71,7 +72,7 @@ def run(configs: Sequence[Path], seed: int) -> dict[str, Any]:
     flags = [word for path in copies for word in ("--config", str(path))]
     subprocess.run([sys.executable, "-m", "demo", *flags], check=True)
     settings = load_config(*copies)
-    times = StageTimes(settings.demo.times, "".join(path.read_text() for path in copies))
+    times = StageTimes(settings.demo.times, settings_text(copies))
     figures: dict[str, Any] = json.loads(settings.score.json_path.read_text())
     return {
         **{variant: figures[variant] for variant in (WITH, WITHOUT)},
@@ -95,7 +96,7 @@ def write_seeded(configs: Sequence[Path], seed: int, folder: Path) -> list[Path]
     prompts = settings.precompute.validation_prompt
     circles = unseen_circles(replace(settings.circles, seed=seed))
     copies = []
-    for path in configs:
+    for path in (file for config in configs for file in config_files(config)):
         text = path.read_text().replace(f'"{settings.demo.output_dir}/', f'"{folder}/')
         text = text.replace(f'"{settings.demo.output_dir}"', f'"{folder}"')
         for stage in SEEDED:

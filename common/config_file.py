@@ -26,13 +26,17 @@ def read_section(path: Path, section: str, config_class: type[Any]) -> dict[str,
             key or a value of the wrong type; or files extend each other in a circle.
     """
     settings: dict[str, Any] = {}
-    for file in reversed(_with_extended(path)):
+    for file in config_files(path):
         settings |= _settings(file, section, config_class)
     return settings
 
 
-def _with_extended(path: Path) -> list[Path]:
-    """Return a file, the file that it extends, the file that this one extends, and so on."""
+def config_files(path: Path) -> list[Path]:
+    """Return a file and the files that it extends, in the order in which they apply.
+
+    Raises:
+        ConfigError: a file cannot be read or is not TOML; or files extend each other in a circle.
+    """
     files = [path]
     while (extended := _document(files[-1]).get(EXTENDS)) is not None:
         if not isinstance(extended, str):
@@ -41,7 +45,7 @@ def _with_extended(path: Path) -> list[Path]:
         if file.resolve() in [known.resolve() for known in files]:
             raise ConfigError(f"{files[-1]}: extends {extended!r}, which extends this file.")
         files.append(file)
-    return files
+    return files[::-1]
 
 
 def _document(path: Path) -> dict[str, Any]:

@@ -12,7 +12,7 @@ import click
 
 from common.atomic_files import write_text
 from common.command import CONTEXT, CommandError, user_errors
-from demo.config import DemoConfig, load_config
+from demo.config import DemoConfig, load_config, settings_text
 from demo.times import StageTimes
 
 # Stage -> the arguments of `python -m`. Each stage reads its own table of the TOML files.
@@ -40,7 +40,7 @@ def main(configs: tuple[Path, ...]) -> None:
     with user_errors():
         settings = load_config(*configs)
     settings.demo.output_dir.mkdir(parents=True, exist_ok=True)
-    times = StageTimes(settings.demo.times, "".join(path.read_text() for path in configs))
+    times = StageTimes(settings.demo.times, settings_text(configs))
     for stage in STAGES:
         run_stage(stage, configs, times)
     write_report(settings, times.seconds)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from common.config_file import read_section
+from common.config_file import config_files, read_section
 from common.errors import ConfigError
 from common.options import option
 from demo.circles import CirclesConfig, unseen_circles, unseen_image_path
@@ -79,6 +79,11 @@ def load_config(*paths: Path) -> DemoConfig:
             f"{_names(paths)}: report_to in [train] must be tensorboard, for the loss curve."
         )
     return config
+
+
+def settings_text(paths: Sequence[Path]) -> str:
+    """Return the text of TOML files, and of the files that they extend."""
+    return "".join(file.read_text() for path in paths for file in config_files(path))
 
 
 def _read_table(paths: Sequence[Path], section: str, config_class: type[Config]) -> Config:

@@ -14,8 +14,8 @@ from PIL import Image
 from torch import Tensor
 
 from infer.config import PipelineConfig
-from sd3 import images
 from sd3.buckets import nearest_buckets
+from sd3.pixels import to_pixels, to_uint8
 from sd3.pretrained import DATA_KEY, read_config
 
 # The stock pipeline's own default, for a ControlNet whose configuration says nothing of its data.
@@ -101,5 +101,5 @@ def prepare_control_image(
     if convention.pixel_range == "-1_1":
         return list(conditioning)
     # The pipeline does not scale a tensor.
-    uint8 = torch.stack([images.to_uint8(image) for image in conditioning])
-    return images.to_pixels(uint8, convention.pixel_range)
+    uint8 = torch.stack([to_uint8(image) for image in conditioning])
+    return to_pixels(uint8, convention.pixel_range)

@@ -1,16 +1,11 @@
-"""From image bytes to VAE input; stage 1 and inference use the same code.
-
-Axes: 3 colours, H x W pixels.
-"""
+"""From image files to fitted RGB images; stage 1 and inference use the same code."""
 
 import io
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-import torch
 from PIL import ExifTags, Image, ImageOps
-from torch import Tensor
 
 BACKGROUND = "white"
 LARGEST_ASPECT_DIFFERENCE = 0.01
@@ -153,22 +148,3 @@ def annotated(image: Image.Image, annotator: Callable[[Image.Image], Image.Image
     if not isinstance(drawn, Image.Image):
         raise BadImage(f"the conditioning image drawn from it is {type(drawn).__name__}, no image")
     return fit(_to_rgb(drawn, "black"), image.size, like=image.size)
-
-
-def to_uint8(image: Image.Image) -> Tensor:
-    """Return the pixels of an RGB image, [3, H, W], 0 to 255."""
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
-
-
-def to_pixels(uint8: Tensor, pixel_range: str) -> Tensor:
-    """Return pixels in the value range of the VAE's input.
-
-    Args:
-        uint8: [..., 3, H, W], 0 to 255.
-        pixel_range: `-1_1`, as diffusers' VaeImageProcessor; or `0_1`.
-
-    Returns:
-        [..., 3, H, W], float32.
-    """
-    unit = uint8.to(torch.float32) / 255.0
-    return unit if pixel_range == "0_1" else 2.0 * unit - 1.0

@@ -10,12 +10,7 @@ from shards.format.sidecar import tar_path
 
 
 def describe(manifest: Manifest, *, by_shard: bool) -> Iterator[str]:
-    """Yield lines on what a cache holds, what made it and how large it is.
-
-    Args:
-        manifest: of the cache.
-        by_shard: whether every shard has a line.
-    """
+    """Yield lines on what a cache holds, what made it and how large it is."""
     for folder, product in manifest.products():
         yield (
             f"{folder:28s} {product.num_records:8d} records {product.num_shards:5d} shards "
@@ -53,12 +48,7 @@ def _describe_tensors(manifest: Manifest) -> Iterator[str]:
 
 
 def summary(manifest: Manifest, *, by_shard: bool) -> dict[str, Any]:
-    """Return the same as plain JSON values.
-
-    Args:
-        manifest: of the cache.
-        by_shard: whether every shard has an entry.
-    """
+    """Return what a cache holds, what made it and how large it is, as plain JSON values."""
     products = {
         folder: {
             "records": product.num_records,

@@ -18,12 +18,7 @@ Member = tuple[str, int, int]  # name, offset of the data, size
 
 
 def faults(folder: Path, sidecar: Sidecar) -> Iterator[str]:
-    """Yield the first difference between a tar and its sidecar, and what is wrong with its end.
-
-    Args:
-        folder: the product's.
-        sidecar: of the tar.
-    """
+    """Yield the first difference between a tar, in a product's folder, and its sidecar."""
     path = tar_path(folder, sidecar.shard)
     end = 0
     with path.open("rb") as file:
@@ -50,13 +45,7 @@ def _members(sidecar: Sidecar) -> Iterator[Member]:
 
 
 def _member_fault(file: IO[bytes], end: int, member: Member) -> str:
-    """Return how the tar differs from a member that the sidecar lists; "" if it does not.
-
-    Args:
-        file: the tar.
-        end: of the data before it.
-        member: as the sidecar lists it.
-    """
+    """Return how the tar, behind offset `end`, differs from a listed member; "" if it does not."""
     name, start, size = member
     gap = start - tarfile.BLOCKSIZE - end
     if not 0 <= gap < tarfile.BLOCKSIZE:

@@ -18,8 +18,8 @@ from precompute.encoding.shard_build import ShardBuild, prepare_build
 from precompute.encoding.vae_encoder import VaeEncoder, is_finite
 from precompute.planning.context import Context
 from precompute.sources.source import Kind
-from sd3 import images
 from sd3.images import BadImage
+from sd3.pixels import to_uint8
 from shards.format import sidecar
 from shards.format.records import Record
 from shards.format.sidecar import Skipped
@@ -114,7 +114,7 @@ class ImagePass:
                     dtype=torch.uint8,
                     pin_memory=self.context.device.type == "cuda",
                 )
-            pixels[index] = images.to_uint8(image)
+            pixels[index] = to_uint8(image)
         return LoadedImages(pixels, reasons)
 
     def encode(self, loaded: LoadedImages) -> AsyncHostCopy | None:

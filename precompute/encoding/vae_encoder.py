@@ -11,7 +11,7 @@ from torch import Tensor
 from common.device import AsyncHostCopy
 from precompute.encoding.batch_size import BatchSize, in_parts
 from precompute.planning.encoder_spec import LatentSettings
-from sd3.images import to_pixels
+from sd3.pixels import to_pixels
 from sd3.pretrained import component_variant
 
 

@@ -17,6 +17,7 @@ from precompute.planning.plan import ProductPlan
 from sd3 import images
 from sd3.buckets import nearest_buckets
 from sd3.images import BadImage
+from sd3.pixels import to_uint8
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,7 @@ def find_pairs(config: PrecomputeConfig, shapes: list[tuple[int, int]]) -> list[
         try:
             image, data = images.load(path, config.background)
             bucket = int(nearest_buckets(np.array([image.size], np.int32), shapes)[0])
-            pixels = images.to_uint8(images.fit(image, shapes[bucket]))
+            pixels = to_uint8(images.fit(image, shapes[bucket]))
         except BadImage as error:
             raise ConfigError(f"--validation-image {path}: {error}.") from error
         pairs.append(ValidationPair(prompt, hash_bytes(data), bucket, pixels))

@@ -104,10 +104,7 @@ def write_expected(
 ) -> None:
     """Write, or replace, `plan.safetensors`; a file with the same content is left alone.
 
-    Args:
-        cache: the cache's folder.
-        expected: what the cache must hold.
-        arrays: what stage 1 needs to find again.
+    `arrays` are stage 1's own; `read_expected` returns them as they are.
     """
     text = json.dumps(dataclasses.asdict(expected), ensure_ascii=False)
     data = safetensors.numpy.save(dict(arrays), metadata={"plan": text})

@@ -103,14 +103,7 @@ class Order:
     def _record_of_group(self, group: int, place_in_group: int, number: int, window: int) -> int:
         """Return the record at a place of a group.
 
-        Args:
-            group: counted over the epoch, in shard order.
-            place_in_group: at least 0, below `self.group`.
-            number: of the epoch.
-            window: of the group, counted from 0.
-
-        Returns:
-            The record, counted over the epoch, in shard order.
+        Groups and records are counted over epoch `number`, in the order of its shards.
         """
         epoch = self._epoch(number)
         run = bisect_right(epoch.run_ends, group)

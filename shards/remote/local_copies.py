@@ -68,11 +68,6 @@ class LocalCopies:
     def fetch(self, path: Path, size: int | None, sha256: str) -> None:
         """Fetch a file that is not here; one process or thread at a time does so.
 
-        Args:
-            path: below `root`.
-            size: number of bytes; None for a sidecar.
-            sha256: of its bytes.
-
         Raises:
             ShardError: it cannot be fetched.
             OSError: it cannot be written here.
@@ -115,15 +110,7 @@ class LocalCopies:
             self.changed.notify_all()
 
     def make_room(self, num_bytes: int, needed: Collection[ShardId]) -> bool:
-        """Remove tars, oldest first, until a file has room.
-
-        Args:
-            num_bytes: size of the file.
-            needed: shards that stay.
-
-        Returns:
-            Whether it has room.
-        """
+        """Remove tars that are not needed, oldest first, until a file has room; tell whether."""
         with self.changed:
             needed_paths = {self.tar_path(shard_id) for shard_id in needed}
             tars = self._tars()

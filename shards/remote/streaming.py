@@ -145,12 +145,7 @@ class RemoteFiles:
     def read_ahead(
         self, windows: Iterator[Window], shards_of: Callable[[list[int]], list[ShardId]]
     ) -> Iterator[None]:
-        """Fetch the shards of windows in the background, one window ahead of reading.
-
-        Args:
-            windows: in order; consumed one by one, from other threads.
-            shards_of: returns all shards that hold the samples of some conditioning shards.
-        """
+        """Fetch the shards of windows in the background, one window ahead of reading."""
         stop = threading.Event()
         upcoming = self._upcoming(windows, shards_of, stop)
         for number in range(FETCHERS):

@@ -145,29 +145,31 @@ def test_a_base_does_not_take_the_place_of_something_else(tmp_path: Path) -> Non
     assert (tmp_path / "thesis.txt").read_text() == "years of work"
 
 
-def stack(path: Path) -> list[Path]:
-    """Return a shipped configuration, after the one that its first line says it goes on top of."""
-    below = re.match(r"# On top of (configs/\S+\.toml):", path.read_text())
-    return [REPOSITORY / below[1], path] if below else [path]
-
-
-@pytest.mark.parametrize("variable", ["CONFIG=configs/{name}", "CONFIG=./configs/{name}"])
-@pytest.mark.parametrize(
-    "path", sorted((REPOSITORY / "configs").glob("*.toml")), ids=lambda p: p.stem
-)
-def test_make_adds_the_file_below(path: Path, variable: str) -> None:
-    arguments = ["make", "-n", "train", variable.format(name=path.name), "CARD=12gb"]
+def test_make_stacks_configurations() -> None:
+    arguments = ["make", "-n", "train", "CONFIG=configs/sd3-medium.toml my.toml", "CARD=12gb"]
     done = subprocess.run(arguments, cwd=REPOSITORY, capture_output=True, text=True, check=True)
     (line,) = [line for line in done.stdout.splitlines() if "python -m train" in line]
-    given = [Path(file).name for file in re.findall(r'--config "(\S+)"', line)]
-    assert given == [*(file.name for file in stack(path)), "12gb.toml"]
+    given = re.findall(r'--config "(\S+)"', line)
+    assert given == ["configs/sd3-medium.toml", "my.toml", "configs/cards/12gb.toml"]
+
+
+@pytest.mark.parametrize("name", ["sd3-medium", "sd35-large"])
+def test_bases_differ_in_nothing_but_the_base(name: str) -> None:
+    for section, config_class in (("precompute", PrecomputeConfig), ("train", TrainConfig)):
+        own, medium = (
+            read_section(REPOSITORY / f"configs/{base}.toml", section, config_class)
+            for base in (name, "sd35-medium")
+        )
+        assert own.pop("pretrained_model_name_or_path") != medium.pop(
+            "pretrained_model_name_or_path"
+        )
+        assert own == medium
 
 
 @pytest.mark.parametrize(
     "path", sorted((REPOSITORY / "configs").glob("*.toml")), ids=lambda p: p.stem
 )
 def test_shipped_configurations_are_valid(path: Path, command: Callable[..., Outcome]) -> None:
-    files = stack(path)
     for section, config_class in (
         ("precompute", PrecomputeConfig),
         ("train", TrainConfig),
@@ -176,11 +178,10 @@ def test_shipped_configurations_are_valid(path: Path, command: Callable[..., Out
     ):
         assert read_section(path, section, config_class)
     if path.stem.startswith("demo"):
-        whole = load_config(*files)
+        whole = load_config(path)
         assert whole.infer.prompt == whole.precompute.validation_prompt
         return
-    flags = [word for file in files for word in ("--config", file)]
     # The names that a real run gives on the command line; nothing else may be missing.
-    outcome = command("precompute", *flags, "--source", "nowhere", "--cache", "cache")
+    outcome = command("precompute", "--config", path, "--source", "nowhere", "--cache", "cache")
     assert outcome.exit_code == 2
     assert "--source nowhere: no such file or folder" in outcome.output

@@ -9,7 +9,8 @@ from diffusers.image_processor import VaeImageProcessor
 from PIL import Image, ImageDraw
 
 from sd3 import images
-from sd3.images import BadImage, decode, fit, to_pixels, to_uint8
+from sd3.images import BadImage, decode, fit
+from sd3.pixels import to_pixels, to_uint8
 
 
 def encoded(image: Image.Image, kind: str = "PNG") -> bytes:

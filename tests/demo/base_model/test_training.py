@@ -25,7 +25,8 @@ from demo.base_model.shapes import (
 )
 from demo.base_model.vae import ANCHOR, CONSTANTS, build_vae, freeze_constant_channels
 from demo.colors import COLORS, is_held_out
-from sd3.images import fit, to_pixels, to_uint8
+from sd3.images import fit
+from sd3.pixels import to_pixels, to_uint8
 from tests.conftest import REPOSITORY
 
 CPU = torch.device("cpu")

@@ -17,7 +17,7 @@ from infer.config import GenerateConfig
 from infer.convention import Convention, find_convention
 from infer.drawing.generate import generate
 from sd3.contact_sheet import CELL_PX, contact_sheet
-from sd3.images import to_pixels, to_uint8
+from sd3.pixels import to_pixels, to_uint8
 from sd3.pretrained import DATA_KEY
 from tests.conftest import PROMPTS, RESOLUTION_PX, TOKENS, Outcome, flags
 

@@ -1,0 +1,28 @@
+"""From RGB images to the VAE's input.
+
+Axes: 3 colours, H x W pixels.
+"""
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+
+def to_uint8(image: Image.Image) -> Tensor:
+    """Return the pixels of an RGB image, [3, H, W], 0 to 255."""
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
+
+
+def to_pixels(uint8: Tensor, pixel_range: str) -> Tensor:
+    """Return pixels in the value range of the VAE's input.
+
+    Args:
+        uint8: [..., 3, H, W], 0 to 255.
+        pixel_range: `-1_1`, as diffusers' VaeImageProcessor; or `0_1`.
+
+    Returns:
+        [..., 3, H, W], float32.
+    """
+    unit = uint8.to(torch.float32) / 255.0
+    return unit if pixel_range == "0_1" else 2.0 * unit - 1.0
