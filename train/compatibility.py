@@ -109,11 +109,6 @@ def check_controlnet(controlnet: SD3ControlNetModel, base: Path) -> None:
 def check_same_distribution(checkpoint: Path, state: TrainState, accelerator: Accelerator) -> None:
     """Check that a checkpoint's optimiser state can be read with the current strategy.
 
-    Args:
-        checkpoint: its folder.
-        state: what the checkpoint says.
-        accelerator: of the run that resumes.
-
     Raises:
         ConfigError: it cannot.
     """
@@ -135,13 +130,7 @@ def check_same_distribution(checkpoint: Path, state: TrainState, accelerator: Ac
 
 
 def two_columns(left: str, right: str, compared: list[Comparison]) -> str:
-    """Return a table with a line a comparison, indented by two spaces.
-
-    Args:
-        left: heading of the left values.
-        right: heading of the right values.
-        compared: what goes into the table.
-    """
+    """Return a table with these headings and a line a comparison, indented by two spaces."""
     lines = [("", left, right), *((name, str(one), str(other)) for name, one, other in compared)]
     widths = [max(len(line[column]) for line in lines) for column in range(2)]
     return "\n".join(

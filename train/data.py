@@ -155,14 +155,14 @@ class TrainingSamples:
             ShardError: a record is missing or damaged.
         """
         draws = {name: tensor.numpy() for name, tensor in memory.draws.items()}
-        pairs, prompts = [], []
-        for index, place in enumerate(places):
-            pair = self.cache.sample_records(*self.order.record(place))
-            assert self.cache.conditioning.bucket(pair.conditioning[0]) == memory.bucket
-            caption = self.draw(draws, index, place, len(pair.prompts))
-            pairs.append(pair)
-            prompts.append(self.empty_prompt if caption is None else pair.prompts[caption])
-        self.cache.read(memory.records, pairs, prompts)
+        samples, prompts = [], []
+        for position, place in enumerate(places):
+            sample = self.cache.sample_records(*self.order.record(place))
+            assert self.cache.conditioning.bucket(sample.conditioning[0]) == memory.bucket
+            caption = self.draw(draws, position, place, len(sample.prompts))
+            samples.append(sample)
+            prompts.append(self.empty_prompt if caption is None else sample.prompts[caption])
+        self.cache.read(memory.records, samples, prompts)
         for name in memory.draws.keys() & memory.records.keys():
             deviation = memory.records[f"{name}_std"].float()
             memory.draws[name].mul_(deviation).add_(memory.records[name])
@@ -170,14 +170,14 @@ class TrainingSamples:
         return Batch(**{field.name: tensors[field.name] for field in fields(Batch)})
 
     def draw(
-        self, draws: Mapping[str, NDArray[np.float32]], index: int, place: int, num_prompts: int
+        self, draws: Mapping[str, NDArray[np.float32]], position: int, place: int, num_prompts: int
     ) -> int | None:
         """Draw everything random about the sample at a place.
 
         Args:
             draws: arrays to fill, by name in `Batch`, [B, ...]. A latent's array gets the normal
                 draws that its deviation is multiplied by.
-            index: the sample's index in these arrays.
+            position: the sample's position in these arrays.
             place: the sample's number in the run's order.
             num_prompts: number of captions that the sample has.
 
@@ -186,11 +186,11 @@ class TrainingSamples:
         """
         # Philox is counter-based: every place's stream starts at once and overlaps no other.
         rng = np.random.Generator(np.random.Philox(key=[self.seed, place]))
-        draws["uniform"][index], draws["normal"][index] = rng.random(), rng.standard_normal()
+        draws["uniform"][position], draws["normal"][position] = rng.random(), rng.standard_normal()
         drop_prompt = rng.random() < self.proportion_empty_prompts
         caption = int(rng.integers(num_prompts))
         for name in self.drawn_latents:
-            rng.standard_normal(out=draws[name][index], dtype=np.float32)
+            rng.standard_normal(out=draws[name][position], dtype=np.float32)
         return None if drop_prompt else caption
 
 

@@ -170,13 +170,9 @@ def clip_gradients(accelerator: Accelerator, controlnet: Any, max_norm: float) -
 
 
 def full_state_dict(accelerator: Accelerator, controlnet: Any) -> dict[str, Tensor]:
-    """Return all weights of a sharded network, in the precision that they are trained in.
+    """Return all weights of a network that accelerate prepared, in the precision of training.
 
     Every process must call this, but only the main process may use the result.
-
-    Args:
-        accelerator: prepared the network.
-        controlnet: as accelerate prepared it.
     """
     network = accelerator.unwrap_model(controlnet)
     if strategy(accelerator) == "copies":

@@ -56,10 +56,6 @@ class Inputs:
 def find_inputs(config: TrainConfig, num_processes: int) -> Inputs:
     """Open and check everything the run reads, before any weights are loaded.
 
-    Args:
-        config: settings of the run.
-        num_processes: number of processes that train together.
-
     Raises:
         ShardError: the cache is missing, incomplete or damaged.
         ConfigError: the base model, the cache and the checkpoint do not go together.
@@ -180,13 +176,7 @@ def samples_per_step(config: TrainConfig, num_processes: int) -> int:
 
 
 def num_train_steps(config: TrainConfig, order: Order, step_samples: int) -> int:
-    """Return the number of optimiser steps of the run.
-
-    Args:
-        config: gives the number of steps or of epochs.
-        order: gives the number of places in these epochs.
-        step_samples: samples an optimiser step, on all processes.
-    """
+    """Return the number of optimiser steps of the run, each of `step_samples` on all processes."""
     if config.max_train_steps is not None:
         return config.max_train_steps
     return math.ceil(order.start(config.num_train_epochs) / step_samples)

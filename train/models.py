@@ -100,11 +100,6 @@ def controlnet_config(base: Path, num_layers: int | None) -> dict[str, Any]:
 def read_weights(component: Path, variant: str | None, names: set[str]) -> dict[str, Tensor]:
     """Return some of a component's weights as stored, reading no others.
 
-    Args:
-        component: folder of the component.
-        variant: variant of its weight files.
-        names: of the weights to read.
-
     Raises:
         ConfigError: its files lack one.
     """
@@ -187,10 +182,6 @@ def data_entry(manifest: Manifest, conditioning: LatentSpec) -> dict[str, Any]:
     """Return what inference needs to know about the data a ControlNet was trained on.
 
     `height` and `width` are those of the bucket nearest to a square, in pixels.
-
-    Args:
-        manifest: of the cache.
-        conditioning: how conditioning latents were encoded.
     """
     factor = conditioning.vae_scale_factor
     sizes = [(height * factor, width * factor) for height, width in manifest.buckets]

@@ -20,7 +20,7 @@ def timestep_density(
     logit_std: float = 1.0,
     mode_scale: float = 1.29,
 ) -> Tensor:
-    """Return where in the schedule each sample is trained, 0 (all noise) to 1 (all data).
+    """Return each sample's position in the schedule, 0 (all noise) to 1 (all data).
 
     Args:
         uniform: uniform in [0, 1), [B].
@@ -70,8 +70,8 @@ def noised(latent: Tensor, noise: Tensor, sigma: Tensor) -> Tensor:
 def loss_weight(sigma: Tensor, scheme: str) -> Tensor:
     """Return the weight of each sample's loss, [B].
 
-    `sigma_sqrt` and `cosmap` (section 3.1, equation 21 as a weight) draw uniformly and weight
-    instead; all others weigh alike.
+    `sigma_sqrt` and `cosmap` (section 3.1, equation 21 as a weight) draw uniformly and weight the
+    losses instead; all others weight them equally.
     """
     if scheme == "sigma_sqrt":
         return sigma**-2.0
@@ -93,14 +93,14 @@ def flow_loss(
     """Return each sample's weighted mean squared error.
 
     Args:
-        prediction: the transformer's velocity, noise - latent if it were right; [B, C, h, w].
+        prediction: the transformer's velocity, ideally noise - latent; [B, C, h, w].
         latent: scaled latents, [B, C, h, w].
-        noise: what was mixed in, [B, C, h, w].
-        noisy: `noised` of these, [B, C, h, w].
+        noise: the noise mixed in, [B, C, h, w].
+        noisy: latents with this noise, [B, C, h, w].
         sigma: [B].
-        weight: `loss_weight` of these, [B].
-        precondition_outputs: compare clean latents, noisy - sigma * velocity, which weighs the
-            velocity's error by sigma squared; or else the velocities.
+        weight: of each sample's loss, [B].
+        precondition_outputs: compare clean latents, noisy - sigma * velocity, which weights the
+            velocity's error by sigma squared; otherwise compare velocities.
 
     Returns:
         [B], float32.

@@ -16,7 +16,7 @@ from infer.config import GenerateConfig
 from infer.convention import prepare_control_image
 from infer.drawing import metadata
 from infer.drawing.controlnet_set import ControlNetSet, combine, find_controlnet_sets
-from infer.drawing.pictures import Picture, plan_pictures, split_into_batches
+from infer.drawing.pictures import Picture, batch_pictures, plan_pictures
 from infer.drawing.prompts import CachedPrompts
 from infer.drawing.requests import DrawRequest, find_requests
 from infer.pipeline import load_pipeline, out_of_memory
@@ -118,7 +118,7 @@ def _draw_missing(
             with_text_encoders=prompts is None,
         )
         pipeline.set_progress_bar_config(desc="steps", leave=False, position=1, disable=None)
-        for batch in split_into_batches(pictures, config.batch_size):
+        for batch in batch_pictures(pictures, config.batch_size):
             num_missing = sum(picture.path in missing for picture in batch)
             if not num_missing:
                 continue

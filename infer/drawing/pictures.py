@@ -2,13 +2,13 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from itertools import groupby
 from pathlib import Path
 
 from PIL import Image
 
 from common.device import pick_device
 from common.errors import ConfigError
+from infer.batches import split_into_batches
 from infer.config import GenerateConfig
 from infer.drawing import metadata
 from infer.drawing.controlnet_set import ControlNetSet
@@ -84,7 +84,7 @@ def plan_pictures(
         pictures[-1].fit_controls()  # fails now, before anything is loaded
     return [
         replace(picture, description=_describe(config, controlnets, picture, [place, len(batch)]))
-        for batch in split_into_batches(pictures, config.batch_size)
+        for batch in batch_pictures(pictures, config.batch_size)
         for place, picture in enumerate(batch)
     ]
 
@@ -104,15 +104,9 @@ def _controls_of(request: DrawRequest, count: int) -> tuple[Control, ...]:
     return controls
 
 
-def split_into_batches(pictures: Sequence[Picture], batch_size: int) -> list[list[Picture]]:
-    """Return batches of pictures of one size each, in order."""
-    batches = []
-    for _, group in groupby(pictures, key=lambda picture: picture.size):
-        same_size = list(group)
-        batches += [
-            same_size[start : start + batch_size] for start in range(0, len(same_size), batch_size)
-        ]
-    return batches
+def batch_pictures(pictures: Sequence[Picture], batch_size: int) -> list[list[Picture]]:
+    """Return the pictures that are drawn together, in order."""
+    return split_into_batches(pictures, lambda picture: picture.size, batch_size)
 
 
 def _describe(

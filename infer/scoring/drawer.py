@@ -4,7 +4,6 @@ Axes: B pictures, C latent channels, h x w latent grid.
 """
 
 from collections.abc import Sequence
-from itertools import groupby
 from typing import Any
 
 import torch
@@ -13,6 +12,7 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
+from infer.batches import split_into_batches
 from infer.config import ScoreConfig
 from infer.convention import Convention, prepare_control_image
 from infer.scoring.measures import Measure, Sample
@@ -40,7 +40,7 @@ class SampleDrawer:
         self.config = config
         self.measures = measures
         self.bar = bar
-        self.batches = _split_into_batches(results, config.batch_size)
+        self.batches = split_into_batches(sorted(results, key=_size), _size, config.batch_size)
 
     def draw_all(self, variant: str, pipeline: Any, convention: Convention) -> None:
         """Draw every sample, save the pictures and measure them.
@@ -67,21 +67,8 @@ class SampleDrawer:
             self.bar.update(len(batch))
 
 
-def _split_into_batches(
-    results: Sequence[SampleResult], batch_size: int
-) -> list[list[SampleResult]]:
-    """Return batches of samples of one size each."""
-
-    def size(result: SampleResult) -> tuple[int, int]:
-        return result.sample.conditioning.size
-
-    batches = []
-    for _, group in groupby(sorted(results, key=size), key=size):
-        same_size = list(group)
-        batches += [
-            same_size[start : start + batch_size] for start in range(0, len(same_size), batch_size)
-        ]
-    return batches
+def _size(result: SampleResult) -> tuple[int, int]:
+    return result.sample.conditioning.size
 
 
 def _draw(

@@ -1,4 +1,4 @@
-"""Which shards are this worker's: every worker makes every n-th, and none waits for another."""
+"""The shards of one worker: each of n workers builds every n-th shard, and waits for no other."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -14,12 +14,12 @@ class Part:
     count: int = 1
 
     def has(self, shard: int) -> bool:
-        """Tell whether a shard is this worker's."""
+        """Tell whether this worker builds a shard."""
         return shard % self.count == self.index
 
     @property
     def leads(self) -> bool:
-        """Whether this is the worker that speaks for all."""
+        """Whether this is the worker that prints for all."""
         return self.index == 0
 
     def __str__(self) -> str:
@@ -28,21 +28,21 @@ class Part:
 
 
 def find_part(given: str | None, environment: Mapping[str, str]) -> Part:
-    """Return this process's part: of `--part`, and of that what `accelerate launch` says.
+    """Return this process's part: its rank under `accelerate launch`, within `--part`.
 
     Args:
         given: `i/n`, i from 0 to n - 1; or None.
-        environment: of the process; `RANK` and `WORLD_SIZE` count.
+        environment: of the process; `RANK` and `WORLD_SIZE` are read.
 
     Raises:
-        ConfigError: not of this form.
+        ConfigError: `given` has another form.
     """
-    part = _parsed(given) if given is not None else Part()
+    part = _parse(given) if given is not None else Part()
     rank, world = int(environment.get("RANK", 0)), int(environment.get("WORLD_SIZE", 1))
     return Part(part.index * world + rank, part.count * world)
 
 
-def _parsed(given: str) -> Part:
+def _parse(given: str) -> Part:
     index, _, count = given.partition("/")
     if not (index.isdecimal() and count.isdecimal() and int(index) < int(count)):
         raise ConfigError(

@@ -1,7 +1,7 @@
-"""Conditioning images drawn from the images themselves: Canny edges, or anyone's own function.
+"""Annotators draw conditioning images from images: Canny edges, or the user's own function.
 
-An annotator takes the image as it will be encoded, resized and cropped, and returns the
-conditioning image. Inference does the same to a picture of the size it draws.
+An annotator takes the image as it is encoded, resized and cropped, and returns the conditioning
+image. Inference calls it with a picture of the size that it draws.
 """
 
 import hashlib
@@ -17,12 +17,12 @@ from common.errors import ConfigError
 
 Annotator = Callable[[Image.Image], Image.Image]
 CANNY = "canny"
-# What diffusers' documentation and its users take.
+# The thresholds of diffusers' documentation.
 LOW_THRESHOLD, HIGH_THRESHOLD = 100, 200
 
 
 def find_annotator(name: str) -> tuple[Annotator, list[str]]:
-    """Return an annotator, and what tells it from any other: its name and a hash of its source.
+    """Return an annotator, and its identity: its name and a hash of its source.
 
     Args:
         name: `canny`, or `package.module:function`.

@@ -1,4 +1,4 @@
-"""The columns of a table: which hold the images, and which the captions."""
+"""The columns of a table that hold images and captions."""
 
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -21,9 +21,9 @@ class Columns:
 
     Attributes:
         image: bytes or file names.
-        conditioning_image: likewise; None where nobody wants them.
+        conditioning_image: bytes or file names; None where they are not needed.
         caption: text or lists of text.
-        captions_are_json: `datasets` keeps columns of mixed types as JSON.
+        captions_are_json: whether captions are JSON; `datasets` keeps columns of mixed types so.
     """
 
     image: str
@@ -37,7 +37,7 @@ def find_columns(dataset: "Dataset", settings: SourceSettings, where: str) -> Co
 
     Args:
         dataset: the table.
-        settings: with the names of the columns.
+        settings: which name the columns.
         where: the data set as the user gave it, for errors.
 
     Raises:
@@ -59,9 +59,9 @@ def find_columns(dataset: "Dataset", settings: SourceSettings, where: str) -> Co
         if name not in types:
             obvious = _holds_bytes if holds is _holds_images else _holds_text
             others = [
-                one
-                for one in types
-                if one not in named and not one.startswith("__") and obvious(types[one])
+                other
+                for other in types
+                if other not in named and not other.startswith("__") and obvious(types[other])
             ]
             hint = f"Did you mean {flag} {others[0]}?" if len(others) == 1 else f"Name it: {flag}."
             if not any(map(_holds_text, types.values())):

@@ -1,4 +1,4 @@
-"""Image files: their bytes, and versions that tell whether they may have changed."""
+"""Reading files, and versions that show without reading whether a file may have changed."""
 
 import os
 import stat
@@ -7,7 +7,8 @@ from pathlib import Path
 
 from xxhash import xxh3_128_digest
 
-# A file that is written twice within its clock's tick keeps its times; git waits likewise.
+# Two writes within a tick of the file system's clock leave the same times; git waits for the same
+# reason.
 SETTLED_NS = 2 * 10**9
 
 
@@ -21,7 +22,7 @@ def read_file(path: str | Path) -> bytes:
         mode = os.stat(path).st_mode  # noqa: PTH116  (a name with NUL has no Path.stat)
         if stat.S_ISDIR(mode):
             raise OSError("is a directory")
-        if not stat.S_ISREG(mode):  # to open a pipe is to wait for whoever writes to it
+        if not stat.S_ISREG(mode):  # opening a pipe would wait for its writer
             raise OSError("is not a regular file")
         return Path(path).read_bytes()
     except ValueError as error:
@@ -35,30 +36,30 @@ def file_version(path: str | Path) -> bytes | None:
         path: absolute, of the file.
 
     Returns:
-        None if there is no such file, or if it changed so lately that its times do not tell.
+        None if there is no such file, or if it changed too recently for its times to show it.
     """
     try:
-        found = os.stat(path)  # noqa: PTH116
+        status = os.stat(path)  # noqa: PTH116
     except (OSError, ValueError):
         return None
-    return stat_version(found, str(path)) if stat.S_ISREG(found.st_mode) else None
+    return stat_version(status, str(path)) if stat.S_ISREG(status.st_mode) else None
 
 
-def stat_version(found: os.stat_result, *names: str) -> bytes | None:
-    """Return the version of something in a file, from the file's status.
+def stat_version(status: os.stat_result, *names: str) -> bytes | None:
+    """Return the version of a file, or of a part of it, from the file's status.
 
     Args:
-        found: status of the file.
-        names: the file's absolute path, and what further names the bytes within it.
+        status: of the file.
+        names: the file's absolute path, and the name of the part.
 
     Returns:
-        None as `file_version`.
+        None if the file changed too recently for its times to show it.
     """
-    if time.time_ns() - max(found.st_mtime_ns, found.st_ctime_ns) < SETTLED_NS:
+    if time.time_ns() - max(status.st_mtime_ns, status.st_ctime_ns) < SETTLED_NS:
         return None
-    return names_version(found.st_size, found.st_mtime_ns, found.st_ctime_ns, *names)
+    return names_version(status.st_size, status.st_mtime_ns, status.st_ctime_ns, *names)
 
 
 def names_version(*parts: str | int) -> bytes:
-    """Return 16 bytes that stand for names and numbers in their order."""
+    """Return a digest of names and numbers, 16 bytes."""
     return xxh3_128_digest("\0".join(map(str, parts)).encode("utf-8", "surrogatepass"))

@@ -10,7 +10,7 @@ from precompute.sources.source import SourceSettings
 if TYPE_CHECKING:
     from datasets import Dataset, DatasetBuilder
 
-# What an image folder's table is called, and how other tables' names end.
+# Names of an image folder's table, and suffixes of other tables.
 METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
 TABLES = (".jsonl", ".json", ".csv", ".tsv", ".parquet")
 NO_TABLES = ("dataset_infos.json", "dataset_info.json")
@@ -30,43 +30,13 @@ def load_local(settings: SourceSettings, path: Path, where: str) -> tuple["Datas
     Raises:
         ConfigError: `datasets` cannot read it, or it has several splits and none is `train`.
     """
-    from datasets import (
-        concatenate_datasets,
-        load_dataset,
-        load_dataset_builder,
-        load_from_disk,
-    )
     from datasets.data_files import EmptyDatasetError
     from datasets.exceptions import DataFilesNotFoundError
 
     # Absolute, since `datasets` takes a folder called `csv` for its own module of that name.
     path = path.absolute()
-    folder = path if path.is_dir() else path.parent
-    cache_dir = None if settings.cache_dir is None else str(settings.cache_dir)
     try:
-        if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
-            return pick_split(load_from_disk(str(path)), where), folder
-        table = _only_table(path) if settings.dataset_config_name is None else None
-        inner = sorted(path.glob(f"*/{PROMPTS}"))
-        if table is None and inner:
-            raise ConfigError(
-                f"{where}: not fill50k, no {PROMPTS} in this folder. Did you mean "
-                f"{inner[0].parent}?"
-            )
-        builder = load_dataset_builder(
-            str(folder),
-            settings.dataset_config_name,
-            data_files=None if table is None else table.name,
-            cache_dir=cache_dir,
-        )
-        if builder.name == IMAGE_FOLDER and len(lists := _lists_of_images(builder, where)) > 1:
-            parts = [
-                load_dataset(IMAGE_FOLDER, data_files=one, split="train", cache_dir=cache_dir)
-                for one in lists
-            ]
-            return concatenate_datasets(parts), folder
-        builder.download_and_prepare()
-        loaded = builder.as_dataset()
+        return _load(settings, path, where), path if path.is_dir() else path.parent
     except ConfigError:
         raise
     except (EmptyDatasetError, DataFilesNotFoundError) as error:
@@ -76,15 +46,49 @@ def load_local(settings: SourceSettings, path: Path, where: str) -> tuple["Datas
             "(images with metadata.jsonl, Parquet, WebDataset tars, …)."
         ) from error
     except Exception as error:  # its builders raise whatever the libraries beneath them raise
-        raise ConfigError(f"{where}: `datasets` cannot read it: {reason(error)}") from error
-    return _with_image_columns(pick_split(loaded, where)), folder
+        raise ConfigError(f"{where}: `datasets` cannot read it: {root_cause(error)}") from error
+
+
+def _load(settings: SourceSettings, path: Path, where: str) -> "Dataset":
+    from datasets import load_dataset_builder, load_from_disk
+
+    if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
+        return pick_split(load_from_disk(str(path)), where)
+    table = _only_table(path) if settings.dataset_config_name is None else None
+    inner = sorted(path.glob(f"*/{PROMPTS}"))
+    if table is None and inner:
+        raise ConfigError(
+            f"{where}: not fill50k, no {PROMPTS} in this folder. Did you mean {inner[0].parent}?"
+        )
+    cache_dir = None if settings.cache_dir is None else str(settings.cache_dir)
+    builder = load_dataset_builder(
+        str(path if path.is_dir() else path.parent),
+        settings.dataset_config_name,
+        data_files=None if table is None else table.name,
+        cache_dir=cache_dir,
+    )
+    if builder.name == IMAGE_FOLDER and len(files := _metadata_files(builder, where)) > 1:
+        return _load_image_folders(files, cache_dir)
+    builder.download_and_prepare()
+    return _with_image_columns(pick_split(builder.as_dataset(), where))
+
+
+def _load_image_folders(metadata_files: list[str], cache_dir: str | None) -> "Dataset":
+    from datasets import concatenate_datasets, load_dataset
+
+    return concatenate_datasets(
+        [
+            load_dataset(IMAGE_FOLDER, data_files=file, split="train", cache_dir=cache_dir)
+            for file in metadata_files
+        ]
+    )
 
 
 def pick_split(loaded: Any, where: str) -> Any:
-    """Return what belongs to the split called `train`, or to the only one.
+    """Return the split called `train`, or the only split.
 
     Args:
-        loaded: a mapping from splits' names, or what has no splits, which is returned as it is.
+        loaded: a mapping by splits' names; anything else is returned as it is.
         where: the data set as the user named it, for errors.
 
     Raises:
@@ -97,8 +101,11 @@ def pick_split(loaded: Any, where: str) -> Any:
     raise ConfigError(f"{where}: no split 'train'; it has {', '.join(map(str, loaded))}.")
 
 
-def reason(error: BaseException) -> str:
-    """Return the root of an error of `datasets` in one line; its own say "an error occurred"."""
+def root_cause(error: BaseException) -> str:
+    """Return the message of the first error in a chain, in one line.
+
+    The last one, of `datasets`, often says no more than "an error occurred".
+    """
     while error.__cause__ is not None:
         error = error.__cause__
     text = " ".join(str(error).split()) or type(error).__name__
@@ -108,32 +115,34 @@ def reason(error: BaseException) -> str:
 def _only_table(path: Path) -> Path | None:
     """Return the one file that lists a data set's rows; None if there is none, or several.
 
-    Left alone, `datasets` takes a table beside more images for one of the images' belongings;
-    and of an image folder with metadata.jsonl it would list every file, and refuse names with
-    `..` and captions of mixed types.
+    Given the folder, `datasets` would read the images and ignore a table beside them. In an image
+    folder with metadata.jsonl it would list every file, and refuse names with `..` and captions of
+    mixed types.
     """
     if path.is_file():
         return path
-    folders = [path, *(one for one in path.iterdir() if one.is_dir())]
-    metadata = [folder / name for folder in folders for name in METADATA]
-    if found := [one for one in metadata if one.is_file()]:
-        return found[0] if len(found) == 1 and found[0].parent == path else None
-    tables = [one for one in path.iterdir() if one.suffix in TABLES and one.name not in NO_TABLES]
+    folders = [path, *(entry for entry in path.iterdir() if entry.is_dir())]
+    candidates = [folder / name for folder in folders for name in METADATA]
+    if metadata := [file for file in candidates if file.is_file()]:
+        return metadata[0] if len(metadata) == 1 and metadata[0].parent == path else None
+    tables = [
+        file for file in path.iterdir() if file.suffix in TABLES and file.name not in NO_TABLES
+    ]
     return tables[0] if len(tables) == 1 else None
 
 
-def _lists_of_images(builder: "DatasetBuilder", where: str) -> list[str]:
-    """Return the files that list an image folder's rows, in the order of their paths.
+def _metadata_files(builder: "DatasetBuilder", where: str) -> list[str]:
+    """Return the files that list an image folder's rows, sorted by path.
 
-    `datasets` itself would keep several tables in a set, and so put their rows in another order
-    with every process.
+    `datasets` itself would keep several files in a set, so that the order of the rows would change
+    from process to process.
     """
     files = pick_split(builder.config.data_files or {}, where)
-    return sorted(one for one in files if Path(one).name in METADATA)
+    return sorted(file for file in files if Path(file).name in METADATA)
 
 
 def _with_image_columns(dataset: "Dataset") -> "Dataset":
-    """Return an image folder's table with the columns called as `datasets` would call them."""
+    """Return an image folder's table with its columns named as `datasets` names them."""
     names = {
         name: name.removesuffix(FILE_NAME).removesuffix("_") or "image"
         for name in dataset.column_names

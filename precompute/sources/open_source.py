@@ -15,7 +15,7 @@ def open_source(settings: SourceSettings) -> Source:
         ConfigError: none or several are named, nothing is there, it cannot be read, or it lacks
             a column.
     """
-    flag, name = _place(settings)
+    flag, name = _flag_and_name(settings)
     where, path = f"{flag} {name}", Path(name)
     if not path.exists():
         if flag == "--dataset-name" and is_hub_id(name):
@@ -30,17 +30,17 @@ def open_source(settings: SourceSettings) -> Source:
     return tables.open_local(settings, path, where)
 
 
-def _place(settings: SourceSettings) -> tuple[str, str]:
-    """Return the flag that names the data set, and the name."""
+def _flag_and_name(settings: SourceSettings) -> tuple[str, str]:
+    """Return the flag that names the data set, and the name that it gives."""
     named = [
         (f"--{field.replace('_', '-')}", value)
         for field in ("source", "dataset_name", "train_data_dir")
         if (value := getattr(settings, field)) is not None
     ]
     if len(named) != 1:
-        found = " and ".join(flag for flag, _ in named) or "none of them"
+        flags = " and ".join(flag for flag, _ in named) or "none of them"
         raise ConfigError(
             "give one of --source, --dataset-name and --train-data-dir, which say where the rows "
-            f"come from; found {found}."
+            f"come from; found {flags}."
         )
     return named[0]

@@ -1,4 +1,4 @@
-"""Data sets to encode: rows of names and captions, and the bytes of their images."""
+"""The interface of a data set: rows by number, and the bytes of their images."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -10,13 +10,13 @@ Kind = Literal["image", "conditioning_image"]
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One sample of a source.
+    """One row of a source.
 
     Attributes:
-        where: which row it is, for people: `line 3`, from 1, or `row 17`, from 0.
-        image: what the image is called; a file name where there is one, or empty.
-        conditioning_image: likewise; empty where the source has none.
-        prompt: the caption as found, or a list of captions; a bad row's may be no text.
+        where: the row in words: `line 3`, counted from 1, or `row 17`, counted from 0.
+        image: file name of the image; empty if it has none.
+        conditioning_image: file name of the conditioning image; empty if it has none.
+        prompt: the caption as found, or a list of captions; in a bad row it may be no text.
     """
 
     where: str
@@ -26,7 +26,7 @@ class Row:
 
     @property
     def name(self) -> str:
-        """What the row is called in reports."""
+        """The name of the row in reports."""
         return f"{self.where}, {printable(self.image)}" if self.image else self.where
 
     @property
@@ -34,21 +34,21 @@ class Row:
         """The captions, each once."""
         if not isinstance(self.prompt, list):
             return [self.prompt]
-        return [one for at, one in enumerate(self.prompt) if one not in self.prompt[:at]]
+        return [text for at, text in enumerate(self.prompt) if text not in self.prompt[:at]]
 
 
 def printable(name: str) -> str:
-    r"""Return a file name as it can be printed: bytes that are no UTF-8 are written as \udcff."""
+    r"""Return a file name that can be printed: bytes that are no UTF-8 become e.g. \udcff."""
     return name.encode("utf-8", "backslashreplace").decode()
 
 
 class Source(Protocol):
     """Rows by number, and the bytes of their images; safe to use from several threads.
 
-    No row is kept as an object: ten million fit into memory.
+    Rows are made when they are asked for, so that ten million rows fit into memory.
 
     Attributes:
-        has_conditioning_images: whether the rows name a conditioning image.
+        has_conditioning_images: whether the rows name conditioning images.
     """
 
     has_conditioning_images: bool
@@ -58,28 +58,28 @@ class Source(Protocol):
         ...
 
     def rows(self, indices: Sequence[int]) -> Iterator[Row]:
-        """Return the rows of these numbers, from 0, in this order."""
+        """Yield the rows with these indices, counted from 0, in this order."""
         ...
 
     def read(self, index: int, kind: Kind) -> bytes:
         """Return the bytes of a row's image.
 
         Raises:
-            OSError: missing, unreadable or not a file; the reason is for people.
+            OSError: it is missing, unreadable or no file; the message says why.
         """
         ...
 
     def version(self, index: int, kind: Kind) -> bytes | None:
         """Return 16 bytes that change whenever the image's bytes may have changed.
 
-        Found without reading the image; None where that cannot be told.
+        The image is not read. None means that changes cannot be noticed without reading it.
         """
         ...
 
 
 @dataclass(frozen=True)
 class SourceSettings:
-    """Where the rows come from; exactly one of the first two and `train_data_dir` is given.
+    """Where the rows come from; exactly one of the first two and `train_data_dir` is set.
 
     Attributes:
         source: fill50k as folder or zip, or a local data set.
@@ -91,8 +91,8 @@ class SourceSettings:
         conditioning_image_column: name of the column with the conditioning images.
         caption_column: name of the column with the captions.
         cache_dir: where `datasets` keeps what it downloads and converts.
-        wants_conditioning: False where conditioning images are drawn from the images; those that
-            the source may have are then passed over.
+        wants_conditioning: False where conditioning images are drawn from the images; those of the
+            source are then ignored.
     """
 
     source: str | None = None

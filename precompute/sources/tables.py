@@ -46,7 +46,7 @@ class Table:
         self.files_version = _files_version(dataset)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Map the table anew in another process."""
+        """Map the table again in another process."""
         return Table, self.origin
 
     def __len__(self) -> int:
@@ -54,7 +54,7 @@ class Table:
         return len(self.captions)
 
     def rows(self, indices: Sequence[int]) -> Iterator[Row]:
-        """Return the rows of these numbers."""
+        """Yield the rows with these indices."""
         for index in indices:
             yield Row(
                 f"row {index}",
@@ -70,7 +70,7 @@ class Table:
         return read_file(self._file(index, kind))
 
     def version(self, index: int, kind: Kind) -> bytes | None:
-        """Return what changes whenever the image may have changed."""
+        """Return bytes that change when the image may have changed; None if nothing shows that."""
         column = self.bytes[kind]
         if column is not None and column[index].is_valid:
             if self.files_version is None:
@@ -108,25 +108,25 @@ def _value(column: Any, index: int) -> Any:
 
 
 def _paths_and_bytes(column: Any) -> tuple[Any, Any]:
-    """Return the file names and the bytes in a column of images; None for what it does not have."""
+    """Return the file names and the bytes in a column of images; None for what it lacks."""
     import pyarrow as pa
     import pyarrow.compute as pc
 
     if pa.types.is_struct(column.type):
         fields = [column.type.field(at).name for at in range(column.type.num_fields)]
-        found = {name: pc.struct_field(column, name) for name in fields}
-        return found.get("path"), found.get("bytes")
+        columns = {name: pc.struct_field(column, name) for name in fields}
+        return columns.get("path"), columns.get("bytes")
     if pa.types.is_string(column.type) or pa.types.is_large_string(column.type):
         return column, None
     return None, column
 
 
 def _files_version(dataset: "Dataset") -> bytes | None:
-    """Return what changes when the table's Arrow files do; None if it has none."""
+    """Return bytes that change when the table's Arrow files change; None if it has none."""
     parts: list[str | int] = []
     for file in sorted(file["filename"] for file in dataset.cache_files):
-        found = os.stat(file)  # noqa: PTH116
-        parts += [os.path.abspath(file), found.st_size, found.st_mtime_ns]  # noqa: PTH100
+        status = os.stat(file)  # noqa: PTH116
+        parts += [os.path.abspath(file), status.st_size, status.st_mtime_ns]  # noqa: PTH100
     return names_version(*parts) if parts else None
 
 
@@ -154,7 +154,7 @@ def open_hub(settings: SourceSettings, name: str, where: str) -> Source:
         where: the id as the user gave it, for errors.
 
     Raises:
-        ConfigError: it cannot be had or read, or lacks a column.
+        ConfigError: it cannot be downloaded or read, or lacks a column.
     """
     return _open(load_hub(settings, name, where), settings, None, where)
 

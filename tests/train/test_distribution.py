@@ -1,4 +1,4 @@
-"""Ways of sharing out training that it cannot go, or not with some options."""
+"""Strategies that training does not support, or not with some options."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -59,7 +59,7 @@ REFUSED: list[tuple[Any, dict[str, Any], str]] = [
 
 
 @pytest.mark.parametrize(("found", "settings", "message"), REFUSED)
-def test_what_cannot_be_is_refused(
+def test_unsupported_strategies_and_options_are_refused(
     train_config: TrainConfig, found: Any, settings: dict[str, Any], message: str
 ) -> None:
     distribution.check(accelerator(FSDP), train_config)
@@ -79,7 +79,7 @@ def test_what_cannot_be_is_refused(
         ("copies", 8, DistributedType.MULTI_GPU, None),
     ],
 )
-def test_checkpoints_go_on_as_they_can(
+def test_checkpoints_resume_with_the_same_strategy(
     was: distribution.Strategy, processes: int, now: DistributedType, message: str | None
 ) -> None:
     state = checkpoints.TrainState(

@@ -47,7 +47,7 @@ def test_the_number_of_blocks_is_bounded_by_the_base(base: Path) -> None:
             models.new_controlnet(base, None, wrong)
 
 
-def test_every_block_of_the_largest_controlnet_is_heard(base: Path) -> None:
+def test_every_block_of_the_largest_controlnet_has_an_effect(base: Path) -> None:
     transformer = models.load_transformer(base, None, torch.float32)
     hidden = torch.randn(1, 16, 8, 8)
     common = {
@@ -56,15 +56,15 @@ def test_every_block_of_the_largest_controlnet_is_heard(base: Path) -> None:
         "pooled_projections": torch.randn(1, 80),
     }
 
-    def heard(count: int) -> list[bool]:
+    def has_gradient(count: int) -> list[bool]:
         residuals = [torch.zeros(1, 16, 64, requires_grad=True) for _ in range(count)]
         transformer(
             hidden_states=hidden, block_controlnet_hidden_states=residuals, **common
         ).sample.sum().backward()
         return [residual.grad is not None for residual in residuals]
 
-    assert heard(2) == [True, True]
-    assert heard(3) == [True, True, False]  # why half the base's blocks are the bound
+    assert has_gradient(2) == [True, True]
+    assert has_gradient(3) == [True, True, False]  # why half the base's blocks are the bound
 
 
 def test_weights_are_copied_as_stored_whatever_the_base_runs_in(base: Path, tmp_path: Path) -> None:
@@ -104,7 +104,7 @@ def test_exactly_what_gets_no_gradient_is_frozen(base: Path, cache: Path) -> Non
     assert frozen
 
 
-def test_stock_diffusers_loads_the_saved_controlnet_without_a_word(
+def test_stock_diffusers_loads_the_saved_controlnet_without_a_warning(
     base: Path, cache: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     controlnet = models.new_controlnet(base, None, 2)

@@ -41,7 +41,7 @@ def config(train_config: TrainConfig) -> TrainConfig:
     )
 
 
-def sharded(
+def launch(
     name: str, config: TrainConfig, num_processes: int = 2
 ) -> subprocess.CompletedProcess[str]:
     """Train as one of configs/accelerate/ says, in float32 on CPUs."""
@@ -61,8 +61,8 @@ def sharded(
     )
 
 
-def in_shards(name: str, config: TrainConfig, num_processes: int = 2) -> None:
-    done = sharded(name, config, num_processes)
+def train_sharded(name: str, config: TrainConfig, num_processes: int = 2) -> None:
+    done = launch(name, config, num_processes)
     assert done.returncode == 0, done.stderr
 
 
@@ -120,7 +120,7 @@ def test_a_signal_to_one_process_ends_both_after_the_same_step(
 
 
 @pytest.mark.parametrize("name", ["ddp", "fsdp2", "zero2", "zero3"])
-def test_shared_out_training_is_that_of_one_process(
+def test_sharded_training_is_that_of_one_process(
     name: str, config: TrainConfig, held_out: Path, tmp_path: Path
 ) -> None:
     """With accumulation, checkpointed activations, a resume, pictures and held-out losses."""
@@ -138,8 +138,8 @@ def test_shared_out_training_is_that_of_one_process(
     two = replace(
         config, output_dir=tmp_path / "two", train_batch_size=1, gradient_accumulation_steps=2
     )
-    in_shards(name, replace(two, max_train_steps=4))
-    in_shards(name, two)
+    train_sharded(name, replace(two, max_train_steps=4))
+    train_sharded(name, two)
     one, other = logged_losses(config.output_dir), logged_losses(two.output_dir)
     assert len(one) == 6
     assert one == pytest.approx(other, rel=1e-5)
@@ -161,18 +161,18 @@ def test_shared_out_training_is_that_of_one_process(
 def test_fsdp_goes_on_with_another_number_of_processes(config: TrainConfig, tmp_path: Path) -> None:
     train(config)
     mixed = replace(config, output_dir=tmp_path / "mixed", resume_from_checkpoint="latest")
-    in_shards("fsdp2", replace(mixed, train_batch_size=1, max_train_steps=2))
-    in_shards("fsdp2", replace(mixed, max_train_steps=4), num_processes=1)
-    in_shards("fsdp2", replace(mixed, train_batch_size=1))
+    train_sharded("fsdp2", replace(mixed, train_batch_size=1, max_train_steps=2))
+    train_sharded("fsdp2", replace(mixed, max_train_steps=4), num_processes=1)
+    train_sharded("fsdp2", replace(mixed, train_batch_size=1))
     assert logged_losses(config.output_dir) == pytest.approx(
         logged_losses(mixed.output_dir), rel=1e-5
     )
     assert_close(config.output_dir, mixed.output_dir)
 
 
-def test_checkpoints_of_another_way_are_refused(config: TrainConfig) -> None:
+def test_checkpoints_of_another_strategy_are_refused(config: TrainConfig) -> None:
     train(replace(config, max_train_steps=2))
     more = replace(config, train_batch_size=1, resume_from_checkpoint="latest")
-    done = sharded("fsdp2", more)
+    done = launch("fsdp2", more)
     assert done.returncode != 0
     assert "checkpoint-2: written with one process or DDP, and this is FSDP2" in done.stderr

@@ -37,7 +37,7 @@ def config(train_config: TrainConfig) -> TrainConfig:
 
 
 class Hub:
-    """A hub that notes what it is asked; `closed` refuses."""
+    """A hub that records requests; it refuses the kind in `closed`."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.asked: list[tuple[str, dict[str, Any]]] = []
@@ -173,7 +173,7 @@ def test_nothing_to_decode_says_what_makes_it(
     assert "0.safetensors: damaged" in outcome.output
 
 
-def test_a_validation_that_a_kill_cut_short_is_made_up_for(
+def test_a_validation_cut_short_is_repeated_on_resuming(
     config: TrainConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from train.validation import pictures

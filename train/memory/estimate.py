@@ -71,13 +71,7 @@ def find_sizes(config: TrainConfig) -> Sizes:
 
 
 def remedies(config: TrainConfig, sizes: Sizes, now: Estimate) -> list[tuple[str, int]]:
-    """Return flags that would reduce the peak, with the bytes saved, the largest saving first.
-
-    Args:
-        config: settings of the run.
-        sizes: of models and data.
-        now: the estimate for these settings.
-    """
+    """Return flags that would reduce the peak, with the bytes saved, the largest saving first."""
     savings = []
     for change in _possible_changes(config):
         try:

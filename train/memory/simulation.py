@@ -86,12 +86,7 @@ def mixed_precision(config: TrainConfig) -> str:
 
 
 def simulate(config: TrainConfig, sizes: Sizes) -> Estimate:
-    """Estimate the memory of a run on one device, by a step and a validation without numbers.
-
-    Args:
-        config: settings of the run.
-        sizes: of models and data.
-    """
+    """Estimate the memory of a run on one device, by a step and a validation without numbers."""
     with FakeTensorMode(), torch.random.fork_rng(devices=[]):
         run = Simulation(config, sizes)
         run.step()

@@ -20,13 +20,7 @@ def peak_learning_rate(config: TrainConfig, step_samples: int) -> float:
 
 
 def make_optimizer(config: TrainConfig, parameters: list[Any], step_samples: int) -> Any:
-    """Return AdamW over the ControlNet's trainable parameters.
-
-    Args:
-        config: settings of the run.
-        parameters: to be trained.
-        step_samples: samples an optimiser step, on all processes.
-    """
+    """Return AdamW over some parameters; a step takes `step_samples` on all processes."""
     adamw: Any = torch.optim.AdamW
     options: dict[str, Any] = {"fused": True}
     if config.use_8bit_adam:

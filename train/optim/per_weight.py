@@ -38,12 +38,7 @@ class ExactState(torch.optim.Optimizer):
                 state[name] = self.placed(value, parameter.device) if is_tensor else value
 
     def placed(self, saved: Tensor, device: torch.device) -> Tensor:
-        """Return a copy of saved state where it is kept between steps.
-
-        Args:
-            saved: read from a checkpoint.
-            device: of the weight that it belongs to.
-        """
+        """Return a copy of a weight's saved state where it is kept; `device` is the weight's."""
         return saved.to(device, copy=True)
 
 

@@ -34,13 +34,7 @@ def use_diffusers_format(accelerator: Accelerator) -> None:
 
 
 def restore_ema(checkpoint: Path, ema: Ema, num_steps: int) -> None:
-    """Continue from a checkpoint's average, if it has one.
-
-    Args:
-        checkpoint: its folder.
-        ema: the average to restore; if the checkpoint has none, it stays as it is.
-        num_steps: updates in the checkpoint's average.
-    """
+    """Continue from a checkpoint's average of `num_steps` updates, if it has one."""
     if (checkpoint / EMA_FOLDER).is_dir():
         saved = SD3ControlNetModel.from_pretrained(checkpoint, subfolder=EMA_FOLDER)
         ema.restore(saved.state_dict(), num_steps)
@@ -51,13 +45,7 @@ def save_result(
 ) -> None:
     """Save the trained ControlNet into the run's folder, and its average into `EMA_FOLDER` there.
 
-    Every process must call this.
-
-    Args:
-        accelerator: prepared the ControlNet.
-        controlnet: as accelerate prepared it.
-        ema: the average of its weights, or None.
-        output_dir: the run's folder.
+    Every process must call this, with the ControlNet as accelerate prepared it.
     """
     _replace_controlnet(accelerator, controlnet, output_dir)
     if ema is not None:
@@ -68,12 +56,7 @@ def save_result(
 def save_controlnet(accelerator: Accelerator, controlnet: Any, folder: Path) -> None:
     """Save all weights of a ControlNet, sharded or not, in diffusers' format.
 
-    Every process must call this.
-
-    Args:
-        accelerator: prepared the ControlNet.
-        controlnet: as accelerate prepared it.
-        folder: where it goes.
+    Every process must call this, with the ControlNet as accelerate prepared it.
     """
     weights = full_state_dict(accelerator, controlnet)
     if not accelerator.is_main_process:

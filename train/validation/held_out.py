@@ -36,16 +36,16 @@ def held_out_records(cache: Cache) -> list[tuple[int, int]]:
 
 def batches(cache: Cache, batch_size: int) -> list[list[tuple[int, int]]]:
     """Return the held-out records in batches of one bucket each."""
-    found = []
+    record_batches = []
     by_bucket = itertools.groupby(
         held_out_records(cache), key=lambda record: cache.conditioning.bucket(record[0])
     )
     for _, group in by_bucket:
         records = list(group)
-        found += [
+        record_batches += [
             records[start : start + batch_size] for start in range(0, len(records), batch_size)
         ]
-    return found
+    return record_batches
 
 
 def read(cache: Cache, records: list[tuple[int, int]]) -> EncodedSamples:
@@ -58,15 +58,15 @@ def read(cache: Cache, records: list[tuple[int, int]]) -> EncodedSamples:
     Raises:
         ShardError: a record is missing or damaged.
     """
-    pairs = [cache.sample_records(*record) for record in records]
+    samples = [cache.sample_records(*record) for record in records]
     specs = cache.sample_specs(cache.conditioning.bucket(records[0][0]))
-    memory = empty_tensors(specs, len(pairs))
-    cache.read(memory, pairs, [pair.prompts[0] for pair in pairs])
+    memory = empty_tensors(specs, len(samples))
+    cache.read(memory, samples, [sample.prompts[0] for sample in samples])
     noise = np.empty(memory["latent"].shape, np.float32)
-    for index, pair in enumerate(pairs):
-        image_hash = int(pair.key.rpartition("-")[2], 16)
+    for position, sample in enumerate(samples):
+        image_hash = int(sample.key.rpartition("-")[2], 16)
         rng = np.random.Generator(np.random.Philox(key=[NOISE_SEED, image_hash]))
-        rng.standard_normal(out=noise[index], dtype=np.float32)
+        rng.standard_normal(out=noise[position], dtype=np.float32)
     names = ("latent", "conditioning_latent", "clip_embeds", "t5_embeds", "pooled_embeds")
     return EncodedSamples(**{name: memory[name] for name in names}, noise=torch.from_numpy(noise))
 

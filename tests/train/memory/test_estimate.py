@@ -1,4 +1,4 @@
-"""What is said of a run's memory before it starts, beside what it takes."""
+"""Estimates of a run's memory, compared with what it takes."""
 
 import re
 import shutil
@@ -103,7 +103,7 @@ FUSED = {"fused_backward_pass": True, "gradient_checkpointing": True}
         (BF16 | FUSED | {"bf16_weights": True}, 0.02),
     ],
 )
-def test_a_step_takes_what_was_said(
+def test_a_step_takes_as_much_as_estimated(
     settings: dict[str, Any], within: float, config: TrainConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # What is measured here is the CPU, whose autocast leaves layer norms alone.
@@ -212,13 +212,13 @@ def vae_config(config: TrainConfig) -> dict[str, Any]:
 
 @pytest.fixture
 def few(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Only some of what may be advised is tried."""
+    """Only try some of the remedies."""
     some = ({"gradient_checkpointing": True}, {"use_8bit_adam": True})
     monkeypatch.setattr(estimate, "REMEDIES", some)
 
 
 @pytest.mark.usefixtures("few")
-def test_it_is_said_without_any_weights(
+def test_an_estimate_needs_no_weights(
     config: TrainConfig, command: Callable[..., Outcome], tmp_path: Path
 ) -> None:
     bare = tmp_path / "bare"

@@ -1,4 +1,4 @@
-"""What saves memory or time and must not change what is learnt."""
+"""Options that save memory or time and must not change what is learnt."""
 
 import math
 from collections.abc import Callable
@@ -33,8 +33,8 @@ def unclipped(train_config: TrainConfig) -> TrainConfig:
 
 
 @pytest.fixture
-def visiting(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The miniature's tensors are as much worth a trip as larger ones."""
+def small_tensors_offloaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Offload the miniature's small tensors too."""
     monkeypatch.setattr(offloaded_state, "MIN_OFFLOADED_NUMBERS", 64)
     monkeypatch.setattr(activation_offload, "MIN_OFFLOADED_BYTES", 64)
 
@@ -48,7 +48,7 @@ SAME_BITS: list[dict[str, Any]] = [
 ]
 
 
-@pytest.mark.usefixtures("visiting")
+@pytest.mark.usefixtures("small_tensors_offloaded")
 @pytest.mark.parametrize("settings", SAME_BITS)
 def test_what_only_moves_numbers_gives_the_same_bits(
     settings: dict[str, Any], unclipped: TrainConfig, tmp_path: Path
@@ -74,7 +74,7 @@ def test_host_memory_is_taken_in_large_pieces(monkeypatch: pytest.MonkeyPatch) -
     assert large.untyped_storage().nbytes() == 2400
 
 
-@pytest.mark.usefixtures("visiting")
+@pytest.mark.usefixtures("small_tensors_offloaded")
 def test_state_in_8_bit_goes_on_from_host_memory(unclipped: TrainConfig, tmp_path: Path) -> None:
     pytest.importorskip("bitsandbytes")
     whole = replace(unclipped, lr_scheduler="constant", use_8bit_adam=True, offload_optimizer=True)
@@ -85,7 +85,7 @@ def test_state_in_8_bit_goes_on_from_host_memory(unclipped: TrainConfig, tmp_pat
     assert same(halves.output_dir, whole.output_dir)
 
 
-@pytest.mark.usefixtures("visiting")
+@pytest.mark.usefixtures("small_tensors_offloaded")
 @pytest.mark.parametrize("option", ["fused_backward_pass", "offload_optimizer"])
 def test_checkpoints_go_on_with_and_without(
     option: str, unclipped: TrainConfig, tmp_path: Path
@@ -127,21 +127,21 @@ def test_what_is_offloaded_is_in_host_memory() -> None:
         assert not any(one.startswith("8192") for one in moved)
 
 
-def test_activations_go_to_the_host_and_weights_stay(visiting: None) -> None:
+def test_activations_go_to_the_host_and_weights_stay(small_tensors_offloaded: None) -> None:
     layer = nn.Linear(8, 8)
     inputs = torch.randn(8, 8, requires_grad=True)
-    saving = activation_offload.OffloadedActivations(layer)
-    with saving:
+    offload = activation_offload.OffloadedActivations(layer)
+    with offload:
         outputs = layer(inputs.exp()).square()
     node: Any = outputs.grad_fn
     kept: list[Tensor] = [node._saved_self, node.next_functions[0][0]._saved_mat1]
     assert kept[0].data_ptr() != kept[1].data_ptr()
     for tensor in (layer.weight, layer.weight.t(), torch.zeros(2)):
-        assert saving.pack_hook(tensor) is tensor
-    packed = saving.pack_hook(inputs)
+        assert offload.pack_hook(tensor) is tensor
+    packed = offload.pack_hook(inputs)
     assert not isinstance(packed, Tensor)
     assert packed[1].data_ptr() != inputs.data_ptr()
-    assert saving.unpack_hook(packed).equal(inputs)
+    assert offload.unpack_hook(packed).equal(inputs)
 
 
 def test_bfloat16_is_rounded_to_the_mean() -> None:
@@ -225,8 +225,8 @@ def test_weights_without_finite_gradients_stay(
     before, after = weights(one), weights(two)
     changed = {name for name, tensor in before.items() if not tensor.equal(after[name])}
     # What the last block's text asks has no effect, so its gradient is zero whatever the loss is.
-    unheard = ("attn.add_q_proj.weight", "attn.add_q_proj.bias", "attn.norm_added_q.weight")
-    assert changed <= {f"transformer_blocks.1.{name}" for name in unheard}
+    without_effect = ("attn.add_q_proj.weight", "attn.add_q_proj.bias", "attn.norm_added_q.weight")
+    assert changed <= {f"transformer_blocks.1.{name}" for name in without_effect}
     assert not same(two, three)
     assert "step 2: " in capsys.readouterr().out
 

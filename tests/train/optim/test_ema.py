@@ -1,4 +1,4 @@
-"""The average of weights: diffusers' formula, and what is saved of it."""
+"""The moving average of weights: diffusers' formula, and what is saved of it."""
 
 import contextlib
 from dataclasses import replace
@@ -34,7 +34,7 @@ def test_it_is_what_diffusers_averages(decay: float) -> None:
             torch.testing.assert_close(mine, its)
 
 
-def test_the_network_bears_it_for_a_while() -> None:
+def test_averaged_weights_are_loaded_temporarily() -> None:
     network, generator = torch.nn.Linear(2, 2), torch.Generator().manual_seed(1)
     average = Ema(network, 0.9)
     average.step()

@@ -31,7 +31,7 @@ def objective(config: TrainConfig) -> Objective:
 
 
 class Oracle(torch.nn.Module):
-    """A transformer that says the same of everything, and notes what it is asked."""
+    """A transformer that always returns the same velocity and records its inputs."""
 
     def __init__(self, velocity: Tensor) -> None:
         super().__init__()
