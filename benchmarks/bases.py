@@ -52,8 +52,6 @@ VAE: dict[str, Any] = {
     "scaling_factor": 1.5305,
     "shift_factor": 0.0609,
 }
-# Tokens and width of the embeddings.
-CLIP, T5 = (77, 2048), (77, 4096)
 
 
 def train_settings(base: str) -> dict[str, Any]:

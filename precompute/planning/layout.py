@@ -15,7 +15,6 @@ from numpy.typing import NDArray
 
 Ids = NDArray[np.uint64]
 Numbers = NDArray[np.int64]
-VACANT = np.uint64(0)
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from benchmarks import flops, memory_chart, timed_steps, train_step
-from benchmarks.bases import CLIP, T5, TRANSFORMERS, VAE, train_settings
+from benchmarks.bases import TRANSFORMERS, VAE, train_settings
 from benchmarks.presets import apply_preset, card_files, has_4_bit
 from benchmarks.random_weights import num_encoder_parameters, save_transformer
 from benchmarks.reference import speed
@@ -22,6 +22,8 @@ from train.memory import simulation
 from train.memory.simulation import Sizes, simulate
 
 CUDA_BYTES = 0.5e9
+# Tokens and width of SD3's embeddings.
+CLIP, T5 = (77, 2048), (77, 4096)
 
 
 def controlnet(transformer: dict[str, Any], num_layers: int = 12) -> dict[str, Any]:
