@@ -34,12 +34,12 @@ class StageCommand(click.Command):
 
     Args:
         config_class: the dataclass whose fields are the options.
-        elsewhere: flags that this command does not have, and where each belongs. All that a
+        misplaced: flags that this command does not have, and where each belongs. All that a
             command line holds are reported at once.
     """
 
     def __init__(
-        self, *args: Any, config_class: type[Any], elsewhere: Mapping[str, str], **kwargs: Any
+        self, *args: Any, config_class: type[Any], misplaced: Mapping[str, str], **kwargs: Any
     ) -> None:
         super().__init__(*args, **kwargs)
         fields = dataclasses.fields(config_class)
@@ -47,7 +47,7 @@ class StageCommand(click.Command):
         self.aliases = {
             flag(alias): flag(field.name) for field in fields for alias in field.metadata["aliases"]
         }
-        self.elsewhere = elsewhere
+        self.misplaced = misplaced
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         """Rewrite `args` to click's own form, then parse them.
@@ -56,8 +56,8 @@ class StageCommand(click.Command):
             CommandError: options belong to another command.
         """
         flags = [argument_flag(arg) for arg in args]
-        if misplaced := {name: self.elsewhere[name] for name in flags if name in self.elsewhere}:
-            raise CommandError("\n  ".join(f"{name}: {where}" for name, where in misplaced.items()))
+        if found := {name: self.misplaced[name] for name in flags if name in self.misplaced}:
+            raise CommandError("\n  ".join(f"{name}: {where}" for name, where in found.items()))
         return super().parse_args(ctx, self._rewritten(args))
 
     def _rewritten(self, args: list[str]) -> list[str]:
@@ -113,7 +113,7 @@ def stage_command(
     run: Callable[[Config], None],
     *,
     section: str,
-    elsewhere: Mapping[str, str] | None = None,
+    misplaced: Mapping[str, str] | None = None,
     like: Callable[[Path], dict[str, Any]] | None = None,
 ) -> click.Command:
     """Return the click command that fills `config_class` and calls `run` with it.
@@ -124,7 +124,7 @@ def stage_command(
             the command's help.
         run: does the work; its errors end as `user_errors` says.
         section: the table of the TOML file that this command reads.
-        elsewhere: see `StageCommand`.
+        misplaced: flags that this command does not have, and where each belongs.
         like: returns the settings that a file was made with. If given, the command has an option
             `--like FILE`, which takes these settings as defaults.
     """
@@ -143,7 +143,7 @@ def stage_command(
         help=config_class.__doc__,
         context_settings=CONTEXT,
         config_class=config_class,
-        elsewhere=elsewhere or {},
+        misplaced=misplaced or {},
     )
 
 

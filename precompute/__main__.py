@@ -2,7 +2,7 @@
 
 from common.command import stage_command
 from precompute.config import PrecomputeConfig
-from precompute.elsewhere import ELSEWHERE
+from precompute.misplaced_options import MISPLACED
 
 
 def run(config: PrecomputeConfig) -> None:
@@ -12,7 +12,7 @@ def run(config: PrecomputeConfig) -> None:
     precompute(config)
 
 
-main = stage_command("precompute", PrecomputeConfig, run, section="precompute", elsewhere=ELSEWHERE)
+main = stage_command("precompute", PrecomputeConfig, run, section="precompute", misplaced=MISPLACED)
 
 if __name__ == "__main__":
     main(prog_name="python -m precompute")

@@ -51,8 +51,8 @@ def modules() -> dict[str, Path]:
     """Return all modules of ours by dotted name, `__init__` files left out."""
     return {
         ".".join(path.relative_to(REPOSITORY).with_suffix("").parts): path
-        for package in PACKAGES
-        for path in (REPOSITORY / package).rglob("*.py")
+        for package in sorted(PACKAGES)
+        for path in sorted((REPOSITORY / package).rglob("*.py"))
         if path.name != "__init__.py"
     }
 

@@ -1,6 +1,6 @@
 """Every command in the README and in docs/ runs, small, in a folder that has what the pages name.
 
-A command with a comment that begins with one of `MARKS` is not run: it needs a download or another
+A command with a comment that begins with one of `MARKS` is not run: it needs the hub or another
 machine. Its options are checked all the same.
 """
 
@@ -32,10 +32,11 @@ PAGES = sorted(
     for path in (REPOSITORY / "README.md", *(REPOSITORY / "docs").glob("*.md"))
 )
 PROGRAMS = ("python", "make", "accelerate", "hf", "unzip", "cp", "rsync", "tensorboard")
-MARKS = ("download", "needs ", "the reference")
+MARKS = ("needs ", "the reference")
 # make's targets that other tests run, or that this test's own environment stands for.
 NOT_HERE = {"make demo", "make demo-full", "make setup", "make test", "make check"}
 # What the pages say at true size.
+SMALLER_NEXT = {"--validation-steps": "2"}
 SMALLER = {
     "--resolution=1024": f"--resolution={RESOLUTION_PX}",
     "--max_train_steps=15000": "--max_train_steps=2",
@@ -245,7 +246,7 @@ def test_the_commands_of_a_page_run(page: str, reader: Path, command: Callable[.
         if line.is_marked or not words:
             continue
         if arguments and not arguments[0].startswith("benchmarks"):
-            arguments = [SMALLER.get(argument, argument) for argument in arguments]
+            arguments = smaller(arguments)
             AcceleratorState._reset_state(True)
             done = command(*arguments)
             assert done.exit_code == 0, f"{line.text}\n{done.output}"
@@ -253,6 +254,15 @@ def test_the_commands_of_a_page_run(page: str, reader: Path, command: Callable[.
             if words[0] == "python":
                 words[0] = sys.executable
             subprocess.run(" ".join(map(redirection, words)), shell=True, check=True)
+
+
+def smaller(arguments: list[str]) -> list[str]:
+    """Return arguments with the values that the miniature needs."""
+    before = ["", *arguments]
+    return [
+        SMALLER_NEXT.get(flag, SMALLER.get(argument, argument))
+        for flag, argument in zip(before, arguments, strict=False)
+    ]
 
 
 def redirection(word: str) -> str:

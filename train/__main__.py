@@ -2,7 +2,7 @@
 
 from common.command import stage_command
 from train.config import TrainConfig
-from train.elsewhere import ELSEWHERE
+from train.misplaced_options import MISPLACED
 
 
 def run(config: TrainConfig) -> None:
@@ -12,7 +12,7 @@ def run(config: TrainConfig) -> None:
     train(config)
 
 
-main = stage_command("train", TrainConfig, run, section="train", elsewhere=ELSEWHERE)
+main = stage_command("train", TrainConfig, run, section="train", misplaced=MISPLACED)
 
 if __name__ == "__main__":
     main(prog_name="python -m train")

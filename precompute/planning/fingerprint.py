@@ -1,4 +1,4 @@
-"""Fingerprints: digests of exactly what changes the bytes of a record.
+"""Digests of a base model's components, which are part of the fingerprints of records.
 
 Weights are identified by their content, not by their path. So moving or renaming a model, a source
 or a cache invalidates nothing.
@@ -19,7 +19,7 @@ PROVENANCE_KEYS = {"transformers_version", "torch_dtype", "dtype"}
 
 
 def hash_bytes(data: bytes) -> str:
-    """Return a 128-bit digest of an image's bytes or a prompt, in hex."""
+    """Return a 128-bit digest of bytes, in hex."""
     return xxhash.xxh3_128_hexdigest(data)
 
 

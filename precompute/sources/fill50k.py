@@ -10,7 +10,6 @@ import zipfile
 import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 from common.errors import ConfigError
 from precompute.sources.file_versions import file_version, read_file, stat_version
@@ -30,10 +29,6 @@ class Folder:
         self.has_conditioning_images = wants_conditioning
         with (path / PROMPTS).open("rb") as stream:
             self.lines = PromptLines(stream, str(path / PROMPTS), wants_conditioning)
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        """Open the data set again in another process."""
-        return Folder, (Path(self.path), self.has_conditioning_images)
 
     def __len__(self) -> int:
         """Return the number of rows."""
@@ -60,16 +55,11 @@ class Zip:
 
     def __init__(self, path: Path, prompts: str, wants_conditioning: bool = True) -> None:
         self.path = path.absolute()
-        self.prompts = prompts
         self.prefix = prompts.removesuffix(PROMPTS)
         self.has_conditioning_images = wants_conditioning
         self.archive = zipfile.ZipFile(self.path)
         with self.archive.open(prompts) as stream:
             self.lines = PromptLines(stream, f"{path}: {prompts}", wants_conditioning)
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        """Open the data set again in another process."""
-        return Zip, (self.path, self.prompts, self.has_conditioning_images)
 
     def __len__(self) -> int:
         """Return the number of rows."""

@@ -27,7 +27,6 @@ class Table:
     """
 
     def __init__(self, dataset: "Dataset", columns: Columns, folder: str | None) -> None:
-        self.origin = dataset, columns, folder
         self.folder = folder
         self.has_conditioning_images = columns.conditioning_image is not None
         table = dataset.with_format("arrow")[:]
@@ -44,10 +43,6 @@ class Table:
                 self.paths[kind], self.bytes[kind] = _paths_and_bytes(table[name])
         self.names = names
         self.files_version = _files_version(dataset)
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        """Map the table again in another process."""
-        return Table, self.origin
 
     def __len__(self) -> int:
         """Return the number of rows."""

@@ -36,7 +36,7 @@ class Special(Settings):
     own_rate: float = option(1.0, help="rate", heading="Training")
 
 
-ELSEWHERE = {"--resolution": "see there.", "--crop": "leave it out."}
+MISPLACED = {"--resolution": "see there.", "--crop": "leave it out."}
 Call = Callable[..., Result]
 seen: list[Settings] = []
 
@@ -44,7 +44,7 @@ seen: list[Settings] = []
 @pytest.fixture
 def call() -> Call:
     seen.clear()
-    main = stage_command("test", Settings, seen.append, section="train", elsewhere=ELSEWHERE)
+    main = stage_command("test", Settings, seen.append, section="train", misplaced=MISPLACED)
 
     def invoke(*arguments: object) -> Result:
         return CliRunner().invoke(main, [str(argument) for argument in arguments])

@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 
 from precompute.config import PrecomputeConfig
-from precompute.elsewhere import ELSEWHERE as NOT_IN_PRECOMPUTE
-from precompute.elsewhere import TRAIN_OPTIONS
+from precompute.misplaced_options import MISPLACED as NOT_IN_PRECOMPUTE
+from precompute.misplaced_options import TRAIN_OPTIONS
 from train.config import TrainConfig
-from train.elsewhere import ELSEWHERE as NOT_IN_TRAIN
-from train.elsewhere import PRECOMPUTE_OPTIONS
+from train.misplaced_options import MISPLACED as NOT_IN_TRAIN
+from train.misplaced_options import PRECOMPUTE_OPTIONS
 
 # Name and default of every option of diffusers' train_controlnet_sd3.py.
 REFERENCE = {
@@ -76,7 +76,7 @@ REFERENCE = {
     "validation_steps": 100,
     "tracker_project_name": "train_controlnet",
 }
-# Kept in precompute under the same name, or gone for the reason that `ELSEWHERE` gives.
+# Kept in precompute under the same name, or gone for the reason that `MISPLACED` gives.
 MOVED_TO_PRECOMPUTE = {
     "resolution",
     "dataset_name",
@@ -132,8 +132,8 @@ PRECOMPUTE = {field.name: field.default for field in fields(PrecomputeConfig)}
 
 
 def test_every_option_of_the_reference_is_somewhere() -> None:
-    for elsewhere in (NOT_IN_TRAIN, NOT_IN_PRECOMPUTE):
-        assert {flag(name) for name in GONE} <= elsewhere.keys()
+    for misplaced in (NOT_IN_TRAIN, NOT_IN_PRECOMPUTE):
+        assert {flag(name) for name in GONE} <= misplaced.keys()
     assert {flag(name) for name in MOVED_TO_PRECOMPUTE} <= set(PRECOMPUTE_OPTIONS)
     assert REFERENCE.keys() == (REFERENCE.keys() & TRAIN.keys()) | MOVED_TO_PRECOMPUTE | GONE
     assert not TRAIN.keys() & (MOVED_TO_PRECOMPUTE | GONE)
@@ -148,8 +148,8 @@ def test_each_stage_knows_the_options_of_the_other() -> None:
     assert {*TRAIN_OPTIONS, "--output-dir"} == {
         flag(name) for name in TRAIN.keys() - PRECOMPUTE.keys()
     }
-    for elsewhere, own in ((NOT_IN_TRAIN, TRAIN), (NOT_IN_PRECOMPUTE, PRECOMPUTE)):
-        assert not elsewhere.keys() & {flag(name) for name in own}
+    for misplaced, own in ((NOT_IN_TRAIN, TRAIN), (NOT_IN_PRECOMPUTE, PRECOMPUTE)):
+        assert not misplaced.keys() & {flag(name) for name in own}
 
 
 def test_options_of_the_other_stage_are_all_reported_at_once(command: Command) -> None:

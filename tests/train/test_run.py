@@ -25,7 +25,7 @@ from precompute.run import precompute
 from tests.conftest import REPOSITORY, Outcome, flags, run_python, train_in_two_processes
 from train import models
 from train.config import TrainConfig
-from train.elsewhere import ELSEWHERE
+from train.misplaced_options import MISPLACED
 from train.run import train
 from train.saving import checkpoints
 
@@ -389,7 +389,7 @@ def test_damage_met_in_a_worker_is_one_error(
         train(config)
 
 
-@pytest.mark.parametrize("flag", ELSEWHERE)
+@pytest.mark.parametrize("flag", MISPLACED)
 def test_what_moved_to_precompute_says_so(flag: str, command: Callable[..., Outcome]) -> None:
     outcome = command("train", flag.replace("-", "_").replace("__", "--", 1), "x")
     assert outcome.exit_code == 2

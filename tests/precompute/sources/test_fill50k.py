@@ -2,7 +2,6 @@
 
 import json
 import os
-import pickle
 import time
 import tracemalloc
 import zipfile
@@ -62,7 +61,7 @@ def test_a_zip_reads_as_the_folder_it_unpacks_to(
         Row(f"line {number}", line["target"], line["source"], line["prompt"])
         for number, line in enumerate(lines, start=1)
     ]
-    for source in (folder, packed, pickle.loads(pickle.dumps(packed))):
+    for source in (folder, packed):
         assert source.has_conditioning_images
         assert len(source) == 10
         assert all_rows(source) == expected
@@ -72,7 +71,6 @@ def test_a_zip_reads_as_the_folder_it_unpacks_to(
         for index, row in enumerate(expected):
             conditioning = (circles / row.conditioning_image).read_bytes()
             assert source.read(index, "conditioning_image") == conditioning
-    assert all_rows(pickle.loads(pickle.dumps(folder))) == expected
     assert sorted(path.name for path in tmp_path.iterdir()) == ["fill50k.zip"]
 
 

@@ -57,7 +57,7 @@ TRAIN_OPTIONS = (
     "--hub-model-id",
     "--hub-token",
 )
-ELSEWHERE = {
+MISPLACED = {
     **dict.fromkeys(TRAIN_OPTIONS, AT_TRAIN),
     "--dataset-preprocess-batch-size": "see --text-batch-size and --vae-batch-size.",
     "--upcast-vae": "see --vae-dtype, float32 by default.",

@@ -33,7 +33,7 @@ PRECOMPUTE_OPTIONS = (
     "--strict",
     "--part",
 )
-ELSEWHERE = {
+MISPLACED = {
     **dict.fromkeys(PRECOMPUTE_OPTIONS, AT_PRECOMPUTE),
     "--device": "accelerate chooses it; see CUDA_VISIBLE_DEVICES and accelerate launch --cpu.",
     "--dataset-preprocess-batch-size": "see python -m precompute --text-batch-size.",
