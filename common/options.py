@@ -66,23 +66,22 @@ def click_options(config_class: type[Any]) -> list[click.Option]:
 
 def _click_option(field: dataclasses.Field[Any], hint: Any) -> click.Option:
     multiple, kind = unwrap(hint)
-    name = flag(field.name)
-    required = field.default is dataclasses.MISSING
+    name, text = flag(field.name), field.metadata["help"]
     if kind is bool:
+        names = [f"{name}/--no-{name[2:]}"]
+        return click.Option(names, default=field.default, help=text, show_default=True)
+    if field.default is dataclasses.MISSING:
+        # Without any default: click takes even None for a value, and then misses nothing.
         return click.Option(
-            [f"{name}/--no-{name[2:]}"],
-            default=field.default,
-            help=field.metadata["help"],
-            show_default=True,
+            [name], type=_click_type(kind), multiple=multiple, required=True, help=text
         )
     return click.Option(
         [name],
         type=_click_type(kind),
         multiple=multiple,
-        required=required,
-        default=None if required else field.default,
-        show_default=not required and field.default not in (None, ()),
-        help=field.metadata["help"],
+        default=field.default,
+        show_default=field.default not in (None, ()),
+        help=text,
     )
 
 

@@ -60,6 +60,13 @@ def test_flags_fill_the_dataclass(call: Call) -> None:
     assert seen == [Settings(Path("x"), train_batch_size=8, fast=True, kind="two", maybe="no")]
 
 
+def test_a_forgotten_option_is_named(call: Call) -> None:
+    result = call("--train-batch-size", 8)
+    assert result.exit_code == 2
+    assert "Missing option '--source'" in result.output
+    assert seen == []
+
+
 def test_the_reference_scripts_spelling_works(call: Call) -> None:
     call("--source=x", "--train_batch_size=8", "--prompt", "a b", "c", "--learning_rate", "1e-5")
     assert seen == [

@@ -10,6 +10,7 @@ import pytest
 from precompute.config import PrecomputeConfig
 from precompute.misplaced_options import MISPLACED as NOT_IN_PRECOMPUTE
 from precompute.misplaced_options import TRAIN_OPTIONS
+from tests.conftest import run_python
 from train.config import TrainConfig
 from train.misplaced_options import MISPLACED as NOT_IN_TRAIN
 from train.misplaced_options import PRECOMPUTE_OPTIONS
@@ -174,6 +175,26 @@ def test_the_cache_has_one_name_and_the_old_ones_still_work(command: Command) ->
         assert "No such option" not in done.output
         assert "Missing option" not in done.output
         assert old not in command(stage, "--help").output.replace("--output-dir PATH", "")
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["precompute"],
+        ["train"],
+        ["infer", "generate"],
+        ["infer", "score"],
+        ["infer", "serve"],
+        ["infer", "decode"],
+        ["demo.circles"],
+    ],
+    ids=" ".join,
+)
+def test_a_command_without_options_names_one_that_is_missing(arguments: list[str]) -> None:
+    done = run_python("-m", *arguments)
+    assert done.returncode == 2
+    assert "Missing option" in done.stderr
+    assert "Traceback" not in done.stderr
 
 
 def test_there_are_no_others() -> None:
