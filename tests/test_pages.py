@@ -23,7 +23,7 @@ import pytest
 from accelerate.state import AcceleratorState
 
 from precompute.config import PrecomputeConfig
-from tests.conftest import REPOSITORY, RESOLUTION_PX, TOKENS
+from tests.conftest import REPOSITORY, RESOLUTION_PX, TOKENS, run_python
 from train.config import TrainConfig
 from train.run import train
 
@@ -286,6 +286,19 @@ def test_the_options_of_a_page_exist(
             command.make_context("command", rest)
         except click.ClickException as error:
             pytest.fail(f"{page}: {line.text}\n{error.format_message()}")
+
+
+def test_commands_within_sentences_exist() -> None:
+    for page in [*PAGES, "CONTRIBUTING.md", "CHANGELOG.md"]:
+        text = (REPOSITORY / page).read_text(encoding="utf-8")
+        for spoken in re.findall(r"`(python -m [^`]+)`", text):
+            module, *words = spoken.split()[2:]
+            path = REPOSITORY / module.replace(".", "/")
+            assert path.with_suffix(".py").is_file() or (path / "__main__.py").is_file(), spoken
+            flags = [word for word in words if word.startswith("--")]
+            if flags:
+                help_text = run_python("-m", module, "--help").stdout
+                assert all(flag in help_text for flag in flags), f"{page}: {spoken}"
 
 
 def test_pages_have_commands() -> None:
