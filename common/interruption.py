@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 Received = Callable[[], signal.Signals | None]
-Check = Callable[[], None]
+StopCheck = Callable[[], None]
 
 
 class InterruptedRun(Exception):
@@ -52,7 +52,7 @@ def signals_noted(unit: str) -> Iterator[Received]:
 
 
 @contextlib.contextmanager
-def between_shards() -> Iterator[Check]:
+def stop_between_shards() -> Iterator[StopCheck]:
     """Give a function to call between shards; it raises InterruptedRun after a signal."""
     with signals_noted("shard") as received:
 

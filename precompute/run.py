@@ -11,7 +11,7 @@ import torch
 
 from common.atomic_files import require_space
 from common.device import keep_freed_memory
-from common.interruption import InterruptedRun, between_shards
+from common.interruption import InterruptedRun, stop_between_shards
 from common.provenance import write_run
 from precompute.config import PrecomputeConfig
 from precompute.dry_run import dry_run
@@ -109,7 +109,7 @@ def _encode(context: Context) -> None:
     """
     clock = EncoderClock(context.device)
     try:
-        with between_shards() as check:
+        with stop_between_shards() as check:
             validation_embeds = encode_text(context, check, clock)
             _free_memory()
             encode_images(context, validation_embeds, check, clock)

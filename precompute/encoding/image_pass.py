@@ -9,7 +9,7 @@ from tqdm import tqdm
 
 from common.device import AsyncHostCopy
 from common.errors import ShardError
-from common.interruption import Check
+from common.interruption import StopCheck
 from precompute.encoding.batch_size import BatchSize, find_batch_size
 from precompute.encoding.encoder_clock import EncoderClock
 from precompute.encoding.load_image import load_image
@@ -146,7 +146,7 @@ class ImagePass:
 def encode_images(
     context: Context,
     validation_embeds: dict[str, dict[str, Tensor]],
-    check: Check,
+    check: StopCheck,
     clock: EncoderClock,
 ) -> None:
     """Build the missing shards of latents, conditioning latents and validation pairs.

@@ -22,7 +22,7 @@ from typing import Generic, Protocol, TypeVar
 from torch import Tensor
 
 from common.device import AsyncHostCopy
-from common.interruption import Check
+from common.interruption import StopCheck
 from common.prefetch import prefetch
 from precompute.encoding.batch_size import BatchSize
 from precompute.encoding.encoder_clock import EncoderClock
@@ -114,7 +114,7 @@ def build_shards(
     *,
     bad_rows: BadRows,
     clock: EncoderClock,
-    check: Check,
+    check: StopCheck,
     written: Callable[[ShardBuild], object],
 ) -> None:
     """Encode and write shards of one product, in order; return when all are on disk.

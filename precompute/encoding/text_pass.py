@@ -7,7 +7,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from common.device import AsyncHostCopy
-from common.interruption import Check
+from common.interruption import StopCheck
 from precompute.encoding.batch_size import BatchSize, find_batch_size
 from precompute.encoding.encoder_clock import EncoderClock
 from precompute.encoding.pipeline import Batch, build_shards
@@ -100,7 +100,7 @@ class TextPass:
         return embeds
 
 
-def encode_text(context: Context, check: Check, clock: EncoderClock) -> dict[str, Embeddings]:
+def encode_text(context: Context, check: StopCheck, clock: EncoderClock) -> dict[str, Embeddings]:
     """Build the missing text shards; return the embeddings of the validation prompts by prompt.
 
     The encoders are referenced by this function alone, so that they are freed when it returns.

@@ -31,10 +31,10 @@ def held_out_rows(inventory: Inventory, num_wanted: int, seed: int) -> NDArray[n
         return held_out
     usable = np.ones(len(inventory), bool)
     usable[list(inventory.faults)] = False
-    lots = inventory.images[:, 0] ^ np.uint64(xxh3_64_intdigest(b"held out", seed=seed))
-    drawn = np.sort(lots[usable])[:num_wanted]
+    random_ranks = inventory.images[:, 0] ^ np.uint64(xxh3_64_intdigest(b"held out", seed=seed))
+    drawn = np.sort(random_ranks[usable])[:num_wanted]
     if len(drawn) == num_wanted:
-        held_out = usable & (lots <= drawn[-1])
+        held_out = usable & (random_ranks <= drawn[-1])
     if len(drawn) < num_wanted or held_out.sum() == usable.sum():
         raise ConfigError(
             f"--validation-rows {num_wanted}: the source has {usable.sum()} usable rows, and some "

@@ -66,8 +66,10 @@ def choose_rows(num_rows: int, limit: int | None, seed: int) -> Sequence[int]:
     """
     if limit is None or limit >= num_rows:
         return range(num_rows)
-    lots = np.fromiter((xxh3_64_intdigest(b"%d" % row, seed=seed) for row in range(num_rows)), "u8")
-    return [int(row) for row in np.sort(np.argsort(lots, kind="stable")[:limit])]
+    random_ranks = np.fromiter(
+        (xxh3_64_intdigest(b"%d" % row, seed=seed) for row in range(num_rows)), "u8"
+    )
+    return [int(row) for row in np.sort(np.argsort(random_ranks, kind="stable")[:limit])]
 
 
 def take_inventory(

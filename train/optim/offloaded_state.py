@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from train.optim.per_weight import ExactState, only_weight
+from train.optim.per_weight import UncastState, only_weight
 
 MIN_OFFLOADED_NUMBERS = 4096  # smaller tensors stay on the device
 PIECE_BYTES, ALIGNMENT_NUMBERS = 1 << 28, 64
@@ -18,7 +18,7 @@ def is_offloaded(count: int) -> bool:
     return count >= MIN_OFFLOADED_NUMBERS
 
 
-class OffloadedState(ExactState):
+class OffloadedState(UncastState):
     """Keeps an optimiser's state in host memory, and computes the same bits.
 
     It goes before an optimiser's class, with one parameter group, and steps one weight at a time;

@@ -19,7 +19,7 @@ def only_weight(group: dict[str, Any], parameter: Any) -> Iterator[None]:
         group["params"] = parameters
 
 
-class ExactState(torch.optim.Optimizer):
+class UncastState(torch.optim.Optimizer):
     """Restores an optimiser's state in the precision it was saved in.
 
     The optimiser's own `load_state_dict` would cast it to the precision of the weights. This class

@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from train.optim.per_weight import ExactState, only_weight
+from train.optim.per_weight import UncastState, only_weight
 
 
-class StochasticRounding(ExactState):
+class StochasticRounding(UncastState):
     """Steps weights kept in bfloat16 in float32, with state in float32.
 
     It goes before an optimiser's class, with one parameter group, and steps one weight at a time.
