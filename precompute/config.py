@@ -85,7 +85,9 @@ class PrecomputeConfig:
         help="Store the mean of the VAE's posterior, or mean and standard deviation, from which "
         "training samples at each step (twice the size).",
     )
-    shard_mb: float = option(128.0, help="Size of a shard at most, in 10^6 bytes.")
+    shard_mb: float = option(
+        128.0, help="Size of a shard at most, in 10^6 bytes; two are in memory."
+    )
     resolution: int = option(
         512,
         help="Side of the square, in pixels, to which images are resized and centre-cropped.",
