@@ -17,7 +17,7 @@ TESTS   := $(RUN) OMP_NUM_THREADS=1 python -m pytest -n auto --maxprocesses 8 --
 INSTALL := $(VENV)/bin/python -m pip install --disable-pip-version-check -c constraints.txt
 STAMP   := $(VENV)/.installed
 SERVE_STAMP := $(VENV)/.installed-serve
-IS_DEMO := $(filter configs/demo%.toml,$(CONFIG))
+IS_DEMO := $(filter %demo.toml %demo-fast.toml %demo-full.toml,$(CONFIG))
 
 CONFIG_FLAGS    = $(foreach file,$(CONFIG),--config "$(file)")
 # Where SOURCE, BASE, CACHE or OUTPUT is not given, the configuration's own path stands.
@@ -87,7 +87,7 @@ score: setup  ## Measure how well OUTPUT's ControlNet draws SOURCE
 	$(RUN) python -m infer score $(CONFIG_FLAGS) $(SOURCE_FLAG) $(BASE_FLAG) $(CONTROLNET_FLAG) $(SCORE_FLAG) $(ARGS)
 
 verify: setup  ## Check every record of CACHE
-	$(RUN) python -m shards verify "$(or $(CACHE),runs/demo/cache)"
+	$(RUN) python -m shards verify "$(or $(CACHE),$(if $(IS_DEMO),runs/$(basename $(notdir $(IS_DEMO)))/cache,$(error Say which: make verify CACHE=…)))"
 
 test: setup  ## Run the tests that take seconds
 	$(TESTS) -m "not slow and not gpu and not network" $(ARGS)

@@ -18,7 +18,7 @@ def pair_up(
     """
     all_prompts = prompts * len(images) if len(prompts) == 1 else prompts
     all_images = images * len(prompts) if len(images) == 1 else images
-    if len(all_prompts) != len(all_images):
+    if len(all_prompts) != len(all_images) or bool(prompts) != bool(images):
         raise ConfigError(
             f"{len(prompts)} {prompt_flag} and {len(images)} {image_flag}: give as many of one as "
             "of the other, or one of either."

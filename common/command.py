@@ -5,6 +5,7 @@ Flags win over TOML files, files over the dataclass's defaults.
 
 import contextlib
 import dataclasses
+import re
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
@@ -17,6 +18,8 @@ from common.errors import ConfigError, RunError, ShardError
 from common.options import click_options, flag, headings
 
 Config = TypeVar("Config")
+# An argument that is no option: it begins with no dash, or is a negative number.
+VALUE = re.compile(r"(?!-)|-\.?\d")
 CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
 
 
@@ -55,7 +58,7 @@ class StageCommand(click.Command):
         Raises:
             CommandError: options belong to another command.
         """
-        flags = [argument_flag(arg) for arg in args]
+        flags = [argument_flag(arg).replace("--no-", "--", 1) for arg in args]
         if found := {name: self.misplaced[name] for name in flags if name in self.misplaced}:
             raise CommandError("\n  ".join(f"{name}: {where}" for name, where in found.items()))
         return super().parse_args(ctx, self._rewritten(args))
@@ -69,16 +72,19 @@ class StageCommand(click.Command):
             for name in parameter.opts
         }
         rewritten: list[str] = []
+        spelt: dict[str, str] = {}
         current = ""
         num_values = 0  # since the name of the current option
         for arg in args:
             if name := argument_flag(arg):
                 _, equals, value = arg.partition("=")
                 current = self.aliases.get(name, name)
+                if spelt.setdefault(current, name) != name:
+                    raise CommandError(f"{spelt[current]} and {name} are one option; give one.")
                 rewritten.append(current + equals + value)
                 num_values = 1 if equals else 0
             else:
-                if current in repeatable and num_values and not arg.startswith("-"):
+                if current in repeatable and num_values and VALUE.match(arg):
                     rewritten.append(current)
                 rewritten.append(arg)
                 num_values += 1
@@ -154,7 +160,7 @@ def _config_option(section: str, config_class: type[Any]) -> click.Option:
         is_eager=True,
         multiple=True,
         callback=lambda ctx, _, paths: _use_config_files(ctx, paths, section, config_class),
-        help=f"TOML file; its [{section}] table gives defaults for the options below. "
+        help=f"TOML file; its [{section}] table gives defaults for all options. "
         "Repeatable: later files win.",
     )
 
@@ -165,7 +171,7 @@ def _like_option(like: Callable[[Path], dict[str, Any]]) -> click.Option:
         type=click.Path(path_type=Path),
         is_eager=True,
         callback=lambda ctx, _, path: _use_settings_of(ctx, path, like),
-        help="A picture; the options below are what it was drawn with, unless they are given.",
+        help="A picture; all options are what it was drawn with, unless they are given.",
     )
 
 
@@ -211,8 +217,8 @@ def user_errors() -> Iterator[None]:
         if type(error).__name__ != "OutOfMemoryError":  # torch's; importing torch takes seconds
             raise
         raise CommandError(
-            f"out of memory: {str(error).splitlines()[0]} Smaller batches help, and "
-            "--gradient-checkpointing in training."
+            f"out of memory: {str(error).splitlines()[0]} Smaller batches help: --vae-batch-size "
+            "and --text-batch-size in precompute, --batch-size or --offload in infer."
         ) from error
 
 

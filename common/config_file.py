@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+import math
 import tomllib
 import types
 from pathlib import Path
@@ -39,9 +40,11 @@ def config_files(path: Path) -> list[Path]:
     """
     files = [path]
     while (extended := _document(files[-1]).get(EXTENDS)) is not None:
-        if not isinstance(extended, str):
+        if not isinstance(extended, str) or not extended:
             raise ConfigError(f"{files[-1]}: extends: expected a path, found {extended!r}.")
         file = files[-1].parent / extended
+        if not file.is_file():
+            raise ConfigError(f"{files[-1]}: extends {extended!r}, and {file} is no file.")
         if file.resolve() in [known.resolve() for known in files]:
             raise ConfigError(f"{files[-1]}: extends {extended!r}, which extends this file.")
         files.append(file)
@@ -62,7 +65,8 @@ def _settings(path: Path, section: str, config_class: type[Any]) -> dict[str, An
     document = _document(path)
     for name in document:
         if name not in (*SECTIONS, EXTENDS):
-            raise ConfigError(f"{path}: unknown table [{name}].{nearest(name, list(SECTIONS))}")
+            known = [*SECTIONS, EXTENDS]
+            raise ConfigError(f"{path}: unknown table [{name}].{nearest(name, known)}")
     hints = get_type_hints(config_class)
     aliases = {
         alias: field.name
@@ -76,6 +80,10 @@ def _settings(path: Path, section: str, config_class: type[Any]) -> dict[str, An
     for key, value in table.items():
         name = key.replace("-", "_")
         name = aliases.get(name, name)
+        if name in settings:
+            raise ConfigError(f"{path}: {name} is given twice in [{section}], as {key!r} too.")
+        if name == EXTENDS:
+            raise ConfigError(f"{path}: {EXTENDS} belongs at the top, above all tables.")
         if name not in hints:
             raise ConfigError(
                 f"{path}: unknown key {key!r} in [{section}].{nearest(name, list(hints))}"
@@ -100,6 +108,8 @@ def _checked(value: Any, hint: Any, where: str) -> Any:
     fits = type(value) is expected or (expected is float and type(value) is int)
     if not fits:
         raise ConfigError(f"{where}: expected {expected.__name__}, found {value!r}.")
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ConfigError(f"{where}: expected a finite number, found {value}.")
     if choices and value not in choices:
         raise ConfigError(f"{where}: {value!r} is not one of {', '.join(map(repr, choices))}.")
     return Path(value) if kind is Path else value

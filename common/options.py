@@ -7,6 +7,7 @@ click options (`--train-batch-size`), the keys of the stage's table in a TOML fi
 
 import dataclasses
 import inspect
+import math
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
@@ -93,6 +94,17 @@ def integer_or_auto(value: str) -> int | str:
         raise click.BadParameter(f"{value!r} is neither a whole number nor auto.") from error
 
 
+def number(value: str) -> float:
+    """Return a finite number; click shows the name of this function in the help."""
+    try:
+        found = float(value)
+    except ValueError:
+        found = math.nan
+    if not math.isfinite(found):
+        raise click.BadParameter(f"{value!r} is not a finite number.")
+    return found
+
+
 def _click_type(kind: Any) -> Any:
     if kind in NUMBER_OR_WORD:
         return integer_or_auto
@@ -100,7 +112,7 @@ def _click_type(kind: Any) -> Any:
         return click.Choice([str(choice) for choice in get_args(kind)])
     if kind is Path:
         return click.Path(path_type=Path)
-    return kind
+    return number if kind is float else kind
 
 
 def headings(config_class: type[Any]) -> dict[str, str]:

@@ -49,7 +49,7 @@ class Circle:
 class CirclesConfig:
     """Draw circles in fill50k's layout, `train` and `unseen`, unless they are there already."""
 
-    output_dir: Path = option(help="Folder of the two data sets.")
+    output_dir: Path = option(help="Folder of the two data sets.", heading="Circles")
     num_rows: int = option(3072, help="Number of circles to train on.")
     num_unseen: int = option(
         100, help="Number of circles to score on, in pairs of colours that train never shows."

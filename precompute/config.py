@@ -159,6 +159,11 @@ class PrecomputeConfig:
         Raises:
             ConfigError: naming the option.
         """
+        if re.match(r"[a-z][a-z0-9+.-]*:/", str(self.cache)):
+            raise ConfigError(
+                f"--cache {self.cache}: precompute writes to a folder of this machine; give one, "
+                "and copy it afterwards: python -m shards push FOLDER URL."
+            )
         check_resolution(self.resolution)
         check_sequence_length(self.max_sequence_length)
         try:

@@ -158,9 +158,9 @@ def _weight_patterns(
             present = list_repo_files(repo, revision=revision)
     patterns = []
     for name in subfolders:
-        wanted = f"{name}/*.{variant}*safetensors"
-        found = any(fnmatch.fnmatch(path, wanted) for path in present)
-        patterns.append(wanted if found else f"{name}/*.safetensors")
+        of_variant = f"{name}/*.{variant}*safetensors"
+        has_variant = any(fnmatch.fnmatch(path, of_variant) for path in present)
+        patterns.append(of_variant if has_variant else f"{name}/*.safetensors")
     return patterns
 
 

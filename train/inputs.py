@@ -11,6 +11,7 @@ from accelerate.utils import AutocastKwargs, ProjectConfiguration
 
 from common.errors import ConfigError, ShardError
 from sd3.pretrained import find_base, find_controlnet
+from shards.format.manifest import MANIFEST
 from shards.reading.cache import Cache
 from shards.reading.order import Order
 from shards.remote.streaming import open_files
@@ -61,6 +62,7 @@ def find_inputs(config: TrainConfig, num_processes: int) -> Inputs:
         ConfigError: the base model, the cache and the checkpoint do not go together.
     """
     _require_packages(config)
+    _check_output_dir(config.output_dir)
     cache = _open_cache(config)
     validates = config.validation_steps > 0
     draws_pictures = validates and cache.validation.product.num_records > 0
@@ -91,6 +93,18 @@ def find_inputs(config: TrainConfig, num_processes: int) -> Inputs:
         checkpoint=checkpoint,
         state=_starting_state(config, cache, order, checkpoint),
     )
+
+
+def _check_output_dir(folder: Path) -> None:
+    """Refuse an output folder that is something else.
+
+    Raises:
+        ConfigError: it is a cache, whose files the run would replace, or a file.
+    """
+    if (folder / MANIFEST).is_file():
+        raise ConfigError(f"--output-dir {folder}: holds a cache; give another folder.")
+    if folder.exists() and not folder.is_dir():
+        raise ConfigError(f"--output-dir {folder}: is a file; give a folder.")
 
 
 def _open_cache(config: TrainConfig) -> Cache:

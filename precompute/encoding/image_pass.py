@@ -174,7 +174,7 @@ def encode_images(
     size = find_batch_size(config.vae_batch_size, USUAL_BATCH, context.device, attempt)
     total = products.latents.count_records(latents)
     total += products.conditioning.count_records(conditioning)
-    with tqdm(total=total, unit="image", desc="latents", disable=context.quiet) as bar:
+    with tqdm(total=total, unit="image", desc="images", disable=context.quiet) as bar:
         for image_pass, shards in (
             (ImagePass(context, encoder, size, "image"), latents),
             # After all latents, since it reads their sidecars.
@@ -186,7 +186,7 @@ def encode_images(
                 bad_rows=context.bad_rows,
                 clock=clock,
                 check=check,
-                written=lambda build: bar.update(len(build.plan.items)),
+                advance=bar.update,
             )
     for shard in validation:
         records = _validation_records(context, encoder, shard, validation_embeds, size)

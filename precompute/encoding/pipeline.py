@@ -115,7 +115,7 @@ def build_shards(
     bad_rows: BadRows,
     clock: EncoderClock,
     check: StopCheck,
-    written: Callable[[ShardBuild], object],
+    advance: Callable[[int], object],
 ) -> None:
     """Encode and write shards of one product, in order; return when all are on disk.
 
@@ -125,20 +125,21 @@ def build_shards(
         bad_rows: counts the rows that are left out.
         clock: measures the time spent encoding.
         check: called between shards; may end the run.
-        written: called in the writer's thread after each shard is on disk.
+        advance: called after each batch with the number of its items.
 
     Raises:
         ShardError: too many rows are bad, or the source has changed; finished shards are kept.
         OSError: a shard cannot be written; finished shards are kept.
     """
     with (
-        ShardWriter(written) as writer,
+        ShardWriter() as writer,
         contextlib.closing(_encoded_batches(encoding_pass, shards, clock)) as encoded,
     ):
         for build, batches in itertools.groupby(encoded, key=lambda one: one.batch.build):
             members: list[Members] = []
             for batch in batches:
                 members += _members(encoding_pass, batch)
+                advance(len(batch.batch.positions))
                 writer.raise_error()
             writer.submit(build, members)
             bad_rows.add(build.skipped)

@@ -126,7 +126,7 @@ def encode_text(context: Context, check: StopCheck, clock: EncoderClock) -> dict
             bad_rows=context.bad_rows,
             clock=clock,
             check=check,
-            written=lambda build: bar.update(len(build.plan.items)),
+            advance=bar.update,
         )
     long_prompts = text_pass.long_prompts
     if long_prompts.count:

@@ -26,6 +26,7 @@ class Settings:
     maybe: Literal["yes", "no"] | None = option(None, help="maybe")
     fast: bool = option(False, help="fast")
     prompt: tuple[str, ...] = option((), help="prompts")
+    weight: tuple[float, ...] = option((), help="weights")
 
 
 @dataclass(frozen=True)
@@ -58,6 +59,37 @@ def test_flags_fill_the_dataclass(call: Call) -> None:
     )
     assert result.exit_code == 0, result.output
     assert seen == [Settings(Path("x"), train_batch_size=8, fast=True, kind="two", maybe="no")]
+
+
+def test_two_spellings_of_one_option_are_refused(call: Call, tmp_path: Path) -> None:
+    result = call("--source", "x", "--origin", "y")
+    assert result.exit_code == 2
+    assert "--source and --origin are one option; give one." in result.output
+    file = tmp_path / "run.toml"
+    file.write_text('[train]\nsource = "x"\norigin = "y"\n')
+    result = call("--config", file)
+    assert result.exit_code == 2
+    assert "source is given twice in [train], as 'origin' too" in result.output
+    assert seen == []
+
+
+@pytest.mark.parametrize("value", ["nan", "inf", "-inf", "fast"])
+def test_numbers_must_be_finite(call: Call, tmp_path: Path, value: str) -> None:
+    result = call("--source", "x", "--learning-rate", value)
+    assert result.exit_code == 2
+    assert f"'{value}' is not a finite number" in result.output
+    if value != "fast":
+        file = tmp_path / "run.toml"
+        file.write_text(f'[train]\nsource = "x"\nlearning_rate = {value}\n')
+        result = call("--config", file)
+        assert result.exit_code == 2
+        assert "learning_rate in [train]: expected a finite number" in result.output
+    assert seen == []
+
+
+def test_values_in_a_row_may_be_negative(call: Call) -> None:
+    assert call("--source", "x", "--weight", "-1", "-.5", "2").exit_code == 0
+    assert seen == [Settings(Path("x"), weight=(-1.0, -0.5, 2.0))]
 
 
 def test_a_forgotten_option_is_named(call: Call) -> None:
@@ -129,7 +161,10 @@ def test_a_file_changes_the_one_that_it_extends(call: Call, tmp_path: Path) -> N
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ('extends = "none.toml"', "none.toml: No such file"),
+        ('extends = "none.toml"', "run.toml: extends 'none.toml', and "),
+        ('extends = ""', "extends: expected a path, found ''"),
+        ('[train]\nextends = "none.toml"', "extends belongs at the top, above all tables"),
+        ('extend = "none.toml"', "unknown table [extend]. Did you mean 'extends'?"),
         ("extends = 3", "extends: expected a path, found 3"),
         ('extends = "run.toml"', "extends 'run.toml', which extends this file"),
     ],
@@ -149,7 +184,7 @@ def test_a_missing_file_is_named(call: Call, tmp_path: Path) -> None:
 
 
 def test_an_option_that_moved_says_where(call: Call) -> None:
-    result = call("--source", "x", "--resolution", 512, "--crop=1", "--fast")
+    result = call("--source", "x", "--resolution", 512, "--no-crop", "--fast")
     assert result.exit_code == 2
     assert "--resolution: see there.\n" in result.output
     assert "--crop: leave it out.\n" in result.output
@@ -214,5 +249,9 @@ def test_pairs_go_one_to_one_or_one_to_all() -> None:
     assert pair_up(("p",), (a, b), "--p", "--i") == [("p", a), ("p", b)]
     assert pair_up(("p", "q"), (a,), "--p", "--i") == [("p", a), ("q", a)]
     assert pair_up((), (), "--p", "--i") == []
+    with pytest.raises(ConfigError, match="1 --p and 0 --i"):
+        pair_up(("p",), (), "--p", "--i")
+    with pytest.raises(ConfigError, match="0 --p and 1 --i"):
+        pair_up((), (a,), "--p", "--i")
     with pytest.raises(ConfigError, match="2 --p and 3 --i"):
         pair_up(("p", "q"), (a, b, a), "--p", "--i")

@@ -541,7 +541,10 @@ def test_wrong_settings_are_refused(
         (["--pretrained-model-name-or-path", "./nowhere"], "no such folder, and not a hub id"),
         (["--pretrained-model-name-or-path", "no/where"], "the hub could not be reached"),
         (["--device", "cuda:99"], "--device cuda:99: not available here"),
-        (["--validation-image", "none.png"], "--validation-image none.png: No such file"),
+        (
+            ["--validation-prompt", "p", "--validation-image", "none.png"],
+            "--validation-image none.png: No such file",
+        ),
     ],
 )
 def test_bad_input_ends_in_one_line_and_leaves_nothing(
@@ -552,7 +555,7 @@ def test_bad_input_ends_in_one_line_and_leaves_nothing(
 ) -> None:
     from tests.conftest import flags
 
-    plain = replace(fresh, validation_prompt=("p",), validation_image=())
+    plain = replace(fresh, validation_prompt=(), validation_image=())
     outcome = command("precompute", *flags(plain)[:-2], *arguments)
     assert outcome.exit_code == 2
     assert message in outcome.output

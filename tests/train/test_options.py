@@ -197,6 +197,21 @@ def test_a_command_without_options_names_one_that_is_missing(arguments: list[str
     assert "Traceback" not in done.stderr
 
 
+def test_stages_keep_out_of_each_others_folders(
+    command: Command, cache: Path, base: Path, tmp_path: Path
+) -> None:
+    model = ("--pretrained-model-name-or-path", base)
+    before = (cache / "run.json").read_bytes()
+    done = command("train", *model, "--cache", cache, "--output-dir", cache)
+    assert done.exit_code == 2
+    assert f"--output-dir {cache}: holds a cache; give another folder." in done.output
+    assert (cache / "run.json").read_bytes() == before
+    done = command("precompute", *model, "--source", "x", "--cache", "s3://bucket/cache")
+    assert done.exit_code == 2
+    assert "precompute writes to a folder of this machine" in done.output
+    assert not Path("s3:").exists()
+
+
 def test_there_are_no_others() -> None:
     assert TRAIN.keys() - REFERENCE.keys() == OURS
 
