@@ -14,7 +14,7 @@ import click
 from safetensors import SafetensorError
 
 from common.config_file import read_section
-from common.errors import ConfigError, RunError, ShardError
+from common.errors import ConfigError, RunError, ShardError, os_error_line
 from common.options import click_options, flag, headings
 
 Config = TypeVar("Config")
@@ -220,9 +220,3 @@ def user_errors() -> Iterator[None]:
             f"out of memory: {str(error).splitlines()[0]} Smaller batches help: --vae-batch-size "
             "and --text-batch-size in precompute, --batch-size or --offload in infer."
         ) from error
-
-
-def os_error_line(error: OSError) -> str:
-    """Return an operating system's error as one line, with the file's name if it has one."""
-    where = f"{error.filename}: " if error.filename else ""
-    return f"{where}{error.strerror or error}"

@@ -11,3 +11,9 @@ class ConfigError(ValueError):
 
 class RunError(RuntimeError):
     """A run ended early: says what happened, what is kept, and what to do."""
+
+
+def os_error_line(error: OSError) -> str:
+    """Return an operating system's error as one line, with the file's name if it has one."""
+    where = f"{error.filename}: " if error.filename else ""
+    return f"{where}{error.strerror or error}"

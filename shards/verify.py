@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from common.errors import ShardError
+from common.errors import ShardError, os_error_line
 from shards import tar_check
 from shards.format import sidecar
 from shards.format.manifest import Manifest
@@ -80,7 +80,9 @@ def _shard_faults(
             return tar_faults
         reader.index(shard)  # compares the sidecar with the manifest
         loaded = sidecar.load(cache / folder, shard)
-    except (ShardError, OSError) as error:
+    except OSError as error:
+        return [os_error_line(error)]
+    except ShardError as error:
         return [str(error)]
     if loaded is None:
         return [f"{cache / folder}: the sidecar of shard {shard:06d} vanished"]

@@ -88,7 +88,7 @@ def _check_call_settings(sets: Sequence[ControlNetSet]) -> None:
         settings = _call_settings(other)
         if wrong := [key for key, value in settings.items() if value != first[key]]:
             raise ConfigError(
-                f"--combine: {other.names[0]} expects other inputs than {sets[0].names[0]} "
+                f"--combine: {other.names[0]} must be called otherwise than {sets[0].names[0]} "
                 f"({', '.join(f'{key} {settings[key]}, not {first[key]}' for key in wrong)})."
             )
 

@@ -121,6 +121,8 @@ def prepare(config: PrecomputeConfig) -> Context:
 
 def _refuse_other_files(cache: Path) -> None:
     """Refuse to write into a folder that holds other files than a cache's."""
+    if cache.exists() and not cache.is_dir():
+        raise ConfigError(f"--cache {cache}: is a file; give a folder.")
     if cache.is_dir():
         others = sorted(
             path.name for path in cache.iterdir() if path.name.split(".tmp-")[0] not in CACHE_FILES

@@ -541,6 +541,7 @@ def test_wrong_settings_are_refused(
         (["--pretrained-model-name-or-path", "./nowhere"], "no such folder, and not a hub id"),
         (["--pretrained-model-name-or-path", "no/where"], "the hub could not be reached"),
         (["--device", "cuda:99"], "--device cuda:99: not available here"),
+        (["--cache", "Makefile"], "--cache Makefile: is a file; give a folder"),
         (
             ["--validation-prompt", "p", "--validation-image", "none.png"],
             "--validation-image none.png: No such file",

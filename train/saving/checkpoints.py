@@ -20,8 +20,7 @@ from diffusers import SD3ControlNetModel
 from safetensors import SafetensorError
 
 from common.atomic_files import write_text
-from common.command import os_error_line
-from common.errors import ConfigError, RunError
+from common.errors import ConfigError, RunError, os_error_line
 from common.provenance import write_run
 from sd3.pretrained import read_config
 from train.config import TrainConfig
