@@ -4,7 +4,6 @@ Flags win over TOML files, files over the dataclass's defaults.
 """
 
 import contextlib
-import dataclasses
 import re
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -13,7 +12,7 @@ from typing import Any, TypeVar
 import click
 from safetensors import SafetensorError
 
-from common.config_file import read_section
+from common.config_file import aliases, read_section
 from common.errors import ConfigError, RunError, ShardError, os_error_line
 from common.options import click_options, flag, headings
 
@@ -45,11 +44,8 @@ class StageCommand(click.Command):
         self, *args: Any, config_class: type[Any], misplaced: Mapping[str, str], **kwargs: Any
     ) -> None:
         super().__init__(*args, **kwargs)
-        fields = dataclasses.fields(config_class)
         self.headings = headings(config_class)
-        self.aliases = {
-            flag(alias): flag(field.name) for field in fields for alias in field.metadata["aliases"]
-        }
+        self.aliases = {flag(alias): flag(name) for alias, name in aliases(config_class).items()}
         self.misplaced = misplaced
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:

@@ -27,8 +27,8 @@ def read_section(path: Path, section: str, config_class: type[Any]) -> dict[str,
             key or a value of the wrong type; or files extend each other in a circle.
     """
     settings: dict[str, Any] = {}
-    for file in config_files(path):
-        settings |= _settings(file, section, config_class)
+    for file, document in _documents(path):
+        settings |= _settings(file, document, section, config_class)
     return settings
 
 
@@ -38,17 +38,32 @@ def config_files(path: Path) -> list[Path]:
     Raises:
         ConfigError: a file cannot be read or is not TOML; or files extend each other in a circle.
     """
-    files = [path]
-    while (extended := _document(files[-1]).get(EXTENDS)) is not None:
+    return [file for file, _ in _documents(path)]
+
+
+def aliases(config_class: type[Any]) -> dict[str, str]:
+    """Return the further names of a config's fields, and the field that each stands for."""
+    return {
+        alias: field.name
+        for field in dataclasses.fields(config_class)
+        for alias in field.metadata.get("aliases", ())
+    }
+
+
+def _documents(path: Path) -> list[tuple[Path, dict[str, Any]]]:
+    """Return a file and the files that it extends, with what they hold, the extended ones first."""
+    documents = [(path, _document(path))]
+    while (extended := documents[-1][1].get(EXTENDS)) is not None:
+        last, _ = documents[-1]
         if not isinstance(extended, str) or not extended:
-            raise ConfigError(f"{files[-1]}: extends: expected a path, found {extended!r}.")
-        file = files[-1].parent / extended
+            raise ConfigError(f"{last}: extends: expected a path, found {extended!r}.")
+        file = last.parent / extended
         if not file.is_file():
-            raise ConfigError(f"{files[-1]}: extends {extended!r}, and {file} is no file.")
-        if file.resolve() in [known.resolve() for known in files]:
-            raise ConfigError(f"{files[-1]}: extends {extended!r}, which extends this file.")
-        files.append(file)
-    return files[::-1]
+            raise ConfigError(f"{last}: extends {extended!r}, and {file} is no file.")
+        if file.resolve() in [known.resolve() for known, _ in documents]:
+            raise ConfigError(f"{last}: extends {extended!r}, which extends this file.")
+        documents.append((file, _document(file)))
+    return documents[::-1]
 
 
 def _document(path: Path) -> dict[str, Any]:
@@ -60,26 +75,23 @@ def _document(path: Path) -> dict[str, Any]:
         raise ConfigError(f"--config {path}: not valid TOML: {error}") from error
 
 
-def _settings(path: Path, section: str, config_class: type[Any]) -> dict[str, Any]:
-    """Return the settings that stand in one file."""
-    document = _document(path)
+def _settings(
+    path: Path, document: dict[str, Any], section: str, config_class: type[Any]
+) -> dict[str, Any]:
+    """Return the settings of one stage that stand in one file."""
     for name in document:
         if name not in (*SECTIONS, EXTENDS):
             known = [*SECTIONS, EXTENDS]
             raise ConfigError(f"{path}: unknown table [{name}].{nearest(name, known)}")
     hints = get_type_hints(config_class)
-    aliases = {
-        alias: field.name
-        for field in dataclasses.fields(config_class)
-        for alias in field.metadata.get("aliases", ())
-    }
+    field_names = aliases(config_class)
     table = document.get(section, {})
     if not isinstance(table, dict):
         raise ConfigError(f"{path}: {section} must be a table, [{section}], found {table!r}.")
     settings: dict[str, Any] = {}
     for key, value in table.items():
         name = key.replace("-", "_")
-        name = aliases.get(name, name)
+        name = field_names.get(name, name)
         if name in settings:
             raise ConfigError(f"{path}: {name} is given twice in [{section}], as {key!r} too.")
         if name == EXTENDS:

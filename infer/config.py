@@ -6,7 +6,7 @@ from typing import Literal
 
 from common.checks import check_resolution, check_sequence_length
 from common.errors import ConfigError
-from common.options import option
+from common.options import flag, option
 from shards.format.manifest import DEFAULT_CONDITIONING
 
 
@@ -89,9 +89,10 @@ class PipelineConfig:
             raise ConfigError("--height and --width: give both or neither.")
         if self.height is not None and self.resolution is not None:
             raise ConfigError("--resolution: give it, or --height and --width.")
-        for flag, side in (("--height", self.height), ("--width", self.width)):
+        for name in ("height", "width"):
+            side = getattr(self, name)
             if side is not None:
-                check_resolution(side, flag)
+                check_resolution(side, flag(name))
         if not 0 <= self.control_guidance_start < self.control_guidance_end <= 1:
             raise ConfigError(
                 f"--control-guidance-start {self.control_guidance_start:g} and --control-guidance-"
@@ -196,12 +197,10 @@ class ScoreConfig(PipelineConfig):
     def __post_init__(self) -> None:
         """As the base class; and the counts must be positive."""
         super().__post_init__()
-        for flag, count in (
-            ("--num-samples", self.num_samples),
-            ("--batch-size", self.batch_size),
-        ):
+        for name in ("num_samples", "batch_size"):
+            count = getattr(self, name)
             if count < 1:
-                raise ConfigError(f"{flag} {count}: at least 1.")
+                raise ConfigError(f"{flag(name)} {count}: at least 1.")
 
     @property
     def json_path(self) -> Path:
@@ -253,8 +252,7 @@ class ServeConfig(PipelineConfig):
         super().__post_init__()
         for name in ("port", "most_waiting", "most_upload_mb", "most_steps"):
             if getattr(self, name) < 1:
-                flag = "--" + name.replace("_", "-")
-                raise ConfigError(f"{flag} {getattr(self, name)}: at least 1.")
+                raise ConfigError(f"{flag(name)} {getattr(self, name)}: at least 1.")
         if self.num_inference_steps > self.most_steps:
             raise ConfigError(
                 f"--num-inference-steps {self.num_inference_steps}: --most-steps is "

@@ -9,7 +9,7 @@ from PIL import ImageColor
 
 from common.checks import check_resolution, check_sequence_length, pair_up
 from common.errors import ConfigError
-from common.options import option
+from common.options import flag, option
 from precompute.planning.workers import find_part
 from precompute.sources.source import SourceSettings
 from sd3.buckets import STEP_PX
@@ -175,8 +175,7 @@ class PrecomputeConfig:
         for name in ("vae_batch_size", "text_batch_size", "dataloader_num_workers"):
             value = getattr(self, name)
             if value != "auto" and value < 1:
-                flag = "--" + name.replace("_", "-")
-                raise ConfigError(f"{flag} {value}: must be at least 1.")
+                raise ConfigError(f"{flag(name)} {value}: must be at least 1.")
         if self.buckets and self.resolution % STEP_PX:
             raise ConfigError(
                 f"--resolution {self.resolution}: with --buckets it must be a multiple of "

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Literal
 
 from common.errors import ConfigError
-from common.options import option
+from common.options import flag, option
 from shards.format.manifest import DEFAULT_CONDITIONING
 from shards.remote.streaming import LOCAL_CACHE_GB
 
@@ -223,8 +223,7 @@ class TrainConfig:
             for name in names:
                 value = getattr(self, name)
                 if value is not None and value < least:
-                    flag = "--" + name.replace("_", "-")
-                    raise ConfigError(f"{flag} {value}: must be at least {least}.")
+                    raise ConfigError(f"{flag(name)} {value}: must be at least {least}.")
         if not 0 < self.local_cache_gb < math.inf:
             raise ConfigError(f"--local-cache-gb {self.local_cache_gb:g}: must be above 0.")
         if not 0 <= self.max_grad_norm < math.inf:

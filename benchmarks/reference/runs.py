@@ -13,6 +13,7 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from common.atomic_files import write_text
+from common.options import flag
 from demo.circles import random_circles, write_circles
 
 # Standard deviation of the noise on the pictures. In flat ones the GroupNorm of a VAE with random
@@ -46,7 +47,7 @@ def flags(**settings: Any) -> list[str]:
     return [
         part
         for name, value in settings.items()
-        for part in ("--" + name.replace("_", "-"), *([] if value is True else [str(value)]))
+        for part in (flag(name), *([] if value is True else [str(value)]))
     ]
 
 

@@ -237,6 +237,21 @@ def test_errors_end_in_one_line_and_exit_code_2(error: Exception) -> None:
     assert result.output.endswith("what to do\n")
 
 
+def test_too_little_memory_names_what_reduces_it() -> None:
+    class OutOfMemoryError(RuntimeError):
+        """As torch's is called."""
+
+    def fail(_: Settings) -> None:
+        raise OutOfMemoryError("CUDA out of memory.\nmore")
+
+    main = stage_command("test", Settings, fail, section="train")
+    result = CliRunner().invoke(main, ["--source", "x"])
+    assert result.exit_code == 2
+    assert result.output.startswith("Error: out of memory: CUDA out of memory. Smaller batches")
+    assert "--vae-batch-size and --text-batch-size in precompute" in result.output
+    assert result.output.count("\n") == 1
+
+
 def test_settings_become_plain_values() -> None:
     values = as_dict(Settings(Path("x"), prompt=("a",)))
     assert values["source"] == "x"

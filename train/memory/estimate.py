@@ -6,6 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 from common.errors import ConfigError
+from common.options import flag
 from sd3.pretrained import find_base, find_controlnet, read_config
 from shards.reading.cache import Cache
 from shards.remote.streaming import open_files
@@ -129,7 +130,6 @@ def _is_supported(config: TrainConfig, change: dict[str, Any]) -> bool:
 
 def _flag(name: str, value: Any) -> str:
     """Return a setting as it is written on a command line."""
-    flag = "--" + name.replace("_", "-")
     if value is True:
-        return flag
-    return f"{flag} {value:g}" if value == 0 else f"{flag} {value}"
+        return flag(name)
+    return f"{flag(name)} {value:g}" if value == 0 else f"{flag(name)} {value}"
