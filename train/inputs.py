@@ -9,6 +9,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import AutocastKwargs, ProjectConfiguration
 
+from common.device import use_device
 from common.errors import ConfigError, ShardError
 from sd3.pretrained import find_base, find_controlnet
 from shards.format.manifest import MANIFEST
@@ -178,6 +179,7 @@ def make_accelerator(config: TrainConfig) -> Accelerator:
         )
     except ValueError as error:
         raise ConfigError(f"--mixed-precision {config.mixed_precision}: {error}") from error
+    use_device(accelerator.device)
     distribution.check(accelerator, config)
     if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
         raise ConfigError("--mixed-precision fp16: CPUs have no fp16 autocast; use bf16 or no.")
