@@ -167,8 +167,7 @@ def save(accelerator: Accelerator, config: TrainConfig, state: TrainState, ema: 
     def write() -> None:
         accelerator.save_state(str(partial))
         if ema is not None:
-            with ema.applied():
-                save_controlnet(accelerator, ema.network, partial / EMA_FOLDER)
+            save_controlnet(accelerator, ema.network, partial / EMA_FOLDER, ema)
 
     def complete() -> None:
         if accelerator.is_main_process:
