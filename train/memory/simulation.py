@@ -4,7 +4,6 @@ The run's own networks take a step with fake tensors, on a CPU that imitates CUD
 changes what is kept. The memory that CUDA and its libraries take for themselves is not counted.
 """
 
-import os
 from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
