@@ -18,8 +18,8 @@ from train.run import train
 pytestmark = pytest.mark.slow
 
 # bfloat16 keeps 8 significant bits: rounding changes a number by at most 2**-8 of it. One process
-# and two do the same arithmetic on each sample, and differ where samples are summed: they round each
-# sample's gradient, or the sum. DeepSpeed also rounds the weights between steps.
+# and two do the same arithmetic on each sample, and differ where samples are summed: they round
+# each sample's gradient, or the sum. DeepSpeed also rounds the weights between steps.
 ERROR = 2**-8
 
 
