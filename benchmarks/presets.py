@@ -17,6 +17,7 @@ from accelerate.state import AcceleratorState, GradientState
 from common.atomic_files import write_text
 from common.command import CONTEXT, user_errors
 from common.config_file import read_section
+from common.interruption import exit_code
 from common.provenance import commit, machine, versions
 from demo.circles import CirclesConfig, draw_data_sets
 from precompute.config import PrecomputeConfig
@@ -114,7 +115,8 @@ def apply_preset(base: TrainConfig, path: Path) -> TrainConfig:
 def train_to_held_out_loss(config: TrainConfig) -> float:
     """Train; return the mean loss on held-out rows after the last step."""
     shutil.rmtree(config.output_dir, ignore_errors=True)  # of an earlier run
-    train(config)
+    if ended_by := train(config):
+        raise SystemExit(exit_code(ended_by))
     reset_accelerate()
     path = config.output_dir / f"validation/step-{STEPS:06d}/held_out.json"
     losses = json.loads(path.read_text())["held_out_loss"]

@@ -1,6 +1,9 @@
 """`python -m train`, or `accelerate launch -m train`."""
 
+import sys
+
 from common.command import stage_command
+from common.interruption import exit_code
 from train.config import TrainConfig
 from train.misplaced_options import MISPLACED
 
@@ -9,7 +12,8 @@ def run(config: TrainConfig) -> None:
     """Import the networks' libraries only once the command line is known to be good."""
     from train.run import train
 
-    train(config)
+    if ended_by := train(config):
+        sys.exit(exit_code(ended_by))
 
 
 main = stage_command("train", TrainConfig, run, section="train", misplaced=MISPLACED)

@@ -6,20 +6,22 @@ the rest of training needs to know about it.
 """
 
 import math
-from typing import Any, Literal
+from collections.abc import Callable
+from typing import Any, Literal, TypeVar
 
 import torch
-from accelerate import Accelerator
-from accelerate.utils import DistributedType
+from accelerate import Accelerator, PartialState
+from accelerate.utils import DistributedType, broadcast_object_list
 from diffusers import SD3ControlNetModel
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from common.errors import ConfigError
+from common.errors import ConfigError, RunError, ShardError
 from train.config import TrainConfig
 from train.optim import fused_backward
 
+Decision = TypeVar("Decision")
 Strategy = Literal["copies", "fsdp", "deepspeed"]
 STRATEGIES: dict[DistributedType, Strategy] = {
     DistributedType.NO: "copies",
@@ -58,6 +60,30 @@ UNSUPPORTED: tuple[tuple[Strategy, str, str], ...] = (
 def strategy(accelerator: Accelerator) -> Strategy:
     """Return how the processes share the ControlNet."""
     return STRATEGIES[accelerator.distributed_type]
+
+
+def main_decides(decide: Callable[[], Decision]) -> Decision:
+    """Return what a function returns on the main process; every process must call this.
+
+    Processes that look at a shared disk each for themselves may see different files.
+
+    Args:
+        decide: called on the main process only; its result must be picklable.
+
+    Raises:
+        ConfigError, ShardError, RunError, OSError: on all processes, as `decide` raised it.
+    """
+    outcome: list[Any] = [None, None]
+    if PartialState().is_main_process:
+        try:
+            outcome[0] = decide()
+        except (ConfigError, ShardError, RunError, OSError) as error:
+            outcome[1] = error
+    result, problem = broadcast_object_list(outcome)
+    if problem is not None:
+        raise problem
+    decision: Decision = result
+    return decision
 
 
 def check(accelerator: Accelerator, config: TrainConfig) -> None:

@@ -19,8 +19,8 @@ from train import distribution, models
 from train.compatibility import check_base, check_same_order
 from train.config import TrainConfig
 from train.loss import Objective
-from train.saving import checkpoints
-from train.saving.checkpoints import TrainState
+from train.saving.checkpoints import TrainState, read_state
+from train.saving.resuming import choose
 from train.validation.held_out import held_out_records
 
 
@@ -82,7 +82,7 @@ def find_inputs(config: TrainConfig, num_processes: int) -> Inputs:
         shard_buckets=cache.conditioning.product.shard_buckets,
         group=samples_per_step(config, num_processes),
     )
-    checkpoint = checkpoints.choose(config.output_dir, config.resume_from_checkpoint)
+    checkpoint, state = distribution.main_decides(lambda: _find_start(config, cache, order))
     return Inputs(
         cache=cache,
         base=base,
@@ -91,7 +91,7 @@ def find_inputs(config: TrainConfig, num_processes: int) -> Inputs:
         draws_pictures=draws_pictures,
         measures_held_out=validates and bool(held_out_records(cache)),
         checkpoint=checkpoint,
-        state=_starting_state(config, cache, order, checkpoint),
+        state=state,
     )
 
 
@@ -136,10 +136,8 @@ def _find_base(config: TrainConfig, needs_vae: bool) -> Path:
         raise ConfigError(f"{error}{hint}") from error
 
 
-def _starting_state(
-    config: TrainConfig, cache: Cache, order: Order, checkpoint: Path | None
-) -> TrainState:
-    """Return the state of a checkpoint of the same order, or that of a new run."""
+def _find_start(config: TrainConfig, cache: Cache, order: Order) -> tuple[Path | None, TrainState]:
+    """Return the checkpoint to resume from and its state, or None and the state of a new run."""
     new = TrainState(
         step=0,
         place=0,
@@ -148,11 +146,12 @@ def _starting_state(
         bucket_group=order.group,
         fingerprints=cache.manifest.fingerprints(config.conditioning_name),
     )
+    checkpoint = choose(config.output_dir, config.resume_from_checkpoint)
     if checkpoint is None:
-        return new
-    saved = checkpoints.read_state(checkpoint)
+        return None, new
+    saved = read_state(checkpoint)
     check_same_order(checkpoint, saved, new)
-    return saved
+    return checkpoint, saved
 
 
 def make_accelerator(config: TrainConfig) -> Accelerator:

@@ -11,7 +11,7 @@ import torch.distributed
 from accelerate import Accelerator
 from tqdm import tqdm
 
-from common.interruption import Received, signals_noted
+from common.interruption import Received
 from train.assembly import Run
 from train.data import Batch, RankPlaces, TrainingSamples, read_batches
 from train.distribution import clip_gradients, strategy
@@ -23,8 +23,12 @@ from train.saving.checkpoints import TrainState
 from train.validation import pictures
 
 
-def take_steps(run: Run) -> tuple[TrainState, Signals | None]:
+def take_steps(run: Run, received: Received) -> tuple[TrainState, Signals | None]:
     """Take optimiser steps until all are done or a signal comes.
+
+    Args:
+        run: what takes them.
+        received: returns the signal that this process has received, or None.
 
     Returns:
         Where the run then stands, and the signal that ended it early, or None.
@@ -64,7 +68,7 @@ def take_steps(run: Run) -> tuple[TrainState, Signals | None]:
     if state.step and pictures.is_due(run, state.step) and not pictures.is_done(run, state.step):
         # The run was killed between that step's checkpoint and its validation.
         pictures.validate(run, state.step)
-    with signals_noted("step") as received, _progress_bar(run) as bar:
+    with _progress_bar(run) as bar:
         state, signal = _loop(run, batches, guard, _agreement(accelerator, received), bar)
     batches.close()
     if guard.num_skipped:

@@ -2,15 +2,14 @@
 
 import contextlib
 import os
-import sys
 from collections.abc import Iterator
-from signal import SIGTERM, Signals
-from typing import NoReturn
+from signal import Signals
 
 import click
 import torch
 
 from common.errors import RunError
+from common.interruption import signals_noted
 from common.options import as_dict
 from common.provenance import write_run
 from sd3.pretrained import DATA_KEY
@@ -23,8 +22,11 @@ from train.saving.checkpoints import TrainState
 from train.saving.controlnet import save_result
 
 
-def train(config: TrainConfig) -> None:
+def train(config: TrainConfig) -> Signals | None:
     """Train a ControlNet and save it in `config.output_dir`; or only estimate the memory it takes.
+
+    Returns:
+        The signal that ended the run before its last step, or None.
 
     Raises:
         ConfigError: settings, base model, cache and checkpoint do not go together.
@@ -32,14 +34,13 @@ def train(config: TrainConfig) -> None:
         RunError: a step's gradient is not finite, a checkpoint cannot be written, or the device's
             memory is full.
         OSError: the output cannot be written.
-        SystemExit: a signal ended the run, with its code; 0 for SIGTERM.
     """
     if config.estimate:
         for text in _memory_report(config):
             click.echo(text)
-        return
+        return None
     try:
-        _train(config)
+        return _train(config)
     except torch.OutOfMemoryError as error:
         lines = [f"out of memory: {str(error).splitlines()[0]}"]
         if int(os.environ.get("RANK", "0")) == 0:
@@ -61,27 +62,37 @@ def _memory_report(config: TrainConfig) -> Iterator[str]:
     yield advice(config, sizes, estimate)
 
 
-def _train(config: TrainConfig) -> None:
+def _train(config: TrainConfig) -> Signals | None:
     run = assemble(config)
     _announce(run)
     _start_records(run)
     if config.push_to_hub and run.accelerator.is_main_process:
         publish.create_repository(config)
-    try:
-        state, signal = take_steps(run)
-    finally:
-        if run.fused is not None:
-            run.fused.close()
-    run.accelerator.wait_for_everyone()
-    if signal and state.step < run.num_steps:
-        _exit_early(run, state, signal)
-    save_result(run.accelerator, run.controlnet, run.ema, config.output_dir)
+    with signals_noted("step") as received:
+        try:
+            state, signal = take_steps(run, received)
+        finally:
+            if run.fused is not None:
+                run.fused.close()
+        run.accelerator.wait_for_everyone()
+        ended_early = signal if state.step < run.num_steps else None
+        if ended_early:
+            _say_how_to_resume(run, state, ended_early)
+        else:
+            _save(run, state)
+    if config.push_to_hub and not ended_early and run.accelerator.is_main_process:
+        click.echo(publish.push(config))
+    run.accelerator.end_training()
+    return ended_early
+
+
+def _save(run: Run, state: TrainState) -> None:
+    """Save the ControlNet with its card."""
+    folder = run.config.output_dir
+    save_result(run.accelerator, run.controlnet, run.ema, folder)
     if run.accelerator.is_main_process:
         publish.write_card(run)
-        click.echo(f"{config.output_dir}: ControlNet saved after {state.step} steps")
-        if config.push_to_hub:
-            click.echo(publish.push(config))
-    run.accelerator.end_training()
+        click.echo(f"{folder}: ControlNet saved after {state.step} steps")
 
 
 def _start_records(run: Run) -> None:
@@ -96,20 +107,13 @@ def _start_records(run: Run) -> None:
         accelerator.init_trackers(config.tracker_project_name, config=flat)
 
 
-def _exit_early(run: Run, state: TrainState, signal: Signals) -> NoReturn:
-    """Print how to resume, and exit with the code for a signal.
-
-    Raises:
-        SystemExit: always.
-    """
+def _say_how_to_resume(run: Run, state: TrainState, signal: Signals) -> None:
     command = "the same command"
     if run.config.resume_from_checkpoint != "latest":
         command += " with --resume-from-checkpoint latest"
     if run.accelerator.is_main_process:
         folder = run.config.output_dir
         click.echo(f"{folder}: {signal.name} after step {state.step}; {command} goes on")
-    run.accelerator.end_training()
-    sys.exit(0 if signal == SIGTERM else 128 + signal)
 
 
 def _announce(run: Run) -> None:

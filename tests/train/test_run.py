@@ -27,7 +27,7 @@ from train import models
 from train.config import TrainConfig
 from train.misplaced_options import MISPLACED
 from train.run import train
-from train.saving import checkpoints
+from train.saving import checkpoints, resuming
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 
@@ -152,7 +152,7 @@ def test_an_unfinished_checkpoint_is_passed_over(train_config: TrainConfig) -> N
     (out / "checkpoint-9.partial").mkdir()
     (out / "checkpoint-8").mkdir()
     assert [path.name for path in checkpoints.find(out)] == ["checkpoint-2", "checkpoint-4"]
-    assert checkpoints.choose(out, "latest") == out / "checkpoint-4"
+    assert resuming.choose(out, "latest") == out / "checkpoint-4"
 
 
 def test_a_new_run_does_not_mix_with_an_old_one(train_config: TrainConfig) -> None:

@@ -7,8 +7,12 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from diffusers import SD3ControlNetModel
+from torch import Tensor
 
-from train.distribution import full_state_dict
+from common.atomic_files import sync_folder, sync_tree
+from common.errors import RunError
+from sd3.finite import nonfinite_weight
+from train.distribution import full_state_dict, main_decides
 from train.optim.ema import Ema
 
 CONTROLNET_FOLDER = "controlnet"
@@ -35,7 +39,7 @@ def use_diffusers_format(accelerator: Accelerator) -> None:
 
 def restore_ema(checkpoint: Path, ema: Ema, num_steps: int) -> None:
     """Continue from a checkpoint's average of `num_steps` updates, if it has one."""
-    if (checkpoint / EMA_FOLDER).is_dir():
+    if num_steps:
         saved = SD3ControlNetModel.from_pretrained(checkpoint, subfolder=EMA_FOLDER)
         ema.restore(saved.state_dict(), num_steps)
 
@@ -57,8 +61,12 @@ def save_controlnet(accelerator: Accelerator, controlnet: Any, folder: Path) -> 
     """Save all weights of a ControlNet, sharded or not, in diffusers' format.
 
     Every process must call this, with the ControlNet as accelerate prepared it.
+
+    Raises:
+        RunError: a weight is not finite; nothing is saved.
     """
     weights = full_state_dict(accelerator, controlnet)
+    main_decides(lambda: _refuse_nonfinite(weights))
     if not accelerator.is_main_process:
         return
     config = accelerator.unwrap_model(controlnet).config
@@ -66,6 +74,14 @@ def save_controlnet(accelerator: Accelerator, controlnet: Any, folder: Path) -> 
         network = SD3ControlNetModel.from_config(config)
     network.load_state_dict(weights, assign=True)
     network.save_pretrained(str(folder))
+
+
+def _refuse_nonfinite(weights: dict[str, Tensor]) -> None:
+    if (name := nonfinite_weight(weights.items())) is not None:
+        raise RunError(
+            f"the weight {name} is no longer finite, so the ControlNet is not saved; go on from an "
+            "earlier checkpoint with a lower --learning-rate"
+        )
 
 
 def _replace_controlnet(accelerator: Accelerator, controlnet: Any, folder: Path) -> None:
@@ -76,9 +92,12 @@ def _replace_controlnet(accelerator: Accelerator, controlnet: Any, folder: Path)
     save_controlnet(accelerator, controlnet, partial)
     if not accelerator.is_main_process:
         return
+    sync_tree(partial)
     # The configuration is removed first and comes last: without it the folder is not a model.
     for stale in (folder / "config.json", *folder.glob("diffusion_pytorch_model*")):
         stale.unlink(missing_ok=True)
     for file in sorted(partial.iterdir(), key=lambda path: path.name == "config.json"):
+        sync_folder(folder)
         file.replace(folder / file.name)
     partial.rmdir()
+    sync_folder(folder)
