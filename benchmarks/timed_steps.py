@@ -51,7 +51,7 @@ class TimedSteps:
         self.batches = read_batches(samples, places, num_workers=workers, pin=pin)
         self.guard = NonFiniteGuard(
             run.optimizer.optimizer,
-            None,
+            scales_loss=run.accelerator.mixed_precision == "fp16",
             update_already_applied=False,
             stop=True,
             sample_key=str,

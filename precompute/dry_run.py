@@ -25,8 +25,8 @@ def dry_run(context: Context) -> None:
     """Print the plan, with times from encoding a few batches; write nothing."""
     rows, captions = len(context.inventory), len(context.prompts.numbers)
     click.echo(f"{rows} rows, {captions} captions, {len(context.prompts)} distinct prompts")
-    if context.bad_rows.reasons:
-        count = len(context.bad_rows.reasons)
+    if context.bad_rows:
+        count = len(context.bad_rows)
         click.echo(f"{count} rows would be left out:\n{context.bad_rows.table()}")
     _print_products(context)
     _print_disk_space(context)

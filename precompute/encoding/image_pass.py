@@ -81,11 +81,12 @@ class ImagePass:
         else:
             latent_keys = self._latent_keys(shard)
         for position, item in enumerate(build.plan.items):
-            reason = self.faults.get(context.row_of(int(item)))
+            row = context.row_of(int(item))
             if build.keys[position] not in latent_keys:
-                build.leave_out(position, None)  # the latents' sidecar says why
-            elif reason:
-                build.leave_out(position, Skipped(context.row_name(int(item)), reason))
+                build.leave_out(position)  # the latents' sidecar says why
+            elif row in self.faults:
+                build.leave_out(position)
+                build.skipped[row] = Skipped(context.row_name(int(item)), self.faults[row])
         return build
 
     def _latent_keys(self, shard: int) -> set[str]:
@@ -137,7 +138,8 @@ class ImagePass:
             if not reason and not is_finite(latent):
                 reason = f"{self.tensor_name} is not finite"
             if reason:
-                build.skipped.append(Skipped(self.context.row_name(item), reason))
+                row = self.context.row_of(item)
+                build.skipped[row] = Skipped(self.context.row_name(item), reason)
             else:
                 metadata = self.context.metadata(self.product, item)
                 yield Record(build.keys[position], latent, metadata)
