@@ -69,7 +69,7 @@ class TimedSteps:
         for _ in range(WARM_UP):
             self.take()
         if self.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats()
+            torch.cuda.reset_peak_memory_stats(self.device)
         self._wait()
         start, count = time.perf_counter(), 0
         while count < MOST_STEPS and time.perf_counter() - start < seconds:
@@ -81,7 +81,7 @@ class TimedSteps:
     def measure_peak(self) -> int:
         """Return the peak of allocated bytes in a step after the first."""
         if self.device.type == "cuda":
-            return int(torch.cuda.max_memory_allocated())
+            return int(torch.cuda.max_memory_allocated(self.device))
         if not self.number:
             self.take()
         return self._persistent_bytes() + self._step_bytes()
@@ -97,7 +97,7 @@ class TimedSteps:
     def _wait(self) -> None:
         self.guard.finish()
         if self.device.type == "cuda":
-            torch.cuda.synchronize()
+            torch.cuda.synchronize(self.device)
 
     def _persistent_bytes(self) -> int:
         """Return the bytes of weights and of the optimiser's state, shared storage counted once."""
