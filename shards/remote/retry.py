@@ -94,12 +94,13 @@ def _status(error: Exception) -> int | None:
         response = getattr(cause, "response", None)
         if isinstance(response, dict):  # botocore's
             status = response.get("ResponseMetadata", {}).get("HTTPStatusCode")
-        else:  # aiohttp's, gcsfs's, the hub's
-            status = getattr(cause, "status", None) or getattr(cause, "code", None)
-            status = getattr(response, "status_code", None) or status
-        if str(status).isdecimal():
-            return int(str(status))
-    return None
+        else:  # the hub's, aiohttp's
+            status = getattr(response, "status_code", None) or getattr(cause, "status", None)
+        if isinstance(status, int):
+            return status
+    # gcsfs's. Behind an error of aiohttp's it may stand for an answer that was cut short.
+    code = getattr(error, "code", None)
+    return int(str(code)) if str(code).isdecimal() else None
 
 
 def _causes(error: BaseException | None) -> Iterator[BaseException]:
