@@ -13,6 +13,7 @@ from accelerate.utils import (
     ProjectConfiguration,
 )
 
+from common.device import use_device
 from common.errors import ConfigError, ShardError
 from sd3.pretrained import find_base, find_controlnet
 from shards.format.manifest import MANIFEST
@@ -189,6 +190,7 @@ def make_accelerator(config: TrainConfig) -> Accelerator:
         )
     except ValueError as error:
         raise ConfigError(f"--mixed-precision {precision}: {error}") from error
+    use_device(accelerator.device)
     distribution.check(accelerator, config)
     if precision == "fp16" and accelerator.device.type == "cpu" and accelerator.scaler is None:
         raise ConfigError(

@@ -205,12 +205,6 @@ def test_a_precision_that_the_device_lacks_is_refused(train_config: TrainConfig)
         train(replace(train_config, mixed_precision="fp16"))
 
 
-@pytest.mark.gpu
-def test_fp16_trains_float32_weights(train_config: TrainConfig) -> None:
-    train(replace(train_config, mixed_precision="fp16"))
-    assert {tensor.dtype for tensor in weights(train_config.output_dir).values()} == {torch.float32}
-
-
 def test_gradient_checkpointing_changes_no_number(
     train_config: TrainConfig, tmp_path: Path
 ) -> None:

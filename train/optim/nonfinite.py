@@ -130,7 +130,8 @@ class NonFiniteGuard:
             RunError: the step before was not finite, and the run is to stop then.
         """
         self.finish()
-        copies = AsyncHostCopy({"losses": losses.detach(), "nonfinite": nonfinite}, torch.float32)
+        values = {"losses": losses.detach().float(), "nonfinite": nonfinite.float()}
+        copies = AsyncHostCopy(values)
         self._pending = Report(step, places, copies)
 
     def finish(self) -> None:
