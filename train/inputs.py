@@ -5,8 +5,9 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
+import click
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from accelerate.utils import (
     AutocastKwargs,
     DistributedDataParallelKwargs,
@@ -15,13 +16,13 @@ from accelerate.utils import (
 
 from common.device import use_device
 from common.errors import ConfigError, ShardError
-from sd3.pretrained import find_base, find_controlnet
+from sd3.pretrained import find_base, find_controlnet, read_config
 from shards.format.manifest import MANIFEST
 from shards.reading.cache import Cache
 from shards.reading.order import Order
 from shards.remote.streaming import open_files
 from train import distribution, models
-from train.compatibility import check_base, check_same_order
+from train.compatibility import check_base, check_convention, check_same_order
 from train.config import TrainConfig
 from train.loss import Objective
 from train.saving.checkpoints import TrainState, read_state
@@ -80,6 +81,11 @@ def find_inputs(config: TrainConfig, num_processes: int) -> Inputs:
             "--controlnet-model-name-or-path",
             cache_dir=config.cache_dir,
         )
+        note = check_convention(
+            config.controlnet_model_name_or_path, read_config(controlnet, ""), cache
+        )
+        if note and PartialState().is_main_process:
+            click.echo(f"train: {note}")
     order = Order(
         cache.manifest.training_records(config.conditioning_name),
         seed=config.seed,

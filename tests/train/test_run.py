@@ -184,6 +184,7 @@ def test_going_on_from_a_trained_controlnet(train_config: TrainConfig, tmp_path:
         train_config,
         output_dir=tmp_path / "on",
         controlnet_model_name_or_path=str(train_config.output_dir),
+        num_controlnet_layers=None,
         max_train_steps=1,
         learning_rate=0.0,
         adam_weight_decay=0.0,
