@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,8 +12,6 @@ from accelerate.utils import DistributedType
 from torch.nn.parallel import DistributedDataParallel
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from tests.conftest import Outcome, flags
-from tests.train.memory.test_estimate import config, wide  # noqa: F401  fixtures
 from train import assembly, distribution, loop
 from train.assembly import Run, assemble
 from train.config import TrainConfig
@@ -89,7 +86,7 @@ def taken(config: TrainConfig, num_steps: int) -> tuple[Run, list[int]]:
 @pytest.mark.parametrize("accumulation", [1, 2])
 def test_gradients_are_held_once_and_buffers_are_not_sent(
     accumulation: int,
-    config: TrainConfig,  # noqa: F811
+    config: TrainConfig,
 ) -> None:
     config = replace(config, gradient_accumulation_steps=accumulation)
     run, (_, second, third) = taken(config, 3)
@@ -104,7 +101,7 @@ def test_gradients_are_held_once_and_buffers_are_not_sent(
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("one_of_two")
-def test_buckets_that_are_ordered_anew_are_counted(config: TrainConfig) -> None:  # noqa: F811
+def test_buckets_that_are_ordered_anew_are_counted(config: TrainConfig) -> None:
     """Where activations take less than gradients, that is when the most is taken."""
     config = replace(
         config,
@@ -122,7 +119,7 @@ def test_buckets_that_are_ordered_anew_are_counted(config: TrainConfig) -> None:
 
 
 def test_validation_beside_buckets(
-    config: TrainConfig,  # noqa: F811
+    config: TrainConfig,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     sizes = replace(find_sizes(config), validates=True)
