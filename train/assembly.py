@@ -156,7 +156,7 @@ def _load_networks(
         )
     else:
         controlnet = models.load_controlnet(inputs.controlnet)
-        check_controlnet(controlnet, inputs.base)
+        check_controlnet(controlnet, inputs.base, inputs.cache.manifest)
         if takes_zeros(controlnet.config):
             spec = inputs.cache.conditioning_spec
             take_pooled_and_shift(
