@@ -154,6 +154,11 @@ class TrainConfig:
     allow_tf32: bool = option(
         False, help="Use TensorFloat-32 for float32 products; on Ampere and later."
     )
+    deterministic: bool = option(
+        False,
+        help="Compute the same bits in every run on the same GPUs, with torch's deterministic "
+        "algorithms. Slower: attention's backward pass adds in a fixed order. CPUs do without.",
+    )
     validation_steps: int = option(
         100,
         help="Steps between validations, which draw the cache's validation pairs and measure the "
@@ -228,6 +233,11 @@ class TrainConfig:
             raise ConfigError(f"--local-cache-gb {self.local_cache_gb:g}: must be above 0.")
         if not 0 <= self.max_grad_norm < math.inf:
             raise ConfigError(f"--max-grad-norm {self.max_grad_norm:g}: must be at least 0.")
+        if self.controlnet_model_name_or_path and self.num_controlnet_layers is not None:
+            raise ConfigError(
+                f"--num-controlnet-layers {self.num_controlnet_layers}: is for a new ControlNet; "
+                "the one of --controlnet-model-name-or-path keeps its own number. Leave one out."
+            )
         if self.fp8_matmul and self.quantize_base != "fp8":
             raise ConfigError("--fp8-matmul: goes with --quantize-base fp8.")
         if self.precondition_outputs not in (0, 1):

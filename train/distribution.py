@@ -11,7 +11,7 @@ from typing import Any, Literal, TypeVar
 
 import torch
 from accelerate import Accelerator, PartialState
-from accelerate.utils import DistributedType, broadcast_object_list
+from accelerate.utils import DistributedType, broadcast_object_list, gather_object
 from diffusers import SD3ControlNetModel
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
@@ -19,7 +19,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from common.errors import ConfigError, RunError, ShardError
 from train.config import TrainConfig
-from train.models import WEIGHT_DTYPES
+from train.models import WEIGHT_DTYPES, trained_parameters
 from train.optim import fused_backward
 
 Decision = TypeVar("Decision")
@@ -85,6 +85,40 @@ def main_decides(decide: Callable[[], Decision]) -> Decision:
         raise problem
     decision: Decision = result
     return decision
+
+
+def local_main_first(find: Callable[[], Decision]) -> Decision:
+    """Return what a function finds, on each machine's first process before the others.
+
+    Every process must call this. What the first one downloads, the others then find.
+    """
+    state = PartialState()
+    if not state.is_local_main_process:
+        state.wait_for_everyone()
+    try:
+        return find()
+    finally:
+        if state.is_local_main_process:
+            state.wait_for_everyone()
+
+
+def check_same_everywhere(found: Mapping[str, str]) -> None:
+    """Check that all processes found the same; every process must call this.
+
+    Args:
+        found: name or digest of what was found, by option.
+
+    Raises:
+        ConfigError: two differ; raised on all processes.
+    """
+    everywhere = gather_object([dict(found)])
+    for option, value in everywhere[0].items():
+        for rank, others in enumerate(everywhere):
+            if others[option] != value:
+                raise ConfigError(
+                    f"{option}: process 0 found {value}, process {rank} {others[option]}. It was "
+                    "changed meanwhile, or a network disk still shows an older one: run again."
+                )
 
 
 def check(accelerator: Accelerator, config: TrainConfig) -> None:
@@ -167,6 +201,9 @@ def prepare(
     """Return ControlNet, optimiser and schedule as accelerate prepares them."""
     if strategy(accelerator) == "fsdp":
         _set_fsdp_precision(accelerator)
+    if keeps_gradients(accelerator):
+        for parameter in trained_parameters(controlnet):
+            parameter.grad = torch.zeros_like(parameter)
     if strategy(accelerator) != "deepspeed":
         prepared: tuple[Any, Any, Any] = accelerator.prepare(controlnet, optimizer, schedule)
         return prepared
@@ -177,6 +214,16 @@ def prepare(
     for name, buffer in controlnet.named_buffers():
         buffer.data = buffers[name].to(buffer.device)
     return prepared
+
+
+def keeps_gradients(accelerator: Accelerator) -> bool:
+    """Return whether gradients are set to zero between steps instead of being freed.
+
+    DDP's gradients are views of the memory that it sends. If they were freed, the batches that are
+    accumulated before anything is sent would get gradients of their own beside that memory.
+    """
+    ddp = strategy(accelerator) == "copies" and accelerator.num_processes > 1
+    return ddp and accelerator.gradient_accumulation_steps > 1
 
 
 def _set_fsdp_precision(accelerator: Accelerator) -> None:
