@@ -15,6 +15,7 @@ from common.errors import ConfigError, ShardError
 from common.prefetch import prefetch
 from common.provenance import RUN
 from shards.format import json_files, manifest
+from shards.format.expected_cache import PLAN
 from shards.format.manifest import MANIFEST, PREVIOUS, Manifest
 from shards.format.sidecar import sidecar_path, tar_path
 from shards.reading.location import LocalFiles, file_sha256
@@ -73,7 +74,10 @@ def pull(remote: RemoteFolder, cache: Path, *, overwrite: bool = False) -> Trans
     cache.mkdir(parents=True, exist_ok=True)
     data = remote.read(MANIFEST)
     remote_manifest = manifest.from_json(data, f"{remote}/{MANIFEST}")
-    if (cache / MANIFEST).is_file() and json_files.read_file(cache / MANIFEST) != data:
+    is_same = (cache / MANIFEST).is_file() and json_files.read_file(cache / MANIFEST) == data
+    if not is_same:  # a plan that is here is of another cache
+        (cache / PLAN).unlink(missing_ok=True)
+    if (cache / MANIFEST).is_file() and not is_same:
         _require(overwrite, cache)
         (cache / MANIFEST).replace(cache / PREVIOUS)
     result = _for_each_shard(
