@@ -14,15 +14,20 @@ from train.config import TrainConfig
 from train.data import RankPlaces, TrainingSamples, read_batches
 from train.optim.nonfinite import NonFiniteGuard
 
-SECONDS, MOST_STEPS = 3.0, 20  # timing ends at the first of them
+MOST_STEPS = 20  # that are timed, or as many as the given seconds hold
 WARM_UP = 2  # steps that are not timed
 
 
-def time_steps(config: TrainConfig) -> tuple[float, int]:
-    """Return the seconds a step takes and its peak of memory in bytes; the run is freed."""
+def time_steps(config: TrainConfig, seconds: float) -> tuple[float, int]:
+    """Return the seconds a step takes and its peak of memory in bytes; the run is freed.
+
+    Args:
+        config: settings of the run.
+        seconds: time that steps are measured for.
+    """
     steps = TimedSteps(assemble(config))
     try:
-        return steps.time_step(), steps.measure_peak()
+        return steps.time_step(seconds), steps.measure_peak()
     finally:
         steps.close()
 
@@ -46,7 +51,7 @@ class TimedSteps:
         self.batches = read_batches(samples, places, num_workers=workers, pin=pin)
         self.guard = NonFiniteGuard(
             run.optimizer.optimizer,
-            None,
+            scales_loss=run.accelerator.mixed_precision == "fp16",
             update_already_applied=False,
             stop=True,
             sample_key=str,
@@ -59,15 +64,15 @@ class TimedSteps:
         self.number += 1
         loop.take_step(self.run, self.batches, self.guard, self.number)
 
-    def time_step(self) -> float:
-        """Return the mean seconds of a step after the warm-up."""
+    def time_step(self, seconds: float) -> float:
+        """Return the mean seconds of a step after the warm-up, measured for so many seconds."""
         for _ in range(WARM_UP):
             self.take()
         if self.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats()
+            torch.cuda.reset_peak_memory_stats(self.device)
         self._wait()
         start, count = time.perf_counter(), 0
-        while count < MOST_STEPS and time.perf_counter() - start < SECONDS:
+        while count < MOST_STEPS and time.perf_counter() - start < seconds:
             self.take()
             count += 1
         self._wait()
@@ -76,7 +81,7 @@ class TimedSteps:
     def measure_peak(self) -> int:
         """Return the peak of allocated bytes in a step after the first."""
         if self.device.type == "cuda":
-            return int(torch.cuda.max_memory_allocated())
+            return int(torch.cuda.max_memory_allocated(self.device))
         if not self.number:
             self.take()
         return self._persistent_bytes() + self._step_bytes()
@@ -92,7 +97,7 @@ class TimedSteps:
     def _wait(self) -> None:
         self.guard.finish()
         if self.device.type == "cuda":
-            torch.cuda.synchronize()
+            torch.cuda.synchronize(self.device)
 
     def _persistent_bytes(self) -> int:
         """Return the bytes of weights and of the optimiser's state, shared storage counted once."""

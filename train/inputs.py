@@ -5,18 +5,24 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
+import click
 import torch
-from accelerate import Accelerator
-from accelerate.utils import AutocastKwargs, ProjectConfiguration
+from accelerate import Accelerator, PartialState
+from accelerate.utils import (
+    AutocastKwargs,
+    DistributedDataParallelKwargs,
+    ProjectConfiguration,
+)
 
+from common.device import use_device
 from common.errors import ConfigError, ShardError
-from sd3.pretrained import find_base, find_controlnet
+from sd3.pretrained import find_base, find_controlnet, read_config
 from shards.format.manifest import MANIFEST
 from shards.reading.cache import Cache
 from shards.reading.order import Order
 from shards.remote.streaming import open_files
 from train import distribution, models
-from train.compatibility import check_base, check_same_order
+from train.compatibility import check_base, check_convention, check_same_order
 from train.config import TrainConfig
 from train.loss import Objective
 from train.saving.checkpoints import TrainState, read_state
@@ -75,6 +81,11 @@ def find_inputs(config: TrainConfig, num_processes: int) -> Inputs:
             "--controlnet-model-name-or-path",
             cache_dir=config.cache_dir,
         )
+        note = check_convention(
+            config.controlnet_model_name_or_path, read_config(controlnet, ""), cache
+        )
+        if note and PartialState().is_main_process:
+            click.echo(f"train: {note}")
     order = Order(
         cache.manifest.training_records(config.conditioning_name),
         seed=config.seed,
@@ -161,10 +172,11 @@ def make_accelerator(config: TrainConfig) -> Accelerator:
         ConfigError: the device does not support the precision, or training does not support the
             strategy that accelerate is set up for.
     """
+    precision = models.mixed_precision(config)
     try:
         accelerator = Accelerator(
             gradient_accumulation_steps=config.gradient_accumulation_steps,
-            mixed_precision=config.mixed_precision,
+            mixed_precision=precision,
             log_with=None if config.report_to == "none" else config.report_to,
             project_config=ProjectConfiguration(
                 project_dir=str(config.output_dir),
@@ -172,14 +184,24 @@ def make_accelerator(config: TrainConfig) -> Accelerator:
             ),
             # The schedule steps once an optimiser step, whatever the number of processes.
             step_scheduler_with_optimizer=False,
-            # A pass uses each weight once, so a cache of 16 bit copies would only take memory.
-            kwargs_handlers=[AutocastKwargs(cache_enabled=False)],
+            kwargs_handlers=[
+                # A pass uses each weight once, so a cache of 16 bit copies would only take memory.
+                AutocastKwargs(cache_enabled=False),
+                # No buffer changes, so none need be sent at each pass; and the gradients lie in
+                # the memory that is sent, instead of being copied into it.
+                DistributedDataParallelKwargs(
+                    broadcast_buffers=False, gradient_as_bucket_view=True
+                ),
+            ],
         )
     except ValueError as error:
-        raise ConfigError(f"--mixed-precision {config.mixed_precision}: {error}") from error
+        raise ConfigError(f"--mixed-precision {precision}: {error}") from error
+    use_device(accelerator.device)
     distribution.check(accelerator, config)
-    if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
-        raise ConfigError("--mixed-precision fp16: CPUs have no fp16 autocast; use bf16 or no.")
+    if precision == "fp16" and accelerator.device.type == "cpu" and accelerator.scaler is None:
+        raise ConfigError(
+            "--mixed-precision fp16: accelerate scales no losses on CPUs; use bf16 or no."
+        )
     return accelerator
 
 

@@ -1,6 +1,7 @@
 """The loop of stage 2: optimiser steps, and what is due between them."""
 
 import itertools
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from signal import Signals
@@ -58,7 +59,7 @@ def take_steps(run: Run, received: Received) -> tuple[TrainState, Signals | None
     )
     guard = NonFiniteGuard(
         run.optimizer.optimizer,
-        accelerator.scaler,
+        scales_loss=accelerator.mixed_precision == "fp16",
         update_already_applied=strategy(accelerator) == "deepspeed",
         updates_per_weight=run.fused is not None,
         stop=config.on_nonfinite == "stop",
@@ -150,7 +151,7 @@ def take_step(
             run.optimizer.zero_grad(set_to_none=True)
         losses.append(sample_losses.detach())
         step_places += places
-    if not accelerator.optimizer_step_was_skipped:
+    if not guard.is_left_out(nonfinite):
         run.schedule.step()
         if run.ema is not None:
             run.ema.step()
@@ -158,12 +159,18 @@ def take_step(
 
 
 def _log(run: Run, guard: NonFiniteGuard, state: TrainState, bar: "tqdm[Any]") -> None:
-    """Log the mean loss since the last call, over all processes, and the learning rate."""
+    """Log the mean loss since the last call, over all processes, and the learning rate.
+
+    Losses that are not finite are left out of the mean; without any other it is NaN.
+    """
     sums = guard.pop_loss_sum().to(run.accelerator.device)
     loss_sum, count = run.accelerator.reduce(sums, reduction="sum").tolist()
-    loss, lr = loss_sum / max(count, 1), run.schedule.get_last_lr()[0]
+    loss, lr = loss_sum / count if count else math.nan, run.schedule.get_last_lr()[0]
     epoch = run.inputs.order.epochs(state.place)
-    run.accelerator.log({"loss": loss, "lr": lr, "epoch": epoch}, step=state.step)
+    values = {"loss": loss, "lr": lr, "epoch": epoch}
+    if guard.num_skipped:
+        values["steps_left_out"] = guard.num_skipped
+    run.accelerator.log(values, step=state.step)
     bar.set_postfix(loss=f"{loss:.4f}", lr=f"{lr:.2g}")
 
 

@@ -1,5 +1,6 @@
 """The two networks of training: the frozen SD3 transformer, and the ControlNet."""
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from common.errors import ConfigError
+from sd3.finite import check_finite
 from sd3.pretrained import component_variant, read_config
 from sd3.quantized import quantize
 from shards.format.manifest import Manifest
@@ -18,6 +20,22 @@ from train.config import TrainConfig
 
 DEFAULT_NUM_LAYERS = 12
 WEIGHT_DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+def mixed_precision(config: TrainConfig) -> str:
+    """Return the precision of a run: that of accelerate's configuration unless it is given.
+
+    Raises:
+        ConfigError: training does not support it.
+    """
+    found = config.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    if found not in WEIGHT_DTYPES:
+        raise ConfigError(
+            f"accelerate's configuration says mixed_precision: {found}; training supports "
+            f"{', '.join(WEIGHT_DTYPES)}: give --mixed-precision bf16. (--quantize-base fp8 stores "
+            "the base in 8 bit, --fp8-matmul computes with it.)"
+        )
+    return found
 
 
 def load_scheduler(base: Path) -> FlowMatchEulerDiscreteScheduler:
@@ -32,14 +50,19 @@ def load_transformer(base: Path, variant: str | None, dtype: torch.dtype) -> SD3
         base: folder of the base model.
         variant: variant of its weight files.
         dtype: number format of its weights.
+
+    Raises:
+        ConfigError: a weight is not finite.
     """
-    return SD3Transformer2DModel.from_pretrained(
+    transformer = SD3Transformer2DModel.from_pretrained(
         base,
         subfolder="transformer",
         variant=component_variant(base / "transformer", variant),
         dtype=dtype,
         use_safetensors=True,
     )
+    check_finite(transformer, f"base model {base}, as {dtype}".replace("torch.", ""))
+    return transformer
 
 
 def new_controlnet(base: Path, variant: str | None, num_layers: int | None) -> SD3ControlNetModel:
@@ -116,8 +139,16 @@ def read_weights(component: Path, variant: str | None, names: set[str]) -> dict[
 
 
 def load_controlnet(folder: Path) -> SD3ControlNetModel:
-    """Return a ControlNet to continue from, in float32."""
-    return SD3ControlNetModel.from_pretrained(folder, dtype=torch.float32, use_safetensors=True)
+    """Return a ControlNet to continue from, in float32.
+
+    Raises:
+        ConfigError: a weight is not finite.
+    """
+    controlnet = SD3ControlNetModel.from_pretrained(
+        folder, dtype=torch.float32, use_safetensors=True
+    )
+    check_finite(controlnet, f"--controlnet-model-name-or-path {folder}")
+    return controlnet
 
 
 def prepare_networks(

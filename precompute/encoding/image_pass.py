@@ -7,7 +7,6 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from common.device import AsyncHostCopy
 from common.errors import ShardError
 from common.interruption import StopCheck
 from precompute.encoding.batch_size import BatchSize, find_batch_size
@@ -60,16 +59,17 @@ class ImagePass:
         products, inventory = context.products, context.inventory
         self.context = context
         self.source_images = source_images
+        self.device = context.device
         self.encoder = encoder
         self.batch_size = batch_size
         self.kind = kind
         self.num_loaders = context.config.dataloader_num_workers
         if kind == "image":
             self.product, self.faults = products.latents, inventory.faults
-            self.tensor_name, self.pixel_range = "latent", "-1_1"
+            self.name, self.tensor_name, self.pixel_range = "latents", "latent", "-1_1"
         else:
             self.product, self.faults = products.conditioning, inventory.conditioning_faults
-            self.tensor_name = "conditioning_latent"
+            self.name, self.tensor_name = "conditioning latents", "conditioning_latent"
             self.pixel_range = context.specs.conditioning.pixel_range
 
     def prepare(self, shard: int) -> ShardBuild:
@@ -120,12 +120,12 @@ class ImagePass:
                 pixels = torch.zeros(
                     (batch.size, 3, height, width),
                     dtype=torch.uint8,
-                    pin_memory=self.context.device.type == "cuda",
+                    pin_memory=self.device.type == "cuda",
                 )
             pixels[index] = to_uint8(image)
         return LoadedImages(pixels, reasons)
 
-    def encode(self, loaded: LoadedImages) -> AsyncHostCopy | None:
+    def encode(self, loaded: LoadedImages) -> dict[str, Tensor] | None:
         """Return the latents of a batch."""
         if loaded.pixels is None:
             return None
@@ -224,7 +224,7 @@ def _validation_records(
     plan = validation.shard(shard)
     for position, pair in enumerate(context.pairs_of(shard)):
         pixels = pair.conditioning_image[None]
-        latent = encoder.encode(pixels, pixel_range, "conditioning_latent", size).wait()
-        tensors = {name: tensor[0] for name, tensor in latent.items()}
+        latent = encoder.encode(pixels, pixel_range, "conditioning_latent", size)
+        tensors = {name: tensor[0].cpu() for name, tensor in latent.items()}
         tensors |= {"conditioning_image": pair.conditioning_image} | embeds[pair.prompt]
         yield Record(plan.key(position, validation.ids), tensors, {"prompt": pair.prompt})

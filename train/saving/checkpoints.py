@@ -138,8 +138,7 @@ def save(accelerator: Accelerator, config: TrainConfig, state: TrainState, ema: 
     def write() -> None:
         accelerator.save_state(str(partial))
         if ema is not None:
-            with ema.applied():
-                save_controlnet(accelerator, ema.network, partial / EMA_FOLDER)
+            save_controlnet(accelerator, ema.network, partial / EMA_FOLDER, ema)
 
     def settle() -> list[str]:
         # On each process: a network disk may sync for a machine only what that machine wrote.

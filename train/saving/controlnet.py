@@ -53,22 +53,33 @@ def save_result(
     """
     _replace_controlnet(accelerator, controlnet, output_dir)
     if ema is not None:
-        with ema.applied():
-            _replace_controlnet(accelerator, controlnet, output_dir / EMA_FOLDER)
+        _replace_controlnet(accelerator, controlnet, output_dir / EMA_FOLDER, ema)
 
 
-def save_controlnet(accelerator: Accelerator, controlnet: Any, folder: Path) -> None:
+def save_controlnet(
+    accelerator: Accelerator, controlnet: Any, folder: Path, average: Ema | None = None
+) -> None:
     """Save all weights of a ControlNet, sharded or not, in diffusers' format.
 
     Every process must call this, with the ControlNet as accelerate prepared it.
 
+    Args:
+        accelerator: prepared the ControlNet.
+        controlnet: the ControlNet.
+        folder: where to save it.
+        average: saved in place of the weights that it averages, in float32.
+
     Raises:
         RunError: a weight is not finite; nothing is saved.
     """
-    weights = full_state_dict(accelerator, controlnet)
+    weights = full_state_dict(
+        accelerator, controlnet, None if average is None else average.named_weights()
+    )
     main_decides(lambda: _refuse_nonfinite(weights))
     if not accelerator.is_main_process:
         return
+    if average is not None:
+        weights = {name: tensor.float() for name, tensor in weights.items()}
     config = accelerator.unwrap_model(controlnet).config
     with torch.device("meta"):
         network = SD3ControlNetModel.from_config(config)
@@ -84,12 +95,14 @@ def _refuse_nonfinite(weights: dict[str, Tensor]) -> None:
         )
 
 
-def _replace_controlnet(accelerator: Accelerator, controlnet: Any, folder: Path) -> None:
+def _replace_controlnet(
+    accelerator: Accelerator, controlnet: Any, folder: Path, average: Ema | None = None
+) -> None:
     """Save a ControlNet over an earlier one, so that an interruption leaves no mixture of both."""
     partial = folder / "controlnet.partial"
     if accelerator.is_main_process:
         shutil.rmtree(partial, ignore_errors=True)
-    save_controlnet(accelerator, controlnet, partial)
+    save_controlnet(accelerator, controlnet, partial, average)
     if not accelerator.is_main_process:
         return
     sync_tree(partial)
