@@ -5,14 +5,16 @@ With `GPU_TESTS_ON=cpu` they run on the CPU as far as they mean something there:
 """
 
 import os
-from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 
+from benchmarks.presets import reset_accelerate
 from train.config import TrainConfig
 from train.memory import activation_offload
 from train.optim import offloaded_state
+from train.run import train
 
 
 @pytest.fixture(scope="session")
@@ -22,6 +24,13 @@ def device() -> torch.device:
     if name == "cuda" and not torch.cuda.is_available():
         pytest.fail("no GPU here that torch sees; GPU_TESTS_ON=cpu runs these tests on the CPU")
     return torch.device(name)
+
+
+@pytest.fixture(autouse=True)
+def no_tf32() -> None:
+    """Compute float32 products in float32; cuDNN's are in TF32 by default."""
+    torch.backends.cudnn.allow_tf32 = False
+    torch.backends.cuda.matmul.allow_tf32 = False
 
 
 @pytest.fixture
@@ -38,19 +47,33 @@ def two_cards(card: None) -> None:
         pytest.skip("needs two GPUs")
 
 
-@pytest.fixture
-def plain(train_config: TrainConfig, device: torch.device) -> TrainConfig:
-    """Four steps in float32 near to gradient descent, whose rounding stays small; every loss."""
-    return replace(
-        train_config,
+@pytest.fixture(scope="session")
+def plain(
+    base: Path, cache: Path, device: torch.device, tmp_path_factory: pytest.TempPathFactory
+) -> TrainConfig:
+    """Four steps in float32 near to gradient descent, whose rounding stays small; trained."""
+    config = TrainConfig(
+        pretrained_model_name_or_path=str(base),
+        cache=str(cache),
+        output_dir=tmp_path_factory.mktemp("plain") / "out",
+        num_controlnet_layers=2,
+        train_batch_size=2,
+        max_train_steps=4,
+        checkpointing_steps=2,
         max_grad_norm=0.0,
+        # AdamW with an epsilon that drowns the second moment, which else makes a step of rounding.
         adam_epsilon=1.0,
         adam_weight_decay=0.0,
         learning_rate=0.1,
         lr_scheduler="constant",
+        validation_steps=0,
         logging_steps=1,
         report_to="tensorboard",
+        mixed_precision="no",
     )
+    reset_accelerate()
+    train(config)
+    return config
 
 
 @pytest.fixture
