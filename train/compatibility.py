@@ -9,7 +9,13 @@ from diffusers import SD3ControlNetModel
 
 from common.errors import ConfigError
 from sd3.pooled_convention import FORCE_ZEROS, takes_zeros
-from sd3.pretrained import DATA_KEY, controlnet_mismatches, has_component, read_config
+from sd3.pretrained import (
+    DATA_KEY,
+    controlnet_mismatches,
+    has_component,
+    largest_side,
+    read_config,
+)
 from shards.format.manifest import Manifest
 from shards.format.specs import LatentSpec
 from shards.reading.cache import Cache
@@ -85,8 +91,8 @@ def check_same_order(checkpoint: Path, saved: TrainState, current: TrainState) -
         )
 
 
-def check_controlnet(controlnet: SD3ControlNetModel, base: Path) -> None:
-    """Check that training can continue from a ControlNet with this base model.
+def check_controlnet(controlnet: SD3ControlNetModel, base: Path, manifest: Manifest) -> None:
+    """Check that training can continue from a ControlNet with this base model and this cache.
 
     Raises:
         ConfigError: listing what the ControlNet has and what is needed.
@@ -105,6 +111,9 @@ def check_controlnet(controlnet: SD3ControlNetModel, base: Path) -> None:
     ]
     if int(ours["num_layers"]) > int(theirs["num_layers"]) // 2:
         wrong.append(f"  num_layers: ControlNet {ours['num_layers']}, base {theirs['num_layers']}")
+    largest = max(max(bucket) for bucket in manifest.buckets)
+    if largest > largest_side(ours):
+        wrong.append(f"  positions a side: ControlNet {largest_side(ours)}, cache {largest}")
     if wrong:
         raise ConfigError("the ControlNet does not fit the base model:\n" + "\n".join(wrong))
 

@@ -36,18 +36,23 @@ def train(config: TrainConfig) -> Signals | None:
         OSError: the output cannot be written.
     """
     if config.estimate:
-        for text in _memory_report(config):
+        for text in _memory_report(config) if _is_first_process() else ():
             click.echo(text)
         return None
     try:
         return _train(config)
     except torch.OutOfMemoryError as error:
         lines = [f"out of memory: {str(error).splitlines()[0]}"]
-        if int(os.environ.get("RANK", "0")) == 0:
+        if _is_first_process():
             click.echo(f"{lines[0]} Finding out what would help …", err=True)
             with contextlib.suppress(Exception):  # the lack of memory is what to report
                 lines += _memory_report(config)
         raise RunError("\n".join(lines)) from error
+
+
+def _is_first_process() -> bool:
+    """Return whether this process is the first of a launcher's, or alone."""
+    return int(os.environ.get("RANK", "0")) == 0
 
 
 def _memory_report(config: TrainConfig) -> Iterator[str]:

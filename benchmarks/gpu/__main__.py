@@ -43,7 +43,7 @@ def main(ctx: click.Context, size: steps.Size, work_dir: Path | None) -> None:
         )
     signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     folder = (work_dir or Path("runs") / ("gpu" if size == "full" else "gpu-tiny")).absolute()
-    click.echo(f"{machine()}, at most {steps.BUDGET_S // 60} minutes")
+    click.echo(f"{machine()}, at most {sum(steps.BUDGETS_S.values()) // 60} minutes")
     record = Record(folder, size)
     all_good = run_steps(record, folder, size)
     target = REPOSITORY if size == "full" else folder
