@@ -140,9 +140,14 @@ def _refuse_other_files(cache: Path) -> None:
 
 
 def _device_of_this_process() -> str | None:
-    """Return the GPU of a process that `accelerate launch` started beside others, or None."""
+    """Return the GPU of a process that `accelerate launch` started beside others, or None.
+
+    As accelerate's own choice; a process may see only the GPU that a batch system gave it.
+    """
     local_rank = os.environ.get("LOCAL_RANK")
-    return f"cuda:{local_rank}" if local_rank and torch.cuda.is_available() else None
+    if not local_rank or not torch.cuda.is_available():
+        return None
+    return f"cuda:{int(local_rank) % torch.cuda.device_count()}"
 
 
 def _plan_products(
