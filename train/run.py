@@ -20,6 +20,7 @@ from train.loop import take_steps
 from train.saving import publish
 from train.saving.checkpoints import TrainState
 from train.saving.controlnet import save_result
+from train.saving.model_card import write_card
 
 
 def train(config: TrainConfig) -> Signals | None:
@@ -71,8 +72,9 @@ def _train(config: TrainConfig) -> Signals | None:
     run = assemble(config)
     _announce(run)
     _start_records(run)
+    repository = None
     if config.push_to_hub and run.accelerator.is_main_process:
-        publish.create_repository(config)
+        repository = publish.create_repository(config)
     with signals_noted("step") as received:
         try:
             state, signal = take_steps(run, received)
@@ -84,19 +86,19 @@ def _train(config: TrainConfig) -> Signals | None:
         if ended_early:
             _say_how_to_resume(run, state, ended_early)
         else:
-            _save(run, state)
-    if config.push_to_hub and not ended_early and run.accelerator.is_main_process:
-        click.echo(publish.push(config))
+            _save(run, state, repository)
+    if repository and not ended_early:
+        click.echo(publish.push(config, repository))
     run.accelerator.end_training()
     return ended_early
 
 
-def _save(run: Run, state: TrainState) -> None:
-    """Save the ControlNet with its card."""
+def _save(run: Run, state: TrainState, repository: str | None) -> None:
+    """Save the ControlNet with its card; `repository` is where it will be uploaded to."""
     folder = run.config.output_dir
     save_result(run.accelerator, run.controlnet, run.ema, folder)
     if run.accelerator.is_main_process:
-        publish.write_card(run)
+        write_card(run, repository)
         click.echo(f"{folder}: ControlNet saved after {state.step} steps")
 
 
