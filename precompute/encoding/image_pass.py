@@ -5,11 +5,11 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from common.device import AsyncHostCopy
 from common.errors import ShardError
 from common.interruption import StopCheck
+from common.progress import Progress
 from precompute.encoding.batch_size import BatchSize, find_batch_size
 from precompute.encoding.encoder_clock import EncoderClock
 from precompute.encoding.load_image import load_image
@@ -174,7 +174,7 @@ def encode_images(
     size = find_batch_size(config.vae_batch_size, USUAL_BATCH, context.device, attempt)
     total = products.latents.count_records(latents)
     total += products.conditioning.count_records(conditioning)
-    with tqdm(total=total, unit="image", desc="images", disable=context.quiet) as bar:
+    with Progress(total, "image", "images", quiet=context.quiet) as bar:
         for image_pass, shards in (
             (ImagePass(context, encoder, size, "image"), latents),
             # After all latents, since it reads their sidecars.
