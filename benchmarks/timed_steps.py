@@ -46,7 +46,7 @@ class TimedSteps:
         self.batches = read_batches(samples, places, num_workers=workers, pin=pin)
         self.guard = NonFiniteGuard(
             run.optimizer.optimizer,
-            None,
+            scales_loss=run.accelerator.mixed_precision == "fp16",
             update_already_applied=False,
             stop=True,
             sample_key=str,
@@ -64,7 +64,7 @@ class TimedSteps:
         for _ in range(WARM_UP):
             self.take()
         if self.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats()
+            torch.cuda.reset_peak_memory_stats(self.device)
         self._wait()
         start, count = time.perf_counter(), 0
         while count < MOST_STEPS and time.perf_counter() - start < SECONDS:
@@ -76,7 +76,7 @@ class TimedSteps:
     def measure_peak(self) -> int:
         """Return the peak of allocated bytes in a step after the first."""
         if self.device.type == "cuda":
-            return int(torch.cuda.max_memory_allocated())
+            return int(torch.cuda.max_memory_allocated(self.device))
         if not self.number:
             self.take()
         return self._persistent_bytes() + self._step_bytes()
@@ -92,7 +92,7 @@ class TimedSteps:
     def _wait(self) -> None:
         self.guard.finish()
         if self.device.type == "cuda":
-            torch.cuda.synchronize()
+            torch.cuda.synchronize(self.device)
 
     def _persistent_bytes(self) -> int:
         """Return the bytes of weights and of the optimiser's state, shared storage counted once."""

@@ -60,8 +60,14 @@ def require_space(folder: Path, num_bytes: int) -> None:
 
 
 def move_into_place(temporary: Path, path: Path) -> None:
-    """Rename a finished file to its final name, so that it survives a power failure."""
-    _sync(temporary)
+    """Rename a finished file or folder to its final name, so that it survives a power failure.
+
+    A file replaces an earlier one. A folder is synced with all in it; its name must be free.
+    """
+    if temporary.is_dir():
+        sync_tree(temporary)
+    else:
+        _sync(temporary)
     temporary.replace(path)
     sync_folder(path.parent)
 
@@ -85,6 +91,13 @@ def cannot_write(path: Path, error: OSError, num_bytes: int) -> OSError:
 
 def sync_folder(folder: Path) -> None:
     """Sync a folder, so that renames in it survive a power failure."""
+    _sync(folder)
+
+
+def sync_tree(folder: Path) -> None:
+    """Sync a folder with all files and folders in it."""
+    for path in folder.rglob("*"):
+        _sync(path)
     _sync(folder)
 
 

@@ -28,7 +28,45 @@ class CommandError(click.ClickException):
     exit_code = 2
 
 
-class StageCommand(click.Command):
+class Command(click.Command):
+    """A click command that names everything required that is missing, not only the first."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Parse the command line.
+
+        Raises:
+            click.UsageError: required options or arguments are missing.
+        """
+        try:
+            return super().parse_args(ctx, list(args))
+        except click.MissingParameter as error:
+            given, _, _ = self.make_parser(ctx).parse_args(list(args))
+            missing = [
+                parameter
+                for parameter in self.params
+                if parameter.required
+                and parameter.value_is_missing(parameter.consume_value(ctx, given)[0])
+            ]
+            raise click.UsageError(_missing_line(missing, ctx), ctx) from error
+
+
+def _missing_line(missing: list[click.Parameter], ctx: click.Context) -> str:
+    """Return `Missing option '--cache'.`, or one line for all that is missing."""
+    parts = []
+    for kind in ("argument", "option"):
+        names = [one.get_error_hint(ctx) for one in missing if one.param_type_name == kind]
+        if names:
+            parts.append(f"{kind}{'s' if len(names) > 1 else ''} {', '.join(names)}")
+    return f"Missing {' and '.join(parts)}."
+
+
+class Group(click.Group):
+    """A group whose commands are of our class."""
+
+    command_class = Command
+
+
+class StageCommand(Command):
     """A click command with grouped help that also reads the diffusers scripts' spelling.
 
     `--train_batch_size` is `--train-batch-size`. An option that may be repeated also takes its

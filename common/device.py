@@ -15,22 +15,34 @@ M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
 
 
 def pick_device(name: str | None) -> torch.device:
-    """Return the named device, or the best that is available.
+    """Return the named device, or the best that is available, and make it the thread's own.
+
+    A GPU has its number. Each thread that works for it calls `use_device` first.
 
     Raises:
         ConfigError: torch has no such device on this machine.
     """
     if name is None:
-        if torch.cuda.is_available():
-            return torch.device("cuda")
-        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+        if torch.backends.mps.is_available():
+            name = "mps"
     try:
-        device = torch.device(name)
-        torch.empty(1, device=device)
+        device = torch.empty(1, device=name).device
+        use_device(device)
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
         raise ConfigError(f"--device {name}: not available here ({reason}).") from error
     return device
+
+
+def use_device(device: torch.device) -> None:
+    """Make a GPU the calling thread's current one; does nothing for other devices.
+
+    A new thread's is the first GPU. Where a tensor is named, torch goes to its GPU by itself; but
+    events, streams and pinned memory belong to the current one.
+    """
+    if device.type == "cuda" and device.index is not None:
+        torch.cuda.set_device(device)
 
 
 def keep_freed_memory(device: torch.device) -> None:
@@ -73,24 +85,24 @@ class AsyncHostCopy:
     """A copy of tensors to the host that runs while the device computes.
 
     Args:
-        tensors: on the device, by name.
-        dtype: of the copies.
+        tensors: by name, all on one device, whichever is the thread's own.
     """
 
-    def __init__(self, tensors: dict[str, torch.Tensor], dtype: torch.dtype) -> None:
+    def __init__(self, tensors: dict[str, torch.Tensor]) -> None:
         self._copied: torch.cuda.Event | None = None
-        converted = {name: tensor.to(dtype) for name, tensor in tensors.items()}
-        if any(tensor.is_cuda for tensor in converted.values()):
+        (device,) = {tensor.device for tensor in tensors.values()}
+        if device.type != "cuda":
+            self._tensors = {name: tensor.cpu() for name, tensor in tensors.items()}
+            return
+        with torch.cuda.device(device):
             self._tensors = {
                 name: torch.empty_like(tensor, device="cpu", pin_memory=True).copy_(
                     tensor, non_blocking=True
                 )
-                for name, tensor in converted.items()
+                for name, tensor in tensors.items()
             }
             self._copied = torch.cuda.Event()
-            self._copied.record()
-        else:
-            self._tensors = {name: tensor.cpu() for name, tensor in converted.items()}
+            self._copied.record(torch.cuda.current_stream(device))
 
     def wait(self) -> dict[str, torch.Tensor]:
         """Wait until the copies are complete and return them."""

@@ -8,15 +8,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import click
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
+from common.errors import ConfigError
 from infer.config import PipelineConfig
 from sd3.buckets import nearest_buckets
 from sd3.pixels import to_pixels, to_uint8
-from sd3.pretrained import DATA_KEY, read_config
+from sd3.pretrained import DATA_KEY, largest_side, read_config, vae_factor
+
+Sizes = tuple[tuple[int, int], ...]  # width and height in pixels
 
 # The stock pipeline's own default, for a ControlNet whose configuration says nothing of its data.
 STOCK_MAX_SEQUENCE_LENGTH = 256
@@ -36,7 +40,7 @@ class Convention:
         pixel_range: range of conditioning images before the VAE; `-1_1` is the stock pipeline's.
     """
 
-    sizes: tuple[tuple[int, int], ...]
+    sizes: Sizes
     max_sequence_length: int
     pixel_range: str
 
@@ -46,44 +50,100 @@ class Convention:
         return self.sizes[int(nearest_buckets(size, list(self.sizes))[0])]
 
 
-def find_convention(config: PipelineConfig, base: Path, controlnet: Path) -> Convention:
-    """Return a ControlNet's convention.
+def find_convention(config: PipelineConfig, base: Path, name: str, controlnet: Path) -> Convention:
+    """Return a ControlNet's convention; say where the settings differ from its training.
 
     The settings win over the ControlNet's configuration, which wins over the base model's.
 
     Args:
         config: settings of the run.
         base: folder of the base model.
+        name: folder or hub id of the ControlNet, as the user gave it.
         controlnet: folder of the ControlNet.
+
+    Raises:
+        ConfigError: the base or the ControlNet has no positions for pictures so large.
     """
-    data = read_config(controlnet, "").get(DATA_KEY) or {}
+    saved = read_config(controlnet, "")
+    data = saved.get(DATA_KEY) or {}
     tokens = int(data.get("max_sequence_length", STOCK_MAX_SEQUENCE_LENGTH))
     pixel_range = str(data.get("conditioning_range", "-1_1"))
     if config.convention == "train_controlnet_sd3":
         tokens, pixel_range = SCRIPT_MAX_SEQUENCE_LENGTH, SCRIPT_PIXEL_RANGE
-    return Convention(
-        sizes=_find_sizes(config, base, data),
+    trained = _trained_sizes(data)
+    found = Convention(
+        sizes=_given_sizes(config) or trained or _native_sizes(base),
         max_sequence_length=config.max_sequence_length or tokens,
         pixel_range=pixel_range,
     )
+    _check_positions(found.sizes, base, saved)
+    if differences := _differences(found, trained, data.get("max_sequence_length")):
+        click.echo(f"{name}: {'; '.join(differences)}.", err=True)
+    return found
 
 
-def _find_sizes(
-    config: PipelineConfig, base: Path, data: dict[str, Any]
-) -> tuple[tuple[int, int], ...]:
+def _given_sizes(config: PipelineConfig) -> Sizes:
+    """Return the size that the settings name, or nothing."""
     if config.height is not None and config.width is not None:
         return ((config.width, config.height),)
-    if config.resolution is not None:
-        return ((config.resolution, config.resolution),)
+    return () if config.resolution is None else ((config.resolution, config.resolution),)
+
+
+def _trained_sizes(data: dict[str, Any]) -> Sizes:
+    """Return the sizes that a ControlNet was trained on, from tall to wide, if it says so."""
     if buckets := data.get("buckets"):
         sizes = [(width, height) for height, width in buckets]
         return tuple(sorted(sizes, key=lambda size: size[0] / size[1]))
     if "height" in data and "width" in data:
         return ((int(data["width"]), int(data["height"])),)
-    vae = read_config(base, "vae")
-    factor = 2 ** (len(vae["block_out_channels"]) - 1)
-    native = int(read_config(base, "transformer")["sample_size"]) * factor
+    return ()
+
+
+def _native_sizes(base: Path) -> Sizes:
+    """Return the size that a base model was made for."""
+    native = int(read_config(base, "transformer")["sample_size"]) * vae_factor(base)
     return ((native, native),)
+
+
+def _check_positions(sizes: Sizes, base: Path, controlnet: dict[str, Any]) -> None:
+    """Check that base model and ControlNet have positions for pictures of these sizes.
+
+    Raises:
+        ConfigError: one has not.
+    """
+    networks = {"base": read_config(base, "transformer")}
+    if controlnet.get("use_pos_embed", True):
+        networks["ControlNet"] = controlnet
+    for name, network in networks.items():
+        largest = largest_side(network) * vae_factor(base)
+        for width, height in sizes:
+            if max(width, height) > largest:
+                raise ConfigError(
+                    f"{width} x {height} px: the {name} has positions for {largest} px a side "
+                    "at most; give --resolution, or --height and --width."
+                )
+
+
+def _differences(found: Convention, trained: Sizes, tokens: int | None) -> list[str]:
+    """Return what differs from a ControlNet's training, in words.
+
+    Args:
+        found: its convention in this run.
+        trained: sizes of its training; empty if unknown.
+        tokens: T5 tokens of its training; None if unknown.
+    """
+    differences = []
+    if trained and not set(found.sizes) <= set(trained):
+        ends = " to ".join(f"{width} x {height}" for width, height in (trained[0], trained[-1]))
+        one = "{} x {}".format(*trained[0])
+        were = one if len(trained) == 1 else f"{len(trained)} sizes, {ends}"
+        now = "{} x {}".format(*found.sizes[0])
+        differences.append(f"trained on pictures of {were} px, and these have {now} px")
+    if tokens is not None and tokens != found.max_sequence_length:
+        differences.append(
+            f"trained with {tokens} T5 tokens, and these have {found.max_sequence_length}"
+        )
+    return differences
 
 
 def prepare_control_image(

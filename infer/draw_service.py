@@ -16,6 +16,7 @@ import torch
 from PIL import Image
 from xxhash import xxh3_128_hexdigest
 
+from common.device import pick_device, use_device
 from common.errors import ConfigError, RunError
 from infer.config import GenerateConfig, PipelineConfig, ServeConfig
 from infer.drawing import metadata
@@ -39,10 +40,12 @@ class DrawService:
 
     Attributes:
         controlnets: the ControlNets to choose from, by title.
+        device: where they draw.
     """
 
     def __init__(self, config: ServeConfig) -> None:
         self.config = config
+        self.device = pick_device(config.device)
         self._base, sets = find_controlnet_sets(config, with_text_encoders=True)
         self.controlnets = {controlnet.title: controlnet for controlnet in sets}
         self._pipeline: Any = None
@@ -84,6 +87,7 @@ class DrawService:
         self._check(conditioning, prompt, seed, num_inference_steps)
         controlnet = self._find_controlnet(title)
         with self._lock:
+            use_device(self.device)  # the page's threads come and go
             number = next(self._numbers)
             drawing = self.config.output_dir / f"{number:05d}-conditioning.png"
             save_png(drawing, conditioning)

@@ -48,7 +48,8 @@ def find_models(
         components: parts of the base model that must exist.
 
     Raises:
-        ConfigError: a model cannot be found, or a ControlNet's widths differ from the base's.
+        ConfigError: a model cannot be found, a ControlNet's widths differ from the base's, or it
+            takes more than a conditioning image.
     """
     base = find_base(
         config.pretrained_model_name_or_path,
@@ -61,7 +62,14 @@ def find_models(
     folders = []
     for name in controlnets:
         folder = find_controlnet(name, "--controlnet", cache_dir=config.cache_dir)
-        if wrong := controlnet_mismatches(read_config(folder, ""), transformer):
+        saved = read_config(folder, "")
+        if extra := saved.get("extra_conditioning_channels"):
+            channels = saved.get("in_channels", 16)
+            raise ConfigError(
+                f"--controlnet {name} takes {channels + extra} channels, as ControlNets for "
+                f"inpainting do; a conditioning image has {channels}."
+            )
+        if wrong := controlnet_mismatches(saved, transformer):
             listing = "\n".join(wrong)
             raise ConfigError(
                 f"--controlnet {name} was not trained for "

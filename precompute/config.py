@@ -147,6 +147,11 @@ class PrecomputeConfig:
         heading="Bad rows",
     )
     strict: bool = option(False, help="Stop at the first row that cannot be used.")
+    retry_bad_rows: bool = option(
+        False,
+        help="Try rows again that were left out before, though their files are the same: after "
+        "a codec was installed, or for a failure of the device.",
+    )
     part: str | None = option(
         None,
         help="i/n: make only part i of n, counted from 0; for separate machines and job arrays.",

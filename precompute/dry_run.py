@@ -10,7 +10,9 @@ from pathlib import Path
 
 import click
 import torch
+from torch import Tensor
 
+from common.device import AsyncHostCopy
 from precompute.encoding import image_pass, text_pass
 from precompute.encoding.batch_size import BatchSize
 from precompute.encoding.text_encoders import TextEncoders
@@ -25,8 +27,8 @@ def dry_run(context: Context) -> None:
     """Print the plan, with times from encoding a few batches; write nothing."""
     rows, captions = len(context.inventory), len(context.prompts.numbers)
     click.echo(f"{rows} rows, {captions} captions, {len(context.prompts)} distinct prompts")
-    if context.bad_rows.reasons:
-        count = len(context.bad_rows.reasons)
+    if context.bad_rows:
+        count = len(context.bad_rows)
         click.echo(f"{count} rows would be left out:\n{context.bad_rows.table()}")
     _print_products(context)
     _print_disk_space(context)
@@ -120,7 +122,7 @@ def _time_text(context: Context) -> tuple[float, int]:
     encoders = TextEncoders(specs.base, specs.text_settings, context.device, config.variant)
     prompts = [context.prompt(item % len(context.prompts)) for item in range(size)]
     return _time(
-        context, size, lambda: encoders.encode(encoders.tokenize(prompts), BatchSize(size)).wait()
+        context, size, lambda: encoders.encode(encoders.tokenize(prompts), BatchSize(size))
     )
 
 
@@ -131,20 +133,20 @@ def _time_images(context: Context) -> tuple[float, int]:
     encoder = VaeEncoder(specs.base, specs.latent_settings, context.device, config.variant)
     width, height = specs.latent_settings.largest_shape
     pixels = torch.zeros(size, 3, height, width, dtype=torch.uint8)
-    return _time(
-        context, size, lambda: encoder.encode(pixels, "-1_1", "latent", BatchSize(size)).wait()
-    )
+    return _time(context, size, lambda: encoder.encode(pixels, "-1_1", "latent", BatchSize(size)))
 
 
-def _time(context: Context, size: int, encode: Callable[[], object]) -> tuple[float, int]:
+def _time(
+    context: Context, size: int, encode: Callable[[], dict[str, Tensor]]
+) -> tuple[float, int]:
     """Return seconds an item and the peak of memory, in bytes, of encoding batches."""
     cuda = context.device.type == "cuda"
     if cuda:
         torch.cuda.reset_peak_memory_stats(context.device)
-    encode()  # the first call includes what is set up once
+    AsyncHostCopy(encode()).wait()  # the first call includes what is set up once
     start = time.perf_counter()
     for _ in range(NUM_TRIALS):
-        encode()
+        AsyncHostCopy(encode()).wait()
     seconds = (time.perf_counter() - start) / NUM_TRIALS / size
     memory = torch.cuda.max_memory_allocated(context.device) if cuda else _peak_resident_bytes()
     gc.collect()

@@ -1,6 +1,5 @@
 """Stage 1 from front to back: plan, text pass, image pass, manifest."""
 
-import contextlib
 import dataclasses
 import gc
 import time
@@ -15,6 +14,7 @@ from common.interruption import InterruptedRun, stop_between_shards
 from common.provenance import write_run
 from precompute.config import PrecomputeConfig
 from precompute.dry_run import dry_run
+from precompute.earlier_bad_rows import count_earlier_bad_rows, retry_bad_rows
 from precompute.encoding.encoder_clock import EncoderClock
 from precompute.encoding.image_pass import encode_images
 from precompute.encoding.text_pass import encode_text
@@ -43,11 +43,13 @@ def precompute(config: PrecomputeConfig) -> None:
     if config.dry_run:
         dry_run(context)
         return
+    previous = seal.previous_manifest(config.cache)
+    if config.retry_bad_rows:
+        retry_bad_rows(context)
     products = context.products_by_folder()
     todo = {folder: context.shards_to_build(product) for folder, product in products.items()}
-    previous = seal.previous_manifest(config.cache)
     _print_todo(context, todo)
-    _count_bad_rows_of_finished_shards(context)
+    count_earlier_bad_rows(context, context.finished)
     config.cache.mkdir(parents=True, exist_ok=True)
     require_space(
         config.cache,
@@ -60,9 +62,7 @@ def precompute(config: PrecomputeConfig) -> None:
         layout_arrays({"text": context.products.text, "latents": context.products.latents}),
     )
     if previous is not None and _changes_listed_shards(context, previous, todo):
-        # The manifest is about to be untrue. Its entries of other controls are needed at the end.
-        with contextlib.suppress(FileNotFoundError):  # another worker was first
-            (config.cache / manifest.MANIFEST).rename(config.cache / manifest.PREVIOUS)
+        seal.withdraw(config.cache)
     _encode(context)
     _renew_captions(context)
     _finish(context, expected, previous)
@@ -80,12 +80,6 @@ def _print_todo(context: Context, todo: Mapping[str, list[int]]) -> None:
             f"  {folder}: {product.num_records} records in {product.num_shards} shards{part}, "
             f"{kept} kept, {len(todo[folder])} to make{why}"
         )
-
-
-def _count_bad_rows_of_finished_shards(context: Context) -> None:
-    for product in (context.products.latents, context.products.conditioning):
-        for summary in context.finished[product.folder]:
-            context.bad_rows.add(summary.skipped if summary else [])
 
 
 def _changes_listed_shards(
@@ -156,6 +150,8 @@ def _finish(context: Context, expected: ExpectedCache, previous: Manifest | None
             "copy them into one folder and run python -m shards seal."
         )
         return
+    if context.part.count > 1:
+        count_earlier_bad_rows(context, context.finished_now())  # of the other workers, too
     was_complete = (cache / manifest.MANIFEST).is_file()
     for product in context.products_by_folder().values():
         for path in surplus_files(product):
@@ -179,8 +175,8 @@ def _report(context: Context, sealed: Manifest, previous: Manifest | None) -> No
             click.echo(f"conditioning {name!r} was made for other latents: make it again")
         elif had_pairs and not sealed.validation[name].num_records:
             click.echo(f"validation pairs of {name!r} had other text encoders: make them again")
-    if context.bad_rows.reasons:
-        count = len(context.bad_rows.reasons)
+    if context.bad_rows:
+        count = len(context.bad_rows)
         click.echo(f"{count} rows were left out:\n{context.bad_rows.table()}")
     size = sum(product.num_bytes for _, product in sealed.products())
     per_prompt = sealed.latents.num_records / max(sealed.text.num_records - 1, 1)

@@ -97,7 +97,8 @@ def find_controlnet(name_or_path: str, flag: str, *, cache_dir: Path | None = No
     """Return the local folder of a ControlNet.
 
     Args:
-        name_or_path: a folder with a ControlNet's config.json and weights, or a hub id.
+        name_or_path: a folder with a ControlNet's config.json and weights, a checkpoint's
+            folder, which has it in `controlnet/`, or a hub id.
         flag: the option, for the error message.
         cache_dir: folder for downloads; None for the hub's default.
 
@@ -113,11 +114,43 @@ def find_controlnet(name_or_path: str, flag: str, *, cache_dir: Path | None = No
             )
         patterns = ["config.json", "*.safetensors", "*.index.json"]
         folder = _download(name_or_path, patterns, ["*/*"], None, cache_dir)
-    if not ((folder / "config.json").is_file() and any(folder.glob("*.safetensors"))):
-        inner = sorted(folder.glob("checkpoint-*/controlnet"))
-        hint = f" Did you mean {inner[-1]}?" if inner else " Train one first: python -m train."
-        raise ConfigError(f"{flag} {name_or_path}: no ControlNet in it.{hint}")
-    return folder
+    for found in (folder, folder / "controlnet"):
+        if (found / "config.json").is_file() and any(found.glob("*.safetensors")):
+            return found
+    checkpoints = [path.parent for path in folder.glob("checkpoint-*/controlnet")]
+    if checkpoints:
+        newest = max(checkpoints, key=lambda path: (len(path.name), path.name))
+        raise ConfigError(
+            f"{flag} {name_or_path}: no ControlNet in it. Did you mean {newest}? "
+            "So far it holds checkpoints alone."
+        )
+    raise ConfigError(
+        f"{flag} {name_or_path}: no ControlNet in it. Train one first: python -m train."
+    )
+
+
+def largest_side(config: Mapping[str, Any]) -> int:
+    """Return the largest side of latents that a transformer or a ControlNet has positions for.
+
+    Args:
+        config: its configuration.
+
+    Raises:
+        ConfigError: it is not that of an SD3 network.
+    """
+    try:
+        return int(config["patch_size"]) * int(config["pos_embed_max_size"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise ConfigError(f"not the configuration of an SD3 transformer ({error!r}).") from error
+
+
+def vae_factor(base: Path) -> int:
+    """Return how many pixels a latent stands for, in each direction.
+
+    Args:
+        base: folder of a base model.
+    """
+    return int(2 ** (len(read_config(base, "vae")["block_out_channels"]) - 1))
 
 
 def controlnet_mismatches(controlnet: Mapping[str, Any], base: Mapping[str, Any]) -> list[str]:

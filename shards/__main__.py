@@ -6,7 +6,7 @@ from pathlib import Path
 import click
 from tqdm import tqdm
 
-from common.command import CONTEXT, user_errors
+from common.command import CONTEXT, Group, user_errors
 from common.errors import ConfigError
 from shards import info, verify
 from shards.format import manifest, seal
@@ -27,7 +27,7 @@ LOCAL_CACHE = click.option(
 )
 
 
-@click.group(context_settings=CONTEXT)
+@click.group(cls=Group, context_settings=CONTEXT)
 def main() -> None:
     """Look into a cache, complete it, check it, and copy it from or to a URL."""
 

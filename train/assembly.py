@@ -34,8 +34,8 @@ from train.optim.adamw import (
 from train.optim.ema import Ema
 from train.optim.fused_backward import FusedBackward
 from train.optim.learning_rate import describe_change
-from train.saving import checkpoints
 from train.saving.controlnet import restore_ema, use_diffusers_format
+from train.saving.resuming import check_same_model, restore
 
 
 @dataclass(frozen=True)
@@ -105,8 +105,8 @@ def assemble(config: TrainConfig) -> Run:
         accelerator, config, controlnet, optimizer, schedule
     )
     if inputs.checkpoint is not None:
-        checkpoints.check_same_model(inputs.checkpoint, accelerator.unwrap_model(controlnet))
-        accelerator.load_state(str(inputs.checkpoint))
+        check_same_model(inputs.checkpoint, accelerator.unwrap_model(controlnet))
+        restore(accelerator, inputs.checkpoint)
         # accelerate counts batches to find the ends of optimiser steps. A checkpoint is such an
         # end, but with another accumulation the restored count would not be.
         accelerator.step = 0

@@ -6,20 +6,23 @@ the rest of training needs to know about it.
 """
 
 import math
-from typing import Any, Literal
+from collections.abc import Callable, Mapping
+from typing import Any, Literal, TypeVar
 
 import torch
-from accelerate import Accelerator
-from accelerate.utils import DistributedType
+from accelerate import Accelerator, PartialState
+from accelerate.utils import DistributedType, broadcast_object_list
 from diffusers import SD3ControlNetModel
 from torch import Tensor
-from torch.distributed.fsdp import FSDPModule
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from common.errors import ConfigError
+from common.errors import ConfigError, RunError, ShardError
 from train.config import TrainConfig
+from train.models import WEIGHT_DTYPES
 from train.optim import fused_backward
 
+Decision = TypeVar("Decision")
 Strategy = Literal["copies", "fsdp", "deepspeed"]
 STRATEGIES: dict[DistributedType, Strategy] = {
     DistributedType.NO: "copies",
@@ -58,6 +61,30 @@ UNSUPPORTED: tuple[tuple[Strategy, str, str], ...] = (
 def strategy(accelerator: Accelerator) -> Strategy:
     """Return how the processes share the ControlNet."""
     return STRATEGIES[accelerator.distributed_type]
+
+
+def main_decides(decide: Callable[[], Decision]) -> Decision:
+    """Return what a function returns on the main process; every process must call this.
+
+    Processes that look at a shared disk each for themselves may see different files.
+
+    Args:
+        decide: called on the main process only; its result must be picklable.
+
+    Raises:
+        ConfigError, ShardError, RunError, OSError: on all processes, as `decide` raised it.
+    """
+    outcome: list[Any] = [None, None]
+    if PartialState().is_main_process:
+        try:
+            outcome[0] = decide()
+        except (ConfigError, ShardError, RunError, OSError) as error:
+            outcome[1] = error
+    result, problem = broadcast_object_list(outcome)
+    if problem is not None:
+        raise problem
+    decision: Decision = result
+    return decision
 
 
 def check(accelerator: Accelerator, config: TrainConfig) -> None:
@@ -138,20 +165,48 @@ def prepare(
     schedule: Any,
 ) -> tuple[Any, Any, Any]:
     """Return ControlNet, optimiser and schedule as accelerate prepares them."""
+    if strategy(accelerator) == "fsdp":
+        _set_fsdp_precision(accelerator)
     if strategy(accelerator) != "deepspeed":
         prepared: tuple[Any, Any, Any] = accelerator.prepare(controlnet, optimizer, schedule)
         return prepared
-    accelerator.deepspeed_plugin.deepspeed_config |= {
-        "train_micro_batch_size_per_gpu": config.train_batch_size,
-        "gradient_accumulation_steps": config.gradient_accumulation_steps,
-        "gradient_clipping": config.max_grad_norm,
-    }
+    _configure_deepspeed(accelerator.deepspeed_plugin.deepspeed_config, config)
     buffers = {name: buffer.clone() for name, buffer in controlnet.named_buffers()}
     prepared = accelerator.prepare(controlnet, optimizer, schedule)
     # DeepSpeed casts buffers to 16 bit, as it does weights, but keeps no exact copies of them.
     for name, buffer in controlnet.named_buffers():
         buffer.data = buffers[name].to(buffer.device)
     return prepared
+
+
+def _set_fsdp_precision(accelerator: Accelerator) -> None:
+    """Compute in 16 bit, but add gradients up in float32 and cast no inputs.
+
+    accelerate's own policy would add in 16 bit, and hand the ControlNet its timesteps rounded: in
+    bfloat16 they are 4 apart above 512, so it would see other noise levels than the base.
+    """
+    if accelerator.mixed_precision != "no":
+        accelerator.state.fsdp_plugin.mixed_precision_policy = MixedPrecisionPolicy(
+            param_dtype=WEIGHT_DTYPES[accelerator.mixed_precision],
+            reduce_dtype=torch.float32,
+            cast_forward_inputs=False,
+        )
+
+
+def _configure_deepspeed(settings: dict[str, Any], config: TrainConfig) -> None:
+    """Enter options of training into DeepSpeed's settings, and the precision of gradients.
+
+    What the user's own file says of that precision is kept.
+    """
+    settings |= {
+        "train_micro_batch_size_per_gpu": config.train_batch_size,
+        "gradient_accumulation_steps": config.gradient_accumulation_steps,
+        "gradient_clipping": config.max_grad_norm,
+    }
+    settings.setdefault("communication_data_type", "fp32")
+    settings.setdefault("data_types", {}).setdefault("grad_accum_dtype", "fp32")
+    # accelerate sets this for fp16. It would round the timesteps.
+    settings.get("fp16", {}).pop("auto_cast", None)
 
 
 def clip_gradients(accelerator: Accelerator, controlnet: Any, max_norm: float) -> Tensor:
@@ -164,23 +219,32 @@ def clip_gradients(accelerator: Accelerator, controlnet: Any, max_norm: float) -
         max_norm: largest norm; 0 does not clip.
     """
     norm = accelerator.clip_grad_norm_(controlnet.parameters(), max_norm or math.inf)
+    if strategy(accelerator) == "deepspeed" and accelerator.optimizer_step_was_skipped:
+        norm = math.inf  # what was returned is the norm of an earlier step
     if isinstance(norm, DTensor):
         norm = norm.full_tensor()
     return torch.as_tensor(norm, device=accelerator.device)
 
 
-def full_state_dict(accelerator: Accelerator, controlnet: Any) -> dict[str, Tensor]:
+def full_state_dict(
+    accelerator: Accelerator, controlnet: Any, instead: Mapping[str, Tensor] | None = None
+) -> dict[str, Tensor]:
     """Return all weights of a network that accelerate prepared, in the precision of training.
 
     Every process must call this, but only the main process may use the result.
+
+    Args:
+        accelerator: prepared the network.
+        controlnet: the network.
+        instead: takes the place of some of its weights, by name, sharded as they are.
     """
-    network = accelerator.unwrap_model(controlnet)
+    network, instead = accelerator.unwrap_model(controlnet), instead or {}
     if strategy(accelerator) == "copies":
-        return dict(network.state_dict())
+        return {**network.state_dict(), **instead}
     gather = _gather_zero if strategy(accelerator) == "deepspeed" else _gather_fsdp
     weights = {}
     for name, shard in (*network.named_parameters(), *network.named_buffers()):
-        tensor = gather(shard)
+        tensor = gather(instead.get(name, shard))
         if accelerator.is_main_process:
             weights[name] = tensor.detach().cpu()
     return weights

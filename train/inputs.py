@@ -7,8 +7,13 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import AutocastKwargs, ProjectConfiguration
+from accelerate.utils import (
+    AutocastKwargs,
+    DistributedDataParallelKwargs,
+    ProjectConfiguration,
+)
 
+from common.device import use_device
 from common.errors import ConfigError, ShardError
 from sd3.pretrained import find_base, find_controlnet
 from shards.format.manifest import MANIFEST
@@ -19,8 +24,8 @@ from train import distribution, models
 from train.compatibility import check_base, check_same_order
 from train.config import TrainConfig
 from train.loss import Objective
-from train.saving import checkpoints
-from train.saving.checkpoints import TrainState
+from train.saving.checkpoints import TrainState, read_state
+from train.saving.resuming import choose
 from train.validation.held_out import held_out_records
 from train.validation.sampling import Pair, read_pairs
 
@@ -89,7 +94,7 @@ def find_inputs(config: TrainConfig, num_processes: int) -> Inputs:
         shard_buckets=cache.conditioning.product.shard_buckets,
         group=samples_per_step(config, num_processes),
     )
-    checkpoint = checkpoints.choose(config.output_dir, config.resume_from_checkpoint)
+    checkpoint, state = distribution.main_decides(lambda: _find_start(config, cache, order))
     return Inputs(
         cache=cache,
         base=base,
@@ -98,7 +103,7 @@ def find_inputs(config: TrainConfig, num_processes: int) -> Inputs:
         pairs=read_pairs(cache) if draws_pictures else [],
         measures_held_out=validates and bool(held_out_records(cache)),
         checkpoint=checkpoint,
-        state=_starting_state(config, cache, order, checkpoint),
+        state=state,
     )
 
 
@@ -143,10 +148,8 @@ def _find_base(config: TrainConfig, needs_vae: bool) -> Path:
         raise ConfigError(f"{error}{hint}") from error
 
 
-def _starting_state(
-    config: TrainConfig, cache: Cache, order: Order, checkpoint: Path | None
-) -> TrainState:
-    """Return the state of a checkpoint of the same order, or that of a new run."""
+def _find_start(config: TrainConfig, cache: Cache, order: Order) -> tuple[Path | None, TrainState]:
+    """Return the checkpoint to resume from and its state, or None and the state of a new run."""
     new = TrainState(
         step=0,
         place=0,
@@ -155,11 +158,12 @@ def _starting_state(
         bucket_group=order.group,
         fingerprints=cache.manifest.fingerprints(config.conditioning_name),
     )
+    checkpoint = choose(config.output_dir, config.resume_from_checkpoint)
     if checkpoint is None:
-        return new
-    saved = checkpoints.read_state(checkpoint)
+        return None, new
+    saved = read_state(checkpoint)
     check_same_order(checkpoint, saved, new)
-    return saved
+    return checkpoint, saved
 
 
 def make_accelerator(config: TrainConfig) -> Accelerator:
@@ -169,10 +173,11 @@ def make_accelerator(config: TrainConfig) -> Accelerator:
         ConfigError: the device does not support the precision, or training does not support the
             strategy that accelerate is set up for.
     """
+    precision = models.mixed_precision(config)
     try:
         accelerator = Accelerator(
             gradient_accumulation_steps=config.gradient_accumulation_steps,
-            mixed_precision=config.mixed_precision,
+            mixed_precision=precision,
             log_with=None if config.report_to == "none" else config.report_to,
             project_config=ProjectConfiguration(
                 project_dir=str(config.output_dir),
@@ -180,14 +185,24 @@ def make_accelerator(config: TrainConfig) -> Accelerator:
             ),
             # The schedule steps once an optimiser step, whatever the number of processes.
             step_scheduler_with_optimizer=False,
-            # A pass uses each weight once, so a cache of 16 bit copies would only take memory.
-            kwargs_handlers=[AutocastKwargs(cache_enabled=False)],
+            kwargs_handlers=[
+                # A pass uses each weight once, so a cache of 16 bit copies would only take memory.
+                AutocastKwargs(cache_enabled=False),
+                # No buffer changes, so none need be sent at each pass; and the gradients lie in
+                # the memory that is sent, instead of being copied into it.
+                DistributedDataParallelKwargs(
+                    broadcast_buffers=False, gradient_as_bucket_view=True
+                ),
+            ],
         )
     except ValueError as error:
-        raise ConfigError(f"--mixed-precision {config.mixed_precision}: {error}") from error
+        raise ConfigError(f"--mixed-precision {precision}: {error}") from error
+    use_device(accelerator.device)
     distribution.check(accelerator, config)
-    if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
-        raise ConfigError("--mixed-precision fp16: CPUs have no fp16 autocast; use bf16 or no.")
+    if precision == "fp16" and accelerator.device.type == "cpu" and accelerator.scaler is None:
+        raise ConfigError(
+            "--mixed-precision fp16: accelerate scales no losses on CPUs; use bf16 or no."
+        )
     return accelerator
 
 

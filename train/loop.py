@@ -1,6 +1,7 @@
 """The loop of stage 2: optimiser steps, and what is due between them."""
 
 import itertools
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from signal import Signals
@@ -58,7 +59,7 @@ def take_steps(run: Run, received: Received) -> tuple[TrainState, Signals | None
     )
     guard = NonFiniteGuard(
         run.optimizer.optimizer,
-        accelerator.scaler,
+        scales_loss=accelerator.mixed_precision == "fp16",
         update_already_applied=strategy(accelerator) == "deepspeed",
         updates_per_weight=run.fused is not None,
         stop=config.on_nonfinite == "stop",
@@ -157,7 +158,7 @@ def take_step(
             run.optimizer.zero_grad(set_to_none=True)
         losses.append(sample_losses.detach())
         step_places += places
-    if not accelerator.optimizer_step_was_skipped:
+    if not guard.is_left_out(nonfinite):
         run.schedule.step()
         if run.ema is not None:
             run.ema.step()
@@ -172,15 +173,20 @@ def _log(
     norm: torch.Tensor | None,
     progress: Progress,
 ) -> None:
-    """Log the mean loss since the last call, over all processes, gradient norm and rate."""
+    """Log the mean loss since the last call, over all processes, gradient norm and rate.
+
+    Losses that are not finite are left out of the mean; without any other it is NaN.
+    """
     sums = guard.pop_loss_sum().to(run.accelerator.device)
     loss_sum, count = run.accelerator.reduce(sums, reduction="sum").tolist()
-    loss, lr = loss_sum / max(count, 1), run.schedule.get_last_lr()[0]
+    loss, lr = loss_sum / count if count else math.nan, run.schedule.get_last_lr()[0]
     epoch = run.inputs.order.epochs(state.place)
     values, shown = {"loss": loss, "lr": lr, "epoch": epoch}, {"loss": f"{loss:.4f}"}
     if norm is not None:
         values["gradient_norm"] = float(norm)
         shown["gradient norm"] = f"{float(norm):.3g}"
+    if guard.num_skipped:
+        values["steps_left_out"] = guard.num_skipped
     run.accelerator.log(values, step=state.step)
     progress.show(shown | {"lr": f"{lr:.2g}"})
 

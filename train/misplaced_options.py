@@ -31,6 +31,7 @@ PRECOMPUTE_OPTIONS = (
     "--text-dtype",
     "--max-bad-fraction",
     "--strict",
+    "--retry-bad-rows",
     "--part",
 )
 MISPLACED = {

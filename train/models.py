@@ -1,5 +1,6 @@
 """The two networks of training: the frozen SD3 transformer, and the ControlNet."""
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,22 @@ from train.config import TrainConfig
 
 DEFAULT_NUM_LAYERS = 12
 WEIGHT_DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+def mixed_precision(config: TrainConfig) -> str:
+    """Return the precision of a run: that of accelerate's configuration unless it is given.
+
+    Raises:
+        ConfigError: training does not support it.
+    """
+    found = config.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    if found not in WEIGHT_DTYPES:
+        raise ConfigError(
+            f"accelerate's configuration says mixed_precision: {found}; training supports "
+            f"{', '.join(WEIGHT_DTYPES)}: give --mixed-precision bf16. (--quantize-base fp8 stores "
+            "the base in 8 bit, --fp8-matmul computes with it.)"
+        )
+    return found
 
 
 def load_scheduler(base: Path) -> FlowMatchEulerDiscreteScheduler:

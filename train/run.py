@@ -7,7 +7,6 @@ from signal import Signals
 
 import click
 import torch
-from accelerate.utils import broadcast_object_list
 
 from common.errors import RunError
 from common.interruption import signals_noted
@@ -16,6 +15,7 @@ from common.provenance import write_run
 from sd3.pretrained import DATA_KEY
 from train.assembly import Run, assemble
 from train.config import TrainConfig
+from train.distribution import main_decides
 from train.inputs import samples_per_step
 from train.loop import take_steps
 from train.optim.learning_rate import ends_in_warm_up
@@ -104,9 +104,9 @@ def _take_steps_and_save(run: Run) -> Signals | None:
 
 
 def _is_finished(run: Run) -> bool:
-    """Return whether the checkpoint is the run's last and all that follows it has been done.
+    """Return whether the checkpoint is the run's last, and all that follows it is done.
 
-    Every process must call this; the main process looks.
+    Every process must call this.
     """
     checkpoint, step = run.inputs.checkpoint, run.inputs.state.step
     if checkpoint is None or step < run.num_steps or run.config.push_to_hub:
@@ -114,15 +114,13 @@ def _is_finished(run: Run) -> bool:
     folder, names = run.config.output_dir, {CONTROLNET_FOLDER: "."}
     if run.ema is not None:
         names[EMA_FOLDER] = EMA_FOLDER
-    finished = False
-    if run.accelerator.is_main_process:
-        finished = all(
-            is_same_controlnet(checkpoint / saved, folder / result)
-            for saved, result in names.items()
-        ) and (not pictures.is_due(run, step) or pictures.is_done(run, step))
-        finished = finished and (folder / publish.CARD).is_file()
-    (told,) = broadcast_object_list([finished])
-    return bool(told)
+    return main_decides(
+        lambda: (
+            (folder / publish.CARD).is_file()
+            and (not pictures.is_due(run, step) or pictures.is_done(run, step))
+            and all(is_same_controlnet(checkpoint / one, folder / names[one]) for one in names)
+        )
+    )
 
 
 def _say_that_nothing_is_to_do(run: Run) -> None:

@@ -58,7 +58,7 @@ def find_controlnet_sets(
             title=title,
             names=(name,),
             folders=(folder,),
-            conventions=(find_convention(config, base, folder),),
+            conventions=(find_convention(config, base, name, folder),),
             digests=(digest_of(folder),),
         )
         for title, name, folder in zip(titles, config.controlnet, folders, strict=True)

@@ -41,7 +41,10 @@ def score(config: ScoreConfig) -> None:
         OSError: the output cannot be written.
     """
     base, folders = find_models(config, config.controlnet)
-    conventions = [find_convention(config, base, folder) for folder in folders]
+    conventions = [
+        find_convention(config, base, name, folder)
+        for name, folder in zip(config.controlnet, folders, strict=True)
+    ]
     _check_sizes(config.controlnet, conventions)
     source = open_source(SourceSettings(source=str(config.source)))
     samples = list(_read_samples(config, source, conventions[0]))

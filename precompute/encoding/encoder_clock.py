@@ -15,7 +15,8 @@ class EncoderClock:
         device: where they compute; on a GPU the time is measured by the GPU.
 
     Attributes:
-        began: when the first encoding began, by `time.perf_counter`; 0 before.
+        began: when the first encoding began, by `time.perf_counter`; 0 before. Later by the time
+            that was left out.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -33,13 +34,22 @@ class EncoderClock:
             yield
             self._seconds += time.perf_counter() - start
             return
-        events = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        events[0].record()
+        with torch.cuda.device(self.device):
+            events = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        stream = torch.cuda.current_stream(self.device)
+        events[0].record(stream)
         yield
-        events[1].record()
+        events[1].record(stream)
         self._running.append(events)
         while self._running[0][1].query() and len(self._running) > 1:
             self._add_first()
+
+    @contextlib.contextmanager
+    def left_out(self) -> Iterator[None]:
+        """Count the block's time neither as encoding nor as passed since `began`."""
+        start = time.perf_counter()
+        yield
+        self.began += time.perf_counter() - start
 
     def _add_first(self) -> None:
         first, last = self._running.popleft()

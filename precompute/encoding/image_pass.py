@@ -6,7 +6,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from common.device import AsyncHostCopy
 from common.errors import ShardError
 from common.interruption import StopCheck
 from common.progress import Progress
@@ -53,16 +52,17 @@ class ImagePass:
     ) -> None:
         products, inventory = context.products, context.inventory
         self.context = context
+        self.device = context.device
         self.encoder = encoder
         self.batch_size = batch_size
         self.kind = kind
         self.num_loaders = context.config.dataloader_num_workers
         if kind == "image":
             self.product, self.faults = products.latents, inventory.faults
-            self.tensor_name, self.pixel_range = "latent", "-1_1"
+            self.name, self.tensor_name, self.pixel_range = "latents", "latent", "-1_1"
         else:
             self.product, self.faults = products.conditioning, inventory.conditioning_faults
-            self.tensor_name = "conditioning_latent"
+            self.name, self.tensor_name = "conditioning latents", "conditioning_latent"
             self.pixel_range = context.specs.conditioning.pixel_range
 
     def prepare(self, shard: int) -> ShardBuild:
@@ -81,11 +81,12 @@ class ImagePass:
         else:
             latent_keys = self._latent_keys(shard)
         for position, item in enumerate(build.plan.items):
-            reason = self.faults.get(context.row_of(int(item)))
+            row = context.row_of(int(item))
             if build.keys[position] not in latent_keys:
-                build.leave_out(position, None)  # the latents' sidecar says why
-            elif reason:
-                build.leave_out(position, Skipped(context.row_name(int(item)), reason))
+                build.leave_out(position)  # the latents' sidecar says why
+            elif row in self.faults:
+                build.leave_out(position)
+                build.skipped[row] = Skipped(context.row_name(int(item)), self.faults[row])
         return build
 
     def _latent_keys(self, shard: int) -> set[str]:
@@ -112,12 +113,12 @@ class ImagePass:
                 pixels = torch.zeros(
                     (batch.size, 3, height, width),
                     dtype=torch.uint8,
-                    pin_memory=self.context.device.type == "cuda",
+                    pin_memory=self.device.type == "cuda",
                 )
             pixels[index] = to_uint8(image)
         return LoadedImages(pixels, reasons)
 
-    def encode(self, loaded: LoadedImages) -> AsyncHostCopy | None:
+    def encode(self, loaded: LoadedImages) -> dict[str, Tensor] | None:
         """Return the latents of a batch."""
         if loaded.pixels is None:
             return None
@@ -137,7 +138,8 @@ class ImagePass:
             if not reason and not is_finite(latent):
                 reason = f"{self.tensor_name} is not finite"
             if reason:
-                build.skipped.append(Skipped(self.context.row_name(item), reason))
+                row = self.context.row_of(item)
+                build.skipped[row] = Skipped(self.context.row_name(item), reason)
             else:
                 metadata = self.context.metadata(self.product, item)
                 yield Record(build.keys[position], latent, metadata)
@@ -214,7 +216,7 @@ def _validation_records(
     plan = validation.shard(shard)
     for position, pair in enumerate(context.pairs_of(shard)):
         pixels = pair.conditioning_image[None]
-        latent = encoder.encode(pixels, pixel_range, "conditioning_latent", size).wait()
-        tensors = {name: tensor[0] for name, tensor in latent.items()}
+        latent = encoder.encode(pixels, pixel_range, "conditioning_latent", size)
+        tensors = {name: tensor[0].cpu() for name, tensor in latent.items()}
         tensors |= {"conditioning_image": pair.conditioning_image} | embeds[pair.prompt]
         yield Record(plan.key(position, validation.ids), tensors, {"prompt": pair.prompt})

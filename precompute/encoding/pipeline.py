@@ -9,6 +9,9 @@ written.
 A record's bytes depend on its content, its slot and the size of the batches, never on the rest of
 its batch: a batch is a fixed run of slots, and those that are not encoded hold zeros. So a record
 that keeps its slot can be taken from the old shard: encoding it again gives the same bytes.
+
+The first batch of each pass is encoded once more, before anything is written, and must come out the
+same.
 """
 
 import contextlib
@@ -16,16 +19,18 @@ import itertools
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Generic, Protocol, TypeVar
 
+import torch
 from torch import Tensor
 
-from common.device import AsyncHostCopy
+from common.device import AsyncHostCopy, use_device
 from common.interruption import StopCheck
 from common.prefetch import prefetch
 from precompute.encoding.batch_size import BatchSize
 from precompute.encoding.encoder_clock import EncoderClock
+from precompute.encoding.first_batch import compare
 from precompute.encoding.shard_build import ShardBuild
 from precompute.encoding.shard_writer import ShardWriter
 from precompute.planning.bad_rows import BadRows
@@ -66,10 +71,14 @@ class EncodingPass(Protocol[Loaded]):
     """How the records of one product are made.
 
     Attributes:
+        name: of what is made, for messages.
+        device: where the encoder runs.
         batch_size: of the encoder.
         num_loaders: how many threads may call `load` at once.
     """
 
+    name: str
+    device: torch.device
     batch_size: BatchSize
     num_loaders: int
 
@@ -81,10 +90,10 @@ class EncodingPass(Protocol[Loaded]):
         """Return the encoder's input for a batch; called in threads."""
         ...
 
-    def encode(self, loaded: Loaded) -> AsyncHostCopy | None:
+    def encode(self, loaded: Loaded) -> dict[str, Tensor] | None:
         """Return the encoder's output, or None if the batch has nothing to encode.
 
-        Called in one thread.
+        Called in one thread; the output is on the device.
         """
         ...
 
@@ -129,6 +138,7 @@ def build_shards(
 
     Raises:
         ShardError: too many rows are bad, or the source has changed; finished shards are kept.
+        RunError: the first batch came out otherwise when it was encoded again.
         OSError: a shard cannot be written; finished shards are kept.
     """
     with (
@@ -150,24 +160,33 @@ def _encoded_batches(
     encoding_pass: EncodingPass[Loaded], shards: Sequence[int], clock: EncoderClock
 ) -> Generator[EncodedBatch[Loaded], None, None]:
     """Yield the batches of shards, loaded and encoded ahead in threads."""
+    compared = False
 
     def load(batch: Batch) -> tuple[Batch, Loaded]:
         return batch, encoding_pass.load(batch)
 
     def encode(batch_and_loaded: tuple[Batch, Loaded]) -> EncodedBatch[Loaded]:
+        nonlocal compared
         batch, loaded = batch_and_loaded
         with clock.measure():
-            return EncodedBatch(batch, loaded, encoding_pass.encode(loaded))
+            tensors = encoding_pass.encode(loaded)
+            output = AsyncHostCopy(tensors) if tensors else None
+        if tensors and output and not compared:
+            with clock.left_out():
+                again = partial(encoding_pass.encode, loaded)
+                compare(encoding_pass.name, tensors, output, again)
+            compared = True
+        return EncodedBatch(batch, loaded, output)
 
     batches = (
         batch
         for shard in shards
         for batch in batches_of(encoding_pass.prepare(shard), encoding_pass.batch_size.now)
     )
-    num_loaders = encoding_pass.num_loaders
+    num_loaders, device = encoding_pass.num_loaders, encoding_pass.device
     with (
-        ThreadPoolExecutor(num_loaders, "load") as loaders,
-        ThreadPoolExecutor(1, "encode") as encoder,
+        ThreadPoolExecutor(num_loaders, "load", use_device, (device,)) as loaders,
+        ThreadPoolExecutor(1, "encode", use_device, (device,)) as encoder,
         contextlib.closing(prefetch(loaders, load, batches, num_loaders + 1)) as loaded,
         contextlib.closing(prefetch(encoder, encode, loaded, BATCHES_AHEAD)) as encoded,
     ):

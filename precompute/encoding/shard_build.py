@@ -42,7 +42,7 @@ class ShardBuild:
         metadata: JSON members of the items' records.
         kept: records that the shard on disk has already, by position.
         to_encode: positions of the items to encode; all others are kept or left out.
-        skipped: rows that are left out so far.
+        skipped: rows that are left out so far, by their number in the inventory.
         caption_keys: for latents, the keys of each image's prompts by the image's key.
     """
 
@@ -52,15 +52,13 @@ class ShardBuild:
     metadata: list[bytes]
     kept: dict[int, ExistingRecord] = field(default_factory=dict)
     to_encode: set[int] = field(default_factory=set)
-    skipped: list[Skipped] = field(default_factory=list)
+    skipped: dict[int, Skipped] = field(default_factory=dict)
     caption_keys: Mapping[str, list[str]] | None = None
 
-    def leave_out(self, position: int, skipped: Skipped | None) -> None:
-        """Neither keep nor encode an item; with a reason, list its row in the sidecar."""
+    def leave_out(self, position: int) -> None:
+        """Neither keep nor encode an item."""
         self.kept.pop(position, None)
         self.to_encode.discard(position)
-        if skipped is not None:
-            self.skipped.append(skipped)
 
     def read_kept(self, positions: Iterable[int]) -> list[Members]:
         """Return the members of the kept records among some items.
@@ -94,7 +92,7 @@ class ShardBuild:
             fingerprint=self.plan.fingerprint,
             identity=self.product.identity_digest,
             num_bytes=self.product.shard_bytes(self.plan),
-            skipped=self.skipped,
+            skipped=list(self.skipped.values()),
             prompts=[] if keys is None else [keys[record.key] for record in records],
             captions=self.plan.captions,
         )

@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from common.device import AsyncHostCopy
 from common.errors import ShardError
 from precompute.encoding.batch_size import BatchSize, in_parts
 from precompute.planning.encoder_spec import CLIP_COMPONENTS, T5_COMPONENTS, TextSettings
@@ -90,7 +89,7 @@ class TextEncoders:
         )
 
     @torch.no_grad()
-    def encode(self, tokens: Tokens, size: BatchSize) -> AsyncHostCopy:
+    def encode(self, tokens: Tokens, size: BatchSize) -> dict[str, Tensor]:
         """Return the embeddings of prompts, in the cache's number format.
 
         Args:
@@ -98,11 +97,12 @@ class TextEncoders:
             size: how many prompts are encoded at once.
 
         Returns:
-            `clip_embeds` [B, T, W], `t5_embeds` [B, T, W] and `pooled_embeds` [B, W], while they
-            are copied to the host.
+            `clip_embeds` [B, T, W], `t5_embeds` [B, T, W] and `pooled_embeds` [B, W], on the
+            device.
         """
         embeds = in_parts(self._embeds, [tokens.t5, *tokens.clip], size)
-        return AsyncHostCopy(embeds, getattr(torch, self.settings.cache_dtype))
+        dtype = getattr(torch, self.settings.cache_dtype)
+        return {name: tensor.to(dtype) for name, tensor in embeds.items()}
 
     def _embeds(self, t5: Tensor, *clip: Tensor) -> dict[str, Tensor]:
         hidden, pooled = [], []

@@ -5,7 +5,6 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from common.device import AsyncHostCopy
 from common.interruption import StopCheck
 from common.progress import Progress
 from precompute.encoding.batch_size import BatchSize, find_batch_size
@@ -37,11 +36,13 @@ class TextPass:
         context: of the run.
     """
 
+    name = "text"
     num_loaders = 1  # two threads must not use a tokenizer at once
 
     def __init__(self, context: Context) -> None:
         config, specs = context.config, context.specs
         self.context = context
+        self.device = context.device
         self.max_sequence_length = config.max_sequence_length
         self.encoders = TextEncoders(
             specs.base, specs.text_settings, context.device, config.variant
@@ -70,7 +71,7 @@ class TextPass:
             whole[index] = prompts[position]
         return LoadedPrompts(prompts, self.encoders.tokenize(whole))
 
-    def encode(self, loaded: LoadedPrompts) -> AsyncHostCopy | None:
+    def encode(self, loaded: LoadedPrompts) -> Embeddings | None:
         """Return the embeddings of a batch."""
         return self.encoders.encode(loaded.tokens, self.batch_size) if loaded.tokens else None
 
@@ -94,8 +95,8 @@ class TextPass:
         Raises:
             ShardError: an embedding is not finite.
         """
-        batch = self.encoders.encode(self.encoders.tokenize([prompt]), self.batch_size).wait()
-        embeds = {name: tensor[0] for name, tensor in batch.items()}
+        batch = self.encoders.encode(self.encoders.tokenize([prompt]), self.batch_size)
+        embeds = {name: tensor[0].cpu() for name, tensor in batch.items()}
         require_finite(embeds, prompt)
         return embeds
 

@@ -8,7 +8,6 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from common.device import AsyncHostCopy
 from precompute.encoding.batch_size import BatchSize, in_parts
 from precompute.planning.encoder_spec import LatentSettings
 from sd3.pixels import to_pixels
@@ -48,7 +47,9 @@ class VaeEncoder:
         self.vae = vae.eval()
 
     @torch.no_grad()
-    def encode(self, uint8: Tensor, pixel_range: str, name: str, size: BatchSize) -> AsyncHostCopy:
+    def encode(
+        self, uint8: Tensor, pixel_range: str, name: str, size: BatchSize
+    ) -> dict[str, Tensor]:
         """Return the latents of images as the VAE computes them: not shifted, not scaled.
 
         Args:
@@ -59,7 +60,7 @@ class VaeEncoder:
 
         Returns:
             `<name>` [B, C, h, w], and `<name>_std` where the cache keeps it, in the cache's number
-            format, while they are copied to the host.
+            format, on the device.
         """
 
         def compute(part: Tensor) -> dict[str, Tensor]:
@@ -70,7 +71,8 @@ class VaeEncoder:
                 tensors[f"{name}_std"] = posterior.std
             return tensors
 
-        return AsyncHostCopy(in_parts(compute, [uint8], size), self.cache_dtype)
+        latents = in_parts(compute, [uint8], size)
+        return {key: tensor.to(self.cache_dtype) for key, tensor in latents.items()}
 
 
 def is_finite(tensors: dict[str, Tensor]) -> bool:

@@ -92,6 +92,10 @@ class Context:
     @cached_property
     def finished(self) -> dict[Path, list[Summary | None]]:
         """The summaries of the shards that were on disk as planned at first use, by folder."""
+        return self.finished_now()
+
+    def finished_now(self) -> dict[Path, list[Summary | None]]:
+        """Return the summaries of the shards that are on disk as planned, by folder."""
         return {
             product.folder: [product.finished(shard) for shard in range(product.num_shards)]
             for product in self.products_by_folder().values()
@@ -228,4 +232,7 @@ class Context:
                 "revision": self.config.revision,
                 "versions": versions(),
             },
+            num_rows=len(self.inventory),
+            num_images=self.products.latents.num_records,
+            max_bad_fraction=self.bad_rows.max_fraction,
         )

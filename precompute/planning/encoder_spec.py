@@ -11,7 +11,7 @@ from precompute.config import PrecomputeConfig
 from precompute.planning.digest_cache import DigestCache
 from precompute.planning.fingerprint import hash_component
 from sd3.buckets import bucket_shapes
-from sd3.pretrained import read_config
+from sd3.pretrained import has_component, largest_side, read_config, vae_factor
 from shards.format.specs import LatentSpec, TextSpec
 
 # Above this the activations of a whole image take more memory than many GPUs have.
@@ -188,7 +188,8 @@ def read_specs(base: Path, config: PrecomputeConfig) -> EncoderSpecs:
     """Return what the encoders compute, from the base model's configurations and the settings.
 
     Raises:
-        ConfigError: a configuration is not that of an SD3 model.
+        ConfigError: a configuration is not that of an SD3 model, or the transformer, where it is
+            beside the encoders, has no positions for pictures so large.
     """
     side = config.resolution
     text_settings = TextSettings(config.max_sequence_length, config.text_dtype, config.cache_dtype)
@@ -200,6 +201,8 @@ def read_specs(base: Path, config: PrecomputeConfig) -> EncoderSpecs:
         config.cache_dtype,
         config.background,
     )
+    if has_component(base, "transformer"):
+        _check_positions(base, latent_settings)
     return EncoderSpecs(
         base,
         text_settings,
@@ -208,3 +211,12 @@ def read_specs(base: Path, config: PrecomputeConfig) -> EncoderSpecs:
         latent_spec(base, latent_settings, "-1_1"),
         latent_spec(base, latent_settings, config.conditioning_range),
     )
+
+
+def _check_positions(base: Path, settings: LatentSettings) -> None:
+    largest = largest_side(read_config(base, "transformer")) * vae_factor(base)
+    if max(max(shape) for shape in settings.shapes) > largest:
+        raise ConfigError(
+            f"--resolution {settings.resolution_px}: the base has positions for {largest} px "
+            "a side at most; give less."
+        )

@@ -11,7 +11,7 @@ from common.device import pick_device
 from common.errors import ConfigError
 from common.provenance import RUN
 from precompute.config import PrecomputeConfig
-from precompute.planning.bad_rows import BadRows, bad_rows
+from precompute.planning.bad_rows import BadRows, faulty_rows
 from precompute.planning.context import Context, Products
 from precompute.planning.digest_cache import DigestCache
 from precompute.planning.encoder_spec import (
@@ -97,7 +97,7 @@ def prepare(config: PrecomputeConfig) -> Context:
     rows = choose_rows(len(source), config.max_train_samples, config.seed)
     inventory = take_inventory(source, rows, digests, conditioning=annotator is None)
     bad = BadRows(len(rows), 0.0 if config.strict else config.max_bad_fraction)
-    bad.add(bad_rows(source, inventory))
+    bad.add(faulty_rows(source, inventory))
     held_out = held_out_rows(inventory, config.validation_rows, config.seed)
     prompts = distinct_prompts(inventory)
     return Context(

@@ -69,6 +69,9 @@ class ExpectedCache:
         buckets: shapes of the latent grids.
         held_out: shards of latents that training leaves out; ascending.
         made_by: versions and base model, for people.
+        num_rows: of the source; 0 in a plan that does not say it.
+        num_images: how many latents there are if every row can be used.
+        max_bad_fraction: how much of the rows may be left out.
     """
 
     products: dict[str, ExpectedProduct]
@@ -79,6 +82,9 @@ class ExpectedCache:
     buckets: list[tuple[int, int]]
     held_out: list[Count]
     made_by: dict[str, Any]
+    num_rows: Count = 0
+    num_images: Count = 0
+    max_bad_fraction: float = 1.0
     format_version: int = FORMAT_VERSION
 
     def missing(self, cache: Path) -> dict[str, list[int]]:

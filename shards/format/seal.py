@@ -5,16 +5,23 @@ A process that finds every expected shard writes the manifest: a worker of stage
 """
 
 import contextlib
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from common.errors import ShardError
-from shards.format import manifest, sidecar
+from shards.format import bad_rows, manifest, sidecar
 from shards.format.expected_cache import ExpectedCache, ExpectedProduct
 from shards.format.json_files import digest
 from shards.format.manifest import Manifest, conditioning_folder, validation_folder
 from shards.format.product import Product, captions_digest, product_of
-from shards.format.sidecar import Sidecar
+from shards.format.sidecar import Sidecar, Skipped
+from shards.format.specs import LatentSpec
+
+# Who made this file may change the manifest. It counts as a temporary file.
+CLAIM = f"{manifest.MANIFEST}.tmp-0"
+# The manifest is changed in a second or less.
+ABANDONED_AFTER_S = 20
 
 
 def previous_manifest(cache: Path) -> Manifest | None:
@@ -26,6 +33,15 @@ def previous_manifest(cache: Path) -> Manifest | None:
     return None
 
 
+def withdraw(cache: Path) -> None:
+    """Make a complete cache an incomplete one, before its shards change.
+
+    What its manifest says of other controls is needed when it is sealed again.
+    """
+    with _alone(cache), contextlib.suppress(FileNotFoundError):  # another worker was first
+        (cache / manifest.MANIFEST).rename(cache / manifest.PREVIOUS)
+
+
 def seal(cache: Path, expected: ExpectedCache) -> Manifest:
     """Write the manifest of a cache whose shards are all there; return it.
 
@@ -33,58 +49,106 @@ def seal(cache: Path, expected: ExpectedCache) -> Manifest:
     their prompts were encoded as they are now; otherwise they must be made again.
 
     Raises:
-        ShardError: shards are missing or differ from what is expected; naming them.
+        ShardError: shards are missing or differ from what is expected; naming them. Or too many
+            rows were left out.
     """
     missing = expected.missing(cache)
     if missing:
         raise ShardError(f"{cache}: not complete; {expected.describe(missing)}")
+    products, skipped = _products(cache, expected)
+    captions = captions_digest(_sidecars(cache / "latents", expected.products["latents"]))
+    num_skipped = _num_skipped(expected, products, skipped)
+
+    def with_controls_of(before: Manifest | None) -> Manifest:
+        conditioning, specs, validation = _controls(expected, products, before)
+        return Manifest(
+            text=products["text"],
+            text_spec=expected.text_spec,
+            text_identity=digest(expected.products["text"].identity),
+            latents=products["latents"],
+            latent_spec=expected.latent_spec,
+            conditioning=conditioning,
+            conditioning_specs=specs,
+            validation=validation,
+            buckets=expected.buckets,
+            held_out=expected.held_out,
+            captions=captions,
+            num_skipped=num_skipped,
+            made_by=expected.made_by,
+        )
+
     before = previous_manifest(cache)
-    now = _manifest(cache, expected, before)
-    if now != before or not (cache / manifest.MANIFEST).is_file():
-        manifest.write(cache, now)
-    (cache / manifest.PREVIOUS).unlink(missing_ok=True)
+    now = with_controls_of(before)
+    if now == before and _is_sealed(cache):
+        return now  # the disk may be read-only
+    with _alone(cache):
+        before = previous_manifest(cache)
+        now = with_controls_of(before)
+        if now != before or not _is_sealed(cache):
+            manifest.write(cache, now)
+        (cache / manifest.PREVIOUS).unlink(missing_ok=True)
     return now
 
 
-def _manifest(cache: Path, expected: ExpectedCache, before: Manifest | None) -> Manifest:
-    products, num_skipped = _products(cache, expected)
-    latents = products["latents"]
-    text_identity = digest(expected.products["text"].identity)
+def _is_sealed(cache: Path) -> bool:
+    return (cache / manifest.MANIFEST).is_file() and not (cache / manifest.PREVIOUS).exists()
+
+
+@contextlib.contextmanager
+def _alone(cache: Path) -> Iterator[None]:
+    """Keep other processes from changing the manifest, on any disk and any machine.
+
+    Two that seal their controls at once would each leave out what the other adds. The file that
+    says so is made by one process only, on disks without locks, too. A killed process leaves it
+    behind; the next waits for `ABANDONED_AFTER_S` and takes its place.
+    """
+    path = cache / CLAIM
+    seen, since = None, time.monotonic()
+    while True:
+        try:
+            path.open("x").close()
+            break
+        except FileExistsError:
+            with contextlib.suppress(FileNotFoundError):
+                status = path.stat()
+                if (claim := (status.st_ino, status.st_mtime_ns)) != seen:
+                    seen, since = claim, time.monotonic()
+                elif time.monotonic() - since > ABANDONED_AFTER_S:
+                    path.unlink()
+            time.sleep(0.01)
+    try:
+        yield
+    finally:
+        path.unlink(missing_ok=True)
+
+
+def _controls(
+    expected: ExpectedCache, products: Mapping[str, Product], before: Manifest | None
+) -> tuple[dict[str, Product], dict[str, LatentSpec], dict[str, Product]]:
+    """Return conditioning, its specs and the validation pairs, by name of the control."""
     name = expected.conditioning_name
     conditioning = {name: products[conditioning_folder(name)]}
     specs = {name: expected.conditioning_spec}
     validation = {name: products[validation_folder(name)]}
-    if before and before.latents.fingerprint == latents.fingerprint:
+    if before and before.latents.fingerprint == products["latents"].fingerprint:
         conditioning = before.conditioning | conditioning
         specs = before.conditioning_specs | specs
-        if before.text_identity == text_identity:
+        if before.text_identity == digest(expected.products["text"].identity):
             validation = before.validation | validation
         else:
             validation = dict.fromkeys(before.validation, product_of(Path(), [])) | validation
-    return Manifest(
-        text=products["text"],
-        text_spec=expected.text_spec,
-        text_identity=text_identity,
-        latents=latents,
-        latent_spec=expected.latent_spec,
-        conditioning=conditioning,
-        conditioning_specs=specs,
-        validation=validation,
-        buckets=expected.buckets,
-        held_out=expected.held_out,
-        captions=captions_digest(_sidecars(cache / "latents", expected.products["latents"])),
-        num_skipped=num_skipped,
-        made_by=expected.made_by,
-    )
+    return conditioning, specs, validation
 
 
-def _products(cache: Path, expected: ExpectedCache) -> tuple[dict[str, Product], int]:
-    """Return the manifest's entries by folder, and how many source rows were left out."""
-    skipped_rows: set[str] = set()
+def _products(
+    cache: Path, expected: ExpectedCache
+) -> tuple[dict[str, Product], dict[str, Skipped]]:
+    """Return the manifest's entries by folder, and the source rows left out, by name."""
+    skipped: dict[str, Skipped] = {}
 
     def noting_skipped(sidecars: Iterator[Sidecar]) -> Iterator[Sidecar]:
         for each in sidecars:
-            skipped_rows.update(skipped.row for skipped in each.skipped)
+            skipped.update((one.row, one) for one in each.skipped)
             yield each
 
     products = {
@@ -95,7 +159,29 @@ def _products(cache: Path, expected: ExpectedCache) -> tuple[dict[str, Product],
         )
         for folder, product in expected.products.items()
     }
-    return products, len(skipped_rows)
+    return products, skipped
+
+
+def _num_skipped(
+    expected: ExpectedCache, products: Mapping[str, Product], skipped: Mapping[str, Skipped]
+) -> int:
+    """Return how many source rows were left out.
+
+    Names do not tell: a row's line number may have moved between the making of two shards. What
+    counts is how many records are missing.
+
+    Raises:
+        ShardError: more than are allowed.
+    """
+    if not expected.num_rows:  # a plan of a former version
+        return len(skipped)
+    num_records = products[conditioning_folder(expected.conditioning_name)].num_records
+    images_per_row = expected.num_images // expected.num_rows
+    count = -(-(expected.num_images - num_records) // images_per_row)
+    bound = (count, expected.num_rows, expected.max_bad_fraction)
+    if bad_rows.too_many(*bound):
+        raise bad_rows.refusal(*bound, list(skipped.values()))
+    return count
 
 
 def _sidecars(folder: Path, product: ExpectedProduct) -> Iterator[Sidecar]:

@@ -12,6 +12,7 @@ from accelerate.utils import DistributedType
 from common.errors import ConfigError
 from train import compatibility, distribution
 from train.config import TrainConfig
+from train.run import train
 from train.saving import checkpoints
 
 
@@ -111,3 +112,15 @@ def test_products_in_8_bit_need_hardware(
         distribution.check(card, config)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     distribution.check(card, config)
+
+
+@pytest.mark.parametrize("name", ["fp8", "BF16"])
+def test_accelerate_may_ask_for_a_precision_that_training_lacks(
+    name: str, train_config: TrainConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", name)
+    config = replace(train_config, mixed_precision=None)
+    says = f"says mixed_precision: {name}; training supports no, fp16, bf16: give --mixed-precision"
+    for run in (config, replace(config, estimate=True)):
+        with pytest.raises(ConfigError, match=says):
+            train(run)

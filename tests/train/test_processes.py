@@ -42,27 +42,29 @@ def config(train_config: TrainConfig) -> TrainConfig:
 
 
 def launch(
-    name: str, config: TrainConfig, num_processes: int = 2
+    name: str, config: TrainConfig, num_processes: int = 2, **environment: str
 ) -> subprocess.CompletedProcess[str]:
-    """Train as one of configs/accelerate/ says, in float32 on CPUs."""
+    """Train on CPUs as one of configs/accelerate/ says."""
     if name.startswith("zero") and importlib.util.find_spec("deepspeed") is None:
         pytest.skip("deepspeed is not installed: pip install '.[deepspeed]'")
     options = {
         "config_file": REPOSITORY / "configs" / "accelerate" / f"{name}.yaml",
         "num_processes": num_processes,
         "main_process_port": free_port(),
-        "mixed_precision": "no",
     }
     launch = [part for key, value in options.items() for part in (f"--{key}", value)]
     return run_python(
         *("-m", "accelerate.commands.launch", *launch, "-m", "tests.sharded_on_cpu", "train"),
         *flags(config),
         DS_ACCELERATOR="cpu",
+        **environment,
     )
 
 
-def train_sharded(name: str, config: TrainConfig, num_processes: int = 2) -> None:
-    done = launch(name, config, num_processes)
+def train_sharded(
+    name: str, config: TrainConfig, num_processes: int = 2, **environment: str
+) -> None:
+    done = launch(name, config, num_processes, **environment)
     assert done.returncode == 0, done.stderr
 
 

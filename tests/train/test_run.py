@@ -27,7 +27,7 @@ from train import models
 from train.config import TrainConfig
 from train.misplaced_options import MISPLACED
 from train.run import train
-from train.saving import checkpoints
+from train.saving import checkpoints, resuming
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 
@@ -152,7 +152,7 @@ def test_an_unfinished_checkpoint_is_passed_over(train_config: TrainConfig) -> N
     (out / "checkpoint-9.partial").mkdir()
     (out / "checkpoint-8").mkdir()
     assert [path.name for path in checkpoints.find(out)] == ["checkpoint-2", "checkpoint-4"]
-    assert checkpoints.choose(out, "latest") == out / "checkpoint-4"
+    assert resuming.choose(out, "latest") == out / "checkpoint-4"
 
 
 def test_a_new_run_does_not_mix_with_an_old_one(train_config: TrainConfig) -> None:
@@ -201,7 +201,7 @@ def test_mixed_precision_trains_float32_weights(train_config: TrainConfig) -> No
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU can")
 def test_a_precision_that_the_device_lacks_is_refused(train_config: TrainConfig) -> None:
-    with pytest.raises(ConfigError, match="--mixed-precision fp16: CPUs have no fp16"):
+    with pytest.raises(ConfigError, match="--mixed-precision fp16: accelerate scales no losses"):
         train(replace(train_config, mixed_precision="fp16"))
 
 

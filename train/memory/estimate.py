@@ -12,7 +12,8 @@ from shards.reading.cache import Cache
 from shards.remote.streaming import open_files
 from train import models
 from train.config import TrainConfig
-from train.memory.simulation import Estimate, Sizes, mixed_precision, simulate
+from train.memory.simulation import Estimate, Sizes, simulate
+from train.models import mixed_precision
 
 GB = 1e9
 # Changes that may help, each with the settings that it requires.

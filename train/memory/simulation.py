@@ -4,7 +4,6 @@ The run's own networks take a step with fake tensors, on a CPU that imitates CUD
 changes what is kept. The memory that CUDA and its libraries take for themselves is not counted.
 """
 
-import os
 from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -28,7 +27,7 @@ from train.memory.stand_ins import (
     quantize,
     use_float32_norms,
 )
-from train.models import WEIGHT_DTYPES, prepare_networks, trained_parameters
+from train.models import WEIGHT_DTYPES, mixed_precision, prepare_networks, trained_parameters
 from train.optim.adamw import state_bytes
 from train.optim.ema import Ema
 from train.optim.offloaded_state import is_offloaded
@@ -78,11 +77,6 @@ class Estimate:
     def peak(self) -> int:
         """The most device memory at any time."""
         return max(sum(self.step.values()), self.validation)
-
-
-def mixed_precision(config: TrainConfig) -> str:
-    """Return the precision of a run: that of accelerate's configuration unless it is given."""
-    return config.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
 
 
 def simulate(config: TrainConfig, sizes: Sizes) -> Estimate:

@@ -40,6 +40,12 @@ class Ema:
             update([average], [parameter.float()], self.num_steps)
         self.num_steps += 1
 
+    def named_weights(self) -> dict[str, Tensor]:
+        """Return the averages by the weights' names, in float32, sharded as the network is."""
+        named = self.network.named_parameters()
+        names = [name for name, parameter in named if parameter.requires_grad]
+        return dict(zip(names, self.weights, strict=True))
+
     @contextlib.contextmanager
     @torch.no_grad()
     def applied(self) -> Iterator[None]:

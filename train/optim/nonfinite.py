@@ -1,8 +1,9 @@
 """Steps whose gradient is not finite: they change nothing, and the samples at fault are named.
 
 The host does not wait for the device: torch's fused optimiser skips such a step by itself, and what
-is reported about a step is read while the next one runs. Other optimisers cannot skip by
-themselves, so for them the host reads the flag.
+is reported about a step is read while the next one runs. It waits where the run goes on after such
+steps, as in fp16, for a step that is left out moves neither the schedule nor the moving average;
+and with other optimisers, which cannot skip by themselves.
 """
 
 from collections.abc import Callable
@@ -16,15 +17,19 @@ from common.device import AsyncHostCopy
 from common.errors import RunError
 
 LISTED_SAMPLES = 8
+# fp16 may leave out some in a row until it finds its loss scale, but hardly 32: that would bring
+# it from 2**32 to 1. More will not help then, as with weights that are no longer finite.
+MOST_IN_A_ROW = 32
 LEFT_OUT = "Its update was left out."
 ALREADY_APPLIED = "Its update was made: go on from the last checkpoint."
 PARTLY_APPLIED = (
     "Weights whose own gradients were finite were updated: go on from the last checkpoint."
 )
-ADVICE = (
+HELP = (
     "A lower --learning-rate or --mixed-precision bf16 may help; python "
-    "-m shards verify looks for damaged numbers; --on-nonfinite skip goes on without such steps."
+    "-m shards verify looks for damaged numbers"
 )
+GO_ON = "--on-nonfinite skip goes on without such steps."
 
 
 def skip_next_update(optimizer: Any, nonfinite: Tensor) -> None:
@@ -58,8 +63,9 @@ class NonFiniteGuard:
 
     Args:
         optimizer: torch's own, or a compatible one.
-        scaler: accelerate's gradient scaler for fp16, or None. It skips steps by itself, and finds
-            its scale by infinite gradients; so with it only losses are watched.
+        scales_loss: whether losses are scaled, as for fp16. Then such steps are left out without
+            our help, and gradients that overflow are no fault but the way to find the scale; so
+            only losses are.
         update_already_applied: whether the update is made before the norm is known, as by
             DeepSpeed.
         updates_per_weight: whether weights are updated one by one, so that some may be updated
@@ -72,8 +78,8 @@ class NonFiniteGuard:
     def __init__(
         self,
         optimizer: Any,
-        scaler: Any,
         *,
+        scales_loss: bool = False,
         update_already_applied: bool,
         updates_per_weight: bool = False,
         stop: bool,
@@ -81,13 +87,14 @@ class NonFiniteGuard:
         print: Callable[[str], None],
     ) -> None:
         self.optimizer = optimizer
-        self.scaler = scaler
+        self.scales_loss = scales_loss
         self.update_already_applied = update_already_applied
         self.updates_per_weight = updates_per_weight
         self.stop = stop
         self.sample_key = sample_key
         self.print = print
         self.num_skipped = 0
+        self._in_a_row = 0
         self.loss_sum, self.num_losses = 0.0, 0
         self._pending: Report | None = None
 
@@ -98,11 +105,17 @@ class NonFiniteGuard:
             1 if it is not finite, else 0, in float32, on the norm's device.
         """
         nonfinite = (~torch.isfinite(norm.detach())).float()
-        if self.scaler is not None:
-            return torch.zeros_like(nonfinite)
-        if not self.update_already_applied:
+        if not (self.scales_loss or self.update_already_applied):
             skip_next_update(self.optimizer, nonfinite)
         return nonfinite
+
+    def is_left_out(self, nonfinite: Tensor) -> bool:
+        """Return whether a step is left out, and the run goes on.
+
+        Args:
+            nonfinite: what `before_update` returned.
+        """
+        return (self.scales_loss or not self.stop) and bool(nonfinite)
 
     def after_update(self, step: int, places: list[int], losses: Tensor, nonfinite: Tensor) -> None:
         """Note a step, and examine the one before it.
@@ -117,14 +130,16 @@ class NonFiniteGuard:
             RunError: the step before was not finite, and the run is to stop then.
         """
         self.finish()
-        copies = AsyncHostCopy({"losses": losses.detach(), "nonfinite": nonfinite}, torch.float32)
+        values = {"losses": losses.detach().float(), "nonfinite": nonfinite.float()}
+        copies = AsyncHostCopy(values)
         self._pending = Report(step, places, copies)
 
     def finish(self) -> None:
         """Wait for the last step noted, and examine it.
 
         Raises:
-            RunError: it was not finite, and the run is to stop then.
+            RunError: it was not finite, and the run is to stop then, or so many before it were
+                not either that the run is lost.
         """
         report, self._pending = self._pending, None
         if report is None:
@@ -133,12 +148,22 @@ class NonFiniteGuard:
         losses, finite = copies["losses"], torch.isfinite(copies["losses"])
         self.loss_sum += float(losses[finite].sum())
         self.num_losses += int(finite.sum())
-        if not copies["nonfinite"] and (self.scaler is None or bool(finite.all())):
+        if not copies["nonfinite"]:
+            self._in_a_row = 0
             return
         self.num_skipped += 1
+        self._in_a_row += 1
+        if self._in_a_row == MOST_IN_A_ROW:
+            raise RunError(
+                f"step {report.step}: the last {MOST_IN_A_ROW} steps were left out, since their "
+                "gradients were not finite. Go on from a checkpoint before them. "
+                f"{HELP}."
+            )
+        if self.scales_loss and bool(finite.all()):
+            return
         line = self._describe(report, losses.tolist(), finite.tolist())
         if self.stop:
-            raise RunError(f"{line} {self._consequence()} {ADVICE}")
+            raise RunError(f"{line} {self._consequence()} {HELP}; {GO_ON}")
         exception = ", but for weights with finite gradients" if self.updates_per_weight else ""
         self.print(f"{line} Left out{exception}.")
 

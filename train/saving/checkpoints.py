@@ -1,35 +1,41 @@
-"""Checkpoints: written to a temporary folder and renamed, so that each is complete.
+"""Checkpoints: written to a temporary folder, synced and renamed, so that each is complete.
+
+Neither a killed process nor a power failure leaves half of one: older ones are removed only when
+the new one is on the disk.
 
 checkpoint-500/
     train_state.json      written last: see `TrainState`
     run.json              settings and versions, for people
     controlnet/           as diffusers loads it
     controlnet_ema/       the averaged weights in the same form, if there are any
-    optimizer.bin, scheduler.bin, random_states_*.pkl, scaler.pt    accelerate's
+    optimizer.bin, scheduler.bin, random_states_*.pkl, scaler.pt    accelerate's; for FSDP2 and
+                          DeepSpeed folders with a file of each process
 """
 
 import json
 import shutil
+from collections import ChainMap
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from typing import TypeVar
 
 from accelerate import Accelerator
 from accelerate.utils import gather_object
-from diffusers import SD3ControlNetModel
 from safetensors import SafetensorError
 
-from common.atomic_files import write_text
+from common.atomic_files import move_into_place, sync_tree, write_text
 from common.errors import ConfigError, RunError, os_error_line
 from common.provenance import write_run
-from sd3.pretrained import read_config
 from train.config import TrainConfig
-from train.distribution import Strategy, strategy
+from train.distribution import Strategy, main_decides, strategy
 from train.optim.ema import Ema
-from train.saving.controlnet import CONTROLNET_FOLDER, EMA_FOLDER, save_controlnet
+from train.saving.controlnet import EMA_FOLDER, save_controlnet
+from train.saving.digests import FileDigest, deal, digest_files, file_names
 
 STATE_FILE = "train_state.json"
 PREFIX = "checkpoint-"
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -46,6 +52,7 @@ class TrainState:
         averaged_steps: updates in the moving average of the weights; 0 without one.
         distribution: how the processes shared the ControlNet and its optimiser's state.
         num_processes: how many processes there were.
+        files: the checkpoint's other files, by path; empty in checkpoints of earlier versions.
     """
 
     step: int
@@ -57,50 +64,34 @@ class TrainState:
     averaged_steps: int = 0
     distribution: Strategy = "copies"
     num_processes: int = 1
+    files: dict[str, FileDigest] = field(default_factory=dict)
 
 
 def find(output_dir: Path) -> list[Path]:
-    """Return the complete checkpoints in a folder, oldest first."""
+    """Return the complete checkpoints in a folder, oldest first, whatever numbers they bear."""
     complete = [path.parent for path in output_dir.glob(f"{PREFIX}*/{STATE_FILE}")]
     numbered = [path for path in complete if path.name.removeprefix(PREFIX).isdecimal()]
-    return sorted(numbered, key=lambda path: int(path.name.removeprefix(PREFIX)))
+    return sorted(numbered, key=lambda path: (recorded_step(path), _number(path)))
 
 
-def choose(output_dir: Path, wanted: str | None) -> Path | None:
-    """Return the checkpoint to resume from, or None to start from the beginning.
+def recorded_step(checkpoint: Path) -> int:
+    """Return the step that a checkpoint says it was saved after; by its name if it is damaged."""
+    try:
+        return parse_state(checkpoint).step
+    except (OSError, ValueError, TypeError):
+        return _number(checkpoint)
 
-    Args:
-        output_dir: the run's folder.
-        wanted: a checkpoint's name or path, `latest`, or None.
+
+def parse_state(checkpoint: Path) -> TrainState:
+    """Return where a run stood when it saved a checkpoint.
 
     Raises:
-        ConfigError: the wanted checkpoint does not exist, or the run would mix with later
-            checkpoints in the folder.
+        OSError, ValueError, TypeError: its state file is damaged.
     """
-    present = find(output_dir)
-    if wanted == "latest":
-        return present[-1] if present else None
-    if wanted is None:
-        if present:
-            raise ConfigError(
-                f"--output-dir {output_dir} holds {present[-1].name} of an earlier run: go on with "
-                "--resume-from-checkpoint latest, or give another folder, or remove them."
-            )
-        return None
-    for path in (Path(wanted), output_dir / Path(wanted).name):
-        if (path / STATE_FILE).is_file():
-            step = read_state(path).step
-            later = [other.name for other in present if read_state(other).step > step]
-            if later:
-                raise ConfigError(
-                    f"--resume-from-checkpoint {wanted}: {output_dir} holds later ones, "
-                    f"{', '.join(later)}; move them away, or give another --output-dir."
-                )
-            return path
-    names = ", ".join(path.name for path in present) or "none"
-    raise ConfigError(
-        f"--resume-from-checkpoint {wanted}: no complete checkpoint; {output_dir} has {names}."
-    )
+    document = dict(json.loads((checkpoint / STATE_FILE).read_text(encoding="utf-8")))
+    entries = dict(document.pop("files", {}))
+    files = {name: FileDigest(**entry) for name, entry in entries.items()}
+    return TrainState(**document, files=files)
 
 
 def read_state(checkpoint: Path) -> TrainState:
@@ -109,30 +100,12 @@ def read_state(checkpoint: Path) -> TrainState:
     Raises:
         ConfigError: its state file is damaged.
     """
-    path = checkpoint / STATE_FILE
     try:
-        return TrainState(**json.loads(path.read_text(encoding="utf-8")))
+        return parse_state(checkpoint)
     except (OSError, ValueError, TypeError) as error:
-        raise ConfigError(f"{path}: damaged ({error}); resume from an earlier one.") from error
-
-
-def check_same_model(checkpoint: Path, controlnet: SD3ControlNetModel) -> None:
-    """Check that a checkpoint holds a ControlNet of the same sizes as the one to train.
-
-    Raises:
-        ConfigError: it does not.
-    """
-    saved = read_config(checkpoint, CONTROLNET_FOLDER)
-    wrong = [
-        f"{name}: checkpoint {saved[name]}, now {now}"
-        for name, now in controlnet.config.items()
-        if not name.startswith("_") and name in saved and json.dumps(saved[name]) != json.dumps(now)
-    ]
-    if wrong:
         raise ConfigError(
-            f"{checkpoint}: holds a ControlNet of another shape ({'; '.join(wrong)}). Resume with "
-            "the same --num-controlnet-layers and base model, or start in another --output-dir."
-        )
+            f"{checkpoint / STATE_FILE}: damaged ({error}); resume from an earlier one."
+        ) from error
 
 
 def save(accelerator: Accelerator, config: TrainConfig, state: TrainState, ema: Ema | None) -> Path:
@@ -148,75 +121,124 @@ def save(accelerator: Accelerator, config: TrainConfig, state: TrainState, ema: 
         The checkpoint's folder.
 
     Raises:
-        RunError: it could not be written; earlier ones are unchanged.
+        RunError: it could not be written, or weights are not finite; earlier ones are unchanged.
     """
     final = config.output_dir / f"{PREFIX}{state.step}"
     partial = final.with_name(f"{final.name}.partial")
-    state = replace(
-        state,
-        averaged_steps=ema.num_steps if ema else 0,
-        distribution=strategy(accelerator),
-        num_processes=accelerator.num_processes,
-    )
+
+    def on_all(phase: Callable[[], Result]) -> list[Result]:
+        return _run_on_all(accelerator, phase, partial)
 
     def begin() -> None:
         if accelerator.is_main_process:
-            shutil.rmtree(partial, ignore_errors=True)
+            for leftover in (*_leftovers(config.output_dir, "partial"), partial):
+                shutil.rmtree(leftover, ignore_errors=True)
             partial.mkdir(parents=True)
 
     def write() -> None:
         accelerator.save_state(str(partial))
         if ema is not None:
-            with ema.applied():
-                save_controlnet(accelerator, ema.network, partial / EMA_FOLDER)
+            save_controlnet(accelerator, ema.network, partial / EMA_FOLDER, ema)
+
+    def settle() -> list[str]:
+        # On each process: a network disk may sync for a machine only what that machine wrote.
+        sync_tree(partial)
+        return file_names(partial)
+
+    on_all(begin)
+    on_all(write)
+    dealt = deal(on_all(settle))
+    digests = on_all(lambda: digest_files(partial, dealt[accelerator.process_index]))
+    state = replace(
+        state,
+        averaged_steps=ema.num_steps if ema else 0,
+        distribution=strategy(accelerator),
+        num_processes=accelerator.num_processes,
+        files=dict(sorted(ChainMap(*digests).items())),
+    )
 
     def complete() -> None:
         if accelerator.is_main_process:
             write_run(partial, "train", config)
             write_text(partial / STATE_FILE, json.dumps(asdict(state)) + "\n")
-            _remove(final)
-            partial.rename(final)
-            _remove_old(config.output_dir, config.checkpoints_total_limit)
+            _put_in_place(partial, final)
+            _remove_old(final, config.checkpoints_total_limit)
 
-    for phase in (begin, write, complete):
-        _run_on_all(accelerator, phase, partial)
+    on_all(complete)
     return final
 
 
-def _run_on_all(accelerator: Accelerator, phase: Callable[[], None], partial: Path) -> None:
+def _run_on_all(
+    accelerator: Accelerator, phase: Callable[[], Result], partial: Path
+) -> list[Result]:
     """Run a phase of saving on all processes; if it fails on any, all of them raise.
+
+    Returns:
+        What it returned on each process.
 
     Raises:
         RunError: it failed on at least one process.
     """
-    problem = ""
+    result, problem, advice = None, "", ""
     try:
-        phase()
+        result = phase()
+    except RunError as error:
+        problem = str(error)
     except (OSError, RuntimeError, SafetensorError) as error:  # torch.save raises RuntimeError
         problem = os_error_line(error) if isinstance(error, OSError) else str(error).splitlines()[0]
-    problems = [text for text in gather_object([problem]) if text]
-    if not problems:
-        return
-    if accelerator.is_main_process:
+        advice = " Make room, or give --checkpoints-total-limit, and go on with "
+    outcomes = gather_object([(result, problem, advice)])
+    failed = [outcome for outcome in outcomes if outcome[1]]
+    if not failed:
+        return [outcome[0] for outcome in outcomes]
+    _, problem, advice = failed[0]
+
+    def kept() -> str:
         shutil.rmtree(partial, ignore_errors=True)
-    kept = find(partial.parent)
-    earlier = f"{kept[-1].name} is kept" if kept else "there is no earlier one"
+        present = find(partial.parent)
+        return f"{present[-1].name} is kept" if present else "there is no earlier one"
+
     raise RunError(
-        f"{partial.with_suffix('')} could not be written ({problems[0]}); {earlier}. Make room, or "
-        "give --checkpoints-total-limit, and go on with --resume-from-checkpoint latest."
+        f"{partial.with_suffix('')} could not be written ({problem}); {main_decides(kept)}."
+        + (f"{advice}--resume-from-checkpoint latest." if advice else "")
     )
 
 
-def _remove_old(output_dir: Path, limit: int | None) -> None:
-    """Remove all complete checkpoints but the last `limit`; None keeps them all."""
-    for old in find(output_dir)[: -limit if limit else 0]:
-        _remove(old)
-
-
-def _remove(checkpoint: Path) -> None:
-    """Remove a checkpoint so that an interruption leaves no half of it under its name."""
-    if checkpoint.is_dir():
-        removed = checkpoint.with_name(checkpoint.name + ".removed")
-        shutil.rmtree(removed, ignore_errors=True)
-        checkpoint.rename(removed)
+def _put_in_place(partial: Path, final: Path) -> None:
+    """Give a finished checkpoint its name, so that neither it nor one of that name is ever half."""
+    if final.is_dir():
+        _set_aside(final)
+    move_into_place(partial, final)
+    for removed in _leftovers(final.parent, "removed"):
         shutil.rmtree(removed)
+
+
+def _remove_old(written: Path, limit: int | None) -> None:
+    """Remove all complete checkpoints but `limit`; None keeps them all.
+
+    The one just written stays. Later ones go first: they are damaged, else the run would have gone
+    on from them.
+    """
+    if limit is None:
+        return
+    step = recorded_step(written)
+    others = [path for path in find(written.parent) if path != written]
+    others.sort(key=lambda path: recorded_step(path) <= step)  # keeps their order otherwise
+    for old in others[: max(0, len(others) - (limit - 1))]:
+        shutil.rmtree(_set_aside(old))
+
+
+def _set_aside(checkpoint: Path) -> Path:
+    """Rename a checkpoint, so that an interruption leaves no half of it under its name."""
+    removed = checkpoint.with_name(f"{checkpoint.name}.removed")
+    shutil.rmtree(removed, ignore_errors=True)
+    return checkpoint.rename(removed)
+
+
+def _leftovers(output_dir: Path, suffix: str) -> list[Path]:
+    """Return what interrupted runs left of checkpoints: `partial` or `removed`."""
+    return sorted(output_dir.glob(f"{PREFIX}*.{suffix}"))
+
+
+def _number(checkpoint: Path) -> int:
+    return int(checkpoint.name.removeprefix(PREFIX))

@@ -8,8 +8,12 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from diffusers import SD3ControlNetModel
+from torch import Tensor
 
-from train.distribution import full_state_dict
+from common.atomic_files import sync_folder, sync_tree
+from common.errors import RunError
+from sd3.finite import nonfinite_weight
+from train.distribution import full_state_dict, main_decides
 from train.optim.ema import Ema
 
 CONTROLNET_FOLDER = "controlnet"
@@ -36,7 +40,7 @@ def use_diffusers_format(accelerator: Accelerator) -> None:
 
 def restore_ema(checkpoint: Path, ema: Ema, num_steps: int) -> None:
     """Continue from a checkpoint's average of `num_steps` updates, if it has one."""
-    if (checkpoint / EMA_FOLDER).is_dir():
+    if num_steps:
         saved = SD3ControlNetModel.from_pretrained(checkpoint, subfolder=EMA_FOLDER)
         ema.restore(saved.state_dict(), num_steps)
 
@@ -50,8 +54,7 @@ def save_result(
     """
     _replace_controlnet(accelerator, controlnet, output_dir)
     if ema is not None:
-        with ema.applied():
-            _replace_controlnet(accelerator, controlnet, output_dir / EMA_FOLDER)
+        _replace_controlnet(accelerator, controlnet, output_dir / EMA_FOLDER, ema)
 
 
 def is_same_controlnet(one: Path, other: Path) -> bool:
@@ -66,14 +69,30 @@ def is_same_controlnet(one: Path, other: Path) -> bool:
     )
 
 
-def save_controlnet(accelerator: Accelerator, controlnet: Any, folder: Path) -> None:
+def save_controlnet(
+    accelerator: Accelerator, controlnet: Any, folder: Path, average: Ema | None = None
+) -> None:
     """Save all weights of a ControlNet, sharded or not, in diffusers' format.
 
     Every process must call this, with the ControlNet as accelerate prepared it.
+
+    Args:
+        accelerator: prepared the ControlNet.
+        controlnet: the ControlNet.
+        folder: where to save it.
+        average: saved in place of the weights that it averages, in float32.
+
+    Raises:
+        RunError: a weight is not finite; nothing is saved.
     """
-    weights = full_state_dict(accelerator, controlnet)
+    weights = full_state_dict(
+        accelerator, controlnet, None if average is None else average.named_weights()
+    )
+    main_decides(lambda: _refuse_nonfinite(weights))
     if not accelerator.is_main_process:
         return
+    if average is not None:
+        weights = {name: tensor.float() for name, tensor in weights.items()}
     config = accelerator.unwrap_model(controlnet).config
     with torch.device("meta"):
         network = SD3ControlNetModel.from_config(config)
@@ -81,17 +100,30 @@ def save_controlnet(accelerator: Accelerator, controlnet: Any, folder: Path) -> 
     network.save_pretrained(str(folder))
 
 
-def _replace_controlnet(accelerator: Accelerator, controlnet: Any, folder: Path) -> None:
+def _refuse_nonfinite(weights: dict[str, Tensor]) -> None:
+    if (name := nonfinite_weight(weights.items())) is not None:
+        raise RunError(
+            f"the weight {name} is no longer finite, so the ControlNet is not saved; go on from an "
+            "earlier checkpoint with a lower --learning-rate"
+        )
+
+
+def _replace_controlnet(
+    accelerator: Accelerator, controlnet: Any, folder: Path, average: Ema | None = None
+) -> None:
     """Save a ControlNet over an earlier one, so that an interruption leaves no mixture of both."""
     partial = folder / "controlnet.partial"
     if accelerator.is_main_process:
         shutil.rmtree(partial, ignore_errors=True)
-    save_controlnet(accelerator, controlnet, partial)
+    save_controlnet(accelerator, controlnet, partial, average)
     if not accelerator.is_main_process:
         return
+    sync_tree(partial)
     # The configuration is removed first and comes last: without it the folder is not a model.
     for stale in (folder / "config.json", *folder.glob("diffusion_pytorch_model*")):
         stale.unlink(missing_ok=True)
     for file in sorted(partial.iterdir(), key=lambda path: path.name == "config.json"):
+        sync_folder(folder)
         file.replace(folder / file.name)
     partial.rmdir()
+    sync_folder(folder)

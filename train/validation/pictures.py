@@ -24,12 +24,12 @@ from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor
 
-from common.atomic_files import write_text
+from common.atomic_files import move_into_place, write_text
 from sd3 import vae_decoder
 from sd3.vae_decoder import to_bytes
 from train import models
 from train.assembly import Run
-from train.distribution import reshard
+from train.distribution import main_decides, reshard
 from train.validation.held_out import held_out_loss
 from train.validation.sampling import Pair, negative_embeds, sample
 
@@ -70,8 +70,8 @@ def is_due(run: Run, step: int) -> bool:
 
 
 def is_done(run: Run, step: int) -> bool:
-    """Return whether a step's validation is complete; several machines must share the folder."""
-    return folder(run, step).is_dir()
+    """Return whether a step's validation is complete; every process must call this."""
+    return main_decides(folder(run, step).is_dir)
 
 
 def validate(run: Run, step: int) -> None:
@@ -102,7 +102,7 @@ def validate(run: Run, step: int) -> None:
     if run.accelerator.is_main_process:
         if final.is_dir():
             shutil.rmtree(final)
-        partial.rename(final)
+        move_into_place(partial, final)
 
 
 def _evaluate(run: Run) -> tuple[list[Drawing], dict[str, list[float]]]:

@@ -111,7 +111,7 @@ def test_a_controlnet_that_says_nothing_gets_the_stock_defaults(
     values = json.loads((other / "config.json").read_text())
     del values[DATA_KEY]
     (other / "config.json").write_text(json.dumps(values))
-    found = find_convention(config, Path(config.pretrained_model_name_or_path), other)
+    found = find_convention(config, Path(config.pretrained_model_name_or_path), "other", other)
     assert found == Convention(((128, 128),), 256, "-1_1")
 
 

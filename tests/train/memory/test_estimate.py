@@ -64,7 +64,6 @@ def taken(config: TrainConfig) -> int:
     batches = read_batches(samples, places, num_workers=0, pin=False)
     guard = NonFiniteGuard(
         run.optimizer.optimizer,
-        None,
         update_already_applied=False,
         stop=True,
         sample_key=str,

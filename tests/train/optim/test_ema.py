@@ -8,6 +8,7 @@ import pytest
 import torch
 from diffusers import SD3ControlNetModel
 from diffusers.training_utils import EMAModel
+from safetensors.torch import load_file
 
 from train.config import TrainConfig
 from train.optim.ema import Ema
@@ -75,3 +76,41 @@ def test_by_hand(train_config: TrainConfig) -> None:
     )
     for name, tensor in average.items():
         torch.testing.assert_close(tensor, w1[name] * 2 / 11 + w2[name] * 9 / 11)
+
+
+def test_the_average_of_weights_in_bfloat16_is_saved_in_float32(
+    train_config: TrainConfig, tmp_path: Path
+) -> None:
+    config = replace(
+        train_config,
+        mixed_precision="bf16",
+        bf16_weights=True,
+        ema_decay=0.9,
+        checkpointing_steps=1,
+        max_train_steps=2,
+    )
+    train(config)
+    w1, w2, average, result = (
+        load_file(config.output_dir / folder / "diffusion_pytorch_model.safetensors")
+        for folder in (
+            "checkpoint-1/controlnet",
+            "checkpoint-2/controlnet",
+            f"checkpoint-2/{EMA_FOLDER}",
+            EMA_FOLDER,
+        )
+    )
+    assert {tensor.dtype for tensor in average.values()} == {torch.float32}
+    for name, tensor in average.items():
+        right = w1[name].double() * 2 / 11 + w2[name].double() * 9 / 11
+        torch.testing.assert_close(tensor.double(), right, rtol=1e-6, atol=1e-9)
+        assert torch.equal(tensor, result[name])
+    # Whoever goes on from it goes on from these very numbers.
+    resumed = replace(config, max_train_steps=3, resume_from_checkpoint="latest")
+    whole = replace(config, max_train_steps=3, output_dir=tmp_path / "whole")
+    train(resumed)
+    train(whole)
+    again, once = (
+        load_file(one.output_dir / EMA_FOLDER / "diffusion_pytorch_model.safetensors")
+        for one in (resumed, whole)
+    )
+    assert all(torch.equal(tensor, once[name]) for name, tensor in again.items())

@@ -1,0 +1,66 @@
+"""Rows that finished shards lack: counted as bad, or, when asked, tried again."""
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+
+from precompute.planning.bad_rows import items_left_out, named, reasons_before
+from precompute.planning.context import Context
+from precompute.planning.plan import ProductPlan
+from shards.format import seal, sidecar
+from shards.format.sidecar import Summary
+from shards.format.writer import write_sidecar
+
+
+def count_earlier_bad_rows(context: Context, finished: Mapping[Path, list[Summary | None]]) -> None:
+    """Count the rows that were left out of finished shards, of all workers.
+
+    Args:
+        context: of the run.
+        finished: summaries of the finished shards, by folder.
+
+    Raises:
+        ShardError: too many rows are bad.
+    """
+    inventory, bad_rows = context.inventory, context.bad_rows
+    for product in (context.products.latents, context.products.conditioning):
+        is_latents = product is context.products.latents
+        faults = inventory.faults if is_latents else inventory.conditioning_faults
+        for shard, summary in enumerate(finished[product.folder]):
+            if summary is None or not summary.skipped:
+                continue
+            rows = list(map(context.row_of, items_left_out(product, shard)))
+            if not is_latents:  # those without a latent are listed there
+                others = bad_rows.rows.keys() - faults.keys()
+                rows = [row for row in rows if row not in others]
+            reasons = reasons_before(rows, faults, summary.skipped)
+            bad_rows.add(named(context.source, inventory, reasons))
+
+
+def retry_bad_rows(context: Context) -> None:
+    """Have shards made again that lack rows with which nothing is known to be wrong.
+
+    Their sidecars lose the fingerprint. So they count as unfinished until they are made, whatever
+    happens to this run, and the records that they have are kept.
+    """
+    retried = [
+        (product, shard)
+        for product in (context.products.latents, context.products.conditioning)
+        for shard in range(product.num_shards)
+        if context.part.has(shard) and _may_be_retried(context, product, shard)
+    ]
+    if retried:
+        seal.withdraw(context.config.cache)
+    for product, shard in retried:
+        found = sidecar.load(product.folder, shard)
+        if found is not None:
+            write_sidecar(product.folder, dataclasses.replace(found, fingerprint=""))
+
+
+def _may_be_retried(context: Context, product: ProductPlan, shard: int) -> bool:
+    if product.finished(shard) is None:
+        return False
+    faults = set(context.inventory.faults)
+    if product is context.products.conditioning:
+        faults |= context.inventory.conditioning_faults.keys()
+    return any(context.row_of(item) not in faults for item in items_left_out(product, shard))

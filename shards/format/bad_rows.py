@@ -1,0 +1,31 @@
+"""Source rows that were left out of a cache: how many may be, and how they are listed."""
+
+from collections.abc import Sequence
+
+from common.errors import ShardError
+from shards.format.sidecar import Skipped
+
+
+def too_many(count: int, num_rows: int, max_fraction: float) -> bool:
+    """Tell whether more rows are bad than the largest allowed fraction of all rows."""
+    # Divided, not multiplied: 0.29 * 100 is less than 29.
+    return count > 0 and count / num_rows > max_fraction
+
+
+def refusal(
+    count: int, num_rows: int, max_fraction: float, skipped: Sequence[Skipped]
+) -> ShardError:
+    """Return the error for too many bad rows, with the first of them."""
+    strict = "" if max_fraction else " (--strict)"
+    return ShardError(
+        f"{count} of {num_rows} rows cannot be used, more than "
+        f"--max-bad-fraction {max_fraction:g}{strict} allows:\n{table(skipped)}\n"
+        "Mend or remove them, or allow more. Finished shards are kept."
+    )
+
+
+def table(skipped: Sequence[Skipped], limit: int = 20) -> str:
+    """Return one line for each of the first `limit` rows, and how many more there are."""
+    lines = [f"  {one.row}: {one.reason}" for one in skipped[:limit]]
+    more = len(skipped) - limit
+    return "\n".join([*lines, f"  … and {more} more"] if more > 0 else lines)

@@ -1,0 +1,45 @@
+"""Stage 1 on either of two GPUs."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from common.device import AsyncHostCopy
+from common.errors import RunError
+from precompute.config import PrecomputeConfig
+from precompute.run import precompute
+from tests.devices import stand_in
+
+
+def tars(config: PrecomputeConfig, device: str, folder: Path) -> dict[str, bytes]:
+    """Precompute on a device and return the shards."""
+    cache = folder / device.replace(":", "-")
+    precompute(replace(config, cache=cache, device=device))
+    return {str(path.relative_to(cache)): path.read_bytes() for path in cache.rglob("*.tar")}
+
+
+def test_both_devices_write_the_same_bytes(
+    precompute_config: PrecomputeConfig, tmp_path: Path
+) -> None:
+    first, second = (tars(precompute_config, f"cuda:{index}", tmp_path) for index in range(2))
+    assert len(first) > 5
+    assert first == second
+
+
+def test_only_the_chosen_device_is_used(
+    precompute_config: PrecomputeConfig, tmp_path: Path
+) -> None:
+    with stand_in.only("cuda:1"):
+        tars(precompute_config, "cuda:1", tmp_path)
+
+
+def test_a_copy_read_too_early_ends_the_run_before_anything_is_written(
+    precompute_config: PrecomputeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(AsyncHostCopy, "wait", lambda self: self._tensors)
+    with pytest.raises(
+        RunError, match=r"text, the first batch: .* from cuda:1 .* bytes differ .* plain copy"
+    ):
+        tars(precompute_config, "cuda:1", tmp_path)
+    assert not list(tmp_path.rglob("*.tar"))

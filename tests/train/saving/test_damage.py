@@ -1,0 +1,186 @@
+"""Damaged checkpoints: `latest` names them and takes the one before; by name they are refused."""
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+from safetensors.torch import load_file, save_file
+
+from common.errors import ConfigError
+from tests.conftest import Outcome, flags
+from tests.train.test_run import WEIGHTS, same
+from train.config import TrainConfig
+from train.run import train
+from train.saving import checkpoints
+
+Damage = Callable[[Path], None]
+
+
+def empty(path: Path) -> None:
+    os.truncate(path, 0)
+
+
+def cut(path: Path) -> None:
+    os.truncate(path, path.stat().st_size // 2)
+
+
+def garble(path: Path) -> None:
+    """Change 16 bytes in the middle, which is in the numbers of every file with tensors."""
+    data = bytearray(path.read_bytes())
+    middle = len(data) // 2
+    data[middle : middle + 16] = bytes(byte ^ 0x5A for byte in data[middle : middle + 16])
+    path.write_bytes(data)
+
+
+def break_state(path: Path) -> None:
+    path.write_text('{"step": 4, "pla')
+
+
+DAMAGED: list[tuple[str, Damage, str]] = [
+    ("optimizer.bin", empty, "is empty"),
+    ("scheduler.bin", empty, "is empty"),
+    ("optimizer.bin", cut, r"holds \d+ bytes, \d+ were written"),
+    ("scheduler.bin", cut, r"holds \d+ bytes, \d+ were written"),
+    ("optimizer.bin", garble, "does not hold the bytes that were written"),
+    (f"controlnet/{WEIGHTS}", garble, "does not hold the bytes that were written"),
+    (f"controlnet/{WEIGHTS}", cut, r"holds \d+ bytes, \d+ were written"),
+    (f"controlnet_ema/{WEIGHTS}", garble, "does not hold the bytes that were written"),
+    ("controlnet/config.json", empty, "is empty"),
+    ("random_states_0.pkl", os.unlink, "is missing"),
+    ("train_state.json", break_state, "damaged"),
+    ("train_state.json", empty, "damaged"),
+]
+# What a checkpoint shows of its damage without the digests, which older ones lack.
+VISIBLE = [
+    ("optimizer.bin", empty, "is empty"),
+    ("scheduler.bin", cut, "is cut short"),
+    (f"controlnet/{WEIGHTS}", cut, "is cut short"),
+]
+
+
+def digests(checkpoint: Path) -> None:
+    """Remove the digests of a checkpoint's files, as if it was written before there were any."""
+    path = checkpoint / "train_state.json"
+    state = json.loads(path.read_text())
+    state.pop("files", None)
+    path.write_text(json.dumps(state))
+
+
+@pytest.fixture(scope="module")
+def finished(base: Path, cache: Path, tmp_path_factory: pytest.TempPathFactory) -> TrainConfig:
+    """A finished run of four steps, with checkpoints after two and four."""
+    AcceleratorState._reset_state(True)  # a test before may have settled the precision
+    config = TrainConfig(
+        pretrained_model_name_or_path=str(base),
+        cache=str(cache),
+        output_dir=tmp_path_factory.mktemp("finished") / "out",
+        num_controlnet_layers=1,
+        train_batch_size=1,
+        max_train_steps=4,
+        learning_rate=1e-3,
+        checkpointing_steps=2,
+        ema_decay=0.9,
+        validation_steps=0,
+        report_to="none",
+        mixed_precision="no",
+    )
+    train(config)
+    return config
+
+
+@pytest.fixture
+def config(finished: TrainConfig, tmp_path: Path) -> TrainConfig:
+    """The run's settings to resume a copy of it."""
+    shutil.copytree(finished.output_dir, tmp_path / "out")
+    return replace(finished, output_dir=tmp_path / "out", resume_from_checkpoint="latest")
+
+
+@pytest.mark.parametrize(("name", "damage", "found"), DAMAGED)
+def test_latest_names_a_damaged_checkpoint_and_takes_the_one_before(
+    finished: TrainConfig,
+    config: TrainConfig,
+    command: Callable[..., Outcome],
+    name: str,
+    damage: Damage,
+    found: str,
+) -> None:
+    newest = config.output_dir / "checkpoint-4"
+    damage(newest / name)
+    (config.output_dir / WEIGHTS).unlink()
+    with pytest.raises(ConfigError, match=rf"^{newest / name}: {found}.*; resume from ") as caught:
+        train(replace(config, resume_from_checkpoint="checkpoint-4"))
+    assert len(str(caught.value).splitlines()) == 1
+    outcome = command("train", *flags(config))
+    assert outcome.exit_code == 0, outcome.output
+    assert f"{newest / name}: " in outcome.output
+    assert f"resuming {config.output_dir / 'checkpoint-2'}" in outcome.output
+    assert same(finished.output_dir, config.output_dir)
+    assert same(finished.output_dir / "controlnet_ema", config.output_dir / "controlnet_ema")
+
+
+def test_an_earlier_checkpoint_is_resumed_by_name_where_the_later_one_is_damaged(
+    finished: TrainConfig, config: TrainConfig
+) -> None:
+    break_state(config.output_dir / "checkpoint-4" / "train_state.json")
+    (config.output_dir / WEIGHTS).unlink()
+    train(replace(config, resume_from_checkpoint="checkpoint-2"))
+    assert same(finished.output_dir, config.output_dir)
+
+
+def test_no_checkpoint_that_is_whole_is_an_error(config: TrainConfig) -> None:
+    for step in (2, 4):
+        empty(config.output_dir / f"checkpoint-{step}" / "optimizer.bin")
+    with pytest.raises(ConfigError, match=r"checkpoint-4/optimizer\.bin: is empty.*none.*whole"):
+        train(config)
+
+
+@pytest.mark.parametrize(("name", "damage", "found"), VISIBLE)
+def test_checkpoints_without_digests_are_resumed_unless_their_damage_shows(
+    finished: TrainConfig,
+    config: TrainConfig,
+    command: Callable[..., Outcome],
+    name: str,
+    damage: Damage,
+    found: str,
+) -> None:
+    for step in (2, 4):
+        digests(config.output_dir / f"checkpoint-{step}")
+    damage(config.output_dir / "checkpoint-4" / name)
+    (config.output_dir / WEIGHTS).unlink()
+    outcome = command("train", *flags(config))
+    assert outcome.exit_code == 0, outcome.output
+    assert f"checkpoint-4/{name}: {found}" in outcome.output
+    assert same(finished.output_dir, config.output_dir)
+
+
+def test_a_checkpoint_whose_weights_are_not_finite_is_passed_over(
+    finished: TrainConfig, config: TrainConfig, command: Callable[..., Outcome]
+) -> None:
+    newest = config.output_dir / "checkpoint-4"
+    path = newest / "controlnet" / WEIGHTS
+    tensors = load_file(path)
+    name = "pos_embed_input.proj.bias"
+    tensors[name][3] = torch.nan
+    save_file(tensors, path, metadata={"format": "pt"})
+    digests(newest)
+    (config.output_dir / WEIGHTS).unlink()
+    outcome = command("train", *flags(replace(config, on_nonfinite="skip")))
+    assert outcome.exit_code == 0, outcome.output
+    assert f"{path}: the weight {name} is not finite" in outcome.output
+    assert same(finished.output_dir, config.output_dir)
+
+
+def test_the_checkpoint_just_written_stays_whatever_the_others_are_called(
+    config: TrainConfig,
+) -> None:
+    out = config.output_dir
+    shutil.rmtree(out / "checkpoint-4")
+    shutil.copytree(out / "checkpoint-2", out / "checkpoint-900")
+    train(replace(config, checkpoints_total_limit=1, max_train_steps=3))
+    assert [path.name for path in checkpoints.find(out)] == ["checkpoint-3"]

@@ -1,0 +1,136 @@
+"""Which checkpoint a run goes on from: the newest that is whole, or the one that is named."""
+
+import json
+import pickle
+from pathlib import Path
+
+import click
+import torch
+from accelerate import Accelerator
+from diffusers import SD3ControlNetModel
+
+from common.errors import ConfigError
+from sd3.finite import nonfinite_weight_in
+from sd3.pretrained import read_config
+from train.saving.checkpoints import STATE_FILE, find, parse_state, read_state, recorded_step
+from train.saving.controlnet import CONTROLNET_FOLDER, EMA_FOLDER
+from train.saving.digests import find_change, find_cut
+
+WAY_OUT = "resume from an earlier one; --resume-from-checkpoint latest takes the newest whole one."
+
+
+def choose(output_dir: Path, wanted: str | None) -> Path | None:
+    """Return the checkpoint to resume from, or None to start from the beginning.
+
+    Its files are read and held against their digests. Call this on one process only, or several
+    may choose differently.
+
+    Args:
+        output_dir: the run's folder.
+        wanted: a checkpoint's name or path, `latest`, or None.
+
+    Raises:
+        ConfigError: the wanted checkpoint does not exist or is damaged, no checkpoint is whole, or
+            the run would mix with later checkpoints in the folder.
+    """
+    present = find(output_dir)
+    if wanted == "latest":
+        return _newest_whole(present)
+    if wanted is not None:
+        return _named(output_dir, present, wanted)
+    if present:
+        raise ConfigError(
+            f"--output-dir {output_dir} holds {present[-1].name} of an earlier run: go on with "
+            "--resume-from-checkpoint latest, or give another folder, or remove them."
+        )
+    return None
+
+
+def find_damage(checkpoint: Path) -> str | None:
+    """Return which file of a checkpoint is damaged, and how, in one line; None if it is whole."""
+    try:
+        files = parse_state(checkpoint).files
+    except (OSError, ValueError, TypeError) as error:
+        return f"{checkpoint / STATE_FILE}: damaged ({error})"
+    if problem := find_change(checkpoint, files) if files else find_cut(checkpoint):
+        return problem
+    for name in (CONTROLNET_FOLDER, EMA_FOLDER):
+        if found := nonfinite_weight_in(checkpoint / name):
+            path, weight = found
+            return f"{path}: the weight {weight} is not finite"
+    return None
+
+
+def restore(accelerator: Accelerator, checkpoint: Path) -> None:
+    """Load a checkpoint into what accelerate prepared; every process must call this.
+
+    Raises:
+        ConfigError: it cannot be loaded.
+    """
+    try:
+        accelerator.load_state(str(checkpoint))
+    except torch.OutOfMemoryError:
+        raise
+    except (EOFError, OSError, RuntimeError, ValueError, KeyError, pickle.PickleError) as error:
+        reason = str(error) or type(error).__name__
+        raise ConfigError(
+            f"{checkpoint}: cannot be loaded ({reason.splitlines()[0]}); {WAY_OUT}"
+        ) from error
+
+
+def check_same_model(checkpoint: Path, controlnet: SD3ControlNetModel) -> None:
+    """Check that a checkpoint holds a ControlNet of the same sizes as the one to train.
+
+    Raises:
+        ConfigError: it does not.
+    """
+    saved = read_config(checkpoint, CONTROLNET_FOLDER)
+    wrong = [
+        f"{name}: checkpoint {saved[name]}, now {now}"
+        for name, now in controlnet.config.items()
+        if not name.startswith("_") and name in saved and json.dumps(saved[name]) != json.dumps(now)
+    ]
+    if wrong:
+        raise ConfigError(
+            f"{checkpoint}: holds a ControlNet of another shape ({'; '.join(wrong)}). Resume with "
+            "the same --num-controlnet-layers and base model, or start in another --output-dir."
+        )
+
+
+def _newest_whole(present: list[Path]) -> Path | None:
+    """Return the last checkpoint that is whole, and name the damaged ones after it."""
+    problems: list[str] = []
+    for checkpoint in reversed(present):
+        problem = find_damage(checkpoint)
+        if problem is None:
+            for line in problems:
+                click.echo(f"train: {line}; going on from {checkpoint.name}")
+            return checkpoint
+        problems.append(problem)
+    if problems:
+        raise ConfigError(
+            f"{problems[0]}; and none of the earlier checkpoints is whole. Fetch one from a "
+            "backup, or start in another --output-dir."
+        )
+    return None
+
+
+def _named(output_dir: Path, present: list[Path], wanted: str) -> Path:
+    for path in (Path(wanted), output_dir / Path(wanted).name):
+        if (path / STATE_FILE).is_file():
+            if problem := find_damage(path):
+                raise ConfigError(f"{problem}; {WAY_OUT}")
+            step = read_state(path).step
+            later = [other for other in present if recorded_step(other) > step]
+            # Damaged ones may stay: the run passes them over.
+            if any(find_damage(other) is None for other in reversed(later)):
+                names = ", ".join(other.name for other in later)
+                raise ConfigError(
+                    f"--resume-from-checkpoint {wanted}: {output_dir} holds later ones, "
+                    f"{names}; move them away, or give another --output-dir."
+                )
+            return path
+    names = ", ".join(path.name for path in present) or "none"
+    raise ConfigError(
+        f"--resume-from-checkpoint {wanted}: no complete checkpoint; {output_dir} has {names}."
+    )
