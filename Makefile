@@ -17,6 +17,7 @@ TESTS   := $(RUN) OMP_NUM_THREADS=1 python -m pytest -n auto --maxprocesses 8 --
 INSTALL := $(VENV)/bin/python -m pip install --disable-pip-version-check -c constraints.txt
 STAMP   := $(VENV)/.installed
 SERVE_STAMP := $(VENV)/.installed-serve
+GPU_STAMP   := $(VENV)/.installed-gpu
 IS_DEMO := $(filter %demo.toml %demo-fast.toml %demo-full.toml,$(CONFIG))
 
 CONFIG_FLAGS    = $(foreach file,$(CONFIG),--config "$(file)")
@@ -29,11 +30,12 @@ CARD_FLAG       = $(if $(CARD),--config "configs/cards/$(CARD).toml")
 CONTROLNET_FLAG = $(if $(OUTPUT),--controlnet "$(OUTPUT)")
 IMAGES_FLAG     = $(if $(OUTPUT),--output-dir "$(OUTPUT)/images")
 SERVE_FLAG      = $(if $(OUTPUT),--output-dir "$(OUTPUT)/served")
+SIZE_FLAG       = $(if $(SIZE),--size "$(SIZE)")
 SCORE_FLAG      = $(if $(OUTPUT),--output-dir "$(OUTPUT)/score")
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help setup demo demo-full circles precompute train infer score serve verify test lint check clean
+.PHONY: help setup demo demo-full circles precompute train infer score serve verify test lint check gpu clean
 
 help:  ## List the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{ printf "%-13s %s\n", $$1, $$2 }'
@@ -41,7 +43,7 @@ help:  ## List the targets
 	@echo 'The stages run the demo by default. With your own data and a real base model:'
 	@echo '  make precompute CONFIG=configs/sd35-medium.toml SOURCE=fill50k.zip CACHE=cache'
 	@echo '  make train      CONFIG=configs/sd35-medium.toml CACHE=cache OUTPUT=out ARGS="--train-batch-size 8"'
-	@echo 'Variables: CONFIG CARD SOURCE BASE CACHE OUTPUT ARGS LAUNCH, and PYTHON for setup.'
+	@echo 'Variables: CONFIG CARD SOURCE BASE CACHE OUTPUT ARGS LAUNCH SIZE, and PYTHON for setup.'
 
 setup: $(STAMP)  ## Create .venv and install everything into it
 
@@ -60,6 +62,10 @@ $(STAMP): pyproject.toml constraints.txt
 
 $(SERVE_STAMP): $(STAMP)
 	$(INSTALL) -e ".[serve]"
+	@touch $@
+
+$(GPU_STAMP): $(STAMP)
+	$(INSTALL) -e ".[bitsandbytes]"
 	@touch $@
 
 demo: setup  ## Run the whole pipeline on a laptop in ten minutes; with FAST=1 in two, learning nothing
@@ -98,5 +104,8 @@ lint: setup  ## Run ruff and mypy --strict
 check: lint  ## Run lint, and all tests that need neither GPU nor network
 	$(TESTS) -m "not gpu and not network" $(ARGS)
 
+gpu: setup $(GPU_STAMP)  ## On a machine with a GPU: its tests, benchmarks and tables, in 25 minutes; SIZE=tiny tries them without
+	$(RUN) python -m benchmarks.gpu $(SIZE_FLAG)
+
 clean:  ## Remove .venv, the demo's runs and the tools' caches
-	rm -rf $(VENV) runs/demo runs/demo-fast runs/demo-full .pytest_cache .mypy_cache .ruff_cache *.egg-info
+	rm -rf $(VENV) runs/demo runs/demo-fast runs/demo-full runs/gpu runs/gpu-tiny .pytest_cache .mypy_cache .ruff_cache *.egg-info

@@ -14,15 +14,20 @@ from train.config import TrainConfig
 from train.data import RankPlaces, TrainingSamples, read_batches
 from train.optim.nonfinite import NonFiniteGuard
 
-SECONDS, MOST_STEPS = 3.0, 20  # timing ends at the first of them
+MOST_STEPS = 20  # that are timed, or as many as the given seconds hold
 WARM_UP = 2  # steps that are not timed
 
 
-def time_steps(config: TrainConfig) -> tuple[float, int]:
-    """Return the seconds a step takes and its peak of memory in bytes; the run is freed."""
+def time_steps(config: TrainConfig, seconds: float) -> tuple[float, int]:
+    """Return the seconds a step takes and its peak of memory in bytes; the run is freed.
+
+    Args:
+        config: settings of the run.
+        seconds: time that steps are measured for.
+    """
     steps = TimedSteps(assemble(config))
     try:
-        return steps.time_step(), steps.measure_peak()
+        return steps.time_step(seconds), steps.measure_peak()
     finally:
         steps.close()
 
@@ -59,15 +64,15 @@ class TimedSteps:
         self.number += 1
         loop.take_step(self.run, self.batches, self.guard, self.number)
 
-    def time_step(self) -> float:
-        """Return the mean seconds of a step after the warm-up."""
+    def time_step(self, seconds: float) -> float:
+        """Return the mean seconds of a step after the warm-up, measured for so many seconds."""
         for _ in range(WARM_UP):
             self.take()
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
         self._wait()
         start, count = time.perf_counter(), 0
-        while count < MOST_STEPS and time.perf_counter() - start < SECONDS:
+        while count < MOST_STEPS and time.perf_counter() - start < seconds:
             self.take()
             count += 1
         self._wait()

@@ -15,7 +15,8 @@ class PipelineConfig:
     """What every command that draws pictures needs to know."""
 
     controlnet: tuple[str, ...] = option(
-        help="ControlNet: a folder that train wrote, or a hub id. Repeatable: side by side.",
+        help="ControlNet: a folder that train wrote, a checkpoint's too, or a hub id. Repeatable: "
+        "side by side.",
         heading="ControlNet",
     )
     controlnet_conditioning_scale: float = option(1.0, help="Strength of the control; 0 is none.")

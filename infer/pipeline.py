@@ -15,6 +15,7 @@ from common.device import compile_blocks, keep_freed_memory, pick_device
 from common.errors import ConfigError, RunError
 from infer.config import PipelineConfig
 from infer.placement import free_memory, place
+from sd3.finite import check_finite
 from sd3.pretrained import (
     controlnet_mismatches,
     find_base,
@@ -98,8 +99,12 @@ def load_controlnet(folder: Path, config: PipelineConfig) -> SD3ControlNetModel:
     """Return a ControlNet; with the convention `train_controlnet_sd3`, correct its configuration.
 
     diffusers' script trains with the pooled embedding and saves a configuration that zeroes it.
+
+    Raises:
+        ConfigError: a weight is not finite.
     """
     controlnet = SD3ControlNetModel.from_pretrained(folder, dtype=getattr(torch, config.dtype))
+    check_finite(controlnet, f"--controlnet {folder}, as {config.dtype}")
     if config.convention == "train_controlnet_sd3":
         controlnet.register_to_config(force_zeros_for_pooled_projection=False)
     return controlnet

@@ -114,9 +114,8 @@ def find_controlnet(name_or_path: str, flag: str, *, cache_dir: Path | None = No
             )
         patterns = ["config.json", "*.safetensors", "*.index.json"]
         folder = _download(name_or_path, patterns, ["*/*"], None, cache_dir)
-    for found in (folder, folder / "controlnet"):
-        if (found / "config.json").is_file() and any(found.glob("*.safetensors")):
-            return found
+    if found := controlnet_in(folder):
+        return found
     checkpoints = [path.parent for path in folder.glob("checkpoint-*/controlnet")]
     if checkpoints:
         newest = max(checkpoints, key=lambda path: (len(path.name), path.name))
@@ -127,6 +126,14 @@ def find_controlnet(name_or_path: str, flag: str, *, cache_dir: Path | None = No
     raise ConfigError(
         f"{flag} {name_or_path}: no ControlNet in it. Train one first: python -m train."
     )
+
+
+def controlnet_in(folder: Path) -> Path | None:
+    """Return where a folder has its ControlNet: itself, or a checkpoint's `controlnet/`."""
+    for found in (folder, folder / "controlnet"):
+        if (found / "config.json").is_file() and any(found.glob("*.safetensors")):
+            return found
+    return None
 
 
 def largest_side(config: Mapping[str, Any]) -> int:

@@ -14,8 +14,8 @@ from shards.format.expected_cache import read_expected
 from shards.format.manifest import DEFAULT_CONDITIONING, Manifest
 from shards.remote import transfer
 from shards.remote.folder import RemoteFolder, is_url
+from shards.remote.shard_files import TransferResult
 from shards.remote.streaming import LOCAL_CACHE_GB, open_files
-from shards.remote.transfer import TransferResult
 
 OVERWRITE = click.option(
     "--overwrite", is_flag=True, help="Change a complete cache that is there and is another."

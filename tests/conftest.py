@@ -6,7 +6,7 @@ import os
 import socket
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,8 @@ from torch import Tensor
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # read at the first import of huggingface_hub
 
+import huggingface_hub
+
 import demo.base_model.pipeline
 from benchmarks.synthetic import Shape, write_cache
 from demo.circles import random_circles as draw
@@ -30,6 +32,8 @@ from demo.circles import write_circles
 from precompute.config import PrecomputeConfig
 from precompute.run import precompute
 from sd3.pretrained import DATA_KEY
+from tests import hub_server
+from tests.hub_server import Hub
 from train import loop, models
 from train.config import TrainConfig
 from train.data import Batch
@@ -153,6 +157,28 @@ def bucketed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def fresh(precompute_config: PrecomputeConfig, tmp_path: Path) -> PrecomputeConfig:
     """The cache's settings, for a cache of the test's own."""
     return replace(precompute_config, cache=tmp_path / "cache")
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Hub]:
+    """An empty model hub on loopback, which huggingface_hub takes for the real one."""
+    made = Hub()
+    server = hub_server.start(made)
+    for name, value in {
+        "ENDPOINT": made.url,
+        "HF_HUB_OFFLINE": False,
+        "HF_HUB_DISABLE_XET": True,
+        "HF_HUB_CACHE": str(tmp_path / "hub-cache"),
+        "HUGGINGFACE_CO_URL_TEMPLATE": made.url + "/{repo_id}/resolve/{revision}/{filename}",
+    }.items():
+        monkeypatch.setattr(huggingface_hub.constants, name, value)
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    huggingface_hub.close_session()  # the client remembers proxies
+    yield made
+    huggingface_hub.close_session()
+    server.shutdown()
+    server.server_close()
 
 
 @pytest.fixture

@@ -43,6 +43,7 @@ ALLOWED = {
     "demo.base_model": PRODUCT | {"demo.circles", "demo.colors"},
     "demo": PRODUCT | {"demo.base_model"},
     "benchmarks": PRODUCT | {"demo", "demo.base_model"},
+    "benchmarks.gpu": {"common"},
     "benchmarks.reference": PRODUCT
     | {"demo", "demo.base_model", "benchmarks.bases", "benchmarks.random_weights"},
 }

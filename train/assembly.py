@@ -10,6 +10,7 @@ from accelerate import Accelerator
 from tqdm import tqdm
 
 from common.device import compile_blocks
+from sd3.pooled_convention import take_pooled_and_shift, takes_zeros
 from sd3.pretrained import DATA_KEY
 from train import distribution, models
 from train.compatibility import check_controlnet, check_same_distribution
@@ -144,9 +145,14 @@ def _load_networks(
         )
     else:
         controlnet = models.load_controlnet(inputs.controlnet)
-        check_controlnet(controlnet, inputs.base)
+        check_controlnet(controlnet, inputs.base, inputs.cache.manifest)
+        if takes_zeros(controlnet.config):
+            spec = inputs.cache.conditioning_spec
+            take_pooled_and_shift(
+                controlnet, scaling_factor=spec.scaling_factor, shift_factor=spec.shift_factor
+            )
     data = models.data_entry(inputs.cache.manifest, inputs.cache.conditioning_spec)
-    controlnet.register_to_config(force_zeros_for_pooled_projection=False, **{DATA_KEY: data})
+    controlnet.register_to_config(**{DATA_KEY: data})
     dtype = models.WEIGHT_DTYPES[accelerator.mixed_precision]
     transformer = models.load_transformer(inputs.base, config.variant, dtype)
     models.prepare_networks(config, transformer, controlnet)

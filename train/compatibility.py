@@ -1,5 +1,6 @@
 """Whether the cache, the base model, a ControlNet and a checkpoint go together."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -7,9 +8,17 @@ from accelerate import Accelerator
 from diffusers import SD3ControlNetModel
 
 from common.errors import ConfigError
-from sd3.pretrained import controlnet_mismatches, has_component, read_config
+from sd3.pooled_convention import FORCE_ZEROS, takes_zeros
+from sd3.pretrained import (
+    DATA_KEY,
+    controlnet_mismatches,
+    has_component,
+    largest_side,
+    read_config,
+)
 from shards.format.manifest import Manifest
 from shards.format.specs import LatentSpec
+from shards.reading.cache import Cache
 from train.distribution import STRATEGY_NAMES, strategy
 from train.saving.checkpoints import TrainState
 
@@ -82,8 +91,8 @@ def check_same_order(checkpoint: Path, saved: TrainState, current: TrainState) -
         )
 
 
-def check_controlnet(controlnet: SD3ControlNetModel, base: Path) -> None:
-    """Check that training can continue from a ControlNet with this base model.
+def check_controlnet(controlnet: SD3ControlNetModel, base: Path, manifest: Manifest) -> None:
+    """Check that training can continue from a ControlNet with this base model and this cache.
 
     Raises:
         ConfigError: listing what the ControlNet has and what is needed.
@@ -102,8 +111,54 @@ def check_controlnet(controlnet: SD3ControlNetModel, base: Path) -> None:
     ]
     if int(ours["num_layers"]) > int(theirs["num_layers"]) // 2:
         wrong.append(f"  num_layers: ControlNet {ours['num_layers']}, base {theirs['num_layers']}")
+    largest = max(max(bucket) for bucket in manifest.buckets)
+    if largest > largest_side(ours):
+        wrong.append(f"  positions a side: ControlNet {largest_side(ours)}, cache {largest}")
     if wrong:
         raise ConfigError("the ControlNet does not fit the base model:\n" + "\n".join(wrong))
+
+
+def check_convention(name: str, config: Mapping[str, Any], cache: Cache) -> str | None:
+    """Check that a ControlNet goes on with data made as that which it was trained on.
+
+    Args:
+        name: the option's value, for messages.
+        config: the ControlNet's configuration.
+        cache: opened for reading.
+
+    Returns:
+        A line that says what changes or cannot be known, or None.
+
+    Raises:
+        ConfigError: its conditioning images were in another range.
+    """
+    what = f"--controlnet-model-name-or-path {name}"
+    pixel_range = cache.conditioning_spec.pixel_range
+    tokens = cache.manifest.text_spec.max_sequence_length
+    data = config.get(DATA_KEY) or {}
+    trained_range = data.get("conditioning_range")
+    if trained_range not in (None, pixel_range):
+        raise ConfigError(
+            f"{what}: was trained on conditioning images in {trained_range}, and the cache's are "
+            f"in {pixel_range}. Add the others to it: python -m precompute with "
+            f"--conditioning-range {trained_range} --conditioning-name in_{trained_range} and the "
+            "rest as before, then train with that --conditioning-name."
+        )
+    notes = []
+    if takes_zeros(config):
+        notes.append(
+            "takes a zero pooled embedding and no VAE shift, by its config.json; it is converted "
+            "to take both and computes the same. If train_controlnet_sd3.py made it, it was "
+            f'trained with both: then write "{FORCE_ZEROS}": false there first'
+        )
+    if trained_range is None:
+        notes.append(
+            "does not say how its data was made; it goes on with conditioning images in "
+            f"{pixel_range} and {tokens} T5 tokens, as in the cache"
+        )
+    elif (trained := data.get("max_sequence_length")) not in (None, tokens):
+        notes.append(f"was trained with {trained} T5 tokens, and goes on with the cache's {tokens}")
+    return f"{what}: {'; '.join(notes)}" if notes else None
 
 
 def check_same_distribution(checkpoint: Path, state: TrainState, accelerator: Accelerator) -> None:

@@ -11,7 +11,7 @@ from typing import Any, Literal, TypeVar
 
 import torch
 from accelerate import Accelerator, PartialState
-from accelerate.utils import DistributedType, broadcast_object_list
+from accelerate.utils import DistributedType, broadcast_object_list, gather_object
 from diffusers import SD3ControlNetModel
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
@@ -85,6 +85,40 @@ def main_decides(decide: Callable[[], Decision]) -> Decision:
         raise problem
     decision: Decision = result
     return decision
+
+
+def local_main_first(find: Callable[[], Decision]) -> Decision:
+    """Return what a function finds, on each machine's first process before the others.
+
+    Every process must call this. What the first one downloads, the others then find.
+    """
+    state = PartialState()
+    if not state.is_local_main_process:
+        state.wait_for_everyone()
+    try:
+        return find()
+    finally:
+        if state.is_local_main_process:
+            state.wait_for_everyone()
+
+
+def check_same_everywhere(found: Mapping[str, str]) -> None:
+    """Check that all processes found the same; every process must call this.
+
+    Args:
+        found: name or digest of what was found, by option.
+
+    Raises:
+        ConfigError: two differ; raised on all processes.
+    """
+    everywhere = gather_object([dict(found)])
+    for option, value in everywhere[0].items():
+        for rank, others in enumerate(everywhere):
+            if others[option] != value:
+                raise ConfigError(
+                    f"{option}: process 0 found {value}, process {rank} {others[option]}. It was "
+                    "changed meanwhile, or a network disk still shows an older one: run again."
+                )
 
 
 def check(accelerator: Accelerator, config: TrainConfig) -> None:

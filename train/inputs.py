@@ -5,8 +5,9 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
+import click
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from accelerate.utils import (
     AutocastKwargs,
     DistributedDataParallelKwargs,
@@ -15,13 +16,14 @@ from accelerate.utils import (
 
 from common.device import use_device
 from common.errors import ConfigError, ShardError
-from sd3.pretrained import find_base, find_controlnet
+from sd3.pretrained import find_base, find_controlnet, read_config
+from shards.format.json_files import digest
 from shards.format.manifest import MANIFEST
 from shards.reading.cache import Cache
 from shards.reading.order import Order
 from shards.remote.streaming import open_files
 from train import distribution, models
-from train.compatibility import check_base, check_same_order
+from train.compatibility import check_base, check_convention, check_same_order
 from train.config import TrainConfig
 from train.loss import Objective
 from train.saving.checkpoints import TrainState, read_state
@@ -74,19 +76,17 @@ def find_inputs(config: TrainConfig, num_processes: int) -> Inputs:
         ConfigError: the base model, the cache and the checkpoint do not go together.
     """
     _require_packages(config)
-    _check_output_dir(config.output_dir)
+    distribution.main_decides(lambda: _check_output_dir(config.output_dir))
     cache = _open_cache(config)
     validates = config.validation_steps > 0
     draws_pictures = validates and cache.validation.product.num_records > 0
-    base = _find_base(config, draws_pictures and config.validation_decode != "latents")
+    needs_vae = draws_pictures and config.validation_decode != "latents"
+    base = distribution.local_main_first(lambda: _find_base(config, needs_vae))
     check_base(base, cache.manifest)
     controlnet = None
     if config.controlnet_model_name_or_path is not None:
-        controlnet = find_controlnet(
-            config.controlnet_model_name_or_path,
-            "--controlnet-model-name-or-path",
-            cache_dir=config.cache_dir,
-        )
+        controlnet = _find_controlnet(config.controlnet_model_name_or_path, config, cache)
+    _check_same_everywhere(config, cache, base, controlnet)
     order = Order(
         cache.manifest.training_records(config.conditioning_name),
         seed=config.seed,
@@ -146,6 +146,33 @@ def _find_base(config: TrainConfig, needs_vae: bool) -> Path:
             else ""
         )
         raise ConfigError(f"{error}{hint}") from error
+
+
+def _find_controlnet(name: str, config: TrainConfig, cache: Cache) -> Path:
+    """Return the folder of the ControlNet to continue from; say what its convention means."""
+    flag = "--controlnet-model-name-or-path"
+    folder = distribution.local_main_first(
+        lambda: find_controlnet(name, flag, cache_dir=config.cache_dir)
+    )
+    note = check_convention(name, read_config(folder, ""), cache)
+    if note and PartialState().is_main_process:
+        click.echo(f"train: {note}")
+    return folder
+
+
+def _check_same_everywhere(
+    config: TrainConfig, cache: Cache, base: Path, controlnet: Path | None
+) -> None:
+    """Refuse to train if the processes found different caches or revisions of models."""
+    manifest = cache.manifest
+    validation = [manifest.validation[config.conditioning_name].fingerprint, manifest.held_out]
+    distribution.check_same_everywhere(
+        {
+            "--cache": digest([manifest.fingerprints(config.conditioning_name), validation]),
+            "--pretrained-model-name-or-path": base.name,
+            "--controlnet-model-name-or-path": controlnet.name if controlnet else "none",
+        }
+    )
 
 
 def _find_start(config: TrainConfig, cache: Cache, order: Order) -> tuple[Path | None, TrainState]:

@@ -11,6 +11,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from common.errors import ConfigError
+from sd3.finite import check_finite
 from sd3.pretrained import component_variant, read_config
 from sd3.quantized import quantize
 from shards.format.manifest import Manifest
@@ -49,14 +50,19 @@ def load_transformer(base: Path, variant: str | None, dtype: torch.dtype) -> SD3
         base: folder of the base model.
         variant: variant of its weight files.
         dtype: number format of its weights.
+
+    Raises:
+        ConfigError: a weight is not finite.
     """
-    return SD3Transformer2DModel.from_pretrained(
+    transformer = SD3Transformer2DModel.from_pretrained(
         base,
         subfolder="transformer",
         variant=component_variant(base / "transformer", variant),
         dtype=dtype,
         use_safetensors=True,
     )
+    check_finite(transformer, f"base model {base}, as {dtype}".replace("torch.", ""))
+    return transformer
 
 
 def new_controlnet(base: Path, variant: str | None, num_layers: int | None) -> SD3ControlNetModel:
@@ -133,8 +139,16 @@ def read_weights(component: Path, variant: str | None, names: set[str]) -> dict[
 
 
 def load_controlnet(folder: Path) -> SD3ControlNetModel:
-    """Return a ControlNet to continue from, in float32."""
-    return SD3ControlNetModel.from_pretrained(folder, dtype=torch.float32, use_safetensors=True)
+    """Return a ControlNet to continue from, in float32.
+
+    Raises:
+        ConfigError: a weight is not finite.
+    """
+    controlnet = SD3ControlNetModel.from_pretrained(
+        folder, dtype=torch.float32, use_safetensors=True
+    )
+    check_finite(controlnet, f"--controlnet-model-name-or-path {folder}")
+    return controlnet
 
 
 def prepare_networks(

@@ -13,6 +13,7 @@ from common.errors import ConfigError
 from common.options import as_dict
 from common.provenance import versions
 from infer.config import GenerateConfig
+from sd3.pretrained import controlnet_in
 
 KEY = "sd3_controlnet"
 BLOCK_BYTES = 1 << 24
@@ -119,11 +120,15 @@ def settings_from(path: Path) -> tuple[dict[str, Any], list[str]]:
 
 
 def digest_of(path: Path) -> str:
-    """Return the digest of a file, or of the weights and configuration in a ControlNet's folder."""
+    """Return the digest of a file, or of the weights and configuration in a ControlNet's folder.
+
+    A checkpoint's folder stands for the ControlNet in it.
+    """
     digest = xxh3_128()
     files = [path]
     if path.is_dir():
-        files = [path / "config.json", *sorted(path.glob("*.safetensors"))]
+        folder = controlnet_in(path) or path
+        files = [folder / "config.json", *sorted(folder.glob("*.safetensors"))]
     for file_path in files:
         with file_path.open("rb") as file:
             while block := file.read(BLOCK_BYTES):

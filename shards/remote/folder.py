@@ -1,29 +1,38 @@
 """A cache behind a URL: files are fetched whole, checked, and only then given their names."""
 
 import contextlib
-import os
 import re
+import secrets
 import tempfile
 import threading
+import time
 from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import fsspec
-from fsspec.callbacks import Callback
+from fsspec.callbacks import TqdmCallback
+from tqdm import tqdm
 
 from common.atomic_files import cannot_write, move_into_place
 from common.errors import ConfigError
 from shards.format.json_files import LARGEST_FILE_BYTES
 from shards.reading.location import file_sha256
-from shards.remote import retry
-from shards.remote.retry import CutShortError, OtherBytesError, TooLongError, TransferError
+from shards.remote import hub, retry
+from shards.remote.retry import (
+    CutShortError,
+    OtherBytesError,
+    Result,
+    TooLongError,
+    TransferError,
+)
 
 # Plain stores of files. Some of fsspec's other schemes run commands or unpack archives, and can be
 # chained; the address of a cache must not be a program.
 SCHEMES = ("s3", "gs", "hf", "http", "https")
 PACKAGES = {"s3": "s3fs", "gs": "gcsfs", "http": "aiohttp", "https": "aiohttp"}
+ABANDONED_AFTER_S = 3600
 SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):")
 
 
@@ -37,6 +46,10 @@ class RemoteFolder:
 
     Args:
         url: e.g. `s3://bucket/cache`; see `SCHEMES`.
+
+    Attributes:
+        is_repository: whether it is in a repository of the hub; `put` and `remove` are not for
+            those (see `shards.remote.hub_push`).
 
     Raises:
         ConfigError: not such a URL.
@@ -53,6 +66,8 @@ class RemoteFolder:
         if re.search(r"[?#]", rest):
             raise ConfigError(f"{url}: an address with ? or # is not that of a folder.")
         self.scheme = scheme
+        # A bucket on the hub has no commits.
+        self.is_repository = scheme == "hf" and not hub.parse(self.url).is_bucket
         self._given_up = threading.Event()
 
     def __str__(self) -> str:
@@ -89,7 +104,7 @@ class RemoteFolder:
     def fetch(self, name: str, target: Path, *, size: int | None, sha256: str | None) -> None:
         """Fetch a file, if necessary several times; give it its name when it has been checked.
 
-        Until then it is called `<target>.<process>.part`. A killed process leaves that behind;
+        Until then it is called `<target>.<random>.part`. A killed process leaves that behind;
         nobody reads it.
 
         Args:
@@ -103,7 +118,8 @@ class RemoteFolder:
             OSError: it cannot be written here.
         """
         limit = LARGEST_FILE_BYTES if size is None else size
-        part = target.with_name(f"{target.name}.{os.getpid()}.part")
+        # Process numbers of two machines that share the disk may be equal.
+        part = target.with_name(f"{target.name}.{secrets.token_hex(6)}.part")
         given_up = self._given_up
 
         def get() -> None:
@@ -122,13 +138,9 @@ class RemoteFolder:
             raise
 
     def _get(self, name: str, part: Path, limit: int, given_up: threading.Event) -> None:
-        options: dict[str, Any] = {}
-        if self.scheme != "hf":
-            options["callback"] = _Limit(limit, given_up)
-        # Hugging Face takes its fast path only without a callback; it tells the size beforehand.
-        elif (self._size(name) or 0) > limit:
-            raise TooLongError(f"has more than the {limit} bytes expected")
-        self.fs.get_file(self._url(name), str(part), **options)
+        bar = {"limit": limit, "given_up": given_up}
+        callback = TqdmCallback(bar, tqdm_cls=_Limit)  # the only kind that the hub's library takes
+        self.fs.get_file(f"{self._source}/{name}", str(part), callback=callback)
 
     def put(self, path: Path, name: str) -> None:
         """Send a file, if necessary several times.
@@ -151,9 +163,7 @@ class RemoteFolder:
         Raises:
             ShardError: the server does not tell.
         """
-        sizes: list[int | None] = []
-        self._retry(name, lambda: sizes.append(self._size(name)))
-        return sizes[0]
+        return self._retry(name, lambda: self._size(name))
 
     def remove(self, name: str) -> None:
         """Remove a file, if there is one.
@@ -190,32 +200,53 @@ class RemoteFolder:
     def _url(self, name: str) -> str:
         return f"{self.url}/{name}"
 
+    @cached_property
+    def _source(self) -> str:
+        """The URL to read from; of a repository at its newest commit, whatever is pushed later."""
+        return hub.pinned(self.url) if self.is_repository else self.url
+
     def _size(self, name: str) -> int | None:
-        self.fs.invalidate_cache()
+        if not self.is_repository:
+            self.fs.invalidate_cache()
         try:
-            size: int | None = self.fs.info(self._url(name))["size"]
-        except FileNotFoundError:
-            return None
+            size: int | None = self.fs.info(f"{self._source}/{name}")["size"]
+        except Exception as error:
+            if retry.is_missing(error):
+                return None
+            raise
         return size
 
-    def _retry(self, name: str, act: Callable[[], None]) -> None:
-        retry.with_retries(self._url(name), act, self._given_up)
+    def _retry(self, name: str, act: Callable[[], Result]) -> Result:
+        return retry.with_retries(self._url(name), act, self._given_up)
 
 
-class _Limit(Callback):  # type: ignore[misc]  # fsspec has no annotations
-    """Ends a transfer of too many bytes, or one that was given up."""
+class _Limit(tqdm):  # type: ignore[type-arg]  # it cannot be subscripted
+    """A progress bar that shows nothing; it ends a transfer of too many bytes, or one given up."""
 
-    def __init__(self, limit: int, given_up: threading.Event) -> None:
-        super().__init__()
+    def __init__(self, limit: int, given_up: threading.Event, **more: Any) -> None:
+        super().__init__(disable=True, **more)
         self.limit = limit
         self.given_up = given_up
 
-    def relative_update(self, inc: int = 1) -> None:
-        super().relative_update(inc)
+    def update(self, n: float | None = 1) -> None:
+        """Count bytes.
+
+        Raises:
+            TransferError: too many, or given up.
+        """
+        self.n += n or 0
         if self.given_up.is_set():
             raise TransferError("given up")
-        if self.value > self.limit:
+        if self.n > self.limit:
             raise TooLongError(f"sends more than the {self.limit} bytes expected")
+
+
+def remove_abandoned(folder: Path) -> None:
+    """Remove what transfers that were killed left in a folder of this machine."""
+    for part in folder.rglob("*.part"):
+        with contextlib.suppress(FileNotFoundError):
+            if time.time() - part.stat().st_mtime > ABANDONED_AFTER_S:
+                part.unlink()
 
 
 def _check(path: Path, size: int | None, sha256: str | None) -> None:

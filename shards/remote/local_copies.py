@@ -5,6 +5,7 @@ a shard that another has open.
 """
 
 import contextlib
+import errno
 import fcntl
 import hashlib
 import os
@@ -12,11 +13,13 @@ import threading
 from collections import OrderedDict
 from collections.abc import Collection
 from pathlib import Path
+from typing import IO
 
 from shards.format import json_files
 from shards.format.sidecar import sidecar_path, tar_path
 from shards.reading.location import OPEN_FILES, OpenFile, ShardId
-from shards.remote.folder import RemoteFolder
+from shards.remote.folder import RemoteFolder, remove_abandoned
+from shards.remote.locks import lock
 
 
 class LocalCopies:
@@ -38,6 +41,7 @@ class LocalCopies:
         self.folder = folder
         self.root = folder / name
         self.root.mkdir(parents=True, exist_ok=True)
+        remove_abandoned(folder)
         self.limit_bytes = limit_bytes
         self.changed = threading.Condition()
         self.arriving: dict[ShardId, int] = {}
@@ -73,11 +77,12 @@ class LocalCopies:
             OSError: it cannot be written here.
         """
         path.parent.mkdir(parents=True, exist_ok=True)
-        with path.with_suffix(f"{path.suffix}.lock").open("w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
+        with path.with_suffix(f"{path.suffix}.lock").open("w") as file:
+            alone = lock(file.fileno(), fcntl.LOCK_EX, self.folder)
             if not path.exists():
-                for part in path.parent.glob(f"{path.name}.*.part"):  # of a process that was killed
-                    part.unlink(missing_ok=True)
+                if alone:  # what is left of a process that was killed
+                    for part in path.parent.glob(f"{path.name}.*.part"):
+                        part.unlink(missing_ok=True)
                 name = path.relative_to(self.root).as_posix()
                 self.remote.fetch(name, path, size=size, sha256=sha256)
 
@@ -95,7 +100,7 @@ class LocalCopies:
         Raises:
             FileNotFoundError: it is not here, or is being removed.
         """
-        file = SharedFile(self.tar_path(shard_id))
+        file = SharedFile(self.tar_path(shard_id), self.folder)
         with self.changed:
             self._open[shard_id] = file
             while len(self._open) > OPEN_FILES:
@@ -136,24 +141,45 @@ class LocalCopies:
         with contextlib.suppress(ValueError):  # a tar of another cache
             folder = path.parent.relative_to(self.root).as_posix()
             self._open.pop((folder, int(path.stem)), None)
-        with contextlib.suppress(OSError), path.open("rb") as file:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        with contextlib.suppress(OSError), _open_to_lock(path) as file:
+            # Without locks a process of this machine goes on reading what it has open.
+            lock(file.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB, self.folder)
             path.unlink()
             path.with_suffix(".json").unlink(missing_ok=True)
             return True
         return False
 
 
+def _open_to_lock(path: Path) -> IO[bytes]:
+    """Open a file so that NFS can lock it, or at least local disks, where it is not ours."""
+    try:
+        return path.open("r+b")
+    except PermissionError:
+        return path.open("rb")
+
+
 class SharedFile(OpenFile):
     """An open file that other processes see to be in use.
+
+    Args:
+        path: the file.
+        folder: that the processes share.
 
     Raises:
         FileNotFoundError: it is not there, or is being removed.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, folder: Path) -> None:
         super().__init__(path)
-        fcntl.flock(self.descriptor, fcntl.LOCK_SH)
-        if os.fstat(self.descriptor).st_nlink == 0:
+        lock(self.descriptor, fcntl.LOCK_SH, folder)
+        # NFS keeps a removed file that is open under another name; its links do not tell.
+        try:
+            removed = not os.path.samestat(path.stat(), os.fstat(self.descriptor))
+        except OSError as error:
+            if error.errno != errno.ESTALE:  # another machine has removed it
+                raise
+            removed = True
+        if removed:
             raise FileNotFoundError(path)
-        os.utime(self.descriptor)
+        with contextlib.suppress(PermissionError):  # another user's
+            os.utime(self.descriptor)

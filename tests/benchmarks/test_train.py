@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from benchmarks import flops, memory_chart, timed_steps, train_step
+from benchmarks import flops, memory_chart, train_step
 from benchmarks.bases import TRANSFORMERS, VAE, train_settings
 from benchmarks.presets import apply_preset, card_files, has_4_bit
 from benchmarks.random_weights import num_encoder_parameters, save_transformer
@@ -32,10 +32,9 @@ def controlnet(transformer: dict[str, Any], num_layers: int = 12) -> dict[str, A
 
 def test_a_row_is_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(simulation, "use_float32_norms", lambda network: None)
-    monkeypatch.setattr(timed_steps, "SECONDS", 0.1)
     save_transformer(tmp_path / "base", TINY)
     settings = {"train_batch_size": 2, "gradient_accumulation_steps": 2}
-    found = train_step.measure(Row("a row", 256, settings), tmp_path, TINY, 1e-3)
+    found = train_step.measure(Row("a row", 256, settings), tmp_path, TINY, 1e-3, 0.1)
     assert found["samples"] == 4
     assert found["samples_per_second"] == pytest.approx(4 / found["seconds_per_step"])
     assert found["of_matrix_rate"] == pytest.approx(found["tflops"] / 1e-3)

@@ -186,16 +186,18 @@ def test_a_cache_that_does_not_fit_the_base_is_refused(
         assert re.search(r"\n +cache +model\n", str(caught.value))
 
 
-def test_a_controlnet_of_other_widths_is_refused(base: Path) -> None:
+def test_a_controlnet_of_other_widths_is_refused(base: Path, cache: Path) -> None:
     controlnet = models.new_controlnet(base, None, 2)
-    check_controlnet(controlnet, base)
+    made = manifest.load(cache)
+    check_controlnet(controlnet, base, made)
     for wrong, message in (
         ({"joint_attention_dim": 4096}, "joint_attention_dim: ControlNet 4096, base model 96"),
         ({"joint_attention_dim": None}, "joint_attention_dim: ControlNet None, training needs 96"),
         ({"extra_conditioning_channels": 1}, "extra_conditioning_channels: ControlNet 1"),
         ({"num_layers": 3}, "num_layers: ControlNet 3, base 4"),
+        ({"pos_embed_max_size": 2}, "positions a side: ControlNet 4, cache 8"),
     ):
         changed = models.new_controlnet(base, None, 2)
         changed.register_to_config(**wrong)
         with pytest.raises(ConfigError, match=message):
-            check_controlnet(changed, base)
+            check_controlnet(changed, base, made)

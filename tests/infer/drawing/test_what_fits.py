@@ -11,6 +11,7 @@ import pytest
 from common.errors import ConfigError
 from infer import pipeline
 from infer.config import GenerateConfig, PipelineConfig, ScoreConfig, ServeConfig
+from infer.drawing import metadata
 from infer.drawing.controlnet_set import find_controlnet_sets
 from precompute.config import PrecomputeConfig
 from precompute.planning.encoder_spec import read_specs
@@ -167,6 +168,7 @@ def test_a_checkpoint_stands_for_the_controlnet_in_it(
         run / "checkpoint-1000/controlnet",
     ]
     assert [one.title for one in sets] == ["checkpoint-50", "checkpoint-1000"]
+    assert metadata.digest_of(run / "checkpoint-50") == sets[0].digests[0]  # as --like asks
     # A run that has not finished holds checkpoints alone; the newest is named.
     outcome = command("infer", "generate", *flags(replace(config, controlnet=(str(run),))))
     assert outcome.exit_code == 2

@@ -1,15 +1,12 @@
 """Remote caches: real servers on loopback, well-behaved and not."""
 
 import contextlib
-import http.server
-import socketserver
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
-from functools import partial
+from collections.abc import Callable
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -21,74 +18,17 @@ from benchmarks import synthetic
 from common.errors import ConfigError, ShardError
 from shards.reading.cache import Cache
 from shards.reading.order import Order
-from shards.remote import retry, streaming
+from shards.remote import streaming
 from shards.remote.folder import RemoteFolder
 from shards.remote.streaming import RemoteFiles, open_files
 from tests.conftest import flags, free_port, run_python
+from tests.shards.remote.conftest import Server
 from train.config import TrainConfig
 from train.data import RankPlaces, TrainingSamples, read_batches
 from train.run import train
 
 pytest.importorskip("aiohttp")
 pytestmark = pytest.mark.usefixtures("patience")
-
-
-@pytest.fixture
-def patience(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Try again at once, and give up on a silent server soon."""
-    monkeypatch.setattr(retry, "FIRST_WAIT_S", 0.01)
-    monkeypatch.setattr(retry, "STALL_S", 0.5)
-    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-
-
-@dataclass
-class Server:
-    """What a test's HTTP server does, and what it was asked for.
-
-    Attributes:
-        url: of the folder it serves.
-        misbehave: gets (handler, path, how often it was asked for before, the file's bytes) and
-            either answers itself and returns True, or leaves it.
-        asked: paths, in order.
-    """
-
-    url: str = ""
-    misbehave: Callable[[Any, str, int, bytes], bool] = lambda *_: False
-    asked: list[str] = field(default_factory=list)
-
-
-@pytest.fixture
-def serve() -> Iterator[Callable[[Path], Server]]:
-    """Serve folders over HTTP."""
-    running: list[socketserver.BaseServer] = []
-
-    def start(folder: Path) -> Server:
-        server = Server()
-
-        class Handler(http.server.SimpleHTTPRequestHandler):
-            def do_GET(self) -> None:
-                path = self.path.lstrip("/")
-                before = server.asked.count(path)
-                server.asked.append(path)
-                file = folder / path
-                data = file.read_bytes() if file.is_file() else b""
-                if not server.misbehave(self, path, before, data):
-                    super().do_GET()
-
-            def log_message(self, *_: object) -> None:
-                pass
-
-        address = ("127.0.0.1", 0)
-        listening = http.server.ThreadingHTTPServer(address, partial(Handler, directory=folder))
-        threading.Thread(target=listening.serve_forever, daemon=True).start()
-        running.append(listening)
-        server.url = f"http://127.0.0.1:{listening.server_address[1]}"
-        return server
-
-    yield start
-    for server in running:
-        server.shutdown()
-        server.server_close()
 
 
 def open_remote(url: str, folder: Path, limit_bytes: int = 1 << 30) -> Cache:

@@ -1,0 +1,216 @@
+"""What a run starts from: weights that are numbers, and a ControlNet of known conventions."""
+
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import SD3ControlNetModel
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from common.errors import ConfigError, RunError
+from sd3.finite import nonfinite_weight
+from sd3.pretrained import DATA_KEY
+from tests.conftest import Outcome, Spoil, flags
+from tests.train.test_run import WEIGHTS, same, weights
+from train.config import TrainConfig
+from train.run import train
+from train.saving import checkpoints
+
+INFER = ("--width", 64, "--height", 64, "--num-inference-steps", 1, "--device", "cpu")
+
+
+def spoil(path: Path, name: str, value: float) -> None:
+    tensors = load_file(path)
+    tensors[name].view(-1)[1] = value
+    save_file(tensors, path, metadata={"format": "pt"})
+
+
+def edit_config(folder: Path, edit: dict[str, Any], without: tuple[str, ...] = ()) -> None:
+    path = folder / "config.json"
+    config = json.loads(path.read_text()) | edit
+    path.write_text(json.dumps({name: config[name] for name in config if name not in without}))
+
+
+@pytest.fixture
+def start(controlnet: Path, tmp_path: Path) -> Path:
+    """A copy of a ControlNet with a say, to be edited."""
+    return Path(shutil.copytree(controlnet, tmp_path / "start"))
+
+
+@pytest.fixture
+def going_on(train_config: TrainConfig, start: Path) -> TrainConfig:
+    """One step from that ControlNet which changes nothing."""
+    return replace(
+        train_config,
+        controlnet_model_name_or_path=str(start),
+        num_controlnet_layers=None,
+        max_train_steps=1,
+        learning_rate=0.0,
+    )
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_one_number_that_is_not_finite_is_found(value: float, dtype: torch.dtype) -> None:
+    whole = torch.full((3, 1000), torch.finfo(dtype).max, dtype=dtype)
+    broken = whole.clone()
+    broken[1, 700] = value
+    counts = torch.arange(3)
+    assert nonfinite_weight([("counts", counts), ("whole", whole)]) is None
+    assert nonfinite_weight([("counts", counts), ("whole", whole), ("broken", broken)]) == "broken"
+    assert nonfinite_weight([("none", torch.empty(0))]) is None
+
+
+def test_a_run_does_not_start_from_weights_that_are_not_finite(
+    going_on: TrainConfig, start: Path
+) -> None:
+    spoil(start / WEIGHTS, "pos_embed_input.proj.bias", torch.nan)
+    name = r"--controlnet-model-name-or-path .*: the weight pos_embed_input\.proj\.bias is not"
+    with pytest.raises(ConfigError, match=name):
+        train(replace(going_on, on_nonfinite="skip"))
+
+
+def test_a_run_does_not_start_from_a_base_that_is_not_finite(
+    train_config: TrainConfig, base: Path, tmp_path: Path
+) -> None:
+    copy = Path(shutil.copytree(base, tmp_path / "base"))
+    spoil(copy / "transformer" / WEIGHTS, "proj_out.bias", torch.inf)
+    config = replace(train_config, pretrained_model_name_or_path=str(copy))
+    with pytest.raises(ConfigError, match=r"base model .*: the weight proj_out\.bias is not"):
+        train(replace(config, on_nonfinite="skip"))
+
+
+def test_weights_that_are_no_longer_finite_are_never_saved(
+    train_config: TrainConfig, in_batch: Callable[[int, Spoil], None]
+) -> None:
+    def ruin(losses: Tensor, controlnet: Any) -> Tensor:
+        with torch.no_grad():
+            controlnet.pos_embed_input.proj.bias[2] = torch.nan
+        return losses
+
+    in_batch(3, ruin)
+    config = replace(train_config, on_nonfinite="skip")
+    with pytest.raises(
+        RunError,
+        match=r"checkpoint-4 could not be written \(the weight pos_embed_input\.proj\.bias is no "
+        r"longer finite.*\); checkpoint-2 is kept\.$",
+    ):
+        train(config)
+    assert [path.name for path in checkpoints.find(config.output_dir)] == ["checkpoint-2"]
+    assert not (config.output_dir / WEIGHTS).exists()
+    assert not list(config.output_dir.glob("*.partial"))
+
+
+def test_a_controlnet_that_is_not_finite_draws_nothing(
+    start: Path, base: Path, circles: Path, tmp_path: Path, command: Callable[..., Outcome]
+) -> None:
+    spoil(start / WEIGHTS, "controlnet_blocks.0.bias", torch.nan)
+    outcome = command(
+        *("infer", "generate", "--controlnet", start, "--pretrained-model-name-or-path", base),
+        *("--prompt", "a circle", "--image", circles / "source" / "0.png"),
+        *("--output-dir", tmp_path / "pictures", *INFER),
+    )
+    assert outcome.exit_code == 2, outcome.output
+    last = outcome.output.strip().splitlines()[-1]
+    assert last.startswith(f"Error: --controlnet {start}, as ")
+    assert "the weight controlnet_blocks.0.bias is not finite" in last
+    assert not list(tmp_path.glob("pictures/**/*.png"))
+
+
+def test_the_number_of_blocks_is_refused_beside_a_controlnet(
+    train_config: TrainConfig, start: Path
+) -> None:
+    with pytest.raises(ConfigError, match=r"^--num-controlnet-layers 3: is for a new ControlNet"):
+        replace(train_config, num_controlnet_layers=3, controlnet_model_name_or_path=str(start))
+
+
+def test_a_controlnet_of_another_conditioning_range_is_refused(
+    going_on: TrainConfig, start: Path
+) -> None:
+    edit_config(start, {DATA_KEY: {"conditioning_range": "0_1", "max_sequence_length": 20}})
+    with pytest.raises(
+        ConfigError,
+        match=r"was trained on conditioning images in 0_1, and the cache's are in -1_1\. .*"
+        "python -m precompute with --conditioning-range 0_1 --conditioning-name in_0_1",
+    ) as caught:
+        train(going_on)
+    assert len(str(caught.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("data", "line"),
+    [
+        ({"conditioning_range": "-1_1", "max_sequence_length": 20}, None),
+        (
+            {"conditioning_range": "-1_1", "max_sequence_length": 77},
+            "was trained with 77 T5 tokens, and goes on with the cache's 20",
+        ),
+        (None, "does not say how its data was made; it goes on with conditioning images in -1_1"),
+    ],
+)
+def test_what_changes_is_said(
+    going_on: TrainConfig,
+    start: Path,
+    command: Callable[..., Outcome],
+    data: dict[str, Any] | None,
+    line: str | None,
+) -> None:
+    edit_config(start, {DATA_KEY: data} if data else {}, () if data else (DATA_KEY,))
+    outcome = command("train", *flags(going_on))
+    assert outcome.exit_code == 0, outcome.output
+    said = [one for one in outcome.output.splitlines() if "--controlnet-model-name" in one]
+    assert [line in one for one in said] == ([True] if line else [])
+    assert same(start, going_on.output_dir)
+    saved = SD3ControlNetModel.load_config(going_on.output_dir)
+    assert saved[DATA_KEY]["max_sequence_length"] == 20
+
+
+@pytest.mark.parametrize("says_so", [True, False])
+def test_a_controlnet_as_instantx_made_it_goes_on_computing_the_same(
+    going_on: TrainConfig, start: Path, command: Callable[..., Outcome], says_so: bool
+) -> None:
+    """Their configurations have the entry, or leave it out, for which diffusers takes true."""
+    entry = "force_zeros_for_pooled_projection"
+    edit_config(start, {entry: True} if says_so else {}, (DATA_KEY, *(() if says_so else (entry,))))
+    outcome = command("train", *flags(going_on))
+    assert outcome.exit_code == 0, outcome.output
+    assert "it is converted to take both and computes the same" in outcome.output
+    ours = SD3ControlNetModel.from_pretrained(going_on.output_dir)
+    theirs = SD3ControlNetModel.from_pretrained(start)
+    assert (ours.config[entry], theirs.config[entry]) == (False, True)
+    generator = torch.Generator().manual_seed(0)
+    raw = torch.randn(2, 16, 8, 8, generator=generator)
+    pooled = torch.randn(2, 80, generator=generator)
+    common = {
+        "hidden_states": torch.randn(2, 16, 8, 8, generator=generator),
+        "timestep": torch.tensor([3.0, 900.0]),
+        "encoder_hidden_states": torch.randn(2, 97, 96, generator=generator),
+        "return_dict": False,
+    }
+    scale, shift = 1.5305, 0.0609  # of the VAE
+    with torch.no_grad():
+        # As the stock pipeline drives each of them.
+        expected = theirs(
+            controlnet_cond=raw * scale, pooled_projections=torch.zeros_like(pooled), **common
+        )[0]
+        found = ours(controlnet_cond=(raw - shift) * scale, pooled_projections=pooled, **common)[0]
+        other = theirs(controlnet_cond=(raw - shift) * scale, pooled_projections=pooled, **common)[
+            0
+        ]
+    for one, same_one, different in zip(expected, found, other, strict=True):
+        torch.testing.assert_close(same_one, one, rtol=1e-5, atol=1e-5)
+        assert not torch.allclose(different, one, rtol=1e-3, atol=1e-3)
+
+
+def test_a_converted_controlnet_learns_from_the_pooled_embedding(
+    going_on: TrainConfig, start: Path
+) -> None:
+    edit_config(start, {"force_zeros_for_pooled_projection": True})
+    train(replace(going_on, learning_rate=1e-3, max_train_steps=2))
+    assert weights(going_on.output_dir)["time_text_embed.text_embedder.linear_1.weight"].any()
