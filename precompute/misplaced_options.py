@@ -26,6 +26,7 @@ TRAIN_OPTIONS = (
     "--on-nonfinite",
     "--estimate",
     "--mixed-precision",
+    "--deterministic",
     "--gradient-checkpointing",
     "--quantize-base",
     "--use-8bit-adam",

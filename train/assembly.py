@@ -1,6 +1,7 @@
 """A run with everything loaded, from its settings."""
 
 import math
+import os
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -86,13 +87,12 @@ def assemble(config: TrainConfig) -> Run:
         ConfigError: settings, base model, cache and checkpoint do not go together.
         ShardError: the cache is incomplete or damaged.
     """
+    _set_arithmetic(config)
     accelerator = make_accelerator(config)
     inputs = find_inputs(config, accelerator.num_processes)
     if inputs.checkpoint is not None:
         check_same_distribution(inputs.checkpoint, inputs.state, accelerator)
     torch.manual_seed(config.seed)
-    torch.backends.cuda.matmul.allow_tf32 = config.allow_tf32
-    torch.backends.cudnn.allow_tf32 = config.allow_tf32
 
     controlnet, transformer = _load_networks(config, inputs, accelerator)
     trained = trained_parameters(controlnet)
@@ -107,7 +107,7 @@ def assemble(config: TrainConfig) -> Run:
     )
     if inputs.checkpoint is not None:
         check_same_model(inputs.checkpoint, accelerator.unwrap_model(controlnet))
-        restore(accelerator, inputs.checkpoint)
+        restore(accelerator, inputs.checkpoint, optimizer_on_host=config.offload_optimizer)
         # accelerate counts batches to find the ends of optimiser steps. A checkpoint is such an
         # end, but with another accumulation the restored count would not be.
         accelerator.step = 0
@@ -133,6 +133,22 @@ def assemble(config: TrainConfig) -> Run:
         num_steps=num_steps,
         num_trained=num_trained,
     )
+
+
+def _set_arithmetic(config: TrainConfig) -> None:
+    """Choose how exact the GPU's float32 products are, and whether all it computes is repeatable.
+
+    Call this before CUDA starts.
+    """
+    torch.backends.cuda.matmul.allow_tf32 = config.allow_tf32
+    torch.backends.cudnn.allow_tf32 = config.allow_tf32
+    torch.use_deterministic_algorithms(config.deterministic)
+    if config.deterministic:
+        # cuBLAS reads it at its start. Its streams then share no workspace.
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.backends.cudnn.benchmark = False
+        # Only programs that read memory before they write it would notice.
+        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 
 
 def _load_networks(

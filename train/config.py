@@ -154,6 +154,11 @@ class TrainConfig:
     allow_tf32: bool = option(
         False, help="Use TensorFloat-32 for float32 products; on Ampere and later."
     )
+    deterministic: bool = option(
+        False,
+        help="Compute the same bits in every run on the same GPUs, with torch's deterministic "
+        "algorithms. Slower: attention's backward pass adds in a fixed order. CPUs do without.",
+    )
     validation_steps: int = option(
         100,
         help="Steps between validations, which draw the cache's validation pairs and measure the "

@@ -19,7 +19,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from common.errors import ConfigError, RunError, ShardError
 from train.config import TrainConfig
-from train.models import WEIGHT_DTYPES
+from train.models import WEIGHT_DTYPES, trained_parameters
 from train.optim import fused_backward
 
 Decision = TypeVar("Decision")
@@ -201,6 +201,9 @@ def prepare(
     """Return ControlNet, optimiser and schedule as accelerate prepares them."""
     if strategy(accelerator) == "fsdp":
         _set_fsdp_precision(accelerator)
+    if keeps_gradients(accelerator):
+        for parameter in trained_parameters(controlnet):
+            parameter.grad = torch.zeros_like(parameter)
     if strategy(accelerator) != "deepspeed":
         prepared: tuple[Any, Any, Any] = accelerator.prepare(controlnet, optimizer, schedule)
         return prepared
@@ -211,6 +214,16 @@ def prepare(
     for name, buffer in controlnet.named_buffers():
         buffer.data = buffers[name].to(buffer.device)
     return prepared
+
+
+def keeps_gradients(accelerator: Accelerator) -> bool:
+    """Return whether gradients are set to zero between steps instead of being freed.
+
+    DDP's gradients are views of the memory that it sends. If they were freed, the batches that are
+    accumulated before anything is sent would get gradients of their own beside that memory.
+    """
+    ddp = strategy(accelerator) == "copies" and accelerator.num_processes > 1
+    return ddp and accelerator.gradient_accumulation_steps > 1
 
 
 def _set_fsdp_precision(accelerator: Accelerator) -> None:

@@ -15,7 +15,7 @@ from common.interruption import Received
 from common.progress import Progress
 from train.assembly import Run
 from train.data import Batch, RankPlaces, TrainingSamples, read_batches
-from train.distribution import clip_gradients, strategy
+from train.distribution import clip_gradients, keeps_gradients, strategy
 from train.inputs import samples_per_step
 from train.loss import batch_losses
 from train.optim.nonfinite import NonFiniteGuard
@@ -155,7 +155,7 @@ def take_step(
                     norm = clip_gradients(accelerator, run.controlnet, config.max_grad_norm)
                     nonfinite = guard.before_update(norm)
             run.optimizer.step()
-            run.optimizer.zero_grad(set_to_none=True)
+            run.optimizer.zero_grad(set_to_none=not keeps_gradients(accelerator))
         losses.append(sample_losses.detach())
         step_places += places
     if not guard.is_left_out(nonfinite):

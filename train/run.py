@@ -27,6 +27,7 @@ from train.saving.controlnet import (
     is_same_controlnet,
     save_result,
 )
+from train.saving.model_card import CARD, write_card
 from train.validation import pictures
 
 
@@ -44,18 +45,23 @@ def train(config: TrainConfig) -> Signals | None:
         OSError: the output cannot be written.
     """
     if config.estimate:
-        for text in _memory_report(config):
+        for text in _memory_report(config) if _is_first_process() else ():
             click.echo(text)
         return None
     try:
         return _train(config)
     except torch.OutOfMemoryError as error:
         lines = [f"out of memory: {str(error).splitlines()[0]}"]
-        if int(os.environ.get("RANK", "0")) == 0:
+        if _is_first_process():
             click.echo(f"{lines[0]} Finding out what would help …", err=True)
             with contextlib.suppress(Exception):  # the lack of memory is what to report
                 lines += _memory_report(config)
         raise RunError("\n".join(lines)) from error
+
+
+def _is_first_process() -> bool:
+    """Return whether this process is the first of a launcher's, or alone."""
+    return int(os.environ.get("RANK", "0")) == 0
 
 
 def _memory_report(config: TrainConfig) -> Iterator[str]:
@@ -87,8 +93,9 @@ def _take_steps_and_save(run: Run) -> Signals | None:
     config = run.config
     _announce(run)
     _start_records(run)
+    repository = None
     if config.push_to_hub and run.accelerator.is_main_process:
-        publish.create_repository(config)
+        repository = publish.create_repository(config)
     with signals_noted("step") as received:
         state, signal = take_steps(run, received)
         run.accelerator.wait_for_everyone()
@@ -96,9 +103,9 @@ def _take_steps_and_save(run: Run) -> Signals | None:
         if ended_early:
             _say_how_to_resume(run, state, ended_early)
         else:
-            _save(run, state)
-    if config.push_to_hub and not ended_early and run.accelerator.is_main_process:
-        click.echo(publish.push(config))
+            _save(run, state, repository)
+    if repository and not ended_early:
+        click.echo(publish.push(config, repository))
     run.accelerator.end_training()
     return ended_early
 
@@ -116,7 +123,7 @@ def _is_finished(run: Run) -> bool:
         names[EMA_FOLDER] = EMA_FOLDER
     return main_decides(
         lambda: (
-            (folder / publish.CARD).is_file()
+            (folder / CARD).is_file()
             and (not pictures.is_due(run, step) or pictures.is_done(run, step))
             and all(is_same_controlnet(checkpoint / one, folder / names[one]) for one in names)
         )
@@ -132,12 +139,12 @@ def _say_that_nothing_is_to_do(run: Run) -> None:
         )
 
 
-def _save(run: Run, state: TrainState) -> None:
-    """Save the ControlNet with its card."""
+def _save(run: Run, state: TrainState, repository: str | None) -> None:
+    """Save the ControlNet with its card; `repository` is where it will be uploaded to."""
     folder = run.config.output_dir
     save_result(run.accelerator, run.controlnet, run.ema, folder)
     if run.accelerator.is_main_process:
-        publish.write_card(run)
+        write_card(run, repository)
         remark = ""
         if ends_in_warm_up(run.config, state.step):
             remark = (

@@ -10,7 +10,7 @@ import torch
 from benchmarks.presets import reset_accelerate
 from benchmarks.reference.runs import logged_losses
 from tests.conftest import run_python, two_processes
-from tests.train.test_run import assert_close, weights
+from tests.train.test_run import assert_close, same, weights
 from train import models
 from train.config import TrainConfig
 from train.run import train
@@ -152,3 +152,10 @@ def test_two_cards_do_what_one_does(plain: TrainConfig, tmp_path: Path) -> None:
     done = run_python(*two_processes(both))
     assert done.returncode == 0, done.stderr
     assert_close(plain.output_dir, both.output_dir)
+
+
+def test_deterministic_runs_end_in_the_same_bits(plain: TrainConfig, tmp_path: Path) -> None:
+    one = replace(plain, mixed_precision="bf16", deterministic=True)
+    other = replace(one, output_dir=tmp_path / "other")
+    assert losses(one) == losses(other)
+    assert same(one.output_dir, other.output_dir)

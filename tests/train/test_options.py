@@ -115,6 +115,7 @@ OURS = {
     "estimate",
     "fused_backward_pass",
     "compile",
+    "deterministic",
     "ema_decay",
     "validation_inference_steps",
     "validation_guidance_scale",

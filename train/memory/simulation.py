@@ -4,6 +4,7 @@ The run's own networks take a step with fake tensors, on a CPU that imitates CUD
 changes what is kept. The memory that CUDA and its libraries take for themselves is not counted.
 """
 
+import os
 from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -79,12 +80,21 @@ class Estimate:
         return max(sum(self.step.values()), self.validation)
 
 
+def uses_ddp() -> bool:
+    """Return whether this is one of several processes that hold a whole copy each."""
+    sharded = ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED")
+    if any(os.environ.get(name, "false").lower() == "true" for name in sharded):
+        return False
+    return int(os.environ.get("WORLD_SIZE", "1")) > 1
+
+
 def simulate(config: TrainConfig, sizes: Sizes) -> Estimate:
     """Estimate the memory of a run on one device, by a step and a validation without numbers."""
     with FakeTensorMode(), torch.random.fork_rng(devices=[]):
         run = Simulation(config, sizes)
         run.step()
-        step = {part: run.meter.peak.get(part, 0) for part in PARTS}
+        step = max(run.meter.peak, run.between_steps(), key=lambda parts: sum(parts.values()))
+        step = {part: step.get(part, 0) for part in PARTS}
         validation = run.validation() if sizes.validates else 0
         return Estimate(step, validation, run.host)
 
@@ -98,6 +108,7 @@ class Simulation:
 
     Attributes:
         meter: counts the bytes on the device.
+        buckets: the memory that DDP sends, by weight; gradients are copied or added into it.
         host: bytes of pinned host memory so far.
     """
 
@@ -113,6 +124,11 @@ class Simulation:
         self.trained = trained_parameters(self.controlnet)
         self._count(self.transformer, "frozen base")
         self._count(self.controlnet, "ControlNet")
+        self.buckets: dict[Any, Tensor] = {}
+        if uses_ddp():
+            self.buckets = {one: torch.empty_like(one) for one in self.trained}
+        for bucket in self.buckets.values():
+            self.meter.count(bucket, "gradients")
         self.optimizer_state = self._allocate_optimizer_state()
         self.ema = self._start_ema()
         for parameter in self.trained:
@@ -140,6 +156,17 @@ class Simulation:
                     self._update(parameter)
             for parameter in self.trained:
                 parameter.grad = None
+
+    def between_steps(self) -> dict[str, int]:
+        """Return the bytes by part when the most is held between the steps.
+
+        That is before the second: DDP orders its buckets anew, and those that gradients lie in are
+        freed only once the new ones are there.
+        """
+        held = dict(self.meter.now)
+        if self.buckets and self.config.gradient_accumulation_steps > 1:
+            held["gradients"] *= 2
+        return held
 
     def validation(self) -> int:
         """Return the most bytes that drawing and decoding take."""
@@ -183,6 +210,8 @@ class Simulation:
     def _on_gradient(self, parameter: Tensor) -> None:
         assert parameter.grad is not None
         self.meter.count(parameter.grad, "gradients")
+        if self.buckets:
+            parameter.grad = self.buckets[parameter]
         if self.config.fused_backward_pass:
             self._update(parameter)
             parameter.grad = None
@@ -199,7 +228,8 @@ class Simulation:
     def _allocate_gradients(self) -> None:
         """Create the gradients that an earlier batch of the same step left."""
         for parameter in self.trained:
-            parameter.grad = torch.empty_like(parameter)
+            bucket = self.buckets.get(parameter)
+            parameter.grad = torch.empty_like(parameter) if bucket is None else bucket
             self.meter.count(parameter.grad, "gradients")
 
     def _objective(self) -> Objective:

@@ -19,7 +19,7 @@ def is_offloaded(count: int) -> bool:
 
 
 class OffloadedState(UncastState):
-    """Keeps an optimiser's state in host memory, and computes the same bits.
+    """Keeps an optimiser's state in host memory, and computes the same numbers.
 
     It goes before an optimiser's class, with one parameter group, and steps one weight at a time;
     only that weight's state is on the device.

@@ -61,14 +61,21 @@ def find_damage(checkpoint: Path) -> str | None:
     return None
 
 
-def restore(accelerator: Accelerator, checkpoint: Path) -> None:
+def restore(accelerator: Accelerator, checkpoint: Path, *, optimizer_on_host: bool = False) -> None:
     """Load a checkpoint into what accelerate prepared; every process must call this.
+
+    Args:
+        accelerator: prepared what is loaded.
+        checkpoint: its folder.
+        optimizer_on_host: read the optimiser's state into host memory. Among several processes
+            accelerate would read all of it into the device's first.
 
     Raises:
         ConfigError: it cannot be loaded.
     """
+    options = {"map_location": "cpu"} if optimizer_on_host else {}
     try:
-        accelerator.load_state(str(checkpoint))
+        accelerator.load_state(str(checkpoint), **options)
     except torch.OutOfMemoryError:
         raise
     except (EOFError, OSError, RuntimeError, ValueError, KeyError, pickle.PickleError) as error:
