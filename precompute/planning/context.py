@@ -18,7 +18,7 @@ from precompute.planning.digest_cache import DigestCache
 from precompute.planning.encoder_spec import EncoderSpecs
 from precompute.planning.existing_layout import reasons_to_build
 from precompute.planning.inventory import Inventory, digest_hex, prompt_digest
-from precompute.planning.plan import ProductPlan, ShardPlan, item_key
+from precompute.planning.plan import ProductPlan, ShardPlan, bytes_needed, item_key
 from precompute.planning.products import Prompts, image_metadata, text_addresses
 from precompute.planning.validation_pairs import ValidationPair
 from precompute.planning.workers import Part
@@ -105,6 +105,13 @@ class Context:
         """Return the shards of this worker that were not on disk as planned."""
         shards = enumerate(self.finished[product.folder])
         return [shard for shard, summary in shards if summary is None and self.part.has(shard)]
+
+    def bytes_needed(self) -> int:
+        """Return how much room this worker's shards need on the disk."""
+        products = self.products_by_folder().values()
+        return bytes_needed(
+            (product, shard) for product in products for shard in self.shards_to_build(product)
+        )
 
     def outdated_captions(self) -> list[int]:
         """Return this worker's finished latent shards whose sidecars list other captions."""
