@@ -1,5 +1,6 @@
 """Preparing a run: open and check the source and the base model, hash, and plan the shards."""
 
+import math
 import os
 from pathlib import Path
 
@@ -42,9 +43,12 @@ from precompute.sources.annotators import find_annotator
 from precompute.sources.open_source import open_source
 from sd3.buckets import nearest_buckets
 from sd3.pretrained import find_base
-from shards.format import manifest
+from shards.format import manifest, seal
 from shards.format.expected_cache import PLAN
+from shards.format.json_files import LARGEST_FILE_BYTES
 from shards.format.manifest import conditioning_folder, validation_folder
+from shards.format.product import MOST_SHARDS
+from shards.format.sidecar import SIDECAR_BYTES_A_PROMPT, SIDECAR_BYTES_A_RECORD
 from shards.format.tensor_spec import record_bytes
 
 HASHES = "hashes.npy"
@@ -100,6 +104,9 @@ def prepare(config: PrecomputeConfig) -> Context:
     bad.add(faulty_rows(source, inventory))
     held_out = held_out_rows(inventory, config.validation_rows, config.seed)
     prompts = distinct_prompts(inventory)
+    identities = (text_id, latent_id, control_id)
+    products = _plan_products(config, specs, identities, inventory, held_out, prompts, pairs)
+    _refuse_files_too_large_to_read(config, products, inventory)
     return Context(
         config=config,
         part=part,
@@ -113,9 +120,7 @@ def prepare(config: PrecomputeConfig) -> Context:
         bad_rows=bad,
         prompts=prompts,
         pairs=pairs,
-        products=_plan_products(
-            config, specs, (text_id, latent_id, control_id), inventory, held_out, prompts, pairs
-        ),
+        products=products,
     )
 
 
@@ -135,9 +140,14 @@ def _refuse_other_files(cache: Path) -> None:
 
 
 def _device_of_this_process() -> str | None:
-    """Return the GPU of a process that `accelerate launch` started beside others, or None."""
+    """Return the GPU of a process that `accelerate launch` started beside others, or None.
+
+    As accelerate's own choice; a process may see only the GPU that a batch system gave it.
+    """
     local_rank = os.environ.get("LOCAL_RANK")
-    return f"cuda:{local_rank}" if local_rank and torch.cuda.is_available() else None
+    if not local_rank or not torch.cuda.is_available():
+        return None
+    return f"cuda:{int(local_rank) % torch.cuda.device_count()}"
 
 
 def _plan_products(
@@ -201,6 +211,39 @@ def _plan_latents(
         config.shard_mb,
         existing,
     )
+
+
+def _refuse_files_too_large_to_read(
+    config: PrecomputeConfig, products: Products, inventory: Inventory
+) -> None:
+    """Refuse, before anything is encoded, what readers would refuse: too large JSON files.
+
+    Raises:
+        ConfigError: there are too many shards for a manifest, or records for a sidecar.
+    """
+    plans = (products.text, products.latents, products.conditioning, products.validation)
+    name = config.conditioning_name
+    own = {"text", "latents", conditioning_folder(name), validation_folder(name)}
+    num_shards = sum(plan.num_shards for plan in plans)
+    if before := seal.previous_manifest(config.cache):
+        num_shards += sum(p.num_shards for folder, p in before.products() if folder not in own)
+    if num_shards > MOST_SHARDS:
+        enough = math.ceil(1.1 * config.shard_mb * num_shards / MOST_SHARDS * 100) / 100
+        raise ConfigError(
+            f"--shard-mb {config.shard_mb:g}: makes {num_shards} shards, and a manifest lists "
+            f"{MOST_SHARDS} at most; give --shard-mb {enough:g} or more."
+        )
+    latents, images_per_row = products.latents, 2 if config.random_flip else 1
+    for shard in range(latents.num_shards):
+        rows = latents.shard(shard).items // images_per_row
+        captions = int((inventory.caption_ends[rows + 1] - inventory.caption_ends[rows]).sum())
+        size = len(rows) * SIDECAR_BYTES_A_RECORD + captions * SIDECAR_BYTES_A_PROMPT
+        if size > LARGEST_FILE_BYTES:
+            raise ConfigError(
+                f"--shard-mb {config.shard_mb:g}: makes a shard of {len(rows)} records with "
+                f"{captions} captions, and its sidecar has {LARGEST_FILE_BYTES >> 20} MiB at most; "
+                "give less."
+            )
 
 
 def _pair_bytes(specs: EncoderSpecs) -> list[int]:

@@ -9,6 +9,7 @@ import contextlib
 import ctypes
 import functools
 import hashlib
+import importlib
 import importlib.metadata
 import importlib.util
 import os
@@ -248,6 +249,9 @@ ANSWERS: dict[str, Any] = {
 
 def install() -> None:
     """Give torch two devices, for the rest of the process and before its first backward pass."""
+    with contextlib.suppress(ImportError):
+        # Before it finds CUDA, and takes kernels of its own instead of the stand-in's.
+        importlib.import_module("bitsandbytes")
     torch._C._cuda_getCurrentRawStream = lambda device: 0  # type: ignore[attr-defined]
     for name, answer in ANSWERS.items():
         setattr(torch.cuda, name, answer)

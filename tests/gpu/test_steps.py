@@ -155,7 +155,7 @@ def test_two_cards_do_what_one_does(plain: TrainConfig, tmp_path: Path) -> None:
 
 
 def test_deterministic_runs_end_in_the_same_bits(plain: TrainConfig, tmp_path: Path) -> None:
-    one = replace(plain, mixed_precision="bf16", deterministic=True)
+    one = replace(plain, mixed_precision="bf16", deterministic=True, output_dir=tmp_path / "one")
     other = replace(one, output_dir=tmp_path / "other")
     assert losses(one) == losses(other)
     assert same(one.output_dir, other.output_dir)

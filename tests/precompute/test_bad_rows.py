@@ -59,6 +59,9 @@ def test_rows_whose_lines_have_moved_are_counted_once(
     write_lines(source, rows)
     precompute(replace(spoilt, max_bad_fraction=0.4))
     assert manifest.load(spoilt.cache).num_skipped == 4
+    write_lines(source, lines(source)[::-1])
+    precompute(replace(spoilt, max_bad_fraction=0.4))
+    write_lines(source, lines(source)[::-1])
     said = capsys.readouterr().out
     assert (
         "4 rows were left out:\n  line 1, target/nowhere.png: target/nowhere.png: No such" in said

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from safetensors.torch import load_file, save_file
 
 from common.errors import ConfigError
@@ -74,6 +75,7 @@ def digests(checkpoint: Path) -> None:
 @pytest.fixture(scope="module")
 def finished(base: Path, cache: Path, tmp_path_factory: pytest.TempPathFactory) -> TrainConfig:
     """A finished run of four steps, with checkpoints after two and four."""
+    AcceleratorState._reset_state(True)  # a test before may have settled the precision
     config = TrainConfig(
         pretrained_model_name_or_path=str(base),
         cache=str(cache),
