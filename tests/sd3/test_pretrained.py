@@ -162,7 +162,8 @@ def test_a_controlnet_folder_is_told_from_its_run_folder(tmp_path: Path) -> None
         find_controlnet(str(tmp_path), "--controlnet")
     for name in ("config.json", "diffusion_pytorch_model.safetensors"):
         (inner / name).write_text("{}")
-    assert find_controlnet(str(inner), "--controlnet") == inner
+    for name in (inner, inner.parent):  # training goes on from a checkpoint's folder too
+        assert find_controlnet(str(name), "--controlnet-model-name-or-path") == inner
 
 
 def test_a_fingerprint_counts_weights_not_names(base: Path, tmp_path: Path) -> None:
