@@ -159,6 +159,22 @@ def test_checkpoints_without_digests_are_resumed_unless_their_damage_shows(
     assert same(finished.output_dir, config.output_dir)
 
 
+def test_a_checkpoint_without_digests_that_cannot_be_loaded_is_one_line(
+    config: TrainConfig,
+) -> None:
+    newest = config.output_dir / "checkpoint-4"
+    digests(newest)
+    path = newest / "optimizer.bin"
+    data = path.read_bytes()
+    where = data.index(b"exp_avg")  # in the pickle that says what the tensors are
+    path.write_bytes(data[: where - 4] + bytes(16) + data[where + 12 :])
+    with pytest.raises(
+        ConfigError, match=rf"^{newest}: cannot be loaded \(.*\); resume from"
+    ) as one:
+        train(config)
+    assert len(str(one.value).splitlines()) == 1
+
+
 def test_a_checkpoint_whose_weights_are_not_finite_is_passed_over(
     finished: TrainConfig, config: TrainConfig, command: Callable[..., Outcome]
 ) -> None:
