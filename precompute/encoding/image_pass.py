@@ -5,10 +5,10 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from common.errors import ShardError
 from common.interruption import StopCheck
+from common.progress import Progress
 from precompute.encoding.batch_size import BatchSize, find_batch_size
 from precompute.encoding.encoder_clock import EncoderClock
 from precompute.encoding.load_image import SourceImages
@@ -184,7 +184,7 @@ def encode_images(
     source_images = SourceImages(context)
     total = products.latents.count_records(latents)
     total += products.conditioning.count_records(conditioning)
-    with tqdm(total=total, unit="image", desc="images", disable=context.quiet) as bar:
+    with Progress(total, "image", "images", quiet=context.quiet) as bar:
         for image_pass, shards in (
             (ImagePass(context, source_images, encoder, size, "image"), latents),
             # After all latents, since it reads their sidecars.

@@ -126,9 +126,9 @@ class Context:
     # Output for people.
 
     @property
-    def quiet(self) -> bool | None:
-        """Whether another worker prints for this one; None leaves the choice to tqdm."""
-        return None if self.part.leads or self.config.part is not None else True
+    def quiet(self) -> bool:
+        """Whether another worker prints for this one."""
+        return not self.part.leads and self.config.part is None
 
     def print(self, text: str) -> None:
         """Print a line, once for all workers of a launch."""

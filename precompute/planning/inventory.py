@@ -14,9 +14,9 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from tqdm import tqdm
 from xxhash import xxh3_64_intdigest, xxh3_128_digest
 
+from common.progress import Progress
 from precompute.planning.digest_cache import Content, DigestCache
 from precompute.planning.layout import Ids, Numbers
 from precompute.sources.patient_read import read_patiently
@@ -90,7 +90,7 @@ def take_inventory(
     builder = _InventoryBuilder()
     with (
         _ImageHasher(source, digests) as hasher,
-        tqdm(total=len(rows), unit="row", desc="reading", disable=None) as bar,
+        Progress(len(rows), "row", "reading") as bar,
     ):
         for start in range(0, len(rows), CHUNK_ROWS):
             indices = rows[start : start + CHUNK_ROWS]

@@ -138,9 +138,13 @@ def _ema_note(run: Run) -> str:
 
 def _gallery(run: Run) -> str:
     """Return the last validation's pictures, each under its prompt."""
-    prompts = [pair.prompt for pair in read_pairs(run.inputs.cache)]
+    paths = pictures(run.config)
+    if not paths:
+        return ""
+    # A run without validation may follow one that drew.
+    prompts = [pair.prompt for pair in run.inputs.pairs or read_pairs(run.inputs.cache)]
     entries = []
-    for path in pictures(run.config):
+    for path in paths:
         number, _, ema = path.stem.partition("-")
         prompt = prompts[int(number)] + (", averaged weights" if ema else "")
         address = path.relative_to(run.config.output_dir).as_posix()
