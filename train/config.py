@@ -233,11 +233,6 @@ class TrainConfig:
             raise ConfigError(f"--local-cache-gb {self.local_cache_gb:g}: must be above 0.")
         if not 0 <= self.max_grad_norm < math.inf:
             raise ConfigError(f"--max-grad-norm {self.max_grad_norm:g}: must be at least 0.")
-        if self.controlnet_model_name_or_path and self.num_controlnet_layers is not None:
-            raise ConfigError(
-                f"--num-controlnet-layers {self.num_controlnet_layers}: is for a new ControlNet; "
-                "the one of --controlnet-model-name-or-path keeps its own number. Leave one out."
-            )
         if self.fp8_matmul and self.quantize_base != "fp8":
             raise ConfigError("--fp8-matmul: goes with --quantize-base fp8.")
         if self.precondition_outputs not in (0, 1):

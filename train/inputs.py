@@ -149,12 +149,22 @@ def _find_base(config: TrainConfig, needs_vae: bool) -> Path:
 
 
 def _find_controlnet(name: str, config: TrainConfig, cache: Cache) -> Path:
-    """Return the folder of the ControlNet to continue from; say what its convention means."""
+    """Return the folder of the ControlNet to continue from; say what its convention means.
+
+    Raises:
+        ConfigError: there is none, or it does not go with the cache or the settings.
+    """
     flag = "--controlnet-model-name-or-path"
     folder = distribution.local_main_first(
         lambda: find_controlnet(name, flag, cache_dir=config.cache_dir)
     )
-    note = check_convention(name, read_config(folder, ""), cache)
+    controlnet = read_config(folder, "")
+    if config.num_controlnet_layers not in (None, controlnet.get("num_layers")):
+        raise ConfigError(
+            f"--num-controlnet-layers {config.num_controlnet_layers}: is for a new ControlNet; "
+            f"{flag} {name} has {controlnet.get('num_layers')}. Leave one out."
+        )
+    note = check_convention(name, controlnet, cache)
     if note and PartialState().is_main_process:
         click.echo(f"train: {note}")
     return folder

@@ -70,6 +70,9 @@ def find_change(folder: Path, files: Mapping[str, FileDigest]) -> str | None:
     Args:
         folder: of a checkpoint.
         files: what was written, by name.
+
+    Raises:
+        OSError: one cannot be read now, which does not say that it is damaged.
     """
     for name, written in files.items():  # at once, before anything is read
         path = folder / name
@@ -78,10 +81,7 @@ def find_change(folder: Path, files: Mapping[str, FileDigest]) -> str | None:
         if (size := path.stat().st_size) != written.num_bytes:
             found = f"holds {size} bytes, {written.num_bytes} were written"
             return f"{path}: {found if size else 'is empty'}"
-    try:
-        found_digests = digest_files(folder, list(files))
-    except OSError as error:
-        return f"{error.filename or folder}: cannot be read ({error.strerror})"
+    found_digests = digest_files(folder, list(files))
     for name, written in files.items():
         if found_digests[name] != written:
             return f"{folder / name}: does not hold the bytes that were written"

@@ -9,7 +9,7 @@ import torch
 from accelerate import Accelerator
 from diffusers import SD3ControlNetModel
 
-from common.errors import ConfigError
+from common.errors import ConfigError, os_error_line
 from sd3.finite import nonfinite_weight_in
 from sd3.pretrained import read_config
 from train.saving.checkpoints import STATE_FILE, find, parse_state, read_state, recorded_step
@@ -47,10 +47,14 @@ def choose(output_dir: Path, wanted: str | None) -> Path | None:
 
 
 def find_damage(checkpoint: Path) -> str | None:
-    """Return which file of a checkpoint is damaged, and how, in one line; None if it is whole."""
+    """Return which file of a checkpoint is damaged, and how, in one line; None if it is whole.
+
+    Raises:
+        OSError: a file cannot be read now, as where a network disk does not answer.
+    """
     try:
         files = parse_state(checkpoint).files
-    except (OSError, ValueError, TypeError) as error:
+    except (ValueError, TypeError) as error:
         return f"{checkpoint / STATE_FILE}: damaged ({error})"
     if problem := find_change(checkpoint, files) if files else find_cut(checkpoint):
         return problem
@@ -108,7 +112,14 @@ def _newest_whole(present: list[Path]) -> Path | None:
     """Return the last checkpoint that is whole, and name the damaged ones after it."""
     problems: list[str] = []
     for checkpoint in reversed(present):
-        problem = find_damage(checkpoint)
+        try:
+            problem = find_damage(checkpoint)
+        except OSError as error:
+            raise ConfigError(
+                f"{checkpoint}: cannot be read ({os_error_line(error)}), which need not be damage. "
+                "The same command goes on once it can be; to go on from an earlier one, name it: "
+                "--resume-from-checkpoint checkpoint-<step>."
+            ) from error
         if problem is None:
             for line in problems:
                 click.echo(f"train: {line}; going on from {checkpoint.name}")
@@ -122,6 +133,13 @@ def _newest_whole(present: list[Path]) -> Path | None:
     return None
 
 
+def _is_whole(checkpoint: Path) -> bool:
+    try:
+        return find_damage(checkpoint) is None
+    except OSError:
+        return False
+
+
 def _named(output_dir: Path, present: list[Path], wanted: str) -> Path:
     for path in (Path(wanted), output_dir / Path(wanted).name):
         if (path / STATE_FILE).is_file():
@@ -130,7 +148,7 @@ def _named(output_dir: Path, present: list[Path], wanted: str) -> Path:
             step = read_state(path).step
             later = [other for other in present if recorded_step(other) > step]
             # Damaged ones may stay: the run passes them over.
-            if any(find_damage(other) is None for other in reversed(later)):
+            if any(_is_whole(other) for other in reversed(later)):
                 names = ", ".join(other.name for other in later)
                 raise ConfigError(
                     f"--resume-from-checkpoint {wanted}: {output_dir} holds later ones, "

@@ -1,11 +1,13 @@
 """Damaged checkpoints: `latest` names them and takes the one before; by name they are refused."""
 
+import errno
 import json
 import os
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -130,6 +132,27 @@ def test_an_earlier_checkpoint_is_resumed_by_name_where_the_later_one_is_damaged
     break_state(config.output_dir / "checkpoint-4" / "train_state.json")
     (config.output_dir / WEIGHTS).unlink()
     train(replace(config, resume_from_checkpoint="checkpoint-2"))
+    assert same(finished.output_dir, config.output_dir)
+
+
+def test_a_checkpoint_that_cannot_be_read_just_now_is_not_passed_over(
+    finished: TrainConfig, config: TrainConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stale = config.output_dir / "checkpoint-4" / "optimizer.bin"
+    opened = Path.open
+
+    def answers(path: Path, *arguments: Any, **options: Any) -> Any:
+        if path == stale:
+            raise OSError(errno.ESTALE, os.strerror(errno.ESTALE), str(path))
+        return opened(path, *arguments, **options)
+
+    with monkeypatch.context() as disk:
+        disk.setattr(Path, "open", answers)
+        expected = rf"^{stale.parent}: cannot be read \({stale}: Stale file handle\)"
+        with pytest.raises(ConfigError, match=expected):
+            train(config)
+        (config.output_dir / WEIGHTS).unlink()
+        train(replace(config, resume_from_checkpoint="checkpoint-2"))
     assert same(finished.output_dir, config.output_dir)
 
 

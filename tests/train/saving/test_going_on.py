@@ -15,7 +15,7 @@ from torch import Tensor
 
 from common.errors import ConfigError, RunError
 from sd3.finite import nonfinite_weight
-from sd3.pretrained import DATA_KEY
+from sd3.pretrained import DATA_KEY, read_config
 from tests.conftest import Outcome, Spoil, flags
 from tests.train.test_run import WEIGHTS, same, weights
 from train.config import TrainConfig
@@ -123,11 +123,17 @@ def test_a_controlnet_that_is_not_finite_draws_nothing(
     assert not list(tmp_path.glob("pictures/**/*.png"))
 
 
-def test_the_number_of_blocks_is_refused_beside_a_controlnet(
-    train_config: TrainConfig, start: Path
+def test_another_number_of_blocks_is_refused_beside_a_controlnet(
+    going_on: TrainConfig, start: Path
 ) -> None:
-    with pytest.raises(ConfigError, match=r"^--num-controlnet-layers 3: is for a new ControlNet"):
-        replace(train_config, num_controlnet_layers=3, controlnet_model_name_or_path=str(start))
+    own = read_config(start, "")["num_layers"]
+    train(replace(going_on, num_controlnet_layers=own))
+    wrong = replace(
+        going_on, num_controlnet_layers=own + 1, output_dir=going_on.output_dir / "other"
+    )
+    expected = f"^--num-controlnet-layers {own + 1}: is for a new ControlNet; .* has {own}. Leave"
+    with pytest.raises(ConfigError, match=expected):
+        train(wrong)
 
 
 def test_a_controlnet_of_another_conditioning_range_is_refused(
