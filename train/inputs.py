@@ -219,7 +219,8 @@ def make_accelerator(config: TrainConfig) -> Accelerator:
         raise ConfigError(f"--mixed-precision {precision}: {error}") from error
     use_device(accelerator.device)
     distribution.check(accelerator, config)
-    if precision == "fp16" and accelerator.device.type == "cpu" and accelerator.scaler is None:
+    scales = accelerator.scaler is not None or distribution.strategy(accelerator) == "deepspeed"
+    if precision == "fp16" and accelerator.device.type == "cpu" and not scales:
         raise ConfigError(
             "--mixed-precision fp16: accelerate scales no losses on CPUs; use bf16 or no."
         )
