@@ -65,6 +65,7 @@ FLAGS: dict[str, dict[str, Any]] = {
     "bf16 weights": {"bf16_weights": True},
     "offloaded optimiser": {"offload_optimizer": True},
     "offloaded activations": {"offload_activations": True},
+    "deterministic": {"deterministic": True},
     "6 ControlNet blocks": {"num_controlnet_layers": 6},
     "int8, bf16 weights, 8 bit AdamW": {
         "quantize_base": "int8",

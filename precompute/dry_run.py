@@ -64,8 +64,7 @@ def _line(folder: str, product: ProductPlan, context: Context) -> tuple[str, ...
 
 
 def _print_disk_space(context: Context) -> None:
-    products, cache = context.products_by_folder().values(), context.config.cache
-    needed = sum(product.count_bytes(context.shards_to_build(product)) for product in products)
+    cache, needed = context.config.cache, context.bytes_needed()
     free = shutil.disk_usage(_existing(cache)).free
     click.echo(f"disk: {needed / 1e6:.1f} MB needed, {free / 1e6:.1f} MB free at {cache}")
     if needed > free:

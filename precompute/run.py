@@ -51,10 +51,7 @@ def precompute(config: PrecomputeConfig) -> None:
     _print_todo(context, todo)
     count_earlier_bad_rows(context, context.finished)
     config.cache.mkdir(parents=True, exist_ok=True)
-    require_space(
-        config.cache,
-        sum(product.count_bytes(todo[folder]) for folder, product in products.items()),
-    )
+    require_space(config.cache, context.bytes_needed())
     expected = context.expected_cache()
     write_expected(
         config.cache,

@@ -8,11 +8,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from common.atomic_files import DISK_FULL
 from common.errors import ConfigError
+from sd3.single_file import refuse_file, refuse_files_alone
 
 # Entry of a ControlNet's config.json that says how its data was made. diffusers stores entries
 # with a leading underscore and ignores them when it builds the model.
 DATA_KEY = "_precompute"
+BASE_PIPELINE = "StableDiffusion3Pipeline"
 # The files beside weights that loading a component needs; nothing else is downloaded.
 FILE_PATTERNS = ("*.json", "*.txt", "*.model")
 
@@ -43,6 +46,7 @@ def find_base(
     """
     folder = Path(name_or_path)
     if not folder.is_dir():
+        refuse_file("base model", name_or_path, BASE_PIPELINE)
         if not is_hub_id(name_or_path):
             raise ConfigError(
                 f"base model {name_or_path!r}: no such folder, and not a hub id (owner/name). "
@@ -57,7 +61,9 @@ def find_base(
         )
     missing = [name for name in subfolders if not has_component(folder, name)]
     if missing:
-        present = sorted(entry.name for entry in folder.iterdir() if entry.is_dir())
+        refuse_files_alone("base model", name_or_path, revision, BASE_PIPELINE)
+        # Where no file matches, there is no folder either.
+        present = sorted(path.name for path in folder.glob("*/"))
         raise ConfigError(
             f"base model {name_or_path!r}: no {', '.join(f'{name}/' for name in missing)} in it; "
             f"found {', '.join(f'{name}/' for name in present) or 'no folders'}. "
@@ -107,6 +113,7 @@ def find_controlnet(name_or_path: str, flag: str, *, cache_dir: Path | None = No
     """
     folder = Path(name_or_path)
     if not folder.is_dir():
+        refuse_file(flag, name_or_path, None)
         if not is_hub_id(name_or_path):
             raise ConfigError(
                 f"{flag} {name_or_path}: no such folder, and not a hub id (owner/name). "
@@ -219,8 +226,6 @@ def _download(
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import (
         GatedRepoError,
-        HfHubHTTPError,
-        LocalEntryNotFoundError,
         RepositoryNotFoundError,
         RevisionNotFoundError,
     )
@@ -246,7 +251,9 @@ def _download(
         ) from error
     except RevisionNotFoundError as error:
         raise ConfigError(f"{repo!r} has no revision {revision!r}.") from error
-    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
+    except Exception as error:  # of huggingface_hub, and of the HTTP library beneath it
+        if isinstance(error, OSError) and (error.errno in DISK_FULL or error.filename):
+            raise
         raise ConfigError(
             f"{repo!r}: no such folder here, and the hub could not be reached "
             f"({type(error).__name__}). Check the name and the network."

@@ -1,5 +1,6 @@
 """A run with everything loaded, from its settings."""
 
+import math
 import os
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -34,6 +35,7 @@ from train.optim.adamw import (
 )
 from train.optim.ema import Ema
 from train.optim.fused_backward import FusedBackward
+from train.optim.learning_rate import describe_change
 from train.saving.controlnet import restore_ema, use_diffusers_format
 from train.saving.resuming import check_same_model, restore
 
@@ -96,7 +98,7 @@ def assemble(config: TrainConfig) -> Run:
     trained = trained_parameters(controlnet)
     num_trained = sum(parameter.numel() for parameter in trained)
     step_samples = samples_per_step(config, accelerator.num_processes)
-    num_steps = num_train_steps(config, inputs.order, step_samples)
+    num_steps = num_train_steps(config, inputs, step_samples)
     optimizer = make_optimizer(config, trained, step_samples)
     schedule = make_schedule(config, optimizer, num_steps)
     use_diffusers_format(accelerator)
@@ -109,7 +111,10 @@ def assemble(config: TrainConfig) -> Run:
         # accelerate counts batches to find the ends of optimiser steps. A checkpoint is such an
         # end, but with another accumulation the restored count would not be.
         accelerator.step = 0
-        set_learning_rate(schedule.scheduler, peak_learning_rate(config, step_samples))
+        peak = peak_learning_rate(config, step_samples)
+        was, now = set_learning_rate(schedule.scheduler, peak)
+        if not math.isclose(was, now, rel_tol=1e-6):
+            accelerator.print(describe_change(config, inputs.checkpoint, was, now))
     activation_offload: AbstractContextManager[Any] = nullcontext()
     if config.offload_activations:
         activation_offload = OffloadedActivations(controlnet, transformer)

@@ -135,7 +135,8 @@ def check_convention(name: str, config: Mapping[str, Any], cache: Cache) -> str 
     what = f"--controlnet-model-name-or-path {name}"
     pixel_range = cache.conditioning_spec.pixel_range
     tokens = cache.manifest.text_spec.max_sequence_length
-    data = config.get(DATA_KEY) or {}
+    entry = config.get(DATA_KEY)
+    data = entry if isinstance(entry, Mapping) else {}
     trained_range = data.get("conditioning_range")
     if trained_range not in (None, pixel_range):
         raise ConfigError(

@@ -29,6 +29,7 @@ from train.loss import Objective
 from train.saving.checkpoints import TrainState, read_state
 from train.saving.resuming import choose
 from train.validation.held_out import held_out_records
+from train.validation.sampling import Pair, read_pairs
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,8 @@ class Inputs:
         base: folder of the base model.
         controlnet: folder of the ControlNet to continue from, or None.
         order: the order of the samples.
-        draws_pictures: whether the run draws validation pictures.
+        pairs: the validation pairs that the run draws; read at once, since stage 1 may replace them
+            while the run goes on.
         measures_held_out: whether the run measures the loss on held-out rows.
         checkpoint: folder of the checkpoint to resume from, or None.
         state: where the run starts.
@@ -50,10 +52,15 @@ class Inputs:
     base: Path
     controlnet: Path | None
     order: Order
-    draws_pictures: bool
+    pairs: list[Pair]
     measures_held_out: bool
     checkpoint: Path | None
     state: TrainState
+
+    @property
+    def draws_pictures(self) -> bool:
+        """Whether the run draws validation pictures."""
+        return bool(self.pairs)
 
     @property
     def validates(self) -> bool:
@@ -93,7 +100,7 @@ def find_inputs(config: TrainConfig, num_processes: int) -> Inputs:
         base=base,
         controlnet=controlnet,
         order=order,
-        draws_pictures=draws_pictures,
+        pairs=read_pairs(cache) if draws_pictures else [],
         measures_held_out=validates and bool(held_out_records(cache)),
         checkpoint=checkpoint,
         state=state,
@@ -232,11 +239,21 @@ def samples_per_step(config: TrainConfig, num_processes: int) -> int:
     return config.train_batch_size * num_processes * config.gradient_accumulation_steps
 
 
-def num_train_steps(config: TrainConfig, order: Order, step_samples: int) -> int:
-    """Return the number of optimiser steps of the run, each of `step_samples` on all processes."""
+def num_train_steps(config: TrainConfig, inputs: Inputs, step_samples: int) -> int:
+    """Return the number of the run's last optimiser step.
+
+    Epochs are counted by samples: a run that goes on with more or fewer samples per step than
+    before ends at the same place.
+
+    Args:
+        config: of the run.
+        inputs: what it reads, and where it starts.
+        step_samples: samples of an optimiser step, on all processes.
+    """
     if config.max_train_steps is not None:
         return config.max_train_steps
-    return math.ceil(order.start(config.num_train_epochs) / step_samples)
+    left = max(0, inputs.order.start(config.num_train_epochs) - inputs.state.place)
+    return inputs.state.step + math.ceil(left / step_samples)
 
 
 def make_objective(config: TrainConfig, inputs: Inputs, device: torch.device) -> Objective:

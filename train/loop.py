@@ -5,7 +5,6 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from signal import Signals
-from typing import Any
 
 import torch
 import torch.distributed
@@ -13,6 +12,7 @@ from accelerate import Accelerator
 from tqdm import tqdm
 
 from common.interruption import Received
+from common.progress import Progress
 from train.assembly import Run
 from train.data import Batch, RankPlaces, TrainingSamples, read_batches
 from train.distribution import clip_gradients, keeps_gradients, strategy
@@ -69,21 +69,24 @@ def take_steps(run: Run, received: Received) -> tuple[TrainState, Signals | None
     if state.step and pictures.is_due(run, state.step) and not pictures.is_done(run, state.step):
         # The run was killed between that step's checkpoint and its validation.
         pictures.validate(run, state.step)
-    with _progress_bar(run) as bar:
-        state, signal = _loop(run, batches, guard, _agreement(accelerator, received), bar)
+    with _progress(run) as progress:
+        state, signal = _loop(run, batches, guard, _agreement(accelerator, received), progress)
     batches.close()
     if guard.num_skipped:
         run.print(f"{guard.num_skipped} steps were left out, since their gradient was not finite")
     return state, signal
 
 
-def _progress_bar(run: Run) -> "tqdm[Any]":
-    return tqdm(
-        total=run.num_steps,
+def _progress(run: Run) -> Progress:
+    return Progress(
+        run.num_steps,
+        "step",
+        "train",
         initial=min(run.inputs.state.step, run.num_steps),
-        desc="train",
-        unit="step",
-        disable=None if run.accelerator.is_local_main_process else True,
+        quiet=not run.accelerator.is_main_process,
+        rate_unit="samples",
+        rate_factor=samples_per_step(run.config, run.accelerator.num_processes),
+        with_values=True,
     )
 
 
@@ -92,20 +95,20 @@ def _loop(
     batches: Iterator[tuple[list[int], Batch]],
     guard: NonFiniteGuard,
     agreed_signal: Received,
-    bar: "tqdm[Any]",
+    progress: Progress,
 ) -> tuple[TrainState, Signals | None]:
     """Take the steps; log, save and validate between them."""
     config, state = run.config, run.inputs.state
     step_samples = samples_per_step(config, run.accelerator.num_processes)
     signal = None
     while state.step < run.num_steps and not signal:
-        take_step(run, batches, guard, state.step + 1)
+        norm = take_step(run, batches, guard, state.step + 1)
         state = replace(state, step=state.step + 1, place=state.place + step_samples)
-        bar.update()
+        progress.update()
         signal = agreed_signal()
         last = state.step == run.num_steps or bool(signal)
         if state.step % config.logging_steps == 0 or last:
-            _log(run, guard, state, bar)
+            _log(run, guard, state, norm, progress)
         if state.step % config.checkpointing_steps == 0 or last:
             guard.finish()
             checkpoints.save(run.accelerator, config, state, run.ema)
@@ -117,7 +120,7 @@ def _loop(
 
 def take_step(
     run: Run, batches: Iterator[tuple[list[int], Batch]], guard: NonFiniteGuard, step: int
-) -> None:
+) -> torch.Tensor | None:
     """Take one optimiser step.
 
     Args:
@@ -125,6 +128,9 @@ def take_step(
         batches: of this process, with the places of their samples.
         guard: skips the update if a gradient is not finite.
         step: its number.
+
+    Returns:
+        The gradient's norm before it was clipped, []; None where it is never whole.
 
     Raises:
         RunError: the gradient of the step before was not finite, and the run is to stop then.
@@ -134,6 +140,7 @@ def take_step(
     losses: list[torch.Tensor] = []
     step_places: list[int] = []
     nonfinite = torch.zeros((), device=accelerator.device)
+    norm: torch.Tensor | None = None
     for places, batch in itertools.islice(batches, config.gradient_accumulation_steps):
         with accelerator.accumulate(run.controlnet):
             with run.activation_offload:
@@ -156,10 +163,17 @@ def take_step(
         if run.ema is not None:
             run.ema.step()
     guard.after_update(step, step_places, torch.cat(losses), nonfinite)
+    return norm
 
 
-def _log(run: Run, guard: NonFiniteGuard, state: TrainState, bar: "tqdm[Any]") -> None:
-    """Log the mean loss since the last call, over all processes, and the learning rate.
+def _log(
+    run: Run,
+    guard: NonFiniteGuard,
+    state: TrainState,
+    norm: torch.Tensor | None,
+    progress: Progress,
+) -> None:
+    """Log the mean loss since the last call, over all processes, gradient norm and rate.
 
     Losses that are not finite are left out of the mean; without any other it is NaN.
     """
@@ -167,11 +181,14 @@ def _log(run: Run, guard: NonFiniteGuard, state: TrainState, bar: "tqdm[Any]") -
     loss_sum, count = run.accelerator.reduce(sums, reduction="sum").tolist()
     loss, lr = loss_sum / count if count else math.nan, run.schedule.get_last_lr()[0]
     epoch = run.inputs.order.epochs(state.place)
-    values = {"loss": loss, "lr": lr, "epoch": epoch}
+    values, shown = {"loss": loss, "lr": lr, "epoch": epoch}, {"loss": f"{loss:.4f}"}
+    if norm is not None:
+        values["gradient_norm"] = float(norm)
+        shown["gradient norm"] = f"{float(norm):.3g}"
     if guard.num_skipped:
         values["steps_left_out"] = guard.num_skipped
     run.accelerator.log(values, step=state.step)
-    bar.set_postfix(loss=f"{loss:.4f}", lr=f"{lr:.2g}")
+    progress.show(shown | {"lr": f"{lr:.2g}"})
 
 
 def _agreement(accelerator: Accelerator, received: Received) -> Callable[[], Signals | None]:

@@ -15,11 +15,20 @@ from common.provenance import write_run
 from sd3.pretrained import DATA_KEY
 from train.assembly import Run, assemble
 from train.config import TrainConfig
+from train.distribution import main_decides
 from train.inputs import samples_per_step
 from train.loop import take_steps
+from train.optim.learning_rate import ends_in_warm_up
 from train.saving import publish
 from train.saving.checkpoints import TrainState
-from train.saving.controlnet import save_result
+from train.saving.controlnet import (
+    CONTROLNET_FOLDER,
+    EMA_FOLDER,
+    is_same_controlnet,
+    save_result,
+)
+from train.saving.model_card import CARD, write_card
+from train.validation import pictures
 
 
 def train(config: TrainConfig) -> Signals | None:
@@ -69,35 +78,79 @@ def _memory_report(config: TrainConfig) -> Iterator[str]:
 
 def _train(config: TrainConfig) -> Signals | None:
     run = assemble(config)
+    try:
+        if _is_finished(run):
+            _say_that_nothing_is_to_do(run)
+            return None
+        return _take_steps_and_save(run)
+    finally:
+        if run.fused is not None:
+            run.fused.close()
+
+
+def _take_steps_and_save(run: Run) -> Signals | None:
+    """Train; return the signal that ended the run before its last step, or None."""
+    config = run.config
     _announce(run)
     _start_records(run)
+    repository = None
     if config.push_to_hub and run.accelerator.is_main_process:
-        publish.create_repository(config)
+        repository = publish.create_repository(config)
     with signals_noted("step") as received:
-        try:
-            state, signal = take_steps(run, received)
-        finally:
-            if run.fused is not None:
-                run.fused.close()
+        state, signal = take_steps(run, received)
         run.accelerator.wait_for_everyone()
         ended_early = signal if state.step < run.num_steps else None
         if ended_early:
             _say_how_to_resume(run, state, ended_early)
         else:
-            _save(run, state)
-    if config.push_to_hub and not ended_early and run.accelerator.is_main_process:
-        click.echo(publish.push(config))
+            _save(run, state, repository)
+    if repository and not ended_early:
+        click.echo(publish.push(config, repository))
     run.accelerator.end_training()
     return ended_early
 
 
-def _save(run: Run, state: TrainState) -> None:
-    """Save the ControlNet with its card."""
+def _is_finished(run: Run) -> bool:
+    """Return whether the checkpoint is the run's last, and all that follows it is done.
+
+    Every process must call this.
+    """
+    checkpoint, step = run.inputs.checkpoint, run.inputs.state.step
+    if checkpoint is None or step < run.num_steps or run.config.push_to_hub:
+        return False
+    folder, names = run.config.output_dir, {CONTROLNET_FOLDER: "."}
+    if run.ema is not None:
+        names[EMA_FOLDER] = EMA_FOLDER
+    return main_decides(
+        lambda: (
+            (folder / CARD).is_file()
+            and (not pictures.is_due(run, step) or pictures.is_done(run, step))
+            and all(is_same_controlnet(checkpoint / one, folder / names[one]) for one in names)
+        )
+    )
+
+
+def _say_that_nothing_is_to_do(run: Run) -> None:
+    if run.accelerator.is_main_process:
+        click.echo(
+            f"{run.config.output_dir}: nothing to do: the ControlNet is saved after "
+            f"{run.inputs.state.step} steps, and the run ends at step {run.num_steps}; "
+            "--max-train-steps or --num-train-epochs makes it longer"
+        )
+
+
+def _save(run: Run, state: TrainState, repository: str | None) -> None:
+    """Save the ControlNet with its card; `repository` is where it will be uploaded to."""
     folder = run.config.output_dir
     save_result(run.accelerator, run.controlnet, run.ema, folder)
     if run.accelerator.is_main_process:
-        publish.write_card(run)
-        click.echo(f"{folder}: ControlNet saved after {state.step} steps")
+        write_card(run, repository)
+        remark = ""
+        if ends_in_warm_up(run.config, state.step):
+            remark = (
+                f", all in the warm-up of {run.config.lr_warmup_steps}: it has hardly been trained"
+            )
+        click.echo(f"{folder}: ControlNet saved after {state.step} steps{remark}")
 
 
 def _start_records(run: Run) -> None:
@@ -136,6 +189,11 @@ def _announce(run: Run) -> None:
         f"train: {order.num_records} samples{buckets}, {run.num_steps} steps of {step_samples}, "
         f"{run.num_trained / 1e6:.1f} M parameters to train, {start}"
     )
+    if ends_in_warm_up(run.config, run.num_steps):
+        click.echo(
+            f"train: --lr-warmup-steps {run.config.lr_warmup_steps} is more than the run's "
+            f"{run.num_steps} steps, so the learning rate never comes to --learning-rate; give less"
+        )
     if run.config.validation_steps > 0 and not inputs.validates:
         click.echo(
             "train: the cache has neither validation pairs nor held-out rows, so nothing will be "

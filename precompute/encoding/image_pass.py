@@ -5,13 +5,13 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from common.errors import ShardError
 from common.interruption import StopCheck
+from common.progress import Progress
 from precompute.encoding.batch_size import BatchSize, find_batch_size
 from precompute.encoding.encoder_clock import EncoderClock
-from precompute.encoding.load_image import load_image
+from precompute.encoding.load_image import SourceImages
 from precompute.encoding.pipeline import Batch, build_shards
 from precompute.encoding.shard_build import ShardBuild, prepare_build
 from precompute.encoding.vae_encoder import VaeEncoder, is_finite
@@ -42,16 +42,23 @@ class ImagePass:
 
     Args:
         context: of the run.
+        source_images: read for both kinds.
         encoder: the VAE's encoder.
         batch_size: of the encoder.
         kind: which of a row's images are encoded.
     """
 
     def __init__(
-        self, context: Context, encoder: VaeEncoder, batch_size: BatchSize, kind: Kind
+        self,
+        context: Context,
+        source_images: SourceImages,
+        encoder: VaeEncoder,
+        batch_size: BatchSize,
+        kind: Kind,
     ) -> None:
         products, inventory = context.products, context.inventory
         self.context = context
+        self.source_images = source_images
         self.device = context.device
         self.encoder = encoder
         self.batch_size = batch_size
@@ -105,7 +112,7 @@ class ImagePass:
         for position, index in batch.to_encode.items():
             item = int(plan.items[position])
             try:
-                image = load_image(self.context, item, (width, height), self.kind)
+                image = self.source_images.load(item, (width, height), self.kind)
             except BadImage as error:
                 reasons[position] = str(error)
                 continue
@@ -174,13 +181,14 @@ def encode_images(
         return encoder.encode(pixels, "-1_1", "latent", BatchSize(count))
 
     size = find_batch_size(config.vae_batch_size, USUAL_BATCH, context.device, attempt)
+    source_images = SourceImages(context)
     total = products.latents.count_records(latents)
     total += products.conditioning.count_records(conditioning)
-    with tqdm(total=total, unit="image", desc="images", disable=context.quiet) as bar:
+    with Progress(total, "image", "images", quiet=context.quiet) as bar:
         for image_pass, shards in (
-            (ImagePass(context, encoder, size, "image"), latents),
+            (ImagePass(context, source_images, encoder, size, "image"), latents),
             # After all latents, since it reads their sidecars.
-            (ImagePass(context, encoder, size, "conditioning_image"), conditioning),
+            (ImagePass(context, source_images, encoder, size, "conditioning_image"), conditioning),
         ):
             build_shards(
                 image_pass,

@@ -1,50 +1,88 @@
 """Reading images and conditioning images again, and fitting them for the VAE."""
 
+import threading
+from typing import get_args
+
 from PIL import Image, ImageOps
 from xxhash import xxh3_128_digest
 
 from common.errors import ShardError
 from precompute.planning.context import Context
 from precompute.planning.inventory import digest_hex
+from precompute.sources.patient_read import read_patiently
 from precompute.sources.source import Kind
 from sd3 import images
 from sd3.images import BadImage
 
+KINDS: tuple[Kind, ...] = get_args(Kind)
+# Bytes that are kept for the same image's mirror or drawn conditioning image.
+LARGEST_KEPT_BYTES = 1 << 29
 
-def load_image(context: Context, item: int, size_px: tuple[int, int], kind: Kind) -> Image.Image:
-    """Return an image or a conditioning image, as it is to be encoded.
 
-    Raises:
-        BadImage: the image cannot be decoded, or the conditioning image has another shape.
-        ShardError: the file has changed, or cannot be read any more.
+class SourceImages:
+    """The images of a run's source, each read once for all that is encoded from it, if it fits.
+
+    Args:
+        context: of the run.
     """
-    row = context.row_of(item)
-    draws_conditioning = kind == "conditioning_image" and context.annotator is not None
-    if kind == "image" or draws_conditioning:
-        picture = images.fit(_decode(context, row, "image"), size_px)
-    else:
-        picture = _fit_conditioning_image(context, row, size_px)
-    if context.is_mirrored(item):
-        picture = ImageOps.mirror(picture)
-    if draws_conditioning and context.annotator is not None:
-        picture = images.annotated(picture, context.annotator)
-    return picture
 
+    def __init__(self, context: Context) -> None:
+        self.context = context
+        self.uses: dict[Kind, int] = dict.fromkeys(KINDS, context.images_per_row)
+        if context.annotator is not None:
+            self.uses["image"] *= 2
+        self._kept: dict[tuple[int, Kind], tuple[bytes, int]] = {}  # and how often it is still used
+        self._num_bytes = 0
+        self._lock = threading.Lock()
 
-def _fit_conditioning_image(context: Context, row: int, size_px: tuple[int, int]) -> Image.Image:
-    control = _decode(context, row, "conditioning_image")
-    image_size = images.size(_read_again(context, row, "image"))
-    try:
-        return images.fit(control, size_px, image_size)
-    except BadImage as error:
-        raise BadImage(f"{context.file_name(row, 'conditioning_image')}: {error}") from error
+    def load(self, item: int, size_px: tuple[int, int], kind: Kind) -> Image.Image:
+        """Return an image or a conditioning image, as it is to be encoded.
 
+        Raises:
+            BadImage: the image cannot be decoded, or the conditioning image has another shape.
+            ShardError: the file has changed, or cannot be read any more.
+            RunError: the source's disk fails again and again.
+        """
+        context, row = self.context, self.context.row_of(item)
+        draws_conditioning = kind == "conditioning_image" and context.annotator is not None
+        if kind == "image" or draws_conditioning:
+            picture = images.fit(self._decode(row, "image"), size_px)
+        else:
+            picture = self._fit_conditioning_image(row, size_px)
+        if context.is_mirrored(item):
+            picture = ImageOps.mirror(picture)
+        if draws_conditioning and context.annotator is not None:
+            picture = images.annotated(picture, context.annotator)
+        return picture
 
-def _decode(context: Context, row: int, kind: Kind) -> Image.Image:
-    try:
-        return images.decode(_read_again(context, row, kind), context.config.background)
-    except BadImage as error:
-        raise BadImage(f"{context.file_name(row, kind)}: {error}") from error
+    def _fit_conditioning_image(self, row: int, size_px: tuple[int, int]) -> Image.Image:
+        control = self._decode(row, "conditioning_image")
+        width, height = map(int, self.context.inventory.sizes[row])
+        try:
+            if not width:
+                raise BadImage("its image has no size")
+            return images.fit(control, size_px, (width, height))
+        except BadImage as error:
+            name = self.context.file_name(row, "conditioning_image")
+            raise BadImage(f"{name}: {error}") from error
+
+    def _decode(self, row: int, kind: Kind) -> Image.Image:
+        try:
+            return images.decode(self._read(row, kind), self.context.config.background)
+        except BadImage as error:
+            raise BadImage(f"{self.context.file_name(row, kind)}: {error}") from error
+
+    def _read(self, row: int, kind: Kind) -> bytes:
+        """Return the bytes of an image, as the inventory has read them before."""
+        with self._lock:
+            data, uses = self._kept.pop((row, kind), (b"", self.uses[kind]))
+            self._num_bytes -= len(data)
+        data = data or _read_again(self.context, row, kind)
+        with self._lock:
+            if uses > 1 and self._num_bytes + len(data) <= LARGEST_KEPT_BYTES:
+                self._kept[row, kind] = data, uses - 1
+                self._num_bytes += len(data)
+        return data
 
 
 def _read_again(context: Context, row: int, kind: Kind) -> bytes:
@@ -56,7 +94,7 @@ def _read_again(context: Context, row: int, kind: Kind) -> bytes:
     """
     name = context.file_name(row, kind)
     try:
-        data = context.source.read(int(context.inventory.rows[row]), kind)
+        data = read_patiently(context.source, int(context.inventory.rows[row]), kind)
     except OSError as error:
         reason = error.strerror or str(error)
         raise ShardError(
@@ -66,7 +104,8 @@ def _read_again(context: Context, row: int, kind: Kind) -> bytes:
     inventory = context.inventory
     planned = inventory.images if kind == "image" else inventory.conditionings
     if xxh3_128_digest(data).hex() != digest_hex(planned[row]):
-        context.digests.forget()
+        # The same version, though other bytes: its digest is wrong. Otherwise it has a new version.
+        context.digests.forget(context.source.version(int(context.inventory.rows[row]), kind))
         raise ShardError(
             f"{name} was changed while precompute was running; run again, finished shards are kept"
         )

@@ -4,9 +4,9 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 from torch import Tensor
-from tqdm import tqdm
 
 from common.interruption import StopCheck
+from common.progress import Progress
 from precompute.encoding.batch_size import BatchSize, find_batch_size
 from precompute.encoding.encoder_clock import EncoderClock
 from precompute.encoding.pipeline import Batch, build_shards
@@ -120,7 +120,7 @@ def encode_text(context: Context, check: StopCheck, clock: EncoderClock) -> dict
         return {}
     text_pass = TextPass(context)
     total = text.count_records(shards)
-    with tqdm(total=total, unit="prompt", desc="text", disable=context.quiet) as bar:
+    with Progress(total, "prompt", "text", quiet=context.quiet) as bar:
         build_shards(
             text_pass,
             shards,

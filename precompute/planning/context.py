@@ -18,7 +18,7 @@ from precompute.planning.digest_cache import DigestCache
 from precompute.planning.encoder_spec import EncoderSpecs
 from precompute.planning.existing_layout import reasons_to_build
 from precompute.planning.inventory import Inventory, digest_hex, prompt_digest
-from precompute.planning.plan import ProductPlan, ShardPlan, item_key
+from precompute.planning.plan import ProductPlan, ShardPlan, bytes_needed, item_key
 from precompute.planning.products import Prompts, image_metadata, text_addresses
 from precompute.planning.validation_pairs import ValidationPair
 from precompute.planning.workers import Part
@@ -106,6 +106,13 @@ class Context:
         shards = enumerate(self.finished[product.folder])
         return [shard for shard, summary in shards if summary is None and self.part.has(shard)]
 
+    def bytes_needed(self) -> int:
+        """Return how much room this worker's shards need on the disk."""
+        products = self.products_by_folder().values()
+        return bytes_needed(
+            (product, shard) for product in products for shard in self.shards_to_build(product)
+        )
+
     def outdated_captions(self) -> list[int]:
         """Return this worker's finished latent shards whose sidecars list other captions."""
         latents = self.products.latents
@@ -119,9 +126,9 @@ class Context:
     # Output for people.
 
     @property
-    def quiet(self) -> bool | None:
-        """Whether another worker prints for this one; None leaves the choice to tqdm."""
-        return None if self.part.leads or self.config.part is not None else True
+    def quiet(self) -> bool:
+        """Whether another worker prints for this one."""
+        return not self.part.leads and self.config.part is None
 
     def print(self, text: str) -> None:
         """Print a line, once for all workers of a launch."""

@@ -86,6 +86,7 @@ class DigestCache:
         self._saved_at = time.monotonic()
         if not (self.keep and self._new):
             return
+        self._load()  # what other workers have saved meanwhile stays
         new = np.empty(len(self._new), ENTRY)
         for at, (version, content) in enumerate(self._new.items()):
             halves = np.frombuffer(version + content.digest, ">u8")
@@ -96,16 +97,24 @@ class DigestCache:
         merged = merged[order]
         last = np.ones(len(merged), bool)
         last[:-1] = (merged["version"][1:] != merged["version"][:-1]).any(axis=1)
+        self._write(merged[last])
+        self._new.clear()
+
+    def forget(self, version: bytes | None) -> None:
+        """Forget the content of a version, which was wrong; the others stay."""
+        if version is None or not self.keep:
+            return
+        self._new.pop(version, None)
+        self._load()
+        wrong = (self._entries["version"] == np.frombuffer(version, ">u8")).all(axis=1)
+        if wrong.any():
+            self._write(self._entries[~wrong])
+
+    def _write(self, entries: NDArray[np.void]) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with atomic_file(self.path) as file:
-            np.save(file, merged[last], allow_pickle=False)
-        self._new.clear()
+            np.save(file, entries, allow_pickle=False)
         self._load()
-
-    def forget(self) -> None:
-        """Delete the file: one of its contents was wrong."""
-        if self.keep:
-            self.path.unlink(missing_ok=True)
 
     @contextlib.contextmanager
     def hashing_lock(self) -> Iterator[None]:

@@ -14,11 +14,12 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from tqdm import tqdm
 from xxhash import xxh3_64_intdigest, xxh3_128_digest
 
+from common.progress import Progress
 from precompute.planning.digest_cache import Content, DigestCache
 from precompute.planning.layout import Ids, Numbers
+from precompute.sources.patient_read import read_patiently
 from precompute.sources.source import Kind, Row, Source, printable
 from sd3 import images
 from sd3.images import BadImage
@@ -82,11 +83,14 @@ def take_inventory(
         rows: indices of the rows to take, ascending.
         digests: digests of files that were hashed before; new ones are added.
         conditioning: whether the source's conditioning images are read.
+
+    Raises:
+        RunError: the source's disk fails again and again.
     """
     builder = _InventoryBuilder()
     with (
         _ImageHasher(source, digests) as hasher,
-        tqdm(total=len(rows), unit="row", desc="reading", disable=None) as bar,
+        Progress(len(rows), "row", "reading") as bar,
     ):
         for start in range(0, len(rows), CHUNK_ROWS):
             indices = rows[start : start + CHUNK_ROWS]
@@ -228,7 +232,7 @@ def _hash_captions(row: Row) -> tuple[bytes, str]:
 def _read_content(source: Source, index: int, kind: Kind) -> Content | str:
     """Return the content of a row's image, or why it cannot be read."""
     try:
-        data = source.read(index, kind)
+        data = read_patiently(source, index, kind)
     except OSError as error:
         return error.strerror or str(error)
     width, height = 0, 0

@@ -13,8 +13,9 @@ a pure function of the items in its slots, so the plan decides by fingerprints a
 Axes: S slots of a product.
 """
 
+import contextlib
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -155,6 +156,21 @@ class ProductPlan:
         summary = sidecar.load_summary(self.folder, shard)
         as_planned = summary is not None and summary.fingerprint == self.fingerprints[shard]
         return summary if as_planned else None
+
+
+def bytes_needed(shards: Iterable[tuple[ProductPlan, int]]) -> int:
+    """Return how much room it takes to make shards, in this order.
+
+    An old shard is there until the new one is whole, and then makes room for the next.
+    """
+    peak = used = 0
+    for product, shard in shards:
+        new, old = product.shard_bytes(product.shard(shard)), 0
+        with contextlib.suppress(OSError):
+            old = sidecar.tar_path(product.folder, shard).stat().st_size
+        peak = max(peak, used + new)
+        used += new - old
+    return peak
 
 
 def item_key(shard: int, slot: int, item_id: Any) -> str:

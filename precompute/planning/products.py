@@ -24,10 +24,14 @@ from precompute.planning.layout import (
     items_of_slots,
 )
 from precompute.planning.plan import ProductPlan, array_digest
+from shards.format.json_files import LARGEST_FILE_BYTES
+from shards.format.sidecar import SIDECAR_BYTES_A_PROMPT, SIDECAR_BYTES_A_RECORD
 from shards.format.tensor_spec import TensorSpec, record_bytes
 
 # Encoders take full batches, of powers of two, from large shards.
 LARGE_SHARD, WHOLE_BATCHES = 64, 32
+# Of a shard, with one caption each: what a sidecar can list.
+MOST_RECORDS = LARGEST_FILE_BYTES // (SIDECAR_BYTES_A_RECORD + SIDECAR_BYTES_A_PROMPT)
 # The digest of a mirrored image is the digest of the image with these bits flipped.
 MIRROR = np.frombuffer(xxh3_128_digest(b"mirrored"), ">u8").astype(np.uint64)
 
@@ -198,5 +202,5 @@ def text_addresses(text: ProductPlan) -> Numbers:
 
 def records_per_shard(shard_mb: float, tensors: Mapping[str, TensorSpec]) -> int:
     """Return how many records a shard holds: at least one, and whole batches in large shards."""
-    count = max(1, int(shard_mb * 1e6 / record_bytes(tensors)))
+    count = min(MOST_RECORDS, max(1, int(shard_mb * 1e6 / record_bytes(tensors))))
     return count if count < LARGE_SHARD else count - count % WHOLE_BATCHES

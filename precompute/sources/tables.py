@@ -88,7 +88,7 @@ class Table:
     def _file(self, index: int, kind: Kind) -> str:
         path = self._path(index, kind)
         if not path:
-            raise OSError("the row has no image")
+            raise OSError(f"the row has no {kind.replace('_', ' ')}")
         if path.startswith("zip://"):
             raise OSError("lies in an archive; unpack it beside its table first")
         if "://" in path:

@@ -5,8 +5,13 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from shards.format.json_files import Count, Digest, digest, read_file
+from shards.format.json_files import LARGEST_FILE_BYTES, Count, Digest, digest, read_file
 from shards.format.sidecar import Sidecar, sidecar_path
+
+# What a shard takes in a manifest at most: two digests, three numbers, and what is between them.
+MANIFEST_BYTES_A_SHARD = 200
+# In all products together, with a megabyte for the rest.
+MOST_SHARDS = (LARGEST_FILE_BYTES - (1 << 20)) // MANIFEST_BYTES_A_SHARD
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,8 @@ from shards.format.keys import KEY, slot_of
 Span = Annotated[list[Count], Meta(min_length=4, max_length=4)]
 LARGEST_CAPTIONS = 256
 CHECKSUMS = r"[0-9a-f]{32}"
+# What a record takes in a sidecar at most: a key, four numbers, two checksums. And a prompt of it.
+SIDECAR_BYTES_A_RECORD, SIDECAR_BYTES_A_PROMPT = 160, 48
 REMEDY = "delete it and run precompute again"
 
 

@@ -15,7 +15,7 @@ STALL_S = 60.0  # a server that sends nothing for so long is taken for dead
 # Of the answers that blame the request, those that another attempt may change: too slow, too early,
 # too many, in conflict with another.
 PASSING_STATUSES = (408, 409, 412, 423, 425, 429)
-FINAL_ERRORS = ("NoCredentialsError", "OfflineModeIsEnabled")
+FINAL_ERRORS = ("NoCredentialsError", "LocalTokenNotFoundError", "OfflineModeIsEnabled")
 UNKNOWN_ON_THE_HUB = ("RepositoryNotFoundError", "RevisionNotFoundError")
 
 Result = TypeVar("Result")

@@ -8,6 +8,7 @@ from common.atomic_files import atomic_file
 from common.errors import ConfigError, ShardError
 from common.provenance import RUN
 from shards.format import json_files, manifest
+from shards.format.expected_cache import PLAN
 from shards.format.manifest import MANIFEST, PREVIOUS
 from shards.reading.location import LocalFiles
 from shards.remote import hub_push
@@ -45,9 +46,12 @@ def pull(remote: RemoteFolder, cache: Path, *, overwrite: bool = False) -> Trans
     cache.mkdir(parents=True, exist_ok=True)
     data = remote.read(MANIFEST)
     remote_manifest = manifest.from_json(data, f"{remote}/{MANIFEST}")
-    if (cache / MANIFEST).is_file() and json_files.read_file(cache / MANIFEST) != data:
-        require_overwrite(overwrite, cache)
-        (cache / MANIFEST).replace(cache / PREVIOUS)
+    is_same = (cache / MANIFEST).is_file() and json_files.read_file(cache / MANIFEST) == data
+    if not is_same:
+        if (cache / MANIFEST).is_file():
+            require_overwrite(overwrite, cache)
+            (cache / MANIFEST).replace(cache / PREVIOUS)
+        (cache / PLAN).unlink(missing_ok=True)  # of another cache than the one that arrives
     result = for_each_shard(
         "pull",
         remote_manifest,

@@ -9,13 +9,13 @@ import contextlib
 import ctypes
 import functools
 import hashlib
+import importlib
 import importlib.metadata
 import importlib.util
 import os
 import runpy
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -40,8 +40,9 @@ def build() -> Path:
     root = find_torch()
     version = SOURCE.read_bytes() + importlib.metadata.version("torch").encode()
     digest = hashlib.sha256(version).hexdigest()[:16]
-    library = Path(tempfile.gettempdir()) / f"cuda-stand-in-{os.getuid()}-{digest}.so"
+    library = SOURCE.parent / "__pycache__" / f"backend-{digest}.so"
     if not library.is_file():
+        library.parent.mkdir(exist_ok=True)
         new = library.with_suffix(f".{os.getpid()}")
         include, lib = root / "include", root / "lib"
         flags = ["-O0", "-std=c++20", "-fPIC", "-shared", "-Wno-interference-size"]
@@ -248,6 +249,9 @@ ANSWERS: dict[str, Any] = {
 
 def install() -> None:
     """Give torch two devices, for the rest of the process and before its first backward pass."""
+    with contextlib.suppress(ImportError):
+        # Before it finds CUDA, and takes kernels of its own instead of the stand-in's.
+        importlib.import_module("bitsandbytes")
     torch._C._cuda_getCurrentRawStream = lambda device: 0  # type: ignore[attr-defined]
     for name, answer in ANSWERS.items():
         setattr(torch.cuda, name, answer)

@@ -1,6 +1,8 @@
 """The first batch of a pass is encoded twice and compared before anything is written."""
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -8,7 +10,12 @@ from torch import Tensor
 
 from common.errors import RunError
 from precompute.config import PrecomputeConfig
+from precompute.encoding import encoder_clock
+from precompute.encoding.encoder_clock import EncoderClock
+from precompute.encoding.text_encoders import TextEncoders
+from precompute.encoding.text_pass import encode_text
 from precompute.encoding.vae_encoder import VaeEncoder
+from precompute.planning.prepare import prepare
 from precompute.run import precompute
 
 Change = Callable[[Tensor], Tensor]
@@ -57,3 +64,48 @@ def test_another_rounding_is_let_pass(
     change_the_second(monkeypatch, rounded)
     precompute(fresh)
     assert (fresh.cache / "manifest.json").is_file()
+
+
+def test_the_second_encoding_is_not_timed(
+    fresh: PrecomputeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    timed: list[bool] = []
+
+    class Clock(EncoderClock):
+        measuring = False
+
+        @contextlib.contextmanager
+        def measure(self) -> Iterator[None]:
+            self.measuring = True
+            with super().measure():
+                yield
+            self.measuring = False
+
+    context = prepare(fresh)
+    clock, original = Clock(context.device), TextEncoders.encode
+
+    def encode(self: TextEncoders, *inputs: Any) -> dict[str, Tensor]:
+        timed.append(clock.measuring)
+        return original(self, *inputs)
+
+    monkeypatch.setattr(TextEncoders, "encode", encode)
+    encode_text(context, lambda: None, clock)
+    # 11 prompts in six shards of two, then the two validation prompts one by one.
+    assert timed == [True, False, *[True] * 5, False, False]
+
+
+def test_what_is_left_out_counts_neither_as_encoding_nor_as_time_passed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    now = 100.0
+    monkeypatch.setattr(encoder_clock.time, "perf_counter", lambda: now)
+    clock = EncoderClock(torch.device("cpu"))
+    with clock.measure():
+        now += 1
+    with clock.left_out():
+        now += 5
+    now += 2
+    with clock.measure():
+        now += 3
+    assert clock.seconds == 1 + 3
+    assert now - clock.began == 1 + 2 + 3

@@ -13,6 +13,7 @@ import pytest
 
 from common import atomic_files
 from common.interruption import InterruptedRun
+from common.progress import Progress
 from precompute.config import PrecomputeConfig
 from precompute.encoding import image_pass, pipeline
 from precompute.encoding.encoder_clock import EncoderClock
@@ -179,10 +180,10 @@ def test_a_signal_leaves_whole_shards_and_the_bar_moves_with_each_batch(
 ) -> None:
     counts: list[int] = []
 
-    class Bar(image_pass.tqdm):
-        def update(self, n: float | None = 1) -> bool | None:
-            counts.append(int(n or 0))
-            return super().update(n)
+    class Bar(Progress):
+        def update(self, count: int = 1) -> None:
+            counts.append(count)
+            super().update(count)
 
     checks: list[None] = []
 
@@ -194,7 +195,7 @@ def test_a_signal_leaves_whole_shards_and_the_bar_moves_with_each_batch(
     context = prepare(config)
     clock = EncoderClock(context.device)
     embeds = encode_text(context, lambda: None, clock)
-    monkeypatch.setattr(image_pass, "tqdm", Bar)
+    monkeypatch.setattr(image_pass, "Progress", Bar)
     with pytest.raises(InterruptedRun):
         encode_images(context, embeds, check, clock)
     # Both shards had been handed to the writer before the check that ended the run.

@@ -1,5 +1,7 @@
 """Finding base models: folders, hub ids, and only what a stage needs of them."""
 
+import errno
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -12,6 +14,7 @@ from common.errors import ConfigError
 from precompute.planning.digest_cache import DigestCache
 from precompute.planning.fingerprint import hash_component
 from sd3.pretrained import component_variant, find_base, find_controlnet
+from tests.hub_server import Hub
 
 HUB_FILES = (
     "model_index.json",
@@ -30,7 +33,7 @@ HUB_FILES = (
 
 
 @pytest.fixture
-def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+def some_model(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     """A hub that holds `some/model`; downloads filter as huggingface_hub's do."""
 
     def download(repo: str, **options: Any) -> str:
@@ -55,9 +58,9 @@ def files(folder: Path) -> set[str]:
     return {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
 
 
-def test_only_the_needed_folders_are_downloaded(hub: Path) -> None:
-    assert find_base("some/model", ("vae", "text_encoder_3")) == hub
-    assert files(hub) == {
+def test_only_the_needed_folders_are_downloaded(some_model: Path) -> None:
+    assert find_base("some/model", ("vae", "text_encoder_3")) == some_model
+    assert files(some_model) == {
         "model_index.json",
         "vae/config.json",
         "vae/diffusion_pytorch_model.safetensors",
@@ -67,15 +70,15 @@ def test_only_the_needed_folders_are_downloaded(hub: Path) -> None:
     }
 
 
-def test_a_variant_is_taken_where_there_is_one(hub: Path) -> None:
+def test_a_variant_is_taken_where_there_is_one(some_model: Path) -> None:
     find_base("some/model", ("vae", "text_encoder_3"), variant="fp16")
-    assert {name for name in files(hub) if name.endswith(".safetensors")} == {
+    assert {name for name in files(some_model) if name.endswith(".safetensors")} == {
         "vae/diffusion_pytorch_model.safetensors",
         "text_encoder_3/model.fp16-00001-of-00002.safetensors",
     }
-    assert component_variant(hub / "vae", "fp16") is None
-    assert component_variant(hub / "text_encoder_3", "fp16") == "fp16"
-    assert component_variant(hub / "text_encoder_3", None) is None
+    assert component_variant(some_model / "vae", "fp16") is None
+    assert component_variant(some_model / "text_encoder_3", "fp16") == "fp16"
+    assert component_variant(some_model / "text_encoder_3", None) is None
 
 
 def test_a_gated_model_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -97,6 +100,61 @@ def test_no_network_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
         find_base("some/model", ("vae",))
 
 
+@pytest.mark.parametrize(
+    "name", ["sd3.5_large.safetensors", "https://huggingface.co/x/y/blob/main/sd3.gguf"]
+)
+def test_a_single_file_is_called_one(name: str, tmp_path: Path) -> None:
+    (tmp_path / "sd3.5_large.safetensors").write_bytes(b"")
+    given = name if "/" in name else str(tmp_path / name)
+    file = given.rpartition("/")[2]
+    with pytest.raises(
+        ConfigError,
+        match=rf"base model '{given}': a single-file checkpoint, and a diffusers model folder is "
+        rf'needed\. .* StableDiffusion3Pipeline.from_single_file\("{file}"\)',
+    ):
+        find_base(given, ("vae",))
+    with pytest.raises(ConfigError, match=rf"^--controlnet '{given}': a single-file checkpoint"):
+        find_controlnet(given, "--controlnet")
+
+
+def test_weight_files_alone_are_called_single_file_checkpoints(hub: Hub, tmp_path: Path) -> None:
+    (tmp_path / "raw.safetensors").write_bytes(b"")
+    hub.add("models/some/raw", {"raw.safetensors": b"x", "vae_notes.txt": b"", "README.md": b""})
+    for name in (str(tmp_path), "some/raw"):
+        with pytest.raises(ConfigError, match=r": a single-file checkpoint \(raw\.safetensors\)"):
+            find_base(name, ("vae", "transformer"))
+    hub.add("models/some/other", {"model_index.json": b"{}", "x.safetensors": b"x"})
+    with pytest.raises(ConfigError, match="no vae/ in it; found no folders"):
+        find_base("some/other", ("vae",))
+    hub.add("models/some/notes", {"README.md": b""})
+    with pytest.raises(ConfigError, match="no vae/ in it; found no folders"):
+        find_base("some/notes", ("vae",))
+
+
+def test_a_connection_that_breaks_is_named(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.file_download.time.sleep", lambda _: None)
+    hub.add("models/some/model", {"vae/config.json": b"{}", "vae/m.safetensors": b"x" * 100})
+
+    def drops(handler: Any, asked: str, before: int) -> bool:
+        if "/cdn/" not in asked:
+            return False
+        handler.close_connection = True
+        return True
+
+    hub.misbehave = drops
+    with pytest.raises(ConfigError, match=r"'some/model'.*the hub could not be reached \(Remote"):
+        find_base("some/model", ("vae",))
+
+
+def test_a_full_disk_is_not_called_the_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any, **__: Any) -> str:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", full)
+    with pytest.raises(OSError, match="No space left"):
+        find_base("some/model", ("vae",))
+
+
 def test_a_controlnet_folder_is_told_from_its_run_folder(tmp_path: Path) -> None:
     inner = tmp_path / "checkpoint-20" / "controlnet"
     inner.mkdir(parents=True)
@@ -104,7 +162,8 @@ def test_a_controlnet_folder_is_told_from_its_run_folder(tmp_path: Path) -> None
         find_controlnet(str(tmp_path), "--controlnet")
     for name in ("config.json", "diffusion_pytorch_model.safetensors"):
         (inner / name).write_text("{}")
-    assert find_controlnet(str(inner), "--controlnet") == inner
+    for name in (inner, inner.parent):  # training goes on from a checkpoint's folder too
+        assert find_controlnet(str(name), "--controlnet-model-name-or-path") == inner
 
 
 def test_a_fingerprint_counts_weights_not_names(base: Path, tmp_path: Path) -> None:

@@ -1,26 +1,32 @@
 """The model card, the way to the hub, and pictures decoded elsewhere."""
 
 import json
+import os
 import re
+import shlex
+import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import huggingface_hub
 import numpy as np
 import pytest
 from huggingface_hub import ModelCard
-from huggingface_hub.errors import HfHubHTTPError
 from PIL import Image
 from safetensors.torch import load_file
 
 from common.errors import ConfigError, RunError
-from tests.conftest import PROMPTS, Outcome
+from shards.remote import retry
+from tests.conftest import PROMPTS, Outcome, free_port
+from tests.hub_server import Hub
+from train import run
 from train.config import TrainConfig
 from train.run import train
-from train.saving import publish
+from train.saving.model_card import hub_name, write_card
 
 
 @pytest.fixture
@@ -36,32 +42,21 @@ def config(train_config: TrainConfig) -> TrainConfig:
     )
 
 
-class Hub:
-    """A hub that records requests; it refuses the kind in `closed`."""
+@pytest.fixture
+def patience(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(retry, "FIRST_WAIT_S", 0.01)
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.asked: list[tuple[str, dict[str, Any]]] = []
-        self.closed = ""
-        hub = self
 
-        class Api:
-            def __init__(self, token: str | None = None) -> None:
-                hub.asked.append(("login", {"token": token}))
+@pytest.fixture
+def quick(train_config: TrainConfig) -> TrainConfig:
+    """A step without pictures, to be uploaded."""
+    return replace(train_config, max_train_steps=1, push_to_hub=True)
 
-            def create_repo(self, name: str, **more: Any) -> Any:
-                return hub.note("create", name=name, **more)
 
-            def upload_folder(self, **more: Any) -> Any:
-                return hub.note("upload", **more)
-
-        monkeypatch.setattr(publish, "HfApi", Api)
-
-    def note(self, what: str, **more: Any) -> Any:
-        if self.closed == what:
-            response: Any = SimpleNamespace(headers={}, request=None)
-            raise HfHubHTTPError("403 Forbidden\nmore", response=response)
-        self.asked.append((what, more))
-        return SimpleNamespace(repo_id="me/out", commit_url="https://hub/me/out/commit/1")
+def unplug(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Take the network away: nobody listens where the hub was."""
+    nobody = f"http://127.0.0.1:{free_port()}"
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", nobody)
 
 
 def test_the_card_says_what_it_is_and_how_to_load_it(config: TrainConfig) -> None:
@@ -87,47 +82,97 @@ def test_the_card_says_what_it_is_and_how_to_load_it(config: TrainConfig) -> Non
     assert str(config.cache) not in text
 
 
-def test_what_is_uploaded(config: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
-    hub = Hub(monkeypatch)
-    train(replace(config, push_to_hub=True, hub_model_id="me/circles"))
-    names = [name for name, _ in hub.asked if name != "login"]
-    assert names == ["create", "create", "upload"]
-    assert {more["token"] for name, more in hub.asked if name == "login"} == {"hf_secret"}
-    upload = hub.asked[-1][1]
-    files = [path for path in config.output_dir.rglob("*") if path.is_file()]
-    sent = set(
-        huggingface_hub.utils.filter_repo_objects(
-            [path.relative_to(config.output_dir).as_posix() for path in files],
-            allow_patterns=upload["allow_patterns"],
-        )
-    )
+def test_what_is_uploaded(hub: Hub, config: TrainConfig) -> None:
+    train(replace(config, push_to_hub=True))
+    sent = hub.files("models/me/out")
     weights = ("config.json", "diffusion_pytorch_model.safetensors")
-    assert sent == {
+    assert set(sent) == {
         "README.md",
         *weights,
         *(f"controlnet_ema/{name}" for name in weights),
         *(f"validation/step-000002/{name}.png" for name in ("0", "0-ema", "1", "1-ema")),
     }
+    for name, data in sent.items():
+        assert data == (config.output_dir / name).read_bytes()
 
 
+def test_the_card_of_an_upload_names_what_others_can_load(
+    hub: Hub, quick: TrainConfig, tmp_path: Path
+) -> None:
+    base = tmp_path / "my-base"
+    shutil.copytree(quick.pretrained_model_name_or_path, base)
+    quick = replace(quick, pretrained_model_name_or_path=str(base))
+    train(quick)
+    text = (quick.output_dir / "README.md").read_text()
+    assert 'SD3ControlNetModel.from_pretrained("me/out", dtype=torch.float16)' in text
+    assert '    "path/to/my-base", controlnet=controlnet, dtype=torch.float16' in text
+    assert str(tmp_path) not in text
+    index = json.loads((base / "model_index.json").read_text())
+    index["_name_or_path"] = "stabilityai/stable-diffusion-3.5-medium"
+    (base / "model_index.json").write_text(json.dumps(index))
+    train(replace(quick, hub_model_id="lab/circles", output_dir=tmp_path / "again"))
+    card = ModelCard(hub.files("models/lab/circles")["README.md"].decode())
+    assert card.data.base_model == "stabilityai/stable-diffusion-3.5-medium"
+    assert 'from_pretrained("lab/circles", dtype=torch.float16)' in card.content
+    assert '    "stabilityai/stable-diffusion-3.5-medium", controlnet' in card.content
+    assert str(tmp_path) not in card.content
+
+
+def test_a_base_in_the_hubs_cache_is_known_by_its_name(tmp_path: Path) -> None:
+    snapshot = tmp_path / "models--some--base-3" / "snapshots" / "0123"
+    snapshot.mkdir(parents=True)
+    assert hub_name(str(snapshot)) == "some/base-3"
+    assert hub_name("some/base-3") == "some/base-3"
+    assert hub_name(str(tmp_path)) is None
+    copied = {"_name_or_path": f"{snapshot}/transformer"}
+    (tmp_path / "model_index.json").write_text(json.dumps(copied))
+    assert hub_name(str(tmp_path)) == "some/base-3"
+
+
+@pytest.mark.usefixtures("patience")
 def test_a_closed_hub_is_noticed_before_training(
-    config: TrainConfig, monkeypatch: pytest.MonkeyPatch
+    hub: Hub, quick: TrainConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    hub = Hub(monkeypatch)
-    hub.closed = "create"
-    with pytest.raises(ConfigError, match=r"--push-to-hub: out cannot be made \(403 Forbidden\)"):
-        train(replace(config, push_to_hub=True))
-    assert not list(config.output_dir.glob("checkpoint*"))
+    hub.misbehave = lambda handler, *_: handler.refuse(403) is None
+    start = r"^--push-to-hub: no repository out: "
+    with pytest.raises(ConfigError, match=start + r"the server answers 403 .*`hf auth login`"):
+        train(quick)
+    unplug(hub, monkeypatch)
+    with pytest.raises(ConfigError, match=start + r"ConnectError: .*Check the network") as raised:
+        train(quick)
+    assert "\n" not in str(raised.value)
+    assert not list(quick.output_dir.glob("checkpoint*"))
 
 
-def test_a_failed_upload_says_where_the_controlnet_is(
-    config: TrainConfig, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.usefixtures("patience")
+def test_a_failed_upload_says_where_the_controlnet_is_and_how_to_send_it(
+    hub: Hub, quick: TrainConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    hub = Hub(monkeypatch)
-    hub.closed = "upload"
-    with pytest.raises(RunError, match=rf"hf upload out {config.output_dir}$"):
-        train(replace(config, push_to_hub=True))
-    assert (config.output_dir / "config.json").is_file()
+    with monkeypatch.context() as patch:
+
+        def saved(*_: object) -> None:
+            write_card(*_)
+            unplug(hub, patch)
+
+        patch.setattr(run, "write_card", saved)
+        with pytest.raises(RunError, match="The ControlNet is safe in") as raised:
+            train(quick)
+    line = str(raised.value)
+    assert "\n" not in line
+    assert line.startswith("--push-to-hub: not uploaded to me/out: ConnectError: ")
+    # The line is typed once the network is back.
+    _, _, typed = line.partition("to upload it: ")
+    arguments = shlex.split(typed)
+    tool = Path(sys.executable).with_name(arguments[0])
+    environment = os.environ | {
+        "HF_ENDPOINT": hub.url,
+        "HF_HUB_OFFLINE": "0",
+        "HF_HUB_DISABLE_XET": "1",
+        "HF_HUB_DISABLE_UPDATE_CHECK": "1",
+    }
+    subprocess.run([tool, *arguments[1:]], env=environment, check=True, capture_output=True)
+    weights = ("config.json", "diffusion_pytorch_model.safetensors")
+    assert set(hub.files("models/me/out")) == {"README.md", *weights}
 
 
 def test_latents_that_were_kept_are_decoded_elsewhere(

@@ -65,9 +65,15 @@ def make_schedule(config: TrainConfig, optimizer: Any, num_steps: int) -> Any:
     )
 
 
-def set_learning_rate(schedule: Any, learning_rate: float) -> None:
-    """Give a schedule that was restored from a checkpoint the current peak learning rate."""
+def set_learning_rate(schedule: Any, learning_rate: float) -> tuple[float, float]:
+    """Give a schedule that was restored from a checkpoint the current peak learning rate.
+
+    Returns:
+        The rate of the next step as restored, and as it is now.
+    """
+    restored = schedule.optimizer.param_groups[0]["lr"]
     schedule.base_lrs = [learning_rate] * len(schedule.base_lrs)
     for group, factor in zip(schedule.optimizer.param_groups, schedule.lr_lambdas, strict=True):
         group["initial_lr"] = learning_rate
         group["lr"] = learning_rate * factor(schedule.last_epoch)
+    return restored, schedule.optimizer.param_groups[0]["lr"]

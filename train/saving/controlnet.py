@@ -1,5 +1,6 @@
 """The ControlNet on disk: in checkpoints and as a run's result, as diffusers loads it."""
 
+import filecmp
 import shutil
 from pathlib import Path
 from typing import Any
@@ -54,6 +55,18 @@ def save_result(
     _replace_controlnet(accelerator, controlnet, output_dir)
     if ema is not None:
         _replace_controlnet(accelerator, controlnet, output_dir / EMA_FOLDER, ema)
+
+
+def is_same_controlnet(one: Path, other: Path) -> bool:
+    """Return whether two folders hold the same ControlNet, byte for byte."""
+    names = [
+        {path.name for path in (folder / "config.json", *folder.glob("diffusion_pytorch_model*"))}
+        for folder in (one, other)
+    ]
+    return names[0] == names[1] and all(
+        (other / name).is_file() and filecmp.cmp(one / name, other / name, shallow=False)
+        for name in names[0]
+    )
 
 
 def save_controlnet(

@@ -14,8 +14,6 @@ from pathlib import Path
 from safetensors import SafetensorError, safe_open
 from xxhash import xxh3_128
 
-from common.errors import os_error_line
-
 NUM_THREADS = 8
 ZIPPED = {".bin", ".pt", ".pth"}  # as torch.save writes them
 
@@ -83,7 +81,7 @@ def find_change(folder: Path, files: Mapping[str, FileDigest]) -> str | None:
     try:
         found_digests = digest_files(folder, list(files))
     except OSError as error:
-        return f"{os_error_line(error)} (cannot be read)"
+        return f"{error.filename or folder}: cannot be read ({error.strerror})"
     for name, written in files.items():
         if found_digests[name] != written:
             return f"{folder / name}: does not hold the bytes that were written"

@@ -31,7 +31,7 @@ from train import models
 from train.assembly import Run
 from train.distribution import main_decides, reshard
 from train.validation.held_out import held_out_loss
-from train.validation.sampling import Pair, negative_embeds, read_pairs, sample
+from train.validation.sampling import Pair, negative_embeds, sample
 
 
 @dataclass(frozen=True)
@@ -136,7 +136,7 @@ def _draw(run: Run, controlnet: Any, suffix: str) -> list[Drawing]:
     drop it, since a forward pass may need all processes.
     """
     config, cache, device = run.config, run.inputs.cache, run.accelerator.device
-    pairs, negative = read_pairs(cache), negative_embeds(cache)
+    pairs, negative = run.inputs.pairs, negative_embeds(cache)
     scheduler = models.load_scheduler(run.inputs.base)
     spec = cache.manifest.latent_spec
     drawings = []

@@ -8,6 +8,7 @@ import pytest
 from common.device import AsyncHostCopy
 from common.errors import RunError
 from precompute.config import PrecomputeConfig
+from precompute.encoding import batch_size
 from precompute.run import precompute
 from tests.devices import stand_in
 
@@ -27,11 +28,30 @@ def test_both_devices_write_the_same_bytes(
     assert first == second
 
 
+@pytest.mark.parametrize("chosen_by", ["option", "launcher"])
 def test_only_the_chosen_device_is_used(
-    precompute_config: PrecomputeConfig, tmp_path: Path
+    chosen_by: str,
+    precompute_config: PrecomputeConfig,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr(batch_size, "LARGEST", 2)
+    config = replace(
+        precompute_config,
+        cache=tmp_path / "cache",
+        device="cuda:1" if chosen_by == "option" else None,
+        text_batch_size="auto",
+        vae_batch_size="auto",
+        posterior="mean_std",
+    )
+    if chosen_by == "launcher":
+        # The fourth of four processes, which share two GPUs; each writes its part.
+        for name, value in (("LOCAL_RANK", "3"), ("RANK", "3"), ("WORLD_SIZE", "4")):
+            monkeypatch.setenv(name, value)
     with stand_in.only("cuda:1"):
-        tars(precompute_config, "cuda:1", tmp_path)
+        precompute(replace(config, dry_run=True))
+        precompute(config)
+    assert list(config.cache.rglob("*.tar"))
 
 
 def test_a_copy_read_too_early_ends_the_run_before_anything_is_written(

@@ -50,8 +50,28 @@ def test_a_damaged_file_is_as_good_as_none(tmp_path: Path) -> None:
     digests.add(version(1), content(1))
     digests.save()
     assert DigestCache(path).find([version(1)]) == [content(1)]
-    DigestCache(path).forget()
-    assert DigestCache(path).find([version(1)]) == [None]
+
+
+def test_one_content_is_forgotten_and_no_other(tmp_path: Path) -> None:
+    path = tmp_path / "hashes.npy"
+    digests = DigestCache(path)
+    for number in range(5):
+        digests.add(version(number), content(number))
+    digests.save()
+    digests.forget(version(3))
+    digests.forget(version(7))
+    digests.forget(None)
+    expected = [None if number == 3 else content(number) for number in range(5)]
+    for each in (digests, DigestCache(path)):
+        assert each.find([version(number) for number in range(5)]) == expected
+
+
+def test_what_another_worker_has_saved_meanwhile_stays(tmp_path: Path) -> None:
+    first, second = (DigestCache(tmp_path / "hashes.npy") for _ in range(2))
+    for number, worker in enumerate((first, second)):
+        worker.add(version(number), content(number))
+        worker.save()
+    assert DigestCache(first.path).find([version(0), version(1)]) == [content(0), content(1)]
 
 
 def test_without_keep_nothing_is_written(tmp_path: Path) -> None:

@@ -272,6 +272,15 @@ def test_a_bad_image_is_its_rows_affair(
     assert next(source.rows([4])).name == "row 4"
 
 
+def test_it_is_said_which_image_a_row_lacks(folder: Path, opened: Callable[..., Source]) -> None:
+    rows = [metadata(0), metadata(1) | {"conditioning_image_file_name": None}]
+    (folder / "metadata.jsonl").write_text(lines(*rows))
+    source = opened(folder)
+    assert source.read(1, "image") == IMAGES[1]
+    with pytest.raises(OSError, match=r"^the row has no conditioning image$"):
+        source.read(1, "conditioning_image")
+
+
 def test_versions_change_with_the_files(
     folder: Path, opened: Callable[..., Source], later: None
 ) -> None:

@@ -1,8 +1,13 @@
 """push, pull and training against a hub-shaped server on loopback, with the real client."""
 
 import json
+import os
 import re
 import shutil
+import signal
+import subprocess
+import sys
+import threading
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -249,6 +254,58 @@ def test_an_overloaded_hub_is_asked_again(hub: Hub, cache: Path, tmp_path: Path)
 def test_an_address_that_is_no_repository_is_refused(address: str) -> None:
     with pytest.raises(ConfigError, match="not a folder on the hub: hf://datasets/OWNER/NAME"):
         RemoteFolder(address)
+
+
+def test_without_leave_to_make_the_repository_the_reason_is_given(hub: Hub, cache: Path) -> None:
+    hub.misbehave = lambda handler, asked, _: (
+        asked.startswith("POST /api/repos/create") and handler.refuse(403) is None
+    )
+    with pytest.raises(ShardError, match=rf"^{URL}: the server answers 403 .*the credentials$"):
+        push(cache)
+    assert hub.count("POST /api/repos/create") == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("what", "held", "number"),
+    [("push", UPLOADS, signal.SIGTERM), ("pull", "GET /cdn/", signal.SIGKILL)],
+    ids=["push", "pull"],
+)
+def test_a_killed_transfer_goes_on(
+    hub: Hub, cache: Path, tmp_path: Path, what: str, held: str, number: signal.Signals
+) -> None:
+    there = tmp_path / "there"
+    if what == "pull":
+        push(cache)
+    halfway, over = threading.Event(), threading.Event()
+
+    def hangs(handler: Any, asked: str, before: int) -> bool:
+        if re.match(held, asked) and hub.count(held) > 6:
+            halfway.set()
+            over.wait(60)
+            handler.close_connection = True
+            return True
+        return False
+
+    hub.misbehave = hangs
+    arguments = (cache, URL) if what == "push" else (URL, there)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "shards", what, *map(str, arguments)],
+        env=os.environ | {"HF_ENDPOINT": hub.url, "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1"},
+        stderr=subprocess.DEVNULL,
+    )
+    assert halfway.wait(60)
+    process.send_signal(number)
+    assert process.wait(60) == -number
+    over.set()
+    hub.misbehave = lambda *_: False
+    assert not (there / "manifest.json").exists()
+    assert "manifest.json" not in hub.files(REPO) or what == "pull"
+    before = hub.count(held)
+    push(cache) if what == "push" else pull(there)
+    assert 0 < hub.count(held) - before < num_shards(cache)  # not all of them again
+    pull(tmp_path / "again")
+    assert files(tmp_path / "again") == files(cache)
 
 
 def test_commands(hub: Hub, cache: Path, tmp_path: Path, command: Callable[..., Outcome]) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from safetensors.torch import load_file, save_file
 
 from common.errors import ConfigError
@@ -74,6 +75,7 @@ def digests(checkpoint: Path) -> None:
 @pytest.fixture(scope="module")
 def finished(base: Path, cache: Path, tmp_path_factory: pytest.TempPathFactory) -> TrainConfig:
     """A finished run of four steps, with checkpoints after two and four."""
+    AcceleratorState._reset_state(True)  # a test before may have settled the precision
     config = TrainConfig(
         pretrained_model_name_or_path=str(base),
         cache=str(cache),
@@ -155,6 +157,22 @@ def test_checkpoints_without_digests_are_resumed_unless_their_damage_shows(
     assert outcome.exit_code == 0, outcome.output
     assert f"checkpoint-4/{name}: {found}" in outcome.output
     assert same(finished.output_dir, config.output_dir)
+
+
+def test_a_checkpoint_without_digests_that_cannot_be_loaded_is_one_line(
+    config: TrainConfig,
+) -> None:
+    newest = config.output_dir / "checkpoint-4"
+    digests(newest)
+    path = newest / "optimizer.bin"
+    data = path.read_bytes()
+    where = data.index(b"exp_avg")  # in the pickle that says what the tensors are
+    path.write_bytes(data[: where - 4] + bytes(16) + data[where + 12 :])
+    with pytest.raises(
+        ConfigError, match=rf"^{newest}: cannot be loaded \(.*\); resume from"
+    ) as one:
+        train(config)
+    assert len(str(one.value).splitlines()) == 1
 
 
 def test_a_checkpoint_whose_weights_are_not_finite_is_passed_over(

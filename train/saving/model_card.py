@@ -1,0 +1,181 @@
+"""The model card of a trained ControlNet."""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import ModelCardData
+
+from common.atomic_files import write_text
+from common.options import as_dict
+from common.provenance import commit, versions
+from sd3.pretrained import DATA_KEY, is_hub_id
+from train.assembly import Run
+from train.config import TrainConfig
+from train.saving.controlnet import EMA_FOLDER
+from train.validation.sampling import read_pairs
+
+CARD = "README.md"
+TAGS = ("controlnet", "diffusers-training", "sd3", "sd3-diffusers", "text-to-image")
+# Paths of this machine do not go into the card.
+PRIVATE = ("output_dir", "cache", "local_cache_dir", "cache_dir", "logging_dir")
+
+
+def write_card(run: Run, repository: str | None) -> None:
+    """Write the model card beside the ControlNet.
+
+    Args:
+        run: the run that has ended.
+        repository: where it is uploaded to, e.g. `owner/name`; None if it is not.
+    """
+    write_text(run.config.output_dir / CARD, model_card(run, repository))
+
+
+def model_card(run: Run, repository: str | None) -> str:
+    """Return the card as Markdown: what the ControlNet is, how to load it, how it was made."""
+    config, network = run.config, run.accelerator.unwrap_model(run.controlnet)
+    data: dict[str, Any] = network.config[DATA_KEY]
+    base = hub_name(config.pretrained_model_name_or_path)
+    folder = Path(config.pretrained_model_name_or_path).name
+    name = repository or config.hub_model_id or config.output_dir.resolve().name
+    num_layers, num_images = network.config.num_layers, run.inputs.order.num_records
+    return f"""---
+{_metadata(base)}
+---
+
+# {name}
+
+A ControlNet of {num_layers} blocks for {base or f"the base model {folder!r}"},
+trained on {num_images} images at {data["width"]} x {data["height"]} pixels
+with the control "{config.conditioning_name}".
+
+## How to use it
+
+{_example(name, base or f"path/to/{folder}", data)}
+{_ema_note(run)}
+## Pictures
+
+{_gallery(run) or "None were drawn while it was trained."}
+
+From left to right: the conditioning image, and what came of it after {run.num_steps} steps.
+
+## How it was made
+
+{_origin(run, data)}
+
+The licence of the base model applies to what is derived from it.
+"""
+
+
+def hub_name(name_or_path: str) -> str | None:
+    """Return a base model's name on the hub, e.g. `owner/name`; None if its folder tells none."""
+    folder = Path(name_or_path)
+    if not folder.is_dir():
+        return name_or_path
+    if name := _name_in(str(folder.resolve())):
+        return name
+    # diffusers notes there what a model was loaded from.
+    for path in (folder / "model_index.json", folder / "transformer" / "config.json"):
+        try:
+            loaded_from = str(json.loads(path.read_text(encoding="utf-8")).get("_name_or_path"))
+        except (OSError, ValueError, AttributeError):
+            continue
+        if is_hub_id(loaded_from) and not Path(loaded_from).exists():
+            return loaded_from
+        if name := _name_in(loaded_from):
+            return name
+    return None
+
+
+def _name_in(path: str) -> str | None:
+    """Return the name in the path of a copy that huggingface_hub keeps of a repository."""
+    found = re.search(r"\bmodels--([^/\\]+?)--([^/\\]+)", path)
+    return f"{found[1]}/{found[2]}" if found else None
+
+
+def _metadata(base: str | None) -> str:
+    """Return the YAML that the hub reads."""
+    metadata: str = ModelCardData(
+        base_model=base,
+        library_name="diffusers",
+        tags=list(TAGS),
+        inference=True,
+    ).to_yaml()
+    return metadata
+
+
+def _example(name: str, base: str, data: dict[str, Any]) -> str:
+    """Return Python that loads the ControlNet and draws a picture."""
+    return f"""```python
+import torch
+from diffusers import SD3ControlNetModel, StableDiffusion3ControlNetPipeline
+from diffusers.utils import load_image
+
+controlnet = SD3ControlNetModel.from_pretrained("{name}", dtype=torch.float16)
+pipeline = StableDiffusion3ControlNetPipeline.from_pretrained(
+    "{base}", controlnet=controlnet, dtype=torch.float16
+)
+image = pipeline(
+    "a prompt",
+    control_image=load_image("conditioning.png"),
+    height={data["height"]},
+    width={data["width"]},
+    max_sequence_length={data["max_sequence_length"]},
+).images[0]
+```"""
+
+
+def _ema_note(run: Run) -> str:
+    """Return where the averaged weights are, or nothing if there are none."""
+    if run.ema is None:
+        return ""
+    return (
+        f"\nA moving average of the weights (decay {run.config.ema_decay}) is in `{EMA_FOLDER}/`: "
+        f'pass `subfolder="{EMA_FOLDER}"`.\n'
+    )
+
+
+def _gallery(run: Run) -> str:
+    """Return the last validation's pictures, each under its prompt."""
+    paths = pictures(run.config)
+    if not paths:
+        return ""
+    # A run without validation may follow one that drew.
+    prompts = [pair.prompt for pair in run.inputs.pairs or read_pairs(run.inputs.cache)]
+    entries = []
+    for path in paths:
+        number, _, ema = path.stem.partition("-")
+        prompt = prompts[int(number)] + (", averaged weights" if ema else "")
+        address = path.relative_to(run.config.output_dir).as_posix()
+        entries.append(f"{prompt}\n\n![{path.stem}]({address})")
+    return "\n\n".join(entries)
+
+
+def _origin(run: Run, data: dict[str, Any]) -> str:
+    """Return the versions, data and settings that the ControlNet was made with."""
+    made_with = ", ".join(f"{library} {version}" for library, version in versions().items())
+    base = hub_name(run.config.pretrained_model_name_or_path)
+    settings = "\n".join(
+        f"    {key} = {value}"
+        for key, value in (as_dict(run.config) | {"pretrained_model_name_or_path": base}).items()
+        if key not in PRIVATE and value is not None and not _is_path(value)
+    )
+    return f"""{run.num_steps} steps; made with {made_with}; \
+commit {commit() or "unknown"} of the training code.
+
+- latents: `{data["latents_fingerprint"]}`
+- prompts: `{data["text_fingerprint"]}`
+
+{settings}"""
+
+
+def pictures(config: TrainConfig) -> list[Path]:
+    """Return the last validation's pictures."""
+    steps = sorted((config.output_dir / "validation").glob("step-*[0-9]"))
+    return sorted(steps[-1].glob("*.png")) if steps else []
+
+
+def _is_path(value: object) -> bool:
+    """Tell whether a setting is a path of this machine."""
+    return isinstance(value, str) and "/" in value and Path(value).exists()
