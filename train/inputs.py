@@ -226,8 +226,7 @@ def make_accelerator(config: TrainConfig) -> Accelerator:
         raise ConfigError(f"--mixed-precision {precision}: {error}") from error
     use_device(accelerator.device)
     distribution.check(accelerator, config)
-    scales = accelerator.scaler is not None or distribution.strategy(accelerator) == "deepspeed"
-    if precision == "fp16" and accelerator.device.type == "cpu" and not scales:
+    if precision == "fp16" and accelerator.device.type == "cpu" and accelerator.scaler is None:
         raise ConfigError(
             "--mixed-precision fp16: accelerate scales no losses on CPUs; use bf16 or no."
         )
