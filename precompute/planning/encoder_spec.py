@@ -30,6 +30,7 @@ class TextSettings:
     max_sequence_length: int
     compute_dtype: str
     cache_dtype: str
+    allow_tf32: bool
 
 
 def text_spec(base: Path, settings: TextSettings) -> TextSpec:
@@ -75,15 +76,35 @@ def clip_tokens(base: Path) -> int:
 
 
 def text_identity(
-    base: Path, variant: str | None, settings: TextSettings, digests: DigestCache
+    base: Path,
+    variant: str | None,
+    settings: TextSettings,
+    digests: DigestCache,
+    *,
+    former: bool = False,
 ) -> Identity:
-    """Return everything that the bytes of a text record depend on besides the prompt."""
+    """Return everything that the bytes of a text record depend on besides the prompt.
+
+    With `former`, as former versions of this program wrote it.
+    """
+    components = {
+        name: hash_component(base / name, variant, digests, former=former) for name in COMPONENTS
+    }
     return {
-        **{name: hash_component(base / name, variant, digests) for name in COMPONENTS},
+        **components,
         "max_sequence_length": settings.max_sequence_length,
         "compute_dtype": settings.compute_dtype,
         "cache_dtype": settings.cache_dtype,
+        **_products_in_full(settings.compute_dtype, settings.allow_tf32),
     }
+
+
+def _products_in_full(compute_dtype: str, allow_tf32: bool) -> Identity:
+    """Return the entry for float32 products that are not rounded to TensorFloat-32.
+
+    Where they may be there is none, as it was when this made no difference.
+    """
+    return {"allow_tf32": False} if compute_dtype == "float32" and not allow_tf32 else {}
 
 
 @dataclass(frozen=True)
@@ -101,6 +122,7 @@ class LatentSettings:
     compute_dtype: str
     cache_dtype: str
     background: str
+    allow_tf32: bool
 
     @property
     def tiled(self) -> bool:
@@ -152,6 +174,7 @@ def latent_identity(
         "posterior": settings.posterior,
         "compute_dtype": settings.compute_dtype,
         "cache_dtype": settings.cache_dtype,
+        **_products_in_full(settings.compute_dtype, settings.allow_tf32),
     }
 
 
@@ -192,7 +215,9 @@ def read_specs(base: Path, config: PrecomputeConfig) -> EncoderSpecs:
             beside the encoders, has no positions for pictures so large.
     """
     side = config.resolution
-    text_settings = TextSettings(config.max_sequence_length, config.text_dtype, config.cache_dtype)
+    text_settings = TextSettings(
+        config.max_sequence_length, config.text_dtype, config.cache_dtype, config.allow_tf32
+    )
     latent_settings = LatentSettings(
         side,
         bucket_shapes(side) if config.buckets else [(side, side)],
@@ -200,6 +225,7 @@ def read_specs(base: Path, config: PrecomputeConfig) -> EncoderSpecs:
         config.vae_dtype,
         config.cache_dtype,
         config.background,
+        config.allow_tf32,
     )
     if has_component(base, "transformer"):
         _check_positions(base, latent_settings)

@@ -1,5 +1,6 @@
 """The layout of an existing cache, whose items keep their slots; and why shards are built again."""
 
+import contextlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -8,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from common.errors import ShardError
+from precompute.planning.encoder_spec import Identity
 from precompute.planning.layout import EMPTY, Layout
 from precompute.planning.plan import ProductPlan
 from shards.format import seal, sidecar
@@ -24,6 +26,30 @@ def layout_arrays(products: Mapping[str, ProductPlan]) -> dict[str, NDArray[Any]
         arrays[f"{name}.starts"] = product.layout.starts
         arrays[f"{name}.buckets"] = product.layout.buckets
     return arrays
+
+
+def identities_in_use(
+    cache: Path, identities: Mapping[str, tuple[Identity, Identity]]
+) -> list[Identity]:
+    """Return the identity of each product, in the form that the records in the cache have.
+
+    So a cache that a former version made is not made again because identities are written in
+    another form; it keeps the former one until something else changes.
+
+    Args:
+        cache: its folder.
+        identities: by the product's folder: as it is written now, and by former versions.
+    """
+    planned: dict[str, str] = {}
+    with contextlib.suppress(ShardError):
+        products = read_expected(cache)[0].products
+        planned = {folder: digest(product.identity) for folder, product in products.items()}
+    chosen = []
+    for folder, (now, former) in identities.items():
+        summary = sidecar.load_summary(cache / folder, 0)
+        found = planned.get(folder) or (summary.identity if summary else "")
+        chosen.append(former if found == digest(former) else now)
+    return chosen
 
 
 def existing_layouts(cache: Path, identities: Mapping[str, Mapping[str, Any]]) -> dict[str, Layout]:

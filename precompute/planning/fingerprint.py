@@ -6,10 +6,12 @@ or a cache invalidates nothing.
 
 import json
 from pathlib import Path
+from typing import Any
 
 import xxhash
 
 from precompute.planning.digest_cache import Content, DigestCache
+from precompute.sources.annotators import FoundAnnotator
 from precompute.sources.file_versions import file_version
 from sd3.pretrained import component_variant
 
@@ -23,13 +25,17 @@ def hash_bytes(data: bytes) -> str:
     return xxhash.xxh3_128_hexdigest(data)
 
 
-def hash_component(folder: Path, variant: str | None, digests: DigestCache) -> str:
+def hash_component(
+    folder: Path, variant: str | None, digests: DigestCache, *, former: bool = False
+) -> str:
     """Return a digest of a model component: its weights and tokenizer files and its configuration.
 
     Args:
         folder: of the component, e.g. `<base>/vae`.
         variant: variant of the weight files; files without one are taken where it is missing.
         digests: digests of files that were hashed before; new ones are added.
+        former: as former versions of this program did: the bytes of a tokenizer's JSON files count,
+            not what they say.
     """
     digest = xxhash.xxh3_128()
     variant = component_variant(folder, variant)
@@ -42,19 +48,41 @@ def hash_component(folder: Path, variant: str | None, digests: DigestCache) -> s
             digest.update(_relevant_config(path))
         elif path.suffix in {".json", ".txt", ".model"} and "index" not in path.name:
             digest.update(path.name.encode())
-            digest.update(_hash_file(path, digests))
+            said = None if former or path.suffix != ".json" else _json_content(path)
+            digest.update(said or _hash_file(path, digests))
     return digest.hexdigest()
+
+
+def annotator_identity(found: FoundAnnotator, digests: DigestCache) -> list[str]:
+    """Return what the drawings of an annotator depend on: its name, sources and files."""
+    files = sorted(_hash_file(path, digests).hex() for path in found.files)
+    return [found.name, *found.sources, *files]
+
+
+def _json_content(path: Path) -> bytes | None:
+    """Return a digest of what a JSON file says, however it is spaced; None if it is no JSON."""
+    try:
+        content = _relevant(json.loads(path.read_text(encoding="utf-8")))
+    except (ValueError, RecursionError):
+        return None
+    return xxhash.xxh3_128_digest(json.dumps(content, sort_keys=True).encode())
 
 
 def _relevant_config(config: Path) -> bytes:
     """Return the entries of a config.json that may change what the model computes, as JSON."""
-    values = json.loads(config.read_text(encoding="utf-8"))
-    kept = {
+    values = _relevant(json.loads(config.read_text(encoding="utf-8")))
+    return json.dumps(values, sort_keys=True).encode()
+
+
+def _relevant(values: Any) -> Any:
+    """Return the entries of a JSON object that may change what is computed."""
+    if not isinstance(values, dict):
+        return values
+    return {
         key: value
         for key, value in values.items()
         if not key.startswith("_") and key not in PROVENANCE_KEYS
     }
-    return json.dumps(kept, sort_keys=True).encode()
 
 
 def _hash_file(path: Path, digests: DigestCache) -> bytes:

@@ -2,6 +2,7 @@
 
 import math
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +24,8 @@ from precompute.planning.encoder_spec import (
     read_specs,
     text_identity,
 )
-from precompute.planning.existing_layout import existing_layouts
+from precompute.planning.existing_layout import existing_layouts, identities_in_use
+from precompute.planning.fingerprint import annotator_identity
 from precompute.planning.held_out import held_out_rows
 from precompute.planning.inventory import Inventory, choose_rows, take_inventory
 from precompute.planning.layout import Layout
@@ -39,7 +41,7 @@ from precompute.planning.products import (
 )
 from precompute.planning.validation_pairs import ValidationPair, find_pairs, plan_validation
 from precompute.planning.workers import find_part
-from precompute.sources.annotators import find_annotator
+from precompute.sources.annotators import FoundAnnotator, find_annotator
 from precompute.sources.open_source import open_source
 from sd3.buckets import nearest_buckets
 from sd3.pretrained import find_base
@@ -76,9 +78,8 @@ def prepare(config: PrecomputeConfig) -> Context:
     _refuse_other_files(config.cache)
     part = find_part(config.part, os.environ)
     device = pick_device(config.device or _device_of_this_process())
-    annotator, drawn_by = (
-        find_annotator(config.conditioning_from) if config.conditioning_from else (None, [])
-    )
+    drawn_by = find_annotator(config.conditioning_from) if config.conditioning_from else None
+    annotator = drawn_by.function if drawn_by else None
     source = open_source(config.source_settings())
     base = find_base(
         config.pretrained_model_name_or_path,
@@ -90,21 +91,13 @@ def prepare(config: PrecomputeConfig) -> Context:
     specs = read_specs(base, config)
     pairs = find_pairs(config, specs.latent_settings.shapes)
     digests = DigestCache(config.cache / HASHES, keep=not config.dry_run)
-    text_id = text_identity(base, config.variant, specs.text_settings, digests)
-    latent_id = latent_identity(base, config.variant, specs.latent_settings, digests)
-    control_id = {
-        **latent_id,
-        "conditioning_range": config.conditioning_range,
-        "drawn_by": drawn_by,
-    }
-
+    identities = _identities(config, specs, drawn_by, digests)
     rows = choose_rows(len(source), config.max_train_samples, config.seed)
     inventory = take_inventory(source, rows, digests, conditioning=annotator is None)
     bad = BadRows(len(rows), 0.0 if config.strict else config.max_bad_fraction)
     bad.add(faulty_rows(source, inventory))
     held_out = held_out_rows(inventory, config.validation_rows, config.seed)
     prompts = distinct_prompts(inventory)
-    identities = (text_id, latent_id, control_id)
     products = _plan_products(config, specs, identities, inventory, held_out, prompts, pairs)
     _refuse_files_too_large_to_read(config, products, inventory)
     return Context(
@@ -122,6 +115,33 @@ def prepare(config: PrecomputeConfig) -> Context:
         pairs=pairs,
         products=products,
     )
+
+
+def _identities(
+    config: PrecomputeConfig,
+    specs: EncoderSpecs,
+    drawn_by: FoundAnnotator | None,
+    digests: DigestCache,
+) -> list[Identity]:
+    """Return the identities of text, latents and conditioning."""
+    text, text_formerly = (
+        text_identity(specs.base, config.variant, specs.text_settings, digests, former=former)
+        for former in (False, True)
+    )
+    latents = latent_identity(specs.base, config.variant, specs.latent_settings, digests)
+    drawing = annotator_identity(drawn_by, digests) if drawn_by else []
+    # What former versions did not know of may have changed since they made a cache.
+    is_known = drawn_by is not None and len(drawing) == len(drawn_by.former)
+    control, control_formerly = (
+        {**latents, "conditioning_range": config.conditioning_range, "drawn_by": by}
+        for by in (drawing, drawn_by.former if drawn_by and is_known else drawing)
+    )
+    forms = {
+        "text": (text, text_formerly),
+        "latents": (latents, latents),
+        conditioning_folder(config.conditioning_name): (control, control_formerly),
+    }
+    return identities_in_use(config.cache, forms)
 
 
 def _refuse_other_files(cache: Path) -> None:
@@ -153,7 +173,7 @@ def _device_of_this_process() -> str | None:
 def _plan_products(
     config: PrecomputeConfig,
     specs: EncoderSpecs,
-    identities: tuple[Identity, Identity, Identity],
+    identities: Sequence[Identity],
     inventory: Inventory,
     held_out: NDArray[np.bool_],
     prompts: Prompts,

@@ -4,16 +4,19 @@ An annotator takes the image as it is encoded, resized and cropped, and returns 
 image. Inference calls it with a picture of the size that it draws.
 """
 
+import ast
 import hashlib
 import importlib
 import inspect
 from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
 
 from common.errors import ConfigError
+from precompute.sources.annotator_sources import named_files, own_sources
 
 Annotator = Callable[[Image.Image], Image.Image]
 CANNY = "canny"
@@ -21,8 +24,26 @@ CANNY = "canny"
 LOW_THRESHOLD, HIGH_THRESHOLD = 100, 200
 
 
-def find_annotator(name: str) -> tuple[Annotator, list[str]]:
-    """Return an annotator, and its identity: its name and a hash of its source.
+class FoundAnnotator(NamedTuple):
+    """An annotator, and what its drawings depend on.
+
+    Attributes:
+        function: the annotator.
+        name: of the function within its module, or of an annotator of ours.
+        sources: hashes of its module's source, then of those of the modules that it imports.
+        files: that its sources name, its weights for instance.
+        former: how former versions of this program identified it.
+    """
+
+    function: Annotator
+    name: str
+    sources: list[str]
+    files: list[Path]
+    former: list[str]
+
+
+def find_annotator(name: str) -> FoundAnnotator:
+    """Return an annotator.
 
     Args:
         name: `canny`, or `package.module:function`.
@@ -31,7 +52,8 @@ def find_annotator(name: str) -> tuple[Annotator, list[str]]:
         ConfigError: there is no such function, or a library is missing.
     """
     if name == CANNY:
-        return _canny(), [name, f"{LOW_THRESHOLD} {HIGH_THRESHOLD}"]
+        thresholds = f"{LOW_THRESHOLD} {HIGH_THRESHOLD}"
+        return FoundAnnotator(_canny(), name, [thresholds], [], [name, thresholds])
     module_name, colon, function_name = name.partition(":")
     if not (module_name and colon and function_name):
         raise ConfigError(
@@ -48,13 +70,23 @@ def find_annotator(name: str) -> tuple[Annotator, list[str]]:
     if not callable(function):
         raise ConfigError(f"--conditioning-from {name}: {module_name} has no such function.")
     try:
-        source = Path(inspect.getfile(module)).read_bytes()
-    except (OSError, TypeError) as error:
+        source = Path(inspect.getfile(module)).resolve()
+        trees = {source: ast.parse(source.read_bytes())} | own_sources(module_name)
+        hashes = [hashlib.sha256(path.read_bytes()).hexdigest() for path in trees]
+    except (OSError, TypeError, SyntaxError) as error:
         raise ConfigError(
             f"--conditioning-from {name}: the source of {module_name} cannot be read, which is "
             "needed to notice changes of it."
         ) from error
-    return function, [name, hashlib.sha256(source).hexdigest()]
+    qualified = str(getattr(function, "__qualname__", ""))
+    is_its_name = getattr(module, qualified, None) is function
+    return FoundAnnotator(
+        function,
+        qualified if is_its_name else function_name,
+        [hashes[0], *sorted(hashes[1:])],
+        named_files(trees),
+        [name, hashes[0]],
+    )
 
 
 def _canny() -> Annotator:

@@ -74,6 +74,7 @@ def test_rows_whose_lines_have_moved_are_counted_once(
         assert f"  line {line}, {name}: {fault}: not a readable image" in said
 
 
+@pytest.mark.slow
 def test_mirrors_of_a_bad_row_are_that_row(spoilt: PrecomputeConfig) -> None:
     config = replace(spoilt, random_flip=True)
     precompute(config)
@@ -83,7 +84,7 @@ def test_mirrors_of_a_bad_row_are_that_row(spoilt: PrecomputeConfig) -> None:
         precompute(replace(config, max_bad_fraction=0.29))
 
 
-@pytest.mark.parametrize("by", ["precompute", "seal"])
+@pytest.mark.parametrize("by", [pytest.param("precompute", marks=pytest.mark.slow), "seal"])
 def test_the_bound_holds_over_all_workers(
     spoilt: PrecomputeConfig, by: str, command: Callable[..., Outcome]
 ) -> None:
@@ -114,6 +115,7 @@ def test_the_bound_holds_over_all_workers(
     assert manifest.load(spoilt.cache).num_skipped == 2
 
 
+@pytest.mark.slow
 def test_a_plan_without_the_number_of_rows_is_sealed(spoilt: PrecomputeConfig) -> None:
     precompute(spoilt)
     expected, _ = read_expected(spoilt.cache)
@@ -121,6 +123,7 @@ def test_a_plan_without_the_number_of_rows_is_sealed(spoilt: PrecomputeConfig) -
     assert seal.seal(spoilt.cache, former).num_skipped == 3
 
 
+@pytest.mark.slow
 def test_rows_are_tried_again_when_asked(
     spoilt: PrecomputeConfig,
     encoded: Encoded,  # noqa: F811

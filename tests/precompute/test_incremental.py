@@ -73,7 +73,11 @@ def settle(config: PrecomputeConfig) -> None:
 
 @pytest.mark.parametrize(
     "settings",
-    [{}, {"random_flip": True}, {"conditioning_from": "canny", "random_flip": True}],
+    [
+        pytest.param({}, marks=pytest.mark.slow),
+        pytest.param({"random_flip": True}, marks=pytest.mark.slow),
+        {"conditioning_from": "canny", "random_flip": True},
+    ],
     ids=["plain", "mirrored", "mirrored and drawn"],
 )
 def test_every_image_is_read_to_be_hashed_and_once_more_to_be_encoded(
@@ -84,6 +88,7 @@ def test_every_image_is_read_to_be_hashed_and_once_more_to_be_encoded(
     assert reads == {(row, kind): 2 for row in range(NUM_ROWS) for kind in kinds}
 
 
+@pytest.mark.slow
 def test_images_that_do_not_fit_the_memory_are_read_again(
     fresh: PrecomputeConfig, reads: Reads, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -166,7 +171,13 @@ def test_room_that_a_run_makes_itself_is_not_asked_for(
     assert manifest.load(again.cache).latents.num_records == NUM_ROWS
 
 
-@pytest.mark.parametrize("number", [errno.EIO, errno.ESTALE, errno.ETIMEDOUT])
+@pytest.mark.parametrize(
+    "number",
+    [
+        errno.EIO,
+        *(pytest.param(one, marks=pytest.mark.slow) for one in (errno.ESTALE, errno.ETIMEDOUT)),
+    ],
+)
 def test_a_disk_that_fails_now_and_then_costs_no_record(
     again: PrecomputeConfig,  # noqa: F811
     encoded: Encoded,  # noqa: F811
@@ -191,6 +202,7 @@ def test_a_disk_that_fails_now_and_then_costs_no_record(
     assert tars(again) == before
 
 
+@pytest.mark.slow
 def test_a_disk_that_is_broken_ends_the_run_and_keeps_the_cache(
     again: PrecomputeConfig,  # noqa: F811
     monkeypatch: pytest.MonkeyPatch,
@@ -209,6 +221,7 @@ def test_a_disk_that_is_broken_ends_the_run_and_keeps_the_cache(
     assert manifest.load(again.cache).num_skipped == 0
 
 
+@pytest.mark.slow
 def test_a_pulled_cache_has_no_plan_of_another(
     again: PrecomputeConfig,  # noqa: F811
     encoded: Encoded,  # noqa: F811
