@@ -15,7 +15,7 @@ from typing import Any
 from accelerate import state
 from accelerate.utils import DistributedType
 
-from tests.train.precision import records
+from tests.train.precision import fp16_on_cpu, records
 
 initialise = state.AcceleratorState.__init__
 
@@ -38,6 +38,7 @@ def initialised(self: Any, *arguments: Any, fsdp_plugin: Any = None, **more: Any
 if __name__ == "__main__":
     state.PartialState._prepare_backend = backend
     state.AcceleratorState.__init__ = initialised
+    fp16_on_cpu.allow()
     sys.argv = sys.argv[1:]
     folder = os.environ.get("RECORDS")
     path = Path(folder or "") / f"{os.environ['RANK']}.pt"

@@ -1,5 +1,6 @@
 """Strategies that training does not support, or not with some options."""
 
+import math
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -124,3 +125,27 @@ def test_accelerate_may_ask_for_a_precision_that_training_lacks(
     for run in (config, replace(config, estimate=True)):
         with pytest.raises(ConfigError, match=says):
             train(run)
+
+
+def test_deepspeed_casts_no_inputs_and_adds_gradients_in_float32(train_config: TrainConfig) -> None:
+    settings: dict[str, Any] = {"fp16": {"enabled": True, "auto_cast": True}}  # as accelerate does
+    distribution._configure_deepspeed(settings, train_config)
+    assert settings["fp16"] == {"enabled": True}
+    assert settings["communication_data_type"] == "fp32"
+    assert settings["data_types"] == {"grad_accum_dtype": "fp32"}
+    own: dict[str, Any] = {"communication_data_type": "bf16", "data_types": {}}
+    distribution._configure_deepspeed(own, train_config)
+    assert own["communication_data_type"] == "bf16"
+
+
+@pytest.mark.parametrize(("skipped", "returned", "norm"), [(True, None, math.inf), (False, 3.0, 3)])
+def test_a_step_that_deepspeed_left_out_has_no_finite_norm(
+    skipped: bool, returned: float | None, norm: float
+) -> None:
+    of_deepspeed = accelerator(
+        DEEPSPEED,
+        clip_grad_norm_=lambda parameters, max_norm: returned,
+        optimizer_step_was_skipped=skipped,
+    )
+    network = torch.nn.Linear(1, 1)
+    assert float(distribution.clip_gradients(of_deepspeed, network, 1.0)) == norm
