@@ -108,7 +108,9 @@ def make_plans(
         seconds[name], start = time.perf_counter() - start, time.perf_counter()
 
     digests = DigestCache(folder / f"hashes{source.edition}.npy", keep=False)
-    inventory = take_inventory(source, range(len(source)), digests, conditioning=True)
+    inventory = take_inventory(
+        source, range(len(source)), digests, conditioning=True, transparency=False
+    )
     lap("inventory")
     prompts = plans.distinct_prompts(inventory)
     lap("distinct prompts")
@@ -118,7 +120,7 @@ def make_plans(
     none_held_out = np.zeros(len(inventory), bool)
     latents = plans.plan_latents(
         folder,
-        plans.image_contents(inventory, none_held_out, mirrored=False),
+        plans.image_contents(inventory.images, none_held_out, mirrored=False),
         np.zeros(len(inventory), np.int64),
         none_held_out,
         {"": 0},

@@ -187,7 +187,9 @@ def measure_sharing(num_rows: int) -> float:
     source = Captions([circle.prompt for circle in random_circles(num_rows, seed=0)])
     with tempfile.TemporaryDirectory() as name:
         digests = DigestCache(Path(name) / "hashes.npy", keep=False)
-        inventory = take_inventory(source, range(num_rows), digests, conditioning=True)
+        inventory = take_inventory(
+            source, range(num_rows), digests, conditioning=True, transparency=False
+        )
     return num_rows / (len(distinct_prompts(inventory)) - 1)
 
 

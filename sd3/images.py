@@ -55,6 +55,17 @@ def size(data: bytes) -> tuple[int, int]:
         raise _unreadable(error) from error
 
 
+def has_transparency(data: bytes) -> bool:
+    """Tell whether an encoded image may have transparent pixels, without decoding them."""
+    try:
+        with Image.open(io.BytesIO(data)) as image:
+            return bool(image.has_transparency_data)
+    except MemoryError:
+        raise
+    except Exception:
+        return False  # no image
+
+
 def _unreadable(error: Exception) -> BadImage:
     """Return the error for an image on which Pillow fails, with any exception."""
     # Pillow's message names the BytesIO, which means nothing to a user.

@@ -9,6 +9,7 @@ import click
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from PIL import ImageColor
 
 from common.errors import ShardError
 from common.provenance import versions
@@ -186,13 +187,19 @@ class Context:
 
     def metadata(self, product: ProductPlan, item: int) -> dict[str, Any]:
         """Return the JSON member of an image's or a conditioning image's record."""
+        row = self.row_of(item)
         metadata = image_metadata(
-            product.contents[item, :2],
+            self.inventory.images[row],
             mirrored=self.is_mirrored(item),
-            held_out=bool(self.held_out[self.row_of(item)]),
+            held_out=bool(self.held_out[row]),
         )
-        if product is self.products.conditioning:
-            metadata["conditioning_hash"] = digest_hex(product.contents[item, 2:])
+        is_conditioning = product is self.products.conditioning
+        if is_conditioning:
+            metadata["conditioning_hash"] = digest_hex(self.inventory.conditionings[row])
+        background = list(ImageColor.getrgb(self.config.background))
+        over_it = background != product.identity["background"]
+        if over_it and self.inventory.transparent[row, int(is_conditioning)]:
+            metadata["background"] = background
         return metadata
 
     @cached_property

@@ -16,7 +16,11 @@ from numpy.typing import NDArray
 from common.atomic_files import atomic_file
 
 SAVE_EVERY_S = 60.0
-ENTRY = np.dtype([("version", "<u8", 2), ("digest", "<u8", 2), ("width", "<u4"), ("height", "<u4")])
+FORMER_ENTRY = np.dtype(
+    [("version", "<u8", 2), ("digest", "<u8", 2), ("width", "<u4"), ("height", "<u4")]
+)
+ENTRY = np.dtype([*FORMER_ENTRY.descr, ("transparency", "u1")])
+UNKNOWN, OPAQUE, TRANSPARENT = range(3)
 
 
 class Content(NamedTuple):
@@ -26,11 +30,13 @@ class Content(NamedTuple):
         digest: XXH3-128.
         width: of an image, upright, in pixels; 0 if the file is no image.
         height: of an image, upright, in pixels; 0 if the file is no image.
+        transparency: whether an image may have transparent pixels; former versions did not look.
     """
 
     digest: bytes
     width: int = 0
     height: int = 0
+    transparency: int = UNKNOWN
 
 
 class DigestCache:
@@ -55,6 +61,10 @@ class DigestCache:
             loaded = np.load(self.path, mmap_mode="r", allow_pickle=False)
             if loaded.dtype == ENTRY and loaded.ndim == 1:
                 self._entries = loaded
+            elif loaded.dtype == FORMER_ENTRY and loaded.ndim == 1:
+                self._entries = np.zeros(len(loaded), ENTRY)
+                for name in FORMER_ENTRY.names or ():
+                    self._entries[name] = loaded[name]
         self._first_halves = np.ascontiguousarray(self._entries["version"][:, 0], np.uint64)
 
     def find(self, versions: Sequence[bytes | None]) -> list[Content | None]:
@@ -68,10 +78,10 @@ class DigestCache:
             entries = self._entries[np.minimum(positions, len(self._entries) - 1)]
             same = (entries["version"] == wanted).all(axis=1)
             digests = entries["digest"].astype(">u8").tobytes()
-            sizes = zip(entries["width"].tolist(), entries["height"].tolist(), strict=True)
-            for number, (at, size) in enumerate(zip(unknown, sizes, strict=True)):
+            kinds = entries[["width", "height", "transparency"]].tolist()
+            for number, (at, kind) in enumerate(zip(unknown, kinds, strict=True)):
                 if same[number]:
-                    contents[at] = Content(digests[16 * number : 16 * number + 16], *size)
+                    contents[at] = Content(digests[16 * number : 16 * number + 16], *kind)
         return contents
 
     def add(self, version: bytes | None, content: Content) -> None:
@@ -90,7 +100,7 @@ class DigestCache:
         new = np.empty(len(self._new), ENTRY)
         for at, (version, content) in enumerate(self._new.items()):
             halves = np.frombuffer(version + content.digest, ">u8")
-            new[at] = (halves[:2], halves[2:], content.width, content.height)
+            new[at] = (halves[:2], halves[2:], *content[1:])
         merged = np.concatenate([np.asarray(self._entries), new])
         # The sort is stable: of two entries with one version the newer is last, and is kept.
         order = np.lexsort((merged["version"][:, 1], merged["version"][:, 0]))

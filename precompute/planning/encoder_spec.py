@@ -11,6 +11,7 @@ from precompute.config import PrecomputeConfig
 from precompute.planning.digest_cache import DigestCache
 from precompute.planning.fingerprint import hash_component
 from sd3.buckets import bucket_shapes
+from sd3.images import BACKGROUND
 from sd3.pretrained import has_component, largest_side, read_config, vae_factor
 from shards.format.specs import LatentSpec, TextSpec
 
@@ -161,16 +162,25 @@ def latent_spec(base: Path, settings: LatentSettings, pixel_range: str) -> Laten
 
 
 def latent_identity(
-    base: Path, variant: str | None, settings: LatentSettings, digests: DigestCache
+    base: Path,
+    variant: str | None,
+    settings: LatentSettings,
+    digests: DigestCache,
+    *,
+    former: bool = False,
 ) -> Identity:
-    """Return everything that the bytes of a latent record depend on besides the image."""
+    """Return everything that the bytes of a latent record depend on besides the image.
+
+    With `former`, as former versions of this program wrote it: the background was a part of it,
+    which now stands for white; see `products.over_background`.
+    """
     return {
         "vae": hash_component(base / "vae", variant, digests),
         "resolution": settings.resolution_px,
         "buckets": [list(shape) for shape in settings.shapes],
         "geometry": "upright; resize to cover, bilinear; centre crop",
         "tiled": settings.tiled,
-        "background": list(ImageColor.getrgb(settings.background)),
+        "background": list(ImageColor.getrgb(settings.background if former else BACKGROUND)),
         "posterior": settings.posterior,
         "compute_dtype": settings.compute_dtype,
         "cache_dtype": settings.cache_dtype,

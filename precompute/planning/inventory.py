@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from xxhash import xxh3_64_intdigest, xxh3_128_digest
 
 from common.progress import Progress
-from precompute.planning.digest_cache import Content, DigestCache
+from precompute.planning.digest_cache import OPAQUE, TRANSPARENT, Content, DigestCache
 from precompute.planning.layout import Ids, Numbers
 from precompute.sources.patient_read import read_patiently
 from precompute.sources.source import Kind, Row, Source, printable
@@ -40,6 +40,8 @@ class Inventory:
         conditionings: digest of each conditioning image's bytes, or of why it cannot be used,
             [N, 2]; equal to `images` where conditioning images are drawn from the images.
         sizes: width and height of each image, in pixels, [N, 2]; 0 where there is no image.
+        transparent: whether each image, and its conditioning image, may have transparent pixels,
+            [N, 2]; False throughout where it was not asked for.
         captions: digests of the captions, row by row, [P, 2]; a row that cannot be used has none.
         caption_ends: number of each row's first caption, and P at the end, [N + 1].
         faults: why a row cannot be used, as far as is known without decoding, by its number.
@@ -50,6 +52,7 @@ class Inventory:
     images: Ids
     conditionings: Ids
     sizes: NDArray[np.int32]
+    transparent: NDArray[np.bool_]
     captions: Ids
     caption_ends: Numbers
     faults: dict[int, str]
@@ -74,7 +77,12 @@ def choose_rows(num_rows: int, limit: int | None, seed: int) -> Sequence[int]:
 
 
 def take_inventory(
-    source: Source, rows: Sequence[int], digests: DigestCache, *, conditioning: bool
+    source: Source,
+    rows: Sequence[int],
+    digests: DigestCache,
+    *,
+    conditioning: bool,
+    transparency: bool,
 ) -> Inventory:
     """Read and hash the images and captions of rows, except images whose digest is known.
 
@@ -83,13 +91,14 @@ def take_inventory(
         rows: indices of the rows to take, ascending.
         digests: digests of files that were hashed before; new ones are added.
         conditioning: whether the source's conditioning images are read.
+        transparency: whether it matters which images have transparent pixels.
 
     Raises:
         RunError: the source's disk fails again and again.
     """
     builder = _InventoryBuilder()
     with (
-        _ImageHasher(source, digests) as hasher,
+        _ImageHasher(source, digests, transparency) as hasher,
         Progress(len(rows), "row", "reading") as bar,
     ):
         for start in range(0, len(rows), CHUNK_ROWS):
@@ -109,8 +118,9 @@ class _ImageHasher:
     The first image to be hashed takes the lock, so that workers of one disk do not all hash it.
     """
 
-    def __init__(self, source: Source, digests: DigestCache) -> None:
+    def __init__(self, source: Source, digests: DigestCache, transparency: bool) -> None:
         self.source = source
+        self.transparency = transparency
         self.digests = digests
         self.resources = contextlib.ExitStack()
         self.has_lock = False
@@ -125,11 +135,11 @@ class _ImageHasher:
     def contents(self, indices: Sequence[int], kind: Kind) -> list[Content | str]:
         """Return the content of each row's image, or why it cannot be read."""
         versions = [self.source.version(index, kind) for index in indices]
-        known = self.digests.find(versions)
+        known = self._known(versions)
         if None in known and any(versions) and not self.has_lock:
             self.resources.enter_context(self.digests.hashing_lock())
             self.has_lock = True
-            known = self.digests.find(versions)  # another worker may have hashed them meanwhile
+            known = self._known(versions)  # another worker may have hashed them meanwhile
         unknown = [at for at, content in enumerate(known) if content is None]
         hashed = self.pool.map(lambda at: _read_content(self.source, indices[at], kind), unknown)
         contents: list[Content | str] = [content or "" for content in known]
@@ -139,6 +149,13 @@ class _ImageHasher:
                 self.digests.add(versions[at], content)
         return contents
 
+    def _known(self, versions: Sequence[bytes | None]) -> list[Content | None]:
+        """Return the contents that are known, as far as it matters."""
+        return [
+            None if content and self.transparency and not content.transparency else content
+            for content in self.digests.find(versions)
+        ]
+
 
 class _InventoryBuilder:
     """The columns of an inventory, which grow row by row."""
@@ -146,6 +163,7 @@ class _InventoryBuilder:
     def __init__(self) -> None:
         self.images, self.conditionings, self.captions = bytearray(), bytearray(), bytearray()
         self.sizes = array("i")
+        self.transparent = bytearray()
         self.ends = array("q", [0])
         self.faults: dict[int, str] = {}
         self.conditioning_faults: dict[int, str] = {}
@@ -175,6 +193,9 @@ class _InventoryBuilder:
         else:
             self.conditionings += control.digest
         self.sizes.extend((content.width, content.height))
+        for each in (image, control):
+            transparent = isinstance(each, Content) and each.transparency == TRANSPARENT
+            self.transparent.append(transparent)
         self.captions += captions
         self.ends.append(len(self.captions) // 16)
 
@@ -185,6 +206,7 @@ class _InventoryBuilder:
             images=_digests(self.images),
             conditionings=_digests(self.conditionings),
             sizes=np.frombuffer(self.sizes, np.int32).reshape(-1, 2),
+            transparent=np.frombuffer(self.transparent, bool).reshape(-1, 2),
             captions=_digests(self.captions),
             caption_ends=np.frombuffer(self.ends, np.int64),
             faults=self.faults,
@@ -238,4 +260,5 @@ def _read_content(source: Source, index: int, kind: Kind) -> Content | str:
     width, height = 0, 0
     with contextlib.suppress(BadImage):
         width, height = images.size(data)
-    return Content(xxh3_128_digest(data), width, height)
+    transparency = TRANSPARENT if images.has_transparency(data) else OPAQUE
+    return Content(xxh3_128_digest(data), width, height, transparency)

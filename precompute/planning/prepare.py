@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from PIL import ImageColor
 
 from common.device import pick_device
 from common.errors import ConfigError
@@ -34,6 +35,7 @@ from precompute.planning.products import (
     Prompts,
     distinct_prompts,
     image_contents,
+    over_background,
     plan_conditioning,
     plan_latents,
     plan_text,
@@ -93,7 +95,14 @@ def prepare(config: PrecomputeConfig) -> Context:
     digests = DigestCache(config.cache / HASHES, keep=not config.dry_run)
     identities = _identities(config, specs, drawn_by, digests)
     rows = choose_rows(len(source), config.max_train_samples, config.seed)
-    inventory = take_inventory(source, rows, digests, conditioning=annotator is None)
+    colour = list(ImageColor.getrgb(config.background))
+    inventory = take_inventory(
+        source,
+        rows,
+        digests,
+        conditioning=annotator is None,
+        transparency=any(colour != identity["background"] for identity in identities[1:]),
+    )
     bad = BadRows(len(rows), 0.0 if config.strict else config.max_bad_fraction)
     bad.add(faulty_rows(source, inventory))
     held_out = held_out_rows(inventory, config.validation_rows, config.seed)
@@ -128,17 +137,23 @@ def _identities(
         text_identity(specs.base, config.variant, specs.text_settings, digests, former=former)
         for former in (False, True)
     )
-    latents = latent_identity(specs.base, config.variant, specs.latent_settings, digests)
+    latents, latents_formerly = (
+        latent_identity(specs.base, config.variant, specs.latent_settings, digests, former=former)
+        for former in (False, True)
+    )
     drawing = annotator_identity(drawn_by, digests) if drawn_by else []
     # What former versions did not know of may have changed since they made a cache.
     is_known = drawn_by is not None and len(drawing) == len(drawn_by.former)
     control, control_formerly = (
-        {**latents, "conditioning_range": config.conditioning_range, "drawn_by": by}
-        for by in (drawing, drawn_by.former if drawn_by and is_known else drawing)
+        {**images, "conditioning_range": config.conditioning_range, "drawn_by": by}
+        for images, by in (
+            (latents, drawing),
+            (latents_formerly, drawn_by.former if drawn_by and is_known else drawing),
+        )
     )
     forms = {
         "text": (text, text_formerly),
-        "latents": (latents, latents),
+        "latents": (latents, latents_formerly),
         conditioning_folder(config.conditioning_name): (control, control_formerly),
     }
     return identities_in_use(config.cache, forms)
@@ -197,10 +212,13 @@ def _plan_products(
         prompts,
         text,
     )
+    conditionings = over_background(
+        inventory.conditionings, inventory.transparent[:, 1], control_id, config.background
+    )
     conditioning = plan_conditioning(
         cache / conditioning_folder(name),
         latents,
-        np.repeat(inventory.conditionings, 2 if config.random_flip else 1, axis=0),
+        np.repeat(conditionings, 2 if config.random_flip else 1, axis=0),
         control_id,
     )
     validation = plan_validation(
@@ -221,9 +239,12 @@ def _plan_latents(
     existing: Layout,
 ) -> ProductPlan:
     images_per_row = 2 if config.random_flip else 1
+    images = over_background(
+        inventory.images, inventory.transparent[:, 0], identity, config.background
+    )
     return plan_latents(
         config.cache / "latents",
-        image_contents(inventory, held_out, mirrored=config.random_flip),
+        image_contents(images, held_out, mirrored=config.random_flip),
         np.repeat(nearest_buckets(inventory.sizes, specs.latent_settings.shapes), images_per_row),
         np.repeat(held_out, images_per_row),
         identity,

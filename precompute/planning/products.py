@@ -10,8 +10,10 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from PIL import ImageColor
 from xxhash import xxh3_128_digest
 
+from precompute.planning.encoder_spec import Identity
 from precompute.planning.held_out import HELD_OUT
 from precompute.planning.inventory import Inventory, digest_hex, digests_of
 from precompute.planning.layout import (
@@ -88,15 +90,36 @@ def plan_text(
     return ProductPlan(folder, identity, layout, items, prompts.digests, [record_bytes(tensors)])
 
 
-def image_contents(inventory: Inventory, held_out: NDArray[np.bool_], *, mirrored: bool) -> Ids:
+def over_background(
+    digests: Ids, transparent: NDArray[np.bool_], identity: Identity, colour: str
+) -> Ids:
+    """Return the digests of images, [N, 2]; those over another background have their own.
+
+    Only transparent images depend on it. So it is no part of a product's identity, unless a former
+    version wrote it there.
+
+    Args:
+        digests: of the images' files, [N, 2].
+        transparent: which images may have transparent pixels, [N].
+        identity: of the product; its background is the one that the digests stand for.
+        colour: the background.
+    """
+    background = list(ImageColor.getrgb(colour))
+    if identity["background"] == background:
+        return digests
+    bits = np.frombuffer(xxh3_128_digest(f"background {background}".encode()), ">u8")
+    return np.where(transparent[:, None], digests ^ bits.astype(np.uint64), digests)
+
+
+def image_contents(images: Ids, held_out: NDArray[np.bool_], *, mirrored: bool) -> Ids:
     """Return the digest of each latent's image, [N, 2]; mirrored and held-out ones have their own.
 
     Args:
-        inventory: of all rows.
+        images: digests of the images of all rows, [N, 2].
         held_out: which rows are held out of training, [N].
         mirrored: whether each row is followed by its mirror; then the result is [2 N, 2].
     """
-    contents = np.where(held_out[:, None], inventory.images ^ HELD_OUT, inventory.images)
+    contents = np.where(held_out[:, None], images ^ HELD_OUT, images)
     if not mirrored:
         return contents
     return np.stack([contents, contents ^ MIRROR], axis=1).reshape(-1, 2)
@@ -106,16 +129,12 @@ def image_metadata(content: Any, *, mirrored: bool, held_out: bool) -> dict[str,
     """Return the part of a latent record's JSON member that identifies its image.
 
     Args:
-        content: the latent's entry in `image_contents`, [2].
+        content: digest of the image's file, [2].
         mirrored: whether the image is a mirror.
         held_out: whether the image is held out of training.
     """
-    flags: dict[str, Any] = {}
-    for is_set, name, bits in ((mirrored, "mirrored", MIRROR), (held_out, "held_out", HELD_OUT)):
-        if is_set:
-            flags[name] = True
-            content = content ^ bits
-    return {"image_hash": digest_hex(content)} | flags
+    flags = {"mirrored": mirrored, "held_out": held_out}
+    return {"image_hash": digest_hex(content)} | {name: True for name, on in flags.items() if on}
 
 
 def plan_latents(

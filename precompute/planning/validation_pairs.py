@@ -48,7 +48,10 @@ def find_pairs(config: PrecomputeConfig, shapes: list[tuple[int, int]]) -> list[
             pixels = to_uint8(images.fit(image, shapes[bucket]))
         except BadImage as error:
             raise ConfigError(f"--validation-image {path}: {error}.") from error
-        pairs.append(ValidationPair(prompt, hash_bytes(data), bucket, pixels))
+        image_hash = hash_bytes(data)
+        if config.background != images.BACKGROUND and images.has_transparency(data):
+            image_hash += f" over {config.background}"
+        pairs.append(ValidationPair(prompt, image_hash, bucket, pixels))
     return pairs
 
 

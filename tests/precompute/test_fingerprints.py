@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import xxhash
+from PIL import Image
 
 from precompute.config import PrecomputeConfig
 from precompute.planning import prepare as planning
@@ -216,3 +217,27 @@ def test_rows_that_become_held_out_are_encoded_and_no_others(
 ) -> None:
     precompute(replace(again, validation_rows=2))
     assert encoded.taken() == {"latents": 2, "conditioning": 2}
+
+
+def test_the_background_counts_for_transparent_pictures_alone(
+    again: PrecomputeConfig,  # noqa: F811
+    encoded: Encoded,  # noqa: F811
+) -> None:
+    config = replace(again, validation_prompt=(), validation_image=())
+    precompute(config)
+    precompute(replace(config, background="#2060a0"))
+    assert encoded.taken() == {}
+    source = Path(str(config.source))
+    for name in ("target/2.png", "target/9.png", "source/4.png"):
+        with Image.open(source / name) as image:
+            image.putalpha(100)
+            image.save(source / name)
+    precompute(config)
+    latents = {2, 9}
+    changed = {"latents": len(latents), "conditioning": len(latents | {4})}
+    assert encoded.taken() == changed
+    for background in ("#2060a0", "white"):
+        precompute(replace(config, background=background))
+        assert encoded.taken() == changed
+    precompute(replace(config, background="#ffffff"))
+    assert encoded.taken() == {}

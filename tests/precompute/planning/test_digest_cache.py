@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from precompute.planning.digest_cache import Content, DigestCache
+from precompute.planning.digest_cache import FORMER_ENTRY, Content, DigestCache
 
 
 def version(number: int) -> bytes:
@@ -38,7 +38,7 @@ def test_what_was_added_is_found_again(tmp_path: Path) -> None:
     found = DigestCache(path).find([version(1), version(3), version(5)])
     assert found == [content(1), content(3), content(6)]
     entries = np.load(path, allow_pickle=False)
-    assert (len(entries), entries.itemsize) == (4, 40)
+    assert (len(entries), entries.itemsize) == (4, 41)
 
 
 def test_a_damaged_file_is_as_good_as_none(tmp_path: Path) -> None:
@@ -103,3 +103,19 @@ def test_workers_of_one_disk_hash_once(tmp_path: Path) -> None:
         worker.join()
         assert worker.exitcode == 0
     assert (tmp_path / "counter").read_text() == "hashed\n"
+
+
+def test_what_a_former_version_has_kept_is_found(tmp_path: Path) -> None:
+    path = tmp_path / "hashes.npy"
+    digests = DigestCache(path)
+    digests.add(version(1), content(1))
+    digests.save()
+    np.save(path, np.load(path)[list(FORMER_ENTRY.names or ())].astype(FORMER_ENTRY))
+    assert np.load(path).itemsize == 40
+    former = DigestCache(path)
+    assert former.find([version(1)]) == [content(1)]
+    former.add(version(2), content(2)._replace(transparency=2))
+    former.save()
+    assert DigestCache(path).find([version(1), version(2)])[1] == content(2)._replace(
+        transparency=2
+    )

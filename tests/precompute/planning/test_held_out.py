@@ -34,6 +34,7 @@ def inventory(images: list[int], faults: tuple[int, ...] = ()) -> Inventory:
         images=digests,
         conditionings=digests,
         sizes=np.ones((count, 2), np.int32),
+        transparent=np.zeros((count, 2), bool),
         captions=digests,
         caption_ends=np.arange(count + 1),
         faults=dict.fromkeys(faults, "broken"),
