@@ -24,8 +24,8 @@ from benchmarks.synthetic import Shape
 from common.atomic_files import write_text
 from common.command import CONTEXT
 from common.provenance import commit, machine, versions
+from precompute.fingerprints.digest_cache import ENTRY, DigestCache
 from precompute.planning import products as plans
-from precompute.planning.digest_cache import ENTRY, DigestCache
 from precompute.planning.existing_layout import layout_arrays
 from precompute.planning.inventory import take_inventory
 from precompute.planning.layout import EMPTY, Layout

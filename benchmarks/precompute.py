@@ -31,7 +31,7 @@ from precompute.config import PrecomputeConfig
 from precompute.encoding.encoder_clock import EncoderClock
 from precompute.encoding.image_pass import encode_images
 from precompute.encoding.text_pass import encode_text
-from precompute.planning.digest_cache import DigestCache
+from precompute.fingerprints.digest_cache import DigestCache
 from precompute.planning.inventory import take_inventory
 from precompute.planning.prepare import prepare
 from precompute.planning.products import distinct_prompts

@@ -14,8 +14,10 @@ from tests.conftest import REPOSITORY
 # files that are named for it. "shards" alone means the files directly in shards/.
 CACHE = {"common", "sd3", "shards.format", "shards.reading", "shards.remote"}
 STAGE = CACHE | {"shards"}
-PRECOMPUTE = {"precompute.sources", "precompute.planning", "precompute.encoding", "precompute"}
-TRAIN = {"train", "train.optim", "train.memory", "train.validation", "train.saving"}
+PLANNING = {"precompute.sources", "precompute.fingerprints", "precompute.planning"}
+PRECOMPUTE = PLANNING | {"precompute.encoding", "precompute"}
+BELOW_SAVING = {"train.processes", "train.optim", "train.validation"}
+TRAIN = BELOW_SAVING | {"train", "train.memory", "train.saving"}
 INFER = {"infer", "infer.drawing", "infer.scoring"}
 DRAWING = {"infer.batches", "infer.config", "infer.convention", "infer.pipeline"}
 NETWORKS = {"train.config", "train.data", "train.loss", "train.models", "train.objective"}
@@ -28,14 +30,17 @@ ALLOWED = {
     "shards.remote": {"common", "sd3", "shards.format", "shards.reading"},
     "shards": CACHE,
     "precompute.sources": STAGE,
-    "precompute.planning": STAGE | {"precompute.config", "precompute.sources"},
-    "precompute.encoding": STAGE | {"precompute.sources", "precompute.planning"},
+    "precompute.fingerprints": STAGE | {"precompute.config", "precompute.sources"},
+    "precompute.planning": STAGE
+    | {"precompute.config", "precompute.sources", "precompute.fingerprints"},
+    "precompute.encoding": STAGE | PLANNING,
     "precompute": STAGE | PRECOMPUTE,
-    "train.optim": STAGE | {"train.config", "train.distribution"},
+    "train.processes": STAGE | {"train.config"},
+    "train.optim": STAGE | {"train.config", "train.processes"},
     "train.memory": STAGE | NETWORKS | {"train.optim"},
-    "train.validation": STAGE | NETWORKS | {"train.assembly", "train.distribution", "train.optim"},
+    "train.validation": STAGE | NETWORKS | {"train.assembly", "train.processes", "train.optim"},
     "train.saving": STAGE
-    | {"train.assembly", "train.config", "train.distribution", "train.optim", "train.validation"},
+    | {"train.assembly", "train.config", "train.processes", "train.optim", "train.validation"},
     "train": STAGE | TRAIN,
     "infer": STAGE | PRECOMPUTE | TRAIN | INFER,
     "infer.drawing": STAGE | PRECOMPUTE | TRAIN | DRAWING,

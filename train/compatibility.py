@@ -19,7 +19,7 @@ from sd3.pretrained import (
 from shards.format.manifest import Manifest
 from shards.format.specs import LatentSpec
 from shards.reading.cache import Cache
-from train.distribution import STRATEGY_NAMES, strategy
+from train.processes.strategy import STRATEGY_NAMES, strategy
 from train.saving.checkpoints import TrainState
 
 Comparison = tuple[str, object, object]  # what is compared, the left value, the right value

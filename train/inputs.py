@@ -26,6 +26,7 @@ from train import distribution, models
 from train.compatibility import check_base, check_convention, check_same_order
 from train.config import TrainConfig
 from train.loss import Objective
+from train.processes.agreement import check_same_everywhere, local_main_first, main_decides
 from train.saving.checkpoints import TrainState, read_state
 from train.saving.resuming import choose
 from train.validation.held_out import held_out_records
@@ -76,12 +77,12 @@ def find_inputs(config: TrainConfig, num_processes: int) -> Inputs:
         ConfigError: the base model, the cache and the checkpoint do not go together.
     """
     _require_packages(config)
-    distribution.main_decides(lambda: _check_output_dir(config.output_dir))
+    main_decides(lambda: _check_output_dir(config.output_dir))
     cache = _open_cache(config)
     validates = config.validation_steps > 0
     draws_pictures = validates and cache.validation.product.num_records > 0
     needs_vae = draws_pictures and config.validation_decode != "latents"
-    base = distribution.local_main_first(lambda: _find_base(config, needs_vae))
+    base = local_main_first(lambda: _find_base(config, needs_vae))
     check_base(base, cache.manifest)
     controlnet = None
     if config.controlnet_model_name_or_path is not None:
@@ -94,7 +95,7 @@ def find_inputs(config: TrainConfig, num_processes: int) -> Inputs:
         shard_buckets=cache.conditioning.product.shard_buckets,
         group=samples_per_step(config, num_processes),
     )
-    checkpoint, state = distribution.main_decides(lambda: _find_start(config, cache, order))
+    checkpoint, state = main_decides(lambda: _find_start(config, cache, order))
     return Inputs(
         cache=cache,
         base=base,
@@ -155,9 +156,7 @@ def _find_controlnet(name: str, config: TrainConfig, cache: Cache) -> Path:
         ConfigError: there is none, or it does not go with the cache or the settings.
     """
     flag = "--controlnet-model-name-or-path"
-    folder = distribution.local_main_first(
-        lambda: find_controlnet(name, flag, cache_dir=config.cache_dir)
-    )
+    folder = local_main_first(lambda: find_controlnet(name, flag, cache_dir=config.cache_dir))
     controlnet = read_config(folder, "")
     if config.num_controlnet_layers not in (None, controlnet.get("num_layers")):
         raise ConfigError(
@@ -176,7 +175,7 @@ def _check_same_everywhere(
     """Refuse to train if the processes found different caches or revisions of models."""
     manifest = cache.manifest
     validation = [manifest.validation[config.conditioning_name].fingerprint, manifest.held_out]
-    distribution.check_same_everywhere(
+    check_same_everywhere(
         {
             "--cache": digest([manifest.fingerprints(config.conditioning_name), validation]),
             "--pretrained-model-name-or-path": base.name,

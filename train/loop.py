@@ -15,10 +15,11 @@ from common.interruption import Received
 from common.progress import Progress
 from train.assembly import Run
 from train.data import Batch, RankPlaces, TrainingSamples, read_batches
-from train.distribution import clip_gradients, keeps_gradients, strategy
 from train.inputs import samples_per_step
 from train.loss import batch_losses
 from train.optim.nonfinite import NonFiniteGuard
+from train.processes.sharding import clip_gradients
+from train.processes.strategy import keeps_gradients, strategy
 from train.saving import checkpoints
 from train.saving.checkpoints import TrainState
 from train.validation import pictures

@@ -15,10 +15,10 @@ from common.provenance import write_run
 from sd3.pretrained import DATA_KEY
 from train.assembly import Run, assemble
 from train.config import TrainConfig
-from train.distribution import main_decides
 from train.inputs import samples_per_step
 from train.loop import take_steps
 from train.optim.learning_rate import ends_in_warm_up
+from train.processes.agreement import main_decides
 from train.saving import publish
 from train.saving.checkpoints import TrainState
 from train.saving.controlnet import (

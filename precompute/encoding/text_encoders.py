@@ -16,7 +16,7 @@ from torch import Tensor
 
 from common.errors import ShardError
 from precompute.encoding.batch_size import BatchSize, in_parts
-from precompute.planning.encoder_spec import CLIP_COMPONENTS, T5_COMPONENTS, TextSettings
+from precompute.fingerprints.encoder_spec import CLIP_COMPONENTS, T5_COMPONENTS, TextSettings
 from sd3.pretrained import component_variant
 
 

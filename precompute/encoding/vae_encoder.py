@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from precompute.encoding.batch_size import BatchSize, in_parts
-from precompute.planning.encoder_spec import LatentSettings
+from precompute.fingerprints.encoder_spec import LatentSettings
 from sd3.pixels import to_pixels
 from sd3.pretrained import component_variant
 

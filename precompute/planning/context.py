@@ -14,9 +14,9 @@ from PIL import ImageColor
 from common.errors import ShardError
 from common.provenance import versions
 from precompute.config import PrecomputeConfig
+from precompute.fingerprints.digest_cache import DigestCache
+from precompute.fingerprints.encoder_spec import EncoderSpecs
 from precompute.planning.bad_rows import BadRows
-from precompute.planning.digest_cache import DigestCache
-from precompute.planning.encoder_spec import EncoderSpecs
 from precompute.planning.existing_layout import reasons_to_build
 from precompute.planning.inventory import Inventory, digest_hex, prompt_digest
 from precompute.planning.plan import ProductPlan, ShardPlan, bytes_needed, item_key

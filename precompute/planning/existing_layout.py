@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from common.errors import ShardError
-from precompute.planning.encoder_spec import Identity
+from precompute.fingerprints.encoder_spec import Identity
 from precompute.planning.layout import EMPTY, Layout
 from precompute.planning.plan import ProductPlan
 from shards.format import seal, sidecar

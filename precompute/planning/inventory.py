@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from xxhash import xxh3_64_intdigest, xxh3_128_digest
 
 from common.progress import Progress
-from precompute.planning.digest_cache import OPAQUE, TRANSPARENT, Content, DigestCache
+from precompute.fingerprints.digest_cache import OPAQUE, TRANSPARENT, Content, DigestCache
 from precompute.planning.layout import Ids, Numbers
 from precompute.sources.patient_read import read_patiently
 from precompute.sources.source import Kind, Row, Source, printable

@@ -1,6 +1,5 @@
 """Preparing a run: open and check the source and the base model, hash, and plan the shards."""
 
-import math
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,20 +13,18 @@ from common.device import pick_device
 from common.errors import ConfigError
 from common.provenance import RUN
 from precompute.config import PrecomputeConfig
-from precompute.planning.bad_rows import BadRows, faulty_rows
-from precompute.planning.context import Context, Products
-from precompute.planning.digest_cache import DigestCache
-from precompute.planning.encoder_spec import (
+from precompute.fingerprints.digest_cache import DigestCache
+from precompute.fingerprints.encoder_spec import (
     COMPONENTS,
     EncoderSpecs,
     Identity,
-    latent_identity,
     read_specs,
-    text_identity,
 )
-from precompute.planning.existing_layout import existing_layouts, identities_in_use
-from precompute.planning.fingerprint import annotator_identity
+from precompute.planning.bad_rows import BadRows, faulty_rows
+from precompute.planning.context import Context, Products
+from precompute.planning.existing_layout import existing_layouts
 from precompute.planning.held_out import held_out_rows
+from precompute.planning.identities import find_identities
 from precompute.planning.inventory import Inventory, choose_rows, take_inventory
 from precompute.planning.layout import Layout
 from precompute.planning.plan import ProductPlan
@@ -41,18 +38,16 @@ from precompute.planning.products import (
     plan_text,
     with_captions,
 )
+from precompute.planning.size_limits import refuse_too_large_files
 from precompute.planning.validation_pairs import ValidationPair, find_pairs, plan_validation
 from precompute.planning.workers import find_part
-from precompute.sources.annotators import FoundAnnotator, find_annotator
+from precompute.sources.annotators import find_annotator
 from precompute.sources.open_source import open_source
 from sd3.buckets import nearest_buckets
 from sd3.pretrained import find_base
-from shards.format import manifest, seal
+from shards.format import manifest
 from shards.format.expected_cache import PLAN
-from shards.format.json_files import LARGEST_FILE_BYTES
 from shards.format.manifest import conditioning_folder, validation_folder
-from shards.format.product import MOST_SHARDS
-from shards.format.sidecar import SIDECAR_BYTES_A_PROMPT, SIDECAR_BYTES_A_RECORD
 from shards.format.tensor_spec import record_bytes
 
 HASHES = "hashes.npy"
@@ -93,7 +88,7 @@ def prepare(config: PrecomputeConfig) -> Context:
     specs = read_specs(base, config)
     pairs = find_pairs(config, specs.latent_settings.shapes)
     digests = DigestCache(config.cache / HASHES, keep=not config.dry_run)
-    identities = _identities(config, specs, drawn_by, digests)
+    identities = find_identities(config, specs, drawn_by, digests)
     rows = choose_rows(len(source), config.max_train_samples, config.seed)
     colour = list(ImageColor.getrgb(config.background))
     inventory = take_inventory(
@@ -108,7 +103,7 @@ def prepare(config: PrecomputeConfig) -> Context:
     held_out = held_out_rows(inventory, config.validation_rows, config.seed)
     prompts = distinct_prompts(inventory)
     products = _plan_products(config, specs, identities, inventory, held_out, prompts, pairs)
-    _refuse_files_too_large_to_read(config, products, inventory)
+    refuse_too_large_files(config, products, inventory)
     return Context(
         config=config,
         part=part,
@@ -124,39 +119,6 @@ def prepare(config: PrecomputeConfig) -> Context:
         pairs=pairs,
         products=products,
     )
-
-
-def _identities(
-    config: PrecomputeConfig,
-    specs: EncoderSpecs,
-    drawn_by: FoundAnnotator | None,
-    digests: DigestCache,
-) -> list[Identity]:
-    """Return the identities of text, latents and conditioning."""
-    text, text_formerly = (
-        text_identity(specs.base, config.variant, specs.text_settings, digests, former=former)
-        for former in (False, True)
-    )
-    latents, latents_formerly = (
-        latent_identity(specs.base, config.variant, specs.latent_settings, digests, former=former)
-        for former in (False, True)
-    )
-    drawing = annotator_identity(drawn_by, digests) if drawn_by else []
-    # What former versions did not know of may have changed since they made a cache.
-    is_known = drawn_by is not None and len(drawing) == len(drawn_by.former)
-    control, control_formerly = (
-        {**images, "conditioning_range": config.conditioning_range, "drawn_by": by}
-        for images, by in (
-            (latents, drawing),
-            (latents_formerly, drawn_by.former if drawn_by and is_known else drawing),
-        )
-    )
-    forms = {
-        "text": (text, text_formerly),
-        "latents": (latents, latents_formerly),
-        conditioning_folder(config.conditioning_name): (control, control_formerly),
-    }
-    return identities_in_use(config.cache, forms)
 
 
 def _refuse_other_files(cache: Path) -> None:
@@ -252,39 +214,6 @@ def _plan_latents(
         config.shard_mb,
         existing,
     )
-
-
-def _refuse_files_too_large_to_read(
-    config: PrecomputeConfig, products: Products, inventory: Inventory
-) -> None:
-    """Refuse, before anything is encoded, what readers would refuse: too large JSON files.
-
-    Raises:
-        ConfigError: there are too many shards for a manifest, or records for a sidecar.
-    """
-    plans = (products.text, products.latents, products.conditioning, products.validation)
-    name = config.conditioning_name
-    own = {"text", "latents", conditioning_folder(name), validation_folder(name)}
-    num_shards = sum(plan.num_shards for plan in plans)
-    if before := seal.previous_manifest(config.cache):
-        num_shards += sum(p.num_shards for folder, p in before.products() if folder not in own)
-    if num_shards > MOST_SHARDS:
-        enough = math.ceil(1.1 * config.shard_mb * num_shards / MOST_SHARDS * 100) / 100
-        raise ConfigError(
-            f"--shard-mb {config.shard_mb:g}: makes {num_shards} shards, and a manifest lists "
-            f"{MOST_SHARDS} at most; give --shard-mb {enough:g} or more."
-        )
-    latents, images_per_row = products.latents, 2 if config.random_flip else 1
-    for shard in range(latents.num_shards):
-        rows = latents.shard(shard).items // images_per_row
-        captions = int((inventory.caption_ends[rows + 1] - inventory.caption_ends[rows]).sum())
-        size = len(rows) * SIDECAR_BYTES_A_RECORD + captions * SIDECAR_BYTES_A_PROMPT
-        if size > LARGEST_FILE_BYTES:
-            raise ConfigError(
-                f"--shard-mb {config.shard_mb:g}: makes a shard of {len(rows)} records with "
-                f"{captions} captions, and its sidecar has {LARGEST_FILE_BYTES >> 20} MiB at most; "
-                "give less."
-            )
 
 
 def _pair_bytes(specs: EncoderSpecs) -> list[int]:

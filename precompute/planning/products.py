@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from PIL import ImageColor
 from xxhash import xxh3_128_digest
 
-from precompute.planning.encoder_spec import Identity
+from precompute.fingerprints.encoder_spec import Identity
 from precompute.planning.held_out import HELD_OUT
 from precompute.planning.inventory import Inventory, digest_hex, digests_of
 from precompute.planning.layout import (

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from common.errors import ConfigError
 from precompute.config import PrecomputeConfig
-from precompute.planning.fingerprint import hash_bytes
+from precompute.fingerprints.fingerprint import hash_bytes
 from precompute.planning.inventory import digests_of
 from precompute.planning.layout import arrange, items_of_slots
 from precompute.planning.plan import ProductPlan

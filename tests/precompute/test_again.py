@@ -325,7 +325,10 @@ def test_a_second_run_reads_no_image_and_loads_no_encoder(
         raise AssertionError("read, hashed or loaded again")
 
     monkeypatch.setattr(Folder, "read", never)
-    monkeypatch.setattr("precompute.planning.fingerprint.Content", never)  # of a hashed weight file
+    # What a hashed weight file holds.
+    monkeypatch.setattr(
+        "precompute.fingerprints.fingerprint.Content", never
+    )  # of a hashed weight file
     monkeypatch.setattr(TextEncoders, "__init__", never)
     monkeypatch.setattr(VaeEncoder, "__init__", never)
     precompute(again)

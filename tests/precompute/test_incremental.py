@@ -20,7 +20,7 @@ import pytest
 
 from common.errors import ConfigError, RunError, ShardError
 from precompute.config import PrecomputeConfig
-from precompute.planning.digest_cache import DigestCache
+from precompute.fingerprints.digest_cache import DigestCache
 from precompute.planning.prepare import prepare
 from precompute.run import precompute
 from precompute.sources import patient_read

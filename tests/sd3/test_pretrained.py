@@ -11,8 +11,8 @@ import pytest
 from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError
 
 from common.errors import ConfigError
-from precompute.planning.digest_cache import DigestCache
-from precompute.planning.fingerprint import hash_component
+from precompute.fingerprints.digest_cache import DigestCache
+from precompute.fingerprints.fingerprint import hash_component
 from sd3.pretrained import component_variant, find_base, find_controlnet
 from tests.hub_server import Hub
 

@@ -13,6 +13,8 @@ from accelerate.utils import DistributedType
 from common.errors import ConfigError
 from train import compatibility, distribution
 from train.config import TrainConfig
+from train.processes.sharding import clip_gradients
+from train.processes.strategy import Strategy
 from train.run import train
 from train.saving import checkpoints
 
@@ -82,7 +84,7 @@ def test_unsupported_strategies_and_options_are_refused(
     ],
 )
 def test_checkpoints_resume_with_the_same_strategy(
-    was: distribution.Strategy, processes: int, now: DistributedType, message: str | None
+    was: Strategy, processes: int, now: DistributedType, message: str | None
 ) -> None:
     state = checkpoints.TrainState(
         step=1,
@@ -148,4 +150,4 @@ def test_a_step_that_deepspeed_left_out_has_no_finite_norm(
         optimizer_step_was_skipped=skipped,
     )
     network = torch.nn.Linear(1, 1)
-    assert float(distribution.clip_gradients(of_deepspeed, network, 1.0)) == norm
+    assert float(clip_gradients(of_deepspeed, network, 1.0)) == norm

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-from train.distribution import reshard, sharded
+from train.processes.sharding import reshard, sharded
 
 
 class Ema:

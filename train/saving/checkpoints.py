@@ -28,8 +28,9 @@ from common.atomic_files import move_into_place, sync_tree, write_text
 from common.errors import ConfigError, RunError, os_error_line
 from common.provenance import write_run
 from train.config import TrainConfig
-from train.distribution import Strategy, main_decides, strategy
 from train.optim.ema import Ema
+from train.processes.agreement import main_decides
+from train.processes.strategy import Strategy, strategy
 from train.saving.controlnet import EMA_FOLDER, save_controlnet
 from train.saving.digests import FileDigest, deal, digest_files, file_names
 

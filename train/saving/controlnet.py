@@ -13,8 +13,9 @@ from torch import Tensor
 from common.atomic_files import sync_folder, sync_tree
 from common.errors import RunError
 from sd3.finite import nonfinite_weight
-from train.distribution import full_state_dict, main_decides
 from train.optim.ema import Ema
+from train.processes.agreement import main_decides
+from train.processes.sharding import full_state_dict
 
 CONTROLNET_FOLDER = "controlnet"
 EMA_FOLDER = "controlnet_ema"

@@ -29,7 +29,8 @@ from sd3 import vae_decoder
 from sd3.vae_decoder import to_bytes
 from train import models
 from train.assembly import Run
-from train.distribution import main_decides, reshard
+from train.processes.agreement import main_decides
+from train.processes.sharding import reshard
 from train.validation.held_out import held_out_loss
 from train.validation.sampling import Pair, negative_embeds, sample
 

@@ -14,7 +14,7 @@ from infer.config import GenerateConfig, PipelineConfig, ScoreConfig, ServeConfi
 from infer.drawing import metadata
 from infer.drawing.controlnet_set import find_controlnet_sets
 from precompute.config import PrecomputeConfig
-from precompute.planning.encoder_spec import read_specs
+from precompute.fingerprints.encoder_spec import read_specs
 from tests.conftest import PROMPTS, RESOLUTION_PX, TOKENS, Outcome, flags
 
 # The miniature has positions for 32 x 32 patches of 2 x 2 latents of 8 x 8 pixels.

@@ -7,7 +7,7 @@ from pathlib import Path
 from accelerate import PartialState
 
 from common.errors import ConfigError
-from train import distribution
+from train.processes.agreement import check_same_everywhere, local_main_first, main_decides
 
 
 def attempt(name: str, call: Callable[[], object]) -> None:
@@ -26,8 +26,8 @@ def fail() -> None:
 if __name__ == "__main__":
     state = PartialState(cpu=True)
     own = f"found by {state.process_index}"
-    attempt("decided", lambda: distribution.main_decides(lambda: Path(own)))
-    attempt("failed", lambda: distribution.main_decides(fail))
+    attempt("decided", lambda: main_decides(lambda: Path(own)))
+    attempt("failed", lambda: main_decides(fail))
     downloaded = Path(os.environ["DOWNLOADS"]) / "model"
 
     def download() -> str:
@@ -36,6 +36,6 @@ if __name__ == "__main__":
         downloaded.touch()
         return "downloaded"
 
-    attempt("first", lambda: distribution.local_main_first(download))
-    attempt("same", lambda: distribution.check_same_everywhere({"--cache": "a"}))
-    attempt("different", lambda: distribution.check_same_everywhere({"--cache": own}))
+    attempt("first", lambda: local_main_first(download))
+    attempt("same", lambda: check_same_everywhere({"--cache": "a"}))
+    attempt("different", lambda: check_same_everywhere({"--cache": own}))

@@ -10,7 +10,7 @@ from typing import Any
 
 import xxhash
 
-from precompute.planning.digest_cache import Content, DigestCache
+from precompute.fingerprints.digest_cache import Content, DigestCache
 from precompute.sources.annotators import FoundAnnotator
 from precompute.sources.file_versions import file_version
 from sd3.pretrained import component_variant

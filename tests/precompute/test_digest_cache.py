@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from precompute.planning.digest_cache import FORMER_ENTRY, Content, DigestCache
+from precompute.fingerprints.digest_cache import FORMER_ENTRY, Content, DigestCache
 
 
 def version(number: int) -> bytes:

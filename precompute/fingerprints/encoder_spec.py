@@ -8,8 +8,8 @@ from PIL import ImageColor
 
 from common.errors import ConfigError
 from precompute.config import PrecomputeConfig
-from precompute.planning.digest_cache import DigestCache
-from precompute.planning.fingerprint import hash_component
+from precompute.fingerprints.digest_cache import DigestCache
+from precompute.fingerprints.fingerprint import hash_component
 from sd3.buckets import bucket_shapes
 from sd3.images import BACKGROUND
 from sd3.pretrained import has_component, largest_side, read_config, vae_factor

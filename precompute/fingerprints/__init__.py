@@ -1,0 +1,1 @@
+"""What changes the bytes of a record, as digests."""
