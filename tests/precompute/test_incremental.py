@@ -239,10 +239,10 @@ def test_a_pulled_cache_has_no_plan_of_another(
 def test_too_many_shards_are_refused_before_anything_is_encoded(
     fresh: PrecomputeConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("precompute.planning.prepare.MOST_SHARDS", 9)
+    monkeypatch.setattr("precompute.planning.size_limits.MOST_SHARDS", 9)
     with pytest.raises(ConfigError, match=r"makes 11 shards, .* 9 at most; give --shard-mb 0\.05 "):
         prepare(fresh)
-    monkeypatch.setattr("precompute.planning.prepare.MOST_SHARDS", 11)
+    monkeypatch.setattr("precompute.planning.size_limits.MOST_SHARDS", 11)
     prepare(fresh)
 
 
@@ -252,9 +252,9 @@ def test_a_shard_has_no_more_records_and_captions_than_a_sidecar_lists(
     context = prepare(replace(fresh, shard_mb=60_000_000.0))
     assert [int(count) for count in np.diff(context.products.text.layout.starts)] == [322_624]
     limit = 8 * SIDECAR_BYTES_A_RECORD + 8 * SIDECAR_BYTES_A_PROMPT  # eight rows of one caption
-    monkeypatch.setattr("precompute.planning.prepare.LARGEST_FILE_BYTES", limit)
+    monkeypatch.setattr("precompute.planning.size_limits.LARGEST_FILE_BYTES", limit)
     prepare(fresh)
-    monkeypatch.setattr("precompute.planning.prepare.LARGEST_FILE_BYTES", limit - 1)
+    monkeypatch.setattr("precompute.planning.size_limits.LARGEST_FILE_BYTES", limit - 1)
     with pytest.raises(ConfigError, match=r"a shard of 8 records with 8 captions"):
         prepare(fresh)
 
