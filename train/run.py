@@ -94,8 +94,8 @@ def _take_steps_and_save(run: Run) -> Signals | None:
     _announce(run)
     _start_records(run)
     repository = None
-    if config.push_to_hub and run.accelerator.is_main_process:
-        repository = publish.create_repository(config)
+    if config.push_to_hub:
+        repository = main_decides(lambda: publish.create_repository(config))
     with signals_noted("step") as received:
         state, signal = take_steps(run, received)
         run.accelerator.wait_for_everyone()
@@ -104,7 +104,7 @@ def _take_steps_and_save(run: Run) -> Signals | None:
             _say_how_to_resume(run, state, ended_early)
         else:
             _save(run, state, repository)
-    if repository and not ended_early:
+    if repository and not ended_early and run.accelerator.is_main_process:
         click.echo(publish.push(config, repository))
     run.accelerator.end_training()
     return ended_early

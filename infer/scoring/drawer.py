@@ -10,8 +10,8 @@ import torch
 from diffusers import StableDiffusion3ControlNetPipeline, StableDiffusion3Pipeline
 from PIL import Image
 from torch import Tensor
-from tqdm import tqdm
 
+from common.progress import Progress
 from infer.batches import split_into_batches
 from infer.config import ScoreConfig
 from infer.convention import Convention, prepare_control_image
@@ -27,7 +27,7 @@ class SampleDrawer:
         config: settings of the run.
         measures: measures to apply.
         results: one for each sample; pictures and values are added to them.
-        bar: progress bar over all pictures.
+        progress: counts all pictures.
     """
 
     def __init__(
@@ -35,11 +35,11 @@ class SampleDrawer:
         config: ScoreConfig,
         measures: Sequence[Measure],
         results: Sequence[SampleResult],
-        bar: "tqdm[Any]",
+        progress: Progress,
     ) -> None:
         self.config = config
         self.measures = measures
-        self.bar = bar
+        self.progress = progress
         self.batches = split_into_batches(sorted(results, key=_size), _size, config.batch_size)
 
     def draw_all(self, variant: str, pipeline: Any, convention: Convention) -> None:
@@ -51,7 +51,7 @@ class SampleDrawer:
             convention: the ControlNet's; without one, its token length alone counts.
         """
         pipeline.set_progress_bar_config(disable=True)
-        self.bar.set_description(variant)
+        self.progress.show({"drawing": variant})
         for batch in self.batches:
             samples = [result.sample for result in batch]
             pictures = _draw(self.config, pipeline, convention, samples)
@@ -64,7 +64,7 @@ class SampleDrawer:
                     for measure in self.measures
                     for name, value in measure.of(picture, result.sample).items()
                 }
-            self.bar.update(len(batch))
+            self.progress.update(len(batch))
 
 
 def _size(result: SampleResult) -> tuple[int, int]:

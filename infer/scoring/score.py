@@ -6,10 +6,10 @@ import click
 import torch
 from diffusers import StableDiffusion3Pipeline
 from PIL import Image
-from tqdm import tqdm
 
 from common.atomic_files import atomic_file, write_text
 from common.errors import ConfigError
+from common.progress import Progress
 from common.provenance import write_run
 from infer.config import ScoreConfig
 from infer.convention import Convention, find_convention
@@ -57,8 +57,9 @@ def score(config: ScoreConfig) -> None:
 
     results = [SampleResult(sample, {}, {}) for sample in samples]
     try:
-        with tqdm(total=len(samples) * (len(titles) + 1), unit="picture", disable=None) as bar:
-            drawer = SampleDrawer(config, measures, results, bar)
+        num_pictures = len(samples) * (len(titles) + 1)
+        with Progress(num_pictures, "picture", "score") as progress:
+            drawer = SampleDrawer(config, measures, results, progress)
             pipeline = None
             for title, folder, convention in zip(titles, folders, conventions, strict=True):
                 del pipeline  # frees its memory first
