@@ -51,7 +51,8 @@ def named_files(sources: dict[Path, ast.Module]) -> list[Path]:
     """Return the files that sources name in plain text, and those of models' folders, ascending.
 
     A name is looked for in the present folder and beside the source. Parts that are joined with `/`
-    or in a call, such as `os.path.join`, make one name. Logs and the like are left out, since each run writes them.
+    or in a call, such as `os.path.join`, make one name. Logs are left out: each run
+    writes them.
     """
     found = set()
     for source, tree in sources.items():
