@@ -33,6 +33,7 @@ from train.processes.agreement import main_decides
 from train.processes.strategy import Strategy, strategy
 from train.saving.controlnet import EMA_FOLDER, save_controlnet
 from train.saving.digests import FileDigest, deal, digest_files, file_names
+from train.saving.write_state import write_state
 
 STATE_FILE = "train_state.json"
 PREFIX = "checkpoint-"
@@ -137,7 +138,7 @@ def save(accelerator: Accelerator, config: TrainConfig, state: TrainState, ema: 
             partial.mkdir(parents=True)
 
     def write() -> None:
-        accelerator.save_state(str(partial))
+        write_state(accelerator, partial)
         if ema is not None:
             save_controlnet(accelerator, ema.network, partial / EMA_FOLDER, ema)
 

@@ -8,6 +8,7 @@ import click
 import torch
 from accelerate import Accelerator
 from diffusers import SD3ControlNetModel
+from torch.distributed.checkpoint.api import CheckpointException
 
 from common.errors import ConfigError, os_error_line
 from sd3.finite import nonfinite_weight_in
@@ -15,6 +16,7 @@ from sd3.pretrained import read_config
 from train.saving.checkpoints import STATE_FILE, find, parse_state, read_state, recorded_step
 from train.saving.controlnet import CONTROLNET_FOLDER, EMA_FOLDER
 from train.saving.digests import find_change, find_cut
+from train.saving.write_state import first_failure
 
 WAY_OUT = "resume from an earlier one; --resume-from-checkpoint latest takes the newest whole one."
 
@@ -82,10 +84,15 @@ def restore(accelerator: Accelerator, checkpoint: Path, *, optimizer_on_host: bo
         accelerator.load_state(str(checkpoint), **options)
     except torch.OutOfMemoryError:
         raise
-    except (EOFError, OSError, RuntimeError, ValueError, KeyError, pickle.PickleError) as error:
-        reason = str(error) or type(error).__name__
+    except (
+        *(EOFError, OSError, RuntimeError, ValueError, KeyError, pickle.PickleError),
+        CheckpointException,
+    ) as error:
+        failure = first_failure(error) if isinstance(error, CheckpointException) else error
+        reason = (str(failure) or type(failure).__name__).splitlines()[0]
         raise ConfigError(
-            f"{checkpoint}: cannot be loaded ({reason.splitlines()[0]}); {WAY_OUT}"
+            f"{checkpoint}: cannot be loaded ({reason}). Move it away, and "
+            "--resume-from-checkpoint latest takes the one before."
         ) from error
 
 

@@ -72,3 +72,24 @@ def test_a_cut_file_of_one_process_sends_all_to_the_checkpoint_before(
     assert f"{damaged}: holds " in done.stdout
     assert done.stdout.count("going on from checkpoint-2") == 1
     assert_close(whole, config.output_dir)
+
+
+@pytest.mark.parametrize("name", ["fsdp2", "zero2"])
+def test_a_process_that_cannot_write_ends_all_in_one_line(
+    name: str, train_config: TrainConfig
+) -> None:
+    pytest.importorskip("deepspeed")
+    config = replace(train_config, train_batch_size=1, checkpointing_steps=1, max_train_steps=1)
+    done = run_python(
+        *("-m", "accelerate.commands.launch", "--config_file"),
+        REPOSITORY / "configs" / "accelerate" / f"{name}.yaml",
+        *("--num_processes", 2, "--main_process_port", free_port()),
+        *("-m", "tests.train.saving.small_disk", "tests.sharded_on_cpu", "train", *flags(config)),
+        DS_ACCELERATOR="cpu",
+    )
+    assert done.returncode != 0
+    (line, *_) = [line for line in done.stderr.splitlines() if line.startswith("Error: ")]
+    expected = f"Error: {config.output_dir / 'checkpoint-1'} could not be written ("
+    assert line.startswith(expected)
+    assert "; there is no earlier one. Make room, " in line
+    assert not list(config.output_dir.glob("checkpoint-*"))
