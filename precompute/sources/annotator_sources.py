@@ -7,38 +7,43 @@ import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
 
-INSTALLED = [
-    Path(path).resolve()
-    for name, path in sysconfig.get_paths().items()
-    if name in ("stdlib", "platstdlib", "purelib", "platlib")
-]
+STANDARD_LIBRARY = [Path(sysconfig.get_path(name)).resolve() for name in ("stdlib", "platstdlib")]
+# Of any Python: another's may be on the path, as Debian's is in some environments.
+INSTALLED = {"site-packages", "dist-packages"}
+# Files that programs write.
+WRITTEN = {".err", ".lock", ".log", ".out", ".pid", ".tmp"}
 LONGEST_NAME = 1024
 # A folder that holds a model has one.
 CONFIG = "config.json"
 
 
 def own_sources(module_name: str) -> dict[Path, ast.Module]:
-    """Return the parsed sources of a module and of all modules of the user's that it imports.
+    """Return the parsed sources of a module and of the user's other modules that it imports.
 
-    Those of the standard library and of installed packages are left out, as their versions are;
-    of an installed annotator its own package is taken.
+    The user's are those beside it and in the present folder. The standard library and installed
+    packages are left out, as their versions are; of an installed annotator its own package is
+    taken. Nothing is imported to find them.
 
     Args:
         module_name: of a module that can be imported; its source comes first.
 
     Raises:
         OSError: a source cannot be read.
-        SyntaxError: a source cannot be parsed.
     """
+    package = module_name.partition(".")[0]
+    own_folders = [Path.cwd(), *(location.parent for location in _locations(package))]
     found: dict[Path, ast.Module] = {}
-    waiting, package = [module_name], module_name.partition(".")[0]
+    waiting = list(_with_packages(module_name))
     while waiting:
         name = waiting.pop()
-        path = _source(name, package)
-        if path is not None and path not in found:
-            found[path] = ast.parse(path.read_bytes())
-            inside = name if path.name == "__init__.py" else name.rpartition(".")[0]
-            waiting += _imported(found[path], inside)
+        path = _source(name)
+        if path is None or path in found:
+            continue
+        if name.partition(".")[0] != package and not _is_own(path, own_folders):
+            continue
+        found[path] = _parse(path)
+        inside = name if path.name == "__init__.py" else name.rpartition(".")[0]
+        waiting += _imported(found[path], inside)
     return found
 
 
@@ -46,41 +51,55 @@ def named_files(sources: dict[Path, ast.Module]) -> list[Path]:
     """Return the files that sources name in plain text, and those of models' folders, ascending.
 
     A name is looked for in the present folder and beside the source. Parts that are joined with `/`
-    or in a call, such as `os.path.join`, make one name.
+    or in a call, such as `os.path.join`, make one name. Logs are left out: each run
+    writes them.
     """
     found = set()
     for source, tree in sources.items():
         for name in set(_names(tree)):
             for folder in (Path(), source.parent):
                 found.update(_files(folder / name))
-    return sorted(found - sources.keys())
+    return sorted(path for path in found - sources.keys() if path.suffix not in WRITTEN)
 
 
-def _source(name: str, package: str) -> Path | None:
-    """Return the source file of a module if it is the user's own."""
-    top = name.partition(".")[0]
+def _locations(top: str) -> list[Path]:
+    """Return where a topmost module or package lies, without importing it."""
     try:
-        # First the topmost package, which is found without importing anything.
-        specs = [importlib.util.find_spec(top)]
-        if _is_own(specs[0], top == package) and name != top:
-            specs.append(importlib.util.find_spec(name))
-    except (ImportError, ValueError, AttributeError):
-        return None
-    if len(specs) == 1 and name != top:
-        return None
-    spec = specs[-1]
-    own = spec is not None and spec.origin and _is_own(spec, top == package)
-    return Path(str(spec.origin)).resolve() if spec is not None and own else None
+        spec = importlib.util.find_spec(top)
+    except Exception:  # whatever the finders of other libraries raise
+        return []
+    if spec is None:
+        return []
+    if spec.submodule_search_locations is not None:
+        return [Path(location).resolve() for location in spec.submodule_search_locations]
+    is_source = spec.origin is not None and spec.origin.endswith(".py")
+    return [Path(str(spec.origin)).resolve()] if is_source else []
 
 
-def _is_own(spec: object, same_package: bool) -> bool:
-    origin = getattr(spec, "origin", None)
-    locations = list(getattr(spec, "submodule_search_locations", None) or [])
-    where = origin if origin and origin.endswith(".py") else (locations or [None])[0]
-    if where is None:
-        return False
-    path = Path(where).resolve()
-    return same_package or not any(path.is_relative_to(folder) for folder in INSTALLED)
+def _source(name: str) -> Path | None:
+    """Return the source file of a module, or None if it has none."""
+    top, *below = name.split(".")
+    for location in _locations(top):
+        module = location.joinpath(*below)
+        for path in (module, module.with_name(f"{module.name}.py"), module / "__init__.py"):
+            if path.suffix == ".py" and path.is_file():
+                return path
+    return None
+
+
+def _is_own(path: Path, own_folders: list[Path]) -> bool:
+    installed = not INSTALLED.isdisjoint(path.parts) or any(
+        path.is_relative_to(folder) for folder in STANDARD_LIBRARY
+    )
+    return not installed and any(path.is_relative_to(folder) for folder in own_folders)
+
+
+def _parse(path: Path) -> ast.Module:
+    """Return a parsed source; an empty one for what this Python cannot parse."""
+    try:
+        return ast.parse(path.read_bytes())
+    except (SyntaxError, ValueError):
+        return ast.Module([], [])
 
 
 def _imported(tree: ast.Module, package: str) -> Iterator[str]:
@@ -94,9 +113,14 @@ def _imported(tree: ast.Module, package: str) -> Iterator[str]:
             names = [start, *(f"{start}.{alias.name}" for alias in node.names)]
         else:
             continue
-        for name in names:  # importing a module imports its packages
-            parts = name.split(".")
-            yield from (".".join(parts[: end + 1]) for end in range(len(parts)))
+        for name in names:
+            yield from _with_packages(name)
+
+
+def _with_packages(name: str) -> Iterator[str]:
+    """Yield a module's packages and then itself: importing it imports them."""
+    parts = name.split(".")
+    yield from (".".join(parts[: end + 1]) for end in range(len(parts)))
 
 
 def _names(tree: ast.Module) -> Iterator[str]:

@@ -14,7 +14,7 @@ import xxhash
 from PIL import Image
 
 from precompute.config import PrecomputeConfig
-from precompute.planning import prepare as planning
+from precompute.planning import identities as planning
 from precompute.run import precompute
 from precompute.sources.annotators import find_annotator
 from shards.format.expected_cache import read_expected
