@@ -1,13 +1,14 @@
 """Rows that finished shards lack: counted as bad, or, when asked, tried again."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from copy import copy
 from pathlib import Path
 
 from precompute.planning.bad_rows import items_left_out, named, reasons_before
 from precompute.planning.context import Context
 from precompute.planning.plan import ProductPlan
-from shards.format import seal, sidecar
+from shards.format import sidecar
 from shards.format.sidecar import Summary
 from shards.format.writer import write_sidecar
 
@@ -37,11 +38,11 @@ def count_earlier_bad_rows(context: Context, finished: Mapping[Path, list[Summar
             bad_rows.add(named(context.source, inventory, reasons))
 
 
-def retry_bad_rows(context: Context) -> None:
-    """Have shards made again that lack rows with which nothing is known to be wrong.
+def retry_bad_rows(context: Context) -> list[tuple[ProductPlan, int]]:
+    """Have shards counted as unfinished that lack rows with which nothing is known to be wrong.
 
-    Their sidecars lose the fingerprint. So they count as unfinished until they are made, whatever
-    happens to this run, and the records that they have are kept.
+    Returns:
+        these shards; nothing is written.
     """
     retried = [
         (product, shard)
@@ -49,9 +50,31 @@ def retry_bad_rows(context: Context) -> None:
         for shard in range(product.num_shards)
         if context.part.has(shard) and _may_be_retried(context, product, shard)
     ]
-    if retried:
-        seal.withdraw(context.config.cache)
     for product, shard in retried:
+        context.finished[product.folder][shard] = None
+    return retried
+
+
+def judge_as_before(context: Context) -> None:
+    """Judge the rows that were left out before, those that are tried again included.
+
+    So a run that would end with too many bad rows, if they are as they were, does not begin.
+
+    Raises:
+        ShardError: too many rows are bad.
+    """
+    bad_rows = copy(context.bad_rows)
+    bad_rows.rows = dict(bad_rows.rows)
+    count_earlier_bad_rows(dataclasses.replace(context, bad_rows=bad_rows), context.finished_now())
+
+
+def mark_unfinished(shards: Iterable[tuple[ProductPlan, int]]) -> None:
+    """Take the fingerprint from the sidecars of shards that are to be made again.
+
+    So they are unfinished until they are made, whatever happens to this run, and the records that
+    they have are kept.
+    """
+    for product, shard in shards:
         found = sidecar.load(product.folder, shard)
         if found is not None:
             write_sidecar(product.folder, dataclasses.replace(found, fingerprint=""))

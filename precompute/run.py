@@ -14,7 +14,12 @@ from common.interruption import InterruptedRun, stop_between_shards
 from common.provenance import write_run
 from precompute.config import PrecomputeConfig
 from precompute.dry_run import dry_run
-from precompute.earlier_bad_rows import count_earlier_bad_rows, retry_bad_rows
+from precompute.earlier_bad_rows import (
+    count_earlier_bad_rows,
+    judge_as_before,
+    mark_unfinished,
+    retry_bad_rows,
+)
 from precompute.encoding.encoder_clock import EncoderClock
 from precompute.encoding.image_pass import encode_images
 from precompute.encoding.text_pass import encode_text
@@ -40,15 +45,16 @@ def precompute(config: PrecomputeConfig) -> None:
     keep_freed_memory(context.device)
     torch.backends.cuda.matmul.allow_tf32 = config.allow_tf32
     torch.backends.cudnn.allow_tf32 = config.allow_tf32
+    retried = retry_bad_rows(context) if config.retry_bad_rows else []
     if config.dry_run:
         dry_run(context)
         return
     previous = seal.previous_manifest(config.cache)
-    if config.retry_bad_rows:
-        retry_bad_rows(context)
     products = context.products_by_folder()
     todo = {folder: context.shards_to_build(product) for folder, product in products.items()}
     _print_todo(context, todo)
+    if retried:
+        judge_as_before(context)
     count_earlier_bad_rows(context, context.finished)
     config.cache.mkdir(parents=True, exist_ok=True)
     require_space(config.cache, context.bytes_needed())
@@ -60,6 +66,7 @@ def precompute(config: PrecomputeConfig) -> None:
     )
     if previous is not None and _changes_listed_shards(context, previous, todo):
         seal.withdraw(config.cache)
+    mark_unfinished(retried)
     _encode(context)
     _renew_captions(context)
     _finish(context, expected, previous)

@@ -8,11 +8,12 @@ from signal import Signals
 import click
 import torch
 
-from common.errors import RunError
+from common.errors import RunError, ShardError, os_error_line
 from common.interruption import signals_noted
 from common.options import as_dict
 from common.provenance import write_run
 from sd3.pretrained import DATA_KEY
+from shards.reading.location import LocalFiles
 from train.assembly import Run, assemble
 from train.config import TrainConfig
 from train.inputs import samples_per_step
@@ -20,7 +21,7 @@ from train.loop import take_steps
 from train.optim.learning_rate import ends_in_warm_up
 from train.processes.agreement import main_decides
 from train.saving import publish
-from train.saving.checkpoints import TrainState
+from train.saving.checkpoints import PREFIX, TrainState
 from train.saving.controlnet import (
     CONTROLNET_FOLDER,
     EMA_FOLDER,
@@ -83,9 +84,30 @@ def _train(config: TrainConfig) -> Signals | None:
             _say_that_nothing_is_to_do(run)
             return None
         return _take_steps_and_save(run)
+    except ShardError as error:
+        if _is_cache_changed(run):
+            raise ShardError(
+                f"{config.cache}: the cache was changed while the run read it ({error}). Run "
+                "precompute again with the settings of before; then "
+                f"{_command(config)} goes on. Or train on the changed cache, in another "
+                "--output-dir."
+            ) from error
+        raise
     finally:
         if run.fused is not None:
             run.fused.close()
+
+
+def _is_cache_changed(run: Run) -> bool:
+    """Return whether a cache of this machine is another than the one that the run opened."""
+    cache = run.inputs.cache
+    if not isinstance(cache.files, LocalFiles):
+        return False
+    try:
+        now = cache.files.manifest()
+    except ShardError:
+        return True  # precompute is at work on it
+    return dict(now.products()) != dict(cache.manifest.products())
 
 
 def _take_steps_and_save(run: Run) -> Signals | None:
@@ -142,9 +164,17 @@ def _say_that_nothing_is_to_do(run: Run) -> None:
 def _save(run: Run, state: TrainState, repository: str | None) -> None:
     """Save the ControlNet with its card; `repository` is where it will be uploaded to."""
     folder = run.config.output_dir
-    save_result(run.accelerator, run.controlnet, run.ema, folder)
+    try:
+        save_result(run.accelerator, run.controlnet, run.ema, folder)
+        main_decides(lambda: write_card(run, repository))
+    except OSError as error:
+        resumed = run.inputs.checkpoint if state.step == run.inputs.state.step else None
+        raise RunError(
+            f"{folder}: the ControlNet could not be written ({os_error_line(error)}); "
+            f"{resumed.name if resumed else f'{PREFIX}{state.step}'} holds it. Make room; then "
+            f"{_command(run.config)} finishes."
+        ) from error
     if run.accelerator.is_main_process:
-        write_card(run, repository)
         remark = ""
         if ends_in_warm_up(run.config, state.step):
             remark = (
@@ -165,13 +195,16 @@ def _start_records(run: Run) -> None:
         accelerator.init_trackers(config.tracker_project_name, config=flat)
 
 
+def _command(config: TrainConfig) -> str:
+    """Return what to type so that a run goes on from its last checkpoint."""
+    resumes = config.resume_from_checkpoint == "latest"
+    return "the same command" + ("" if resumes else " with --resume-from-checkpoint latest")
+
+
 def _say_how_to_resume(run: Run, state: TrainState, signal: Signals) -> None:
-    command = "the same command"
-    if run.config.resume_from_checkpoint != "latest":
-        command += " with --resume-from-checkpoint latest"
     if run.accelerator.is_main_process:
-        folder = run.config.output_dir
-        click.echo(f"{folder}: {signal.name} after step {state.step}; {command} goes on")
+        after = f"{signal.name} after step {state.step}"
+        click.echo(f"{run.config.output_dir}: {after}; {_command(run.config)} goes on")
 
 
 def _announce(run: Run) -> None:

@@ -1,6 +1,7 @@
 """Rows that cannot be used, over many runs and many workers: each counted once, all judged."""
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -160,3 +161,23 @@ def test_rows_are_tried_again_when_asked(
     complete = replace(spoilt, cache=spoilt.cache.with_name("at-once"), max_bad_fraction=1.0)
     precompute(complete)
     assert tars(spoilt) == tars(complete)
+
+
+def test_rows_are_judged_before_a_complete_cache_is_taken_away(
+    spoilt: PrecomputeConfig, capsys: pytest.CaptureFixture[str]
+) -> None:
+    precompute(spoilt)
+    paths = [path for path in spoilt.cache.rglob("*") if path.suffix in {".json", ".tar"}]
+    files = {path: path.read_bytes() for path in paths}
+    again = replace(spoilt, max_bad_fraction=0.2, retry_bad_rows=True)
+    with pytest.raises(ShardError, match=r"3 of 10 rows cannot be used, more than .* 0\.2 a"):
+        precompute(again)
+    assert {path: path.read_bytes() for path in files if path.is_file()} == files
+    capsys.readouterr()
+    precompute(replace(again, dry_run=True))
+    # Two images in shard 0 and a conditioning image in shard 1, which both have to be tried again.
+    said = capsys.readouterr().out
+    for name, to_make in (("latents", 1), ("conditioning/conditioning", 2)):
+        assert re.search(rf"^ *{name} +10 +2 +{to_make} ", said, re.MULTILINE), said
+    assert {path: path.read_bytes() for path in files} == files
+    assert manifest.load(spoilt.cache).num_skipped == 3

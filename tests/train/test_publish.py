@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import huggingface_hub
 import numpy as np
@@ -20,6 +20,8 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from common.errors import ConfigError, RunError
+from precompute.config import PrecomputeConfig
+from precompute.run import precompute
 from shards.remote import retry
 from tests.conftest import PROMPTS, Outcome, free_port
 from tests.hub_server import Hub
@@ -80,6 +82,51 @@ def test_the_card_says_what_it_is_and_how_to_load_it(config: TrainConfig) -> Non
     assert not [path for path in everything if b"hf_secret" in path.read_bytes()]
     assert str(config.output_dir) not in text
     assert str(config.cache) not in text
+
+
+@pytest.mark.parametrize("decode", ["vae", "latents"])
+def test_the_card_gives_pictures_the_prompts_that_they_were_drawn_from(
+    config: TrainConfig,
+    precompute_config: PrecomputeConfig,
+    command: Callable[..., Outcome],
+    tmp_path: Path,
+    decode: Literal["vae", "latents"],
+) -> None:
+    train(replace(config, ema_decay=None, validation_decode=decode))
+    if decode == "latents":
+        base = ("--pretrained-model-name-or-path", config.pretrained_model_name_or_path)
+        outcome = command(
+            "infer", "decode", "--output-dir", config.output_dir, "--device", "cpu", *base
+        )
+        assert outcome.exit_code == 0, outcome.output
+    cache = Path(shutil.copytree(config.cache, tmp_path / "cache"))
+    precompute(
+        replace(
+            precompute_config,
+            cache=cache,
+            validation_prompt=("something else",),
+            validation_image=precompute_config.validation_image[:1],
+        )
+    )
+    longer = replace(
+        config,
+        ema_decay=None,
+        cache=str(cache),
+        max_train_steps=3,
+        validation_steps=0,
+        resume_from_checkpoint="latest",
+    )
+    train(longer)
+    text = (config.output_dir / "README.md").read_text()
+    for number, prompt in enumerate(PROMPTS):
+        assert f"{prompt}\n\n![{number}](validation/step-000002/{number}.png)" in text
+    assert "something else" not in text
+    assert "what came of it after 2 steps" in text
+    # Without a prompt of its own a picture is left out.
+    for path in (config.output_dir / "validation/step-000002").iterdir():
+        Image.new("RGB", (8, 8)).save(path) if path.suffix == ".png" else path.unlink()
+    train(replace(longer, max_train_steps=4))
+    assert "None were drawn" in (config.output_dir / "README.md").read_text()
 
 
 def test_what_is_uploaded(hub: Hub, config: TrainConfig) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from diffusers import SD3ControlNetModel
+from safetensors import SafetensorError
 from torch import Tensor
 
 from common.atomic_files import sync_folder, sync_tree
@@ -52,6 +53,10 @@ def save_result(
     """Save the trained ControlNet into the run's folder, and its average into `EMA_FOLDER` there.
 
     Every process must call this, with the ControlNet as accelerate prepared it.
+
+    Raises:
+        RunError: a weight is not finite; nothing is saved.
+        OSError: it cannot be written; raised on all processes.
     """
     _replace_controlnet(accelerator, controlnet, output_dir)
     if ema is not None:
@@ -85,20 +90,28 @@ def save_controlnet(
 
     Raises:
         RunError: a weight is not finite; nothing is saved.
+        OSError: it cannot be written; raised on all processes.
     """
     weights = full_state_dict(
         accelerator, controlnet, None if average is None else average.named_weights()
     )
     main_decides(lambda: _refuse_nonfinite(weights))
-    if not accelerator.is_main_process:
-        return
-    if average is not None:
-        weights = {name: tensor.float() for name, tensor in weights.items()}
     config = accelerator.unwrap_model(controlnet).config
-    with torch.device("meta"):
-        network = SD3ControlNetModel.from_config(config)
-    network.load_state_dict(weights, assign=True)
-    network.save_pretrained(str(folder))
+
+    def write() -> None:
+        whole = {
+            name: tensor.float() if average is not None else tensor
+            for name, tensor in weights.items()
+        }
+        with torch.device("meta"):
+            network = SD3ControlNetModel.from_config(config)
+        network.load_state_dict(whole, assign=True)
+        try:
+            network.save_pretrained(str(folder))
+        except SafetensorError as error:  # of a full disk, too
+            raise OSError(str(error).splitlines()[0]) from error
+
+    main_decides(write)
 
 
 def _refuse_nonfinite(weights: dict[str, Tensor]) -> None:
@@ -116,9 +129,16 @@ def _replace_controlnet(
     partial = folder / "controlnet.partial"
     if accelerator.is_main_process:
         shutil.rmtree(partial, ignore_errors=True)
-    save_controlnet(accelerator, controlnet, partial, average)
-    if not accelerator.is_main_process:
-        return
+    try:
+        save_controlnet(accelerator, controlnet, partial, average)
+        main_decides(lambda: _put_in_place(partial, folder))
+    finally:
+        if accelerator.is_main_process:
+            shutil.rmtree(partial, ignore_errors=True)
+
+
+def _put_in_place(partial: Path, folder: Path) -> None:
+    """Move a ControlNet's files from a temporary folder over those of an earlier one."""
     sync_tree(partial)
     # The configuration is removed first and comes last: without it the folder is not a model.
     for stale in (folder / "config.json", *folder.glob("diffusion_pytorch_model*")):

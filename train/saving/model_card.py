@@ -6,6 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import ModelCardData
+from PIL import Image
+from safetensors import SafetensorError, safe_open
 
 from common.atomic_files import write_text
 from common.options import as_dict
@@ -14,7 +16,7 @@ from sd3.pretrained import DATA_KEY, is_hub_id
 from train.assembly import Run
 from train.config import TrainConfig
 from train.saving.controlnet import EMA_FOLDER
-from train.validation.sampling import read_pairs
+from train.validation.pictures import PROMPT_KEY
 
 CARD = "README.md"
 TAGS = ("controlnet", "diffusers-training", "sd3", "sd3-diffusers", "text-to-image")
@@ -56,9 +58,7 @@ with the control "{config.conditioning_name}".
 {_ema_note(run)}
 ## Pictures
 
-{_gallery(run) or "None were drawn while it was trained."}
-
-From left to right: the conditioning image, and what came of it after {run.num_steps} steps.
+{_gallery(config) or "None were drawn while it was trained."}
 
 ## How it was made
 
@@ -136,20 +136,37 @@ def _ema_note(run: Run) -> str:
     )
 
 
-def _gallery(run: Run) -> str:
-    """Return the last validation's pictures, each under its prompt."""
-    paths = pictures(run.config)
-    if not paths:
+def _gallery(config: TrainConfig) -> str:
+    """Return the last validation's pictures, each under the prompt that it was drawn from."""
+    entries, steps = [], 0
+    for path in pictures(config):
+        prompt = _prompt_of(path)
+        if prompt is None:
+            continue
+        steps = int(path.parent.name.removeprefix("step-"))
+        weights = ", averaged weights" if path.stem.endswith("-ema") else ""
+        address = path.relative_to(config.output_dir).as_posix()
+        entries.append(f"{prompt}{weights}\n\n![{path.stem}]({address})")
+    if not entries:
         return ""
-    # A run without validation may follow one that drew.
-    prompts = [pair.prompt for pair in run.inputs.pairs or read_pairs(run.inputs.cache)]
-    entries = []
-    for path in paths:
-        number, _, ema = path.stem.partition("-")
-        prompt = prompts[int(number)] + (", averaged weights" if ema else "")
-        address = path.relative_to(run.config.output_dir).as_posix()
-        entries.append(f"{prompt}\n\n![{path.stem}]({address})")
-    return "\n\n".join(entries)
+    legend = "From left to right: the conditioning image, and what came of it"
+    return "\n\n".join([*entries, f"{legend} after {steps} steps."])
+
+
+def _prompt_of(picture: Path) -> str | None:
+    """Return the prompt in a picture's file, or in the latents it was decoded from.
+
+    None if neither tells it: the cache's pairs may be others than those that were drawn.
+    """
+    try:
+        with Image.open(picture) as image:
+            prompt = image.info.get(PROMPT_KEY)
+        if prompt is None:
+            with safe_open(picture.with_suffix(".safetensors"), framework="pt") as latents:
+                prompt = (latents.metadata() or {}).get(PROMPT_KEY)
+    except (OSError, SyntaxError, ValueError, SafetensorError):
+        return None
+    return None if prompt is None else str(prompt)
 
 
 def _origin(run: Run, data: dict[str, Any]) -> str:

@@ -21,6 +21,7 @@ import torch
 from accelerate.utils import gather_object
 from numpy.typing import NDArray
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -33,6 +34,8 @@ from train.processes.agreement import main_decides
 from train.processes.sharding import reshard
 from train.validation.held_out import held_out_loss
 from train.validation.sampling import Pair, negative_embeds, sample
+
+PROMPT_KEY = "prompt"  # of the prompt in a picture's file or a file of latents
 
 
 @dataclass(frozen=True)
@@ -178,9 +181,12 @@ def _decode(run: Run, drawings: list[Drawing]) -> list[Drawing]:
 
 
 def _save(partial: Path, drawing: Drawing) -> None:
+    """Write a drawing with its prompt, since the cache's pairs may be others later."""
     if drawing.images is not None:
         side_by_side = np.concatenate(list(drawing.with_conditioning()), axis=1)
-        Image.fromarray(side_by_side).save(partial / f"{drawing.name}.png")
+        info = PngInfo()
+        info.add_itxt(PROMPT_KEY, drawing.pair.prompt)
+        Image.fromarray(side_by_side).save(partial / f"{drawing.name}.png", pnginfo=info)
         return
     tensors = {
         "latents": drawing.latents,
@@ -189,7 +195,7 @@ def _save(partial: Path, drawing: Drawing) -> None:
     save_file(
         {name: tensor.contiguous() for name, tensor in tensors.items()},
         partial / f"{drawing.name}.safetensors",
-        metadata={"prompt": drawing.pair.prompt},
+        metadata={PROMPT_KEY: drawing.pair.prompt},
     )
 
 
