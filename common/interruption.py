@@ -13,10 +13,6 @@ StopCheck = Callable[[], None]
 
 # A launcher passes a terminal's Ctrl-C on to processes that the terminal has told already.
 SAME_PRESS_S = 2.0
-HOW_TO_END_AT_ONCE = {
-    signal.SIGINT: "once more to end at once (Ctrl-C)",
-    signal.SIGTERM: f"Ctrl-C twice, {SAME_PRESS_S:.0f} seconds apart, ends it at once",
-}
 
 
 def exit_code(received: signal.Signals) -> int:
@@ -37,26 +33,24 @@ def signals_noted(unit: str) -> Iterator[Received]:
     """Give a function that returns the first signal received so far, or None.
 
     SIGTERM may come any number of times: Slurm sends it to every process, and a launcher that
-    receives it sends it on. Only a second Ctrl-C has its usual effect. Does nothing outside the
-    main thread, where Python handles no signals.
+    receives it sends it on. Only a Ctrl-C two seconds or more after the first signal has its usual
+    effect. Does nothing outside the main thread, where Python handles no signals.
 
     Args:
         unit: what the run finishes first, for the message "ending after this <unit>".
     """
     received: list[signal.Signals] = []
-    pressed_at: list[float] = []
+    first_at: list[float] = []
     before: dict[signal.Signals, Any] = {}
 
     def note(number: int, _: FrameType | None) -> None:
         received.append(signal.Signals(number))
         if len(received) == 1:
-            how = HOW_TO_END_AT_ONCE[received[0]]
-            _say(f"\nending after this {unit}; {how}\n")
-        if number == signal.SIGINT:
-            pressed_at.append(time.monotonic())
-            if pressed_at[-1] - pressed_at[0] >= SAME_PRESS_S:
-                restore()
-                signal.raise_signal(number)
+            first_at.append(time.monotonic())
+            _say(f"\nending after this {unit}; once more to end at once (Ctrl-C)\n")
+        elif number == signal.SIGINT and time.monotonic() - first_at[0] >= SAME_PRESS_S:
+            restore()
+            signal.raise_signal(number)
 
     def restore() -> None:
         for number, handler in before.items():

@@ -1,5 +1,6 @@
 """Training on several processes: what it supports, and what accelerate must be told."""
 
+import warnings
 from typing import Any
 
 import torch
@@ -119,7 +120,10 @@ def prepare(
         for parameter in trained_parameters(controlnet):
             parameter.grad = torch.zeros_like(parameter)
     if strategy(accelerator) != "deepspeed":
-        prepared: tuple[Any, Any, Any] = accelerator.prepare(controlnet, optimizer, schedule)
+        with warnings.catch_warnings():
+            # torch 2.13 has another name for it, which accelerate does not know yet.
+            warnings.filterwarnings("ignore", ".*broadcast_buffers", FutureWarning)
+            prepared: tuple[Any, Any, Any] = accelerator.prepare(controlnet, optimizer, schedule)
         return prepared
     _configure_deepspeed(accelerator.deepspeed_plugin.deepspeed_config, config)
     buffers = {name: buffer.clone() for name, buffer in controlnet.named_buffers()}
