@@ -13,6 +13,10 @@ StopCheck = Callable[[], None]
 
 # A launcher passes a terminal's Ctrl-C on to processes that the terminal has told already.
 SAME_PRESS_S = 2.0
+HOW_TO_END_AT_ONCE = {
+    signal.SIGINT: "once more to end at once (Ctrl-C)",
+    signal.SIGTERM: f"Ctrl-C twice, {SAME_PRESS_S:.0f} seconds apart, ends it at once",
+}
 
 
 def exit_code(received: signal.Signals) -> int:
@@ -46,7 +50,8 @@ def signals_noted(unit: str) -> Iterator[Received]:
     def note(number: int, _: FrameType | None) -> None:
         received.append(signal.Signals(number))
         if len(received) == 1:
-            _say(f"\nending after this {unit}; once more to end at once (Ctrl-C)\n")
+            how = HOW_TO_END_AT_ONCE[received[0]]
+            _say(f"\nending after this {unit}; {how}\n")
         if number == signal.SIGINT:
             pressed_at.append(time.monotonic())
             if pressed_at[-1] - pressed_at[0] >= SAME_PRESS_S:

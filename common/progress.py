@@ -13,6 +13,8 @@ INTERVAL_S = 10.0
 class Progress:
     """A bar where stderr is a terminal; elsewhere lines on stderr, at most one in ten seconds.
 
+    Where there are lines, the last unit has one.
+
     Args:
         total: units of work.
         unit: what is counted, e.g. "image".
@@ -64,14 +66,21 @@ class Progress:
         """Count units that are done."""
         self._done += count
         self._bar.update(count)
-        if self._prints_lines and not self._with_values and self._seconds() >= INTERVAL_S:
+        if self._with_values or not self._prints_lines:
+            return
+        if self._seconds() >= INTERVAL_S or (self._has_said and self._is_at_end()):
             self._say({})
 
     def show(self, values: Mapping[str, str]) -> None:
-        """Show values beside the bar, or in a line; the first at once."""
+        """Show values beside the bar, or in a line; the first and the last at once."""
         self._bar.set_postfix(values)
-        if self._prints_lines and (not self._has_said or self._seconds() >= INTERVAL_S):
+        if not self._prints_lines:
+            return
+        if not self._has_said or self._seconds() >= INTERVAL_S or self._is_at_end():
             self._say(values)
+
+    def _is_at_end(self) -> bool:
+        return self._done >= self._total
 
     def _seconds(self) -> float:
         return time.monotonic() - self._said_at

@@ -8,11 +8,12 @@ from signal import Signals
 import click
 import torch
 
-from common.errors import RunError, os_error_line
+from common.errors import RunError, ShardError, os_error_line
 from common.interruption import signals_noted
 from common.options import as_dict
 from common.provenance import write_run
 from sd3.pretrained import DATA_KEY
+from shards.reading.location import LocalFiles
 from train.assembly import Run, assemble
 from train.config import TrainConfig
 from train.inputs import samples_per_step
@@ -83,9 +84,30 @@ def _train(config: TrainConfig) -> Signals | None:
             _say_that_nothing_is_to_do(run)
             return None
         return _take_steps_and_save(run)
+    except ShardError as error:
+        if _is_cache_changed(run):
+            raise ShardError(
+                f"{config.cache}: the cache was changed while the run read it ({error}). Run "
+                "precompute again with the settings of before; then "
+                f"{_command(config)} goes on. Or train on the changed cache, in another "
+                "--output-dir."
+            ) from error
+        raise
     finally:
         if run.fused is not None:
             run.fused.close()
+
+
+def _is_cache_changed(run: Run) -> bool:
+    """Return whether a cache of this machine is another than the one that the run opened."""
+    cache = run.inputs.cache
+    if not isinstance(cache.files, LocalFiles):
+        return False
+    try:
+        now = cache.files.manifest()
+    except ShardError:
+        return True  # precompute is at work on it
+    return dict(now.products()) != dict(cache.manifest.products())
 
 
 def _take_steps_and_save(run: Run) -> Signals | None:

@@ -35,7 +35,11 @@ def test_a_signal_that_comes_again_is_no_second_wish(
         send(*numbers)
         assert received() is numbers[0]
     assert [signal.getsignal(number) for number in numbers] == before
-    assert capfd.readouterr().err.count("ending after this step") == 1
+    errors = capfd.readouterr().err
+    assert errors.count("ending after this step") == 1
+    # A Ctrl-C after SIGTERM is the first.
+    assert ("Ctrl-C twice, 2 seconds apart" in errors) == (numbers[0] is signal.SIGTERM)
+    assert ("once more to end at once" in errors) == (numbers[0] is signal.SIGINT)
 
 
 def test_a_second_ctrl_c_ends_at_once(monkeypatch: pytest.MonkeyPatch) -> None:

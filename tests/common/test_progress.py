@@ -50,6 +50,26 @@ def test_values_are_printed_at_once_and_then_every_ten_seconds(
     ]
 
 
+def test_the_last_step_has_a_line(clock: list[float], capsys: pytest.CaptureFixture[str]) -> None:
+    with Progress(12, "step", "train", with_values=True) as bar:
+        for _ in range(12):
+            clock[0] += 1.1
+            bar.update()
+            bar.show({"loss": "1"})
+    # The first, the first ten seconds after it, and the last.
+    with Progress(12, "image", "images") as bar:
+        for _ in range(12):
+            clock[0] += 1
+            bar.update()
+    with Progress(3, "image", "a short pass") as bar:
+        bar.update(3)
+    counts = [line.split(",")[0] for line in capsys.readouterr().err.splitlines()]
+    assert counts == [
+        *(f"train: {step} of 12 steps" for step in (1, 11, 12)),
+        *(f"images: {image} of 12 images" for image in (10, 12)),
+    ]
+
+
 def test_one_process_prints_for_all(clock: list[float], capsys: pytest.CaptureFixture[str]) -> None:
     with Progress(10, "image", "images", quiet=True) as bar:
         clock[0] += 60

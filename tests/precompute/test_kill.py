@@ -214,7 +214,8 @@ def test_a_signal_ends_the_run_between_two_shards(
     process.send_signal(number)
     output, errors = process.communicate(timeout=120)
     assert process.returncode == 128 + number, errors
-    assert "ending after this shard; once more to end at once" in errors
+    hint = {signal.SIGINT: "once more to end at once (Ctrl-C)", signal.SIGTERM: "Ctrl-C twice, "}
+    assert f"ending after this shard; {hint[number]}" in errors
     assert "ended between shards; the same command goes on from here" in output
     assert "Traceback" not in errors
     assert not list(fresh.cache.rglob("*.tmp-*"))

@@ -1,6 +1,8 @@
 """The held-out loss: known values, the same each time, and on any number of processes."""
 
 import json
+import shutil
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,8 +12,11 @@ from accelerate import Accelerator
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor
 
+from common.errors import ShardError
+from precompute.config import PrecomputeConfig
+from precompute.run import precompute
 from shards.reading.cache import Cache
-from tests.conftest import awaken, train_in_two_processes
+from tests.conftest import Spoil, awaken, train_in_two_processes
 from train import inputs, models
 from train.config import TrainConfig
 from train.loss import Objective
@@ -174,3 +179,42 @@ def test_two_real_processes_log_what_one_does(config: TrainConfig, tmp_path: Pat
         for folder in (still.output_dir, two.output_dir)
     )
     assert one == pytest.approx(other, rel=1e-5)
+
+
+def test_a_cache_that_is_changed_meanwhile_is_called_that_and_can_be_had_back(
+    config: TrainConfig,
+    precompute_config: PrecomputeConfig,
+    in_batch: Callable[[int, Spoil], None],
+    tmp_path: Path,
+) -> None:
+    cache = Path(shutil.copytree(config.cache, tmp_path / "cache"))
+    before = replace(precompute_config, cache=cache, validation_rows=3, posterior="mean_std")
+
+    def hold_out_others(losses: Tensor, _: object) -> Tensor:
+        precompute(replace(before, validation_rows=2))
+        return losses
+
+    in_batch(2, hold_out_others)
+    config = replace(config, cache=str(cache), max_train_steps=3)
+    with pytest.raises(ShardError, match="the cache was changed while the run read it") as raised:
+        train(config)
+    assert "\n" not in str(raised.value)
+    precompute(before)
+    train(replace(config, resume_from_checkpoint="latest"))
+    assert (config.output_dir / "validation/step-000003/held_out.json").is_file()
+
+
+def test_a_cache_that_is_damaged_meanwhile_is_called_damaged(
+    config: TrainConfig, in_batch: Callable[[int, Spoil], None], tmp_path: Path
+) -> None:
+    cache = Path(shutil.copytree(config.cache, tmp_path / "cache"))
+
+    def damage(losses: Tensor, _: object) -> Tensor:
+        for path in (cache / "latents").glob("*.tar"):
+            path.write_bytes(b"")
+        return losses
+
+    in_batch(2, damage)
+    with pytest.raises(ShardError) as raised:
+        train(replace(config, cache=str(cache)))
+    assert "was changed while the run" not in str(raised.value)
