@@ -39,7 +39,12 @@ from precompute.planning.products import (
     with_captions,
 )
 from precompute.planning.size_limits import refuse_too_large_files
-from precompute.planning.validation_pairs import ValidationPair, find_pairs, plan_validation
+from precompute.planning.validation_pairs import (
+    ValidationPair,
+    find_pairs,
+    pairs_over,
+    plan_validation,
+)
 from precompute.planning.workers import find_part
 from precompute.sources.annotators import find_annotator
 from precompute.sources.open_source import open_source
@@ -89,6 +94,7 @@ def prepare(config: PrecomputeConfig) -> Context:
     pairs = find_pairs(config, specs.latent_settings.shapes)
     digests = DigestCache(config.cache / HASHES, keep=not config.dry_run)
     identities = find_identities(config, specs, drawn_by, digests)
+    pairs = pairs_over(pairs, identities[2], config.background)
     rows = choose_rows(len(source), config.max_train_samples, config.seed)
     colour = list(ImageColor.getrgb(config.background))
     inventory = take_inventory(

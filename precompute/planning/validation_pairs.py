@@ -1,11 +1,12 @@
 """Validation pairs: prompts and conditioning images that training draws, encoded beforehand."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from PIL import ImageColor
 from torch import Tensor
 
 from common.errors import ConfigError
@@ -26,6 +27,7 @@ class ValidationPair:
 
     prompt: str
     image_hash: str
+    transparent: bool
     bucket: int
     conditioning_image: Tensor
 
@@ -49,10 +51,27 @@ def find_pairs(config: PrecomputeConfig, shapes: list[tuple[int, int]]) -> list[
         except BadImage as error:
             raise ConfigError(f"--validation-image {path}: {error}.") from error
         image_hash = hash_bytes(data)
-        if config.background != images.BACKGROUND and images.has_transparency(data):
-            image_hash += f" over {config.background}"
-        pairs.append(ValidationPair(prompt, image_hash, bucket, pixels))
+        transparent = images.has_transparency(data)
+        pairs.append(ValidationPair(prompt, image_hash, transparent, bucket, pixels))
     return pairs
+
+
+def pairs_over(
+    pairs: Sequence[ValidationPair], identity: Mapping[str, Any], colour: str
+) -> list[ValidationPair]:
+    """Return the pairs with the background in the hash of transparent images.
+
+    Unless it is the one that the conditioning's identity stands for, as for rows' images.
+    """
+    background = list(ImageColor.getrgb(colour))
+    if identity["background"] == background:
+        return list(pairs)
+    return [
+        replace(pair, image_hash=f"{pair.image_hash} over {background}")
+        if pair.transparent
+        else pair
+        for pair in pairs
+    ]
 
 
 def plan_validation(

@@ -241,3 +241,23 @@ def test_the_background_counts_for_transparent_pictures_alone(
         assert encoded.taken() == changed
     precompute(replace(config, background="#ffffff"))
     assert encoded.taken() == {}
+
+
+def test_a_transparent_validation_image_is_kept_over_the_same_colour(
+    again: PrecomputeConfig,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    Image.new("RGBA", (64, 64), (0, 90, 0, 100)).save(tmp_path / "clear.png")
+    pair = {"validation_prompt": ("a",), "validation_image": (tmp_path / "clear.png",)}
+    config = replace(again, background="red", **pair)
+    shutil.rmtree(config.cache)
+    with monkeypatch.context() as patch:
+        as_former_versions_did(patch)
+        precompute(config)
+    for background, kept in (("red", 1), ("#FF0000", 1), ("#fe0000", 0)):
+        capsys.readouterr()
+        precompute(replace(config, background=background))
+        said = capsys.readouterr().out
+        assert f"validation/conditioning: 1 records in 1 shards, {kept} kept" in said
