@@ -29,6 +29,7 @@ def test_an_unknown_device_is_refused() -> None:
         pick_device("nowhere")
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="glibc's malloc")
 def test_freed_memory_is_used_again() -> None:
     """64 MB, eight times: pages of 4 KiB cleared anew each time, or none."""

@@ -219,6 +219,7 @@ def test_rows_that_become_held_out_are_encoded_and_no_others(
     assert encoded.taken() == {"latents": 2, "conditioning": 2}
 
 
+@pytest.mark.slow
 def test_the_background_counts_for_transparent_pictures_alone(
     again: PrecomputeConfig,  # noqa: F811
     encoded: Encoded,  # noqa: F811
@@ -243,6 +244,7 @@ def test_the_background_counts_for_transparent_pictures_alone(
     assert encoded.taken() == {}
 
 
+@pytest.mark.slow
 def test_a_transparent_validation_image_is_kept_over_the_same_colour(
     again: PrecomputeConfig,  # noqa: F811
     monkeypatch: pytest.MonkeyPatch,

@@ -1,5 +1,6 @@
 """Stage 1: what is cached is what the stock models compute, and nothing is computed twice."""
 
+import errno
 import gc
 import json
 import os
@@ -346,6 +347,11 @@ def test_conditioning_images_of_another_size_and_of_another_shape(
 def test_another_background_makes_other_latents(
     fresh: PrecomputeConfig, circles: Path, tmp_path: Path
 ) -> None:
+    source = Path(shutil.copytree(circles, tmp_path / "transparent"))
+    with Image.open(source / "target" / "2.png") as image:
+        image.putalpha(100)
+        image.save(source / "target" / "2.png")
+    fresh = replace(fresh, source=str(source))
     precompute(fresh)
     before = manifest.load(fresh.cache)
     precompute(replace(fresh, background="#FFF"))  # the same colour by another name
@@ -380,7 +386,7 @@ def test_a_file_that_changes_or_goes_while_working_stops_the_run(
                 seen.append((index, kind))
                 return data
             if second is None:
-                raise OSError(5, "Input/output error")
+                raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT))
             return second(data)
 
         monkeypatch.setattr(Folder, "read", read)

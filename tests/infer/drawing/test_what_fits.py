@@ -1,5 +1,6 @@
 """What does not go together is said in one line, before anything is loaded."""
 
+import importlib.util
 import json
 import shutil
 from collections.abc import Callable
@@ -19,6 +20,12 @@ from tests.conftest import PROMPTS, RESOLUTION_PX, TOKENS, Outcome, flags
 
 # The miniature has positions for 32 x 32 patches of 2 x 2 latents of 8 x 8 pixels.
 LARGEST_PX = 32 * 2 * 8
+WITHOUT_GRADIO = importlib.util.find_spec("gradio") is None
+COMMANDS = (
+    "generate",
+    "score",
+    pytest.param("serve", marks=pytest.mark.skipif(WITHOUT_GRADIO, reason="needs gradio")),
+)
 
 
 @pytest.fixture
@@ -52,7 +59,7 @@ def changed(controlnet: Path, to: Path, **entries: object) -> Path:
     return to
 
 
-@pytest.mark.parametrize("name", ["generate", "score", "serve"])
+@pytest.mark.parametrize("name", COMMANDS)
 def test_a_controlnet_that_takes_a_mask_is_refused(
     name: str,
     configs: dict[str, PipelineConfig],
@@ -70,7 +77,7 @@ def test_a_controlnet_that_takes_a_mask_is_refused(
     assert not config.output_dir.exists()
 
 
-@pytest.mark.parametrize("name", ["generate", "score", "serve"])
+@pytest.mark.parametrize("name", COMMANDS)
 def test_a_size_without_positions_is_refused(
     name: str, configs: dict[str, PipelineConfig], command: Callable[..., Outcome]
 ) -> None:

@@ -164,6 +164,7 @@ def test_a_run_beyond_its_warm_up_says_nothing(
     assert "ControlNet saved after 4 steps\n" in output
 
 
+@pytest.mark.slow
 def test_stage_1_may_replace_the_validation_pairs_while_a_run_goes_on(
     train_config: TrainConfig,
     fresh: PrecomputeConfig,
