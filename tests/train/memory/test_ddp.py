@@ -12,14 +12,13 @@ from accelerate.utils import DistributedType
 from torch.nn.parallel import DistributedDataParallel
 from torch.profiler import ProfilerActivity, profile, record_function
 
+from tests.train.memory.steps import batches_and_guard
 from train import assembly, distribution, loop
 from train.assembly import Run, assemble
 from train.config import TrainConfig
-from train.data import RankPlaces, TrainingSamples, read_batches
 from train.memory import simulation
 from train.memory.estimate import find_sizes
 from train.memory.simulation import simulate
-from train.optim.nonfinite import NonFiniteGuard
 
 
 @pytest.fixture
@@ -52,18 +51,7 @@ def taken(config: TrainConfig, num_steps: int) -> tuple[Run, list[int]]:
     # From the start, for the profiler does not see memory freed that it has not seen allocated.
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
         run = assemble(config)
-        samples = TrainingSamples(
-            run.inputs.cache, run.inputs.order, seed=0, proportion_empty_prompts=0.0
-        )
-        places = RankPlaces(0, batch_size=config.train_batch_size, rank=0, num_ranks=1)
-        batches = read_batches(samples, places, num_workers=0, pin=False)
-        guard = NonFiniteGuard(
-            run.optimizer.optimizer,
-            update_already_applied=False,
-            stop=True,
-            sample_key=str,
-            print=print,
-        )
+        batches, guard = batches_and_guard(run)
         for step in range(1, num_steps + 1):
             with record_function(f"step {step}"):
                 loop.take_step(run, batches, guard, step)

@@ -14,32 +14,20 @@ from torch.profiler import ProfilerActivity, profile
 
 from sd3.pretrained import read_config
 from tests.conftest import Outcome, flags
+from tests.train.memory.steps import batches_and_guard
 from train import loop
 from train.assembly import assemble
 from train.config import TrainConfig
-from train.data import RankPlaces, TrainingSamples, read_batches
 from train.memory import estimate, simulation
 from train.memory.estimate import find_sizes, remedies
 from train.memory.meter import Meter
 from train.memory.simulation import simulate
-from train.optim.nonfinite import NonFiniteGuard
 
 
 def taken(config: TrainConfig) -> int:
     """Return the bytes that a run's second step takes beside weights and optimiser's state."""
     run = assemble(config)
-    samples = TrainingSamples(
-        run.inputs.cache, run.inputs.order, seed=0, proportion_empty_prompts=0.0
-    )
-    places = RankPlaces(0, batch_size=config.train_batch_size, rank=0, num_ranks=1)
-    batches = read_batches(samples, places, num_workers=0, pin=False)
-    guard = NonFiniteGuard(
-        run.optimizer.optimizer,
-        update_already_applied=False,
-        stop=True,
-        sample_key=str,
-        print=print,
-    )
+    batches, guard = batches_and_guard(run)
     loop.take_step(run, batches, guard, 1)
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as found:
         loop.take_step(run, batches, guard, 2)
