@@ -35,7 +35,7 @@ SCORE_FLAG      = $(if $(OUTPUT),--output-dir "$(OUTPUT)/score")
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help setup demo demo-full circles precompute train infer score serve verify test lint check gpu clean
+.PHONY: help setup demo demo-full circles precompute train infer score serve verify test lint check mutate gpu clean
 
 help:  ## List the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{ printf "%-13s %s\n", $$1, $$2 }'
@@ -103,6 +103,9 @@ lint: setup  ## Run ruff and mypy --strict
 
 check: lint  ## Run lint, and all tests that need neither GPU nor network
 	$(TESTS) -m "not gpu and not network" $(ARGS)
+
+mutate: setup  ## Plant faults on purpose and count those that the quick tests find, in AREAS or everywhere
+	$(RUN) python -m tests.mutation $(AREAS)
 
 gpu: setup $(GPU_STAMP)  ## On a machine with a GPU: its tests, benchmarks and tables, in 25 minutes; SIZE=tiny tries them without
 	$(RUN) python -m benchmarks.gpu $(SIZE_FLAG)
