@@ -179,4 +179,5 @@ def test_checkpoints_of_another_strategy_are_refused(config: TrainConfig) -> Non
     more = replace(config, train_batch_size=1, resume_from_checkpoint="latest")
     done = launch("fsdp2", more)
     assert done.returncode != 0
+    assert "SIGABRT" not in done.stderr  # as open connections make of a process that ends
     assert "checkpoint-2: written with one process or DDP, and this is FSDP2" in done.stderr
