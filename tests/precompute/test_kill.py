@@ -151,7 +151,10 @@ def test_killed_at_any_moment_it_is_finished_to_the_same_bytes(fresh: Precompute
         workers.start()
         time.sleep(rng.uniform(0, duration_s))
         workers.kill()
-        unfinished += not check_what_is_left(cache, expected, kill)
+        # A run takes longer on a busy machine, and most kills are to find it at work.
+        complete = check_what_is_left(cache, expected, kill)
+        unfinished += not complete
+        duration_s *= 0.95 if complete else 1.02
         workers.finish()
         assert files(cache) == expected, f"kill {kill}: other bytes"
 
@@ -175,7 +178,9 @@ def test_many_workers_killed_again_and_again_end_at_the_same_bytes(
         workers.start(rng.randint(1, 4), rng.choice(KINDS))
         time.sleep(rng.uniform(0, duration_s))
         workers.kill()
-        if check_what_is_left(cache, expected, kill):
+        complete = check_what_is_left(cache, expected, kill)
+        duration_s *= 0.95 if complete else 1.02
+        if complete:
             shutil.rmtree(cache)
     # Of what kills leave half-written, that goes in the end which is older than an hour.
     young, old = "000000000001", "000000000002"
