@@ -71,15 +71,21 @@ def test_updates_by_hand(scale: bool, offload: bool) -> None:
             assert parameter.tolist() == pytest.approx(weights[: len(parameter)], rel=1e-5)
 
 
-def test_restored_state_is_on_the_host_and_goes_on(host_is_elsewhere: None) -> None:
+@pytest.mark.usefixtures("host_is_elsewhere")
+@pytest.mark.parametrize("use_8bit", [False, True])
+def test_restored_state_goes_on(use_8bit: bool) -> None:
+    if use_8bit:
+        pytest.importorskip("bitsandbytes")
+
     def steps(optimizer: Any, parameter: nn.Parameter, numbers: range) -> None:
         for number in numbers:
-            parameter.grad = torch.tensor([0.5 * number, -0.1, 3.0 / number])
+            parameter.grad = torch.tensor([0.5 * number, -0.1, 3.0 / number]).repeat(2000)
             optimizer.step()
 
     def made() -> tuple[Any, nn.Parameter]:
-        parameter = nn.Parameter(torch.ones(3))
-        return make_optimizer(settings(offload_optimizer=True), [parameter], 1), parameter
+        parameter = nn.Parameter(torch.ones(6000))
+        config = settings(offload_optimizer=True, use_8bit_adam=use_8bit)
+        return make_optimizer(config, [parameter], 1), parameter
 
     whole, expected = made()
     steps(whole, expected, range(1, 5))
