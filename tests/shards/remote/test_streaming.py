@@ -27,7 +27,6 @@ from train.config import TrainConfig
 from train.data import RankPlaces, TrainingSamples, read_batches
 from train.run import train
 
-pytest.importorskip("aiohttp")
 pytestmark = pytest.mark.usefixtures("patience")
 
 
