@@ -72,7 +72,8 @@ def start_tests(folder: Path, tests: list[str]) -> int:
         sys.dont_write_bytecode = True
         os.environ |= {"PYTHONPATH": str(folder), "PYTHONDONTWRITEBYTECODE": "1"}
         _forget_our_modules()
-        code = pytest.main([*PYTEST, *tests])
+        # Of its own: those that run beside it would tidy up one folder for all, and collide there.
+        code = pytest.main([*PYTEST, f"--basetemp={folder}.tmp", *tests])
     except BaseException:
         traceback.print_exc()
     finally:
