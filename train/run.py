@@ -20,6 +20,7 @@ from train.inputs import samples_per_step
 from train.loop import take_steps
 from train.optim.learning_rate import ends_in_warm_up
 from train.processes.agreement import main_decides
+from train.processes.group import group_closed_at_the_end
 from train.saving import publish
 from train.saving.checkpoints import PREFIX, TrainState
 from train.saving.controlnet import (
@@ -50,7 +51,8 @@ def train(config: TrainConfig) -> Signals | None:
             click.echo(text)
         return None
     try:
-        return _train(config)
+        with group_closed_at_the_end():
+            return _train(config)
     except torch.OutOfMemoryError as error:
         lines = [f"out of memory: {str(error).splitlines()[0]}"]
         if _is_first_process():

@@ -8,6 +8,7 @@ from accelerate import PartialState
 
 from common.errors import ConfigError
 from train.processes.agreement import check_same_everywhere, local_main_first, main_decides
+from train.processes.group import group_closed_at_the_end
 
 
 def attempt(name: str, call: Callable[[], object]) -> None:
@@ -25,17 +26,18 @@ def fail() -> None:
 
 if __name__ == "__main__":
     state = PartialState(cpu=True)
-    own = f"found by {state.process_index}"
-    attempt("decided", lambda: main_decides(lambda: Path(own)))
-    attempt("failed", lambda: main_decides(fail))
-    downloaded = Path(os.environ["DOWNLOADS"]) / "model"
+    with group_closed_at_the_end():
+        own = f"found by {state.process_index}"
+        attempt("decided", lambda: main_decides(lambda: Path(own)))
+        attempt("failed", lambda: main_decides(fail))
+        downloaded = Path(os.environ["DOWNLOADS"]) / "model"
 
-    def download() -> str:
-        if downloaded.exists():
-            return "there"
-        downloaded.touch()
-        return "downloaded"
+        def download() -> str:
+            if downloaded.exists():
+                return "there"
+            downloaded.touch()
+            return "downloaded"
 
-    attempt("first", lambda: local_main_first(download))
-    attempt("same", lambda: check_same_everywhere({"--cache": "a"}))
-    attempt("different", lambda: check_same_everywhere({"--cache": own}))
+        attempt("first", lambda: local_main_first(download))
+        attempt("same", lambda: check_same_everywhere({"--cache": "a"}))
+        attempt("different", lambda: check_same_everywhere({"--cache": own}))
