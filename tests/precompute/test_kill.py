@@ -201,9 +201,8 @@ def test_many_workers_killed_again_and_again_end_at_the_same_bytes(
     assert PLAN in expected
 
 
-@pytest.mark.parametrize(
-    "number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_ends_the_run_between_two_shards(
     fresh: PrecomputeConfig, cache: Path, number: signal.Signals
 ) -> None:

@@ -27,7 +27,6 @@ from train.config import TrainConfig
 from train.data import RankPlaces, TrainingSamples, read_batches
 from train.run import train
 
-pytest.importorskip("aiohttp")
 pytestmark = pytest.mark.usefixtures("patience")
 
 
@@ -70,7 +69,7 @@ def truncates(handler: Any, path: str, before: int, data: bytes) -> bool:
 
 
 def stalls(handler: Any, path: str, before: int, data: bytes) -> bool:
-    if before >= 1:
+    if before >= 1 or not path.startswith("latents/"):  # each costs the time that is waited for it
         return False
     sent(handler, data[:100], len(data))
     handler.wfile.flush()
