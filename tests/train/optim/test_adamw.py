@@ -72,11 +72,8 @@ def test_updates_by_hand(scale: bool, offload: bool) -> None:
 
 
 @pytest.mark.usefixtures("host_is_elsewhere")
-@pytest.mark.parametrize("use_8bit", [False, True])
+@pytest.mark.parametrize("use_8bit", [False, pytest.param(True, marks=pytest.mark.extras)])
 def test_restored_state_goes_on(use_8bit: bool) -> None:
-    if use_8bit:
-        pytest.importorskip("bitsandbytes")
-
     def steps(optimizer: Any, parameter: nn.Parameter, numbers: range) -> None:
         for number in numbers:
             parameter.grad = torch.tensor([0.5 * number, -0.1, 3.0 / number]).repeat(2000)
@@ -99,8 +96,21 @@ def test_restored_state_goes_on(use_8bit: bool) -> None:
     assert torch.equal(continued, expected)
 
 
+def test_state_within_an_inner_dictionary_is_found() -> None:
+    """bitsandbytes saves some of a weight's state in one."""
+    parameter = nn.Parameter(torch.ones(3))
+    optimizer = make_optimizer(settings(offload_optimizer=True), [parameter], 1)
+    moments = {"exp_avg": torch.full((3,), 0.5), "exp_avg_sq": torch.full((3,), 0.25)}
+    saved = {0: {"step": torch.tensor(7.0), "inner": moments}}
+    optimizer.load_state_dict(optimizer.state_dict() | {"state": saved})
+    state = optimizer.state[parameter]
+    assert state.keys() == {"step", "exp_avg", "exp_avg_sq"}
+    for name, moment in moments.items():
+        assert state[name].equal(moment)
+
+
+@pytest.mark.extras
 def test_8_bit_has_the_same_settings() -> None:
-    pytest.importorskip("bitsandbytes")
     optimizer = make_optimizer(settings(use_8bit_adam=True), [nn.Parameter(torch.ones(3))], 1)
     (group,) = optimizer.param_groups
     found = (group["lr"], group["betas"], group["eps"], group["weight_decay"])
