@@ -119,6 +119,22 @@ def test_a_tar_removed_while_it_is_opened_is_not_there(
     assert copies.opened(("latents", 0)) is None
 
 
+def test_a_tar_fetched_again_while_it_is_opened_is_another_file(
+    two_tars: Callable[[], LocalCopies], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copies = two_tars()
+    path = copies.tar_path(("latents", 0))
+
+    def replaced_meanwhile(file: Any, operation: int) -> None:
+        path.rename(path.with_name(".nfs0001"))
+        path.write_bytes(b"fetched by another process")
+        on_this_disk(file, operation)
+
+    monkeypatch.setattr(fcntl, "flock", replaced_meanwhile)
+    with pytest.raises(FileNotFoundError):
+        copies.open(("latents", 0))  # what nobody holds a lock of, another process may remove
+
+
 def test_without_locks_a_removed_tar_is_read_to_its_end(
     cache: Path, two_tars: Callable[[], LocalCopies], monkeypatch: pytest.MonkeyPatch
 ) -> None:
