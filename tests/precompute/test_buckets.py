@@ -15,7 +15,7 @@ from diffusers.image_processor import VaeImageProcessor
 from PIL import Image, ImageOps
 from xxhash import xxh3_128_hexdigest
 
-from common.errors import ConfigError
+from common.errors import ConfigError, ShardError
 from precompute.config import PrecomputeConfig
 from precompute.run import precompute
 from sd3.buckets import bucket_shapes, nearest_buckets
@@ -294,8 +294,10 @@ def test_anyones_annotator(
     precompute(small)
     assert len(samples(small)) == len(SIZES)
     nothing = replace(mine, conditioning_from="annotating.mine:nothing", conditioning_name="none")
-    precompute(nothing)
-    assert "drawn from it is str, no image" in capsys.readouterr().out
+    with pytest.raises(
+        ShardError, match=r"none of the 6 rows .*\n.*drawn from it is str, no image"
+    ):
+        precompute(nothing)
 
 
 def test_a_changed_annotator_draws_again(
