@@ -1,17 +1,19 @@
 """Miniature models with random weights, a few circles, and a small cache of them."""
 
+import contextlib
 import hashlib
 import json
 import os
 import socket
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 import torch
 from accelerate.state import AcceleratorState
@@ -291,7 +293,7 @@ def free_port() -> int:
 def run_python(
     *arguments: object, cwd: Path = REPOSITORY, **environment: str
 ) -> subprocess.CompletedProcess[str]:
-    """Run Python on this repository in a process of its own."""
+    """Run Python on this repository in a process of its own, for five minutes at most."""
     return subprocess.run(
         [sys.executable, *(str(argument) for argument in arguments)],
         cwd=cwd,
@@ -299,7 +301,35 @@ def run_python(
         capture_output=True,
         text=True,
         check=False,
+        timeout=300,
     )
+
+
+def kill_with_children(process: subprocess.Popen[str]) -> None:
+    """Kill a process and all that it started, if they still run."""
+    with contextlib.suppress(psutil.NoSuchProcess):
+        parent = psutil.Process(process.pid)
+        for one in [*parent.children(recursive=True), parent]:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                one.kill()
+    process.wait()
+
+
+@contextlib.contextmanager
+def running(arguments: Sequence[object], **options: Any) -> Iterator[subprocess.Popen[str]]:
+    """Have Python run on this repository; kill it at the end if it still runs.
+
+    Args:
+        arguments: Python's.
+        options: of `subprocess.Popen`.
+    """
+    command = [sys.executable, *(str(argument) for argument in arguments)]
+    options = {"cwd": REPOSITORY, "text": True} | options
+    with subprocess.Popen(command, **options) as process:
+        try:
+            yield process
+        finally:
+            kill_with_children(process)
 
 
 def flags(config: object) -> list[str]:

@@ -15,6 +15,7 @@ import tarfile
 import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -292,6 +293,7 @@ def test_the_options_of_a_page_exist(
             pytest.fail(f"{page}: {line.text}\n{error.format_message()}")
 
 
+@pytest.mark.slow
 def test_commands_within_sentences_exist() -> None:
     for page in [*PAGES, "CHANGELOG.md"]:
         text = (REPOSITORY / page).read_text(encoding="utf-8")
@@ -301,8 +303,12 @@ def test_commands_within_sentences_exist() -> None:
             assert path.with_suffix(".py").is_file() or (path / "__main__.py").is_file(), spoken
             flags = [word for word in words if word.startswith("--")]
             if flags:
-                help_text = run_python("-m", module, "--help").stdout
-                assert all(flag in help_text for flag in flags), f"{page}: {spoken}"
+                assert all(flag in help_of(module) for flag in flags), f"{page}: {spoken}"
+
+
+@cache
+def help_of(module: str) -> str:
+    return run_python("-m", module, "--help").stdout
 
 
 def test_pages_have_commands() -> None:

@@ -66,7 +66,8 @@ def start_tests(folder: Path, tests: list[str]) -> int:
         sys.dont_write_bytecode = True
         os.environ |= {"PYTHONPATH": str(folder), "PYTHONDONTWRITEBYTECODE": "1"}
         _forget_our_modules()
-        code = pytest.main([*PYTEST, *tests])
+        # Of its own: those that run beside it would tidy up one folder for all, and collide there.
+        code = pytest.main([*PYTEST, f"--basetemp={folder}.tmp", *tests])
     except BaseException:
         traceback.print_exc()
     finally:
@@ -101,28 +102,49 @@ def run_all(
             copy_repository(folder)
         running: dict[int, tuple[int, Path]] = {}
         waiting = deque(range(len(tasks)))
-        while waiting or running:
-            if waiting and free:
-                number, folder = waiting.popleft(), free.pop()
-                tests, fault = tasks[number]
-                if fault is not None:
-                    path = folder / fault.file
-                    path.write_text(fault.planted(path.read_text("utf-8")), encoding="utf-8")
-                running[start_tests(folder, tests)] = number, folder
-                continue
-            child, status = os.wait()
-            with suppress(ProcessLookupError):  # what the tests themselves started
-                os.killpg(child, signal.SIGKILL)
-            number, folder = running.pop(child)
-            tests, fault = tasks[number]
-            if fault is not None:
-                shutil.copy2(REPOSITORY / fault.file, folder / fault.file)
-            free.append(folder)
-            code = os.waitstatus_to_exitcode(status)
-            if code not in (0, *FOUND):
-                output = (folder / REPORT).read_text(encoding="utf-8")
-                raise click.ClickException(f"pytest {' '.join(tests)}: exit code {code}\n{output}")
-            yield number, code != 0
+        try:
+            while waiting or running:
+                if waiting and free:
+                    number, folder = waiting.popleft(), free.pop()
+                    tests, fault = tasks[number]
+                    if fault is not None:
+                        plant(fault, folder)
+                    running[start_tests(folder, tests)] = number, folder
+                    continue
+                child, status = os.wait()
+                kill_group(child)
+                number, folder = running.pop(child)
+                if (fault := tasks[number][1]) is not None:
+                    shutil.copy2(REPOSITORY / fault.file, folder / fault.file)
+                free.append(folder)
+                yield number, is_failure(os.waitstatus_to_exitcode(status), folder)
+        finally:
+            for child in running:
+                kill_group(child)
+
+
+def plant(fault: Fault, folder: Path) -> None:
+    """Plant a fault in a copy of the repository."""
+    path = folder / fault.file
+    path.write_text(fault.planted(path.read_text(encoding="utf-8")), encoding="utf-8")
+
+
+def kill_group(child: int) -> None:
+    """Kill tests, and all that they started."""
+    with suppress(ProcessLookupError):
+        os.killpg(child, signal.SIGKILL)
+
+
+def is_failure(code: int, folder: Path) -> bool:
+    """Return whether pytest's exit code says that tests failed or did not end.
+
+    Raises:
+        click.ClickException: pytest did not run them.
+    """
+    if code in (0, *FOUND):
+        return code != 0
+    output = (folder / REPORT).read_text(encoding="utf-8")
+    raise click.ClickException(f"pytest ended with {code}:\n{output}")
 
 
 def survivors(areas: dict[str, Area], jobs: int) -> dict[str, list[Fault]]:

@@ -20,7 +20,7 @@ from shards.format import manifest
 from shards.format.expected_cache import PLAN
 from tests.conftest import REPOSITORY, flags, run_python
 
-NUM_KILLS = 200
+NUM_KILLS = 50
 NUM_KILLS_OF_WORKERS = 30
 KINDS = ("parts", "ranks", "machines")
 
@@ -135,7 +135,10 @@ def check_what_is_left(cache: Path, expected: dict[str, bytes], kill: int) -> bo
 
 
 @pytest.mark.slow
-def test_killed_at_any_moment_it_is_finished_to_the_same_bytes(fresh: PrecomputeConfig) -> None:
+@pytest.mark.parametrize("seed", range(4))
+def test_killed_at_any_moment_it_is_finished_to_the_same_bytes(
+    fresh: PrecomputeConfig, seed: int
+) -> None:
     workers, cache = Workers(fresh), fresh.cache
     workers.finish()
     expected = files(cache)
@@ -143,7 +146,7 @@ def test_killed_at_any_moment_it_is_finished_to_the_same_bytes(fresh: Precompute
     duration_s = workers.finish()
     assert files(cache) == expected
 
-    rng = random.Random(0)
+    rng = random.Random(seed)
     kill = unfinished = 0
     while kill < NUM_KILLS or unfinished <= NUM_KILLS / 2:
         kill += 1
@@ -151,7 +154,10 @@ def test_killed_at_any_moment_it_is_finished_to_the_same_bytes(fresh: Precompute
         workers.start()
         time.sleep(rng.uniform(0, duration_s))
         workers.kill()
-        unfinished += not check_what_is_left(cache, expected, kill)
+        # A run takes longer on a busy machine, and most kills are to find it at work.
+        complete = check_what_is_left(cache, expected, kill)
+        unfinished += not complete
+        duration_s *= 0.95 if complete else 1.02
         workers.finish()
         assert files(cache) == expected, f"kill {kill}: other bytes"
 
@@ -175,7 +181,9 @@ def test_many_workers_killed_again_and_again_end_at_the_same_bytes(
         workers.start(rng.randint(1, 4), rng.choice(KINDS))
         time.sleep(rng.uniform(0, duration_s))
         workers.kill()
-        if check_what_is_left(cache, expected, kill):
+        complete = check_what_is_left(cache, expected, kill)
+        duration_s *= 0.95 if complete else 1.02
+        if complete:
             shutil.rmtree(cache)
     # Of what kills leave half-written, that goes in the end which is older than an hour.
     young, old = "000000000001", "000000000002"
@@ -193,9 +201,8 @@ def test_many_workers_killed_again_and_again_end_at_the_same_bytes(
     assert PLAN in expected
 
 
-@pytest.mark.parametrize(
-    "number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_ends_the_run_between_two_shards(
     fresh: PrecomputeConfig, cache: Path, number: signal.Signals
 ) -> None:

@@ -70,13 +70,16 @@ def test_prompts_are_what_the_stock_pipeline_encodes(cache: Path, base: Path) ->
     assert len(seen) == len(set(seen))
 
 
-def stock_posteriors(base: Path, files: list[Path]) -> tuple[torch.Tensor, torch.Tensor]:
+def stock_posteriors(
+    base: Path, files: list[Path], *, normalized: bool = True
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Return mean and std [B, 16, h, w] of images from the stock VAE, all at once.
 
-    The cached ones went through it two at a time, which rounds otherwise.
+    The cached ones went through it two at a time, which rounds otherwise. Pixels are from -1 to 1
+    where they are normalized, and else from 0 to 1.
     """
     vae = AutoencoderKL.from_pretrained(base, subfolder="vae")
-    processor = VaeImageProcessor(vae_scale_factor=8)
+    processor = VaeImageProcessor(vae_scale_factor=8, do_normalize=normalized)
     size = (RESOLUTION_PX, RESOLUTION_PX)
     images = [Image.open(f).convert("RGB").resize(size, Image.Resampling.BILINEAR) for f in files]
     with torch.no_grad():
@@ -128,12 +131,19 @@ def test_the_same_inputs_elsewhere_give_the_same_bytes(
     assert ours == theirs
 
 
-def test_a_new_resolution_keeps_the_text(cache: Path, fresh: PrecomputeConfig) -> None:
+def test_a_new_resolution_keeps_the_text_and_no_other_control(
+    cache: Path, fresh: PrecomputeConfig, capsys: pytest.CaptureFixture[str]
+) -> None:
     shutil.copytree(cache, fresh.cache)
     text = times(fresh.cache, "text")
-    precompute(replace(fresh, resolution=48))
+    precompute(replace(fresh, resolution=48, conditioning_name="depth"))
     assert times(fresh.cache, "text") == text
-    assert Cache(fresh.cache).sample(0, 0)[1]["latent"].shape == (16, 6, 6)
+    assert Cache(fresh.cache, "depth").sample(0, 0)[1]["latent"].shape == (16, 6, 6)
+    # The old control's latents are of 64 px.
+    found = manifest.load(fresh.cache)
+    assert [*found.conditioning, *found.conditioning_specs, *found.validation] == ["depth"] * 3
+    said = capsys.readouterr().out
+    assert "conditioning 'conditioning' was made for other latents: make it again" in said
 
 
 def test_a_new_caption_keeps_the_latents(
@@ -196,7 +206,9 @@ def test_repeated_prompts_are_encoded_once(
     assert found.latents.num_records == NUM_ROWS
 
 
-def test_a_second_control_is_added_beside_the_first(cache: Path, fresh: PrecomputeConfig) -> None:
+def test_a_second_control_is_added_beside_the_first(
+    cache: Path, fresh: PrecomputeConfig, base: Path, circles: Path
+) -> None:
     shutil.copytree(cache, fresh.cache)
     kept = {path: path.stat().st_mtime_ns for path in fresh.cache.rglob("*.tar")}
     precompute(replace(fresh, conditioning_name="raw", conditioning_range="0_1"))
@@ -206,8 +218,12 @@ def test_a_second_control_is_added_beside_the_first(cache: Path, fresh: Precompu
     assert first.conditioning_spec.pixel_range == "-1_1"
     assert second.conditioning_spec.pixel_range == "0_1"
     assert torch.equal(first.sample(0, 0)[1]["latent"], second.sample(0, 0)[1]["latent"])
-    one, other = (c.sample(0, 0)[1]["conditioning_latent"] for c in (first, second))
-    assert not torch.allclose(one, other)
+    image = circles / rows(circles)[0]["source"]  # of the first row and of the first pair
+    for found, normalized in ((first, True), (second, False)):
+        mean, _ = stock_posteriors(base, [image], normalized=normalized)
+        for record in (found.sample(0, 0)[1], found.validation.tensors(0, 0)):
+            close = {"rtol": 1e-4, "atol": 1e-4}
+            torch.testing.assert_close(record["conditioning_latent"], mean[0], **close)
     assert all(not faults for _, faults in verify.faults(fresh.cache))
 
 

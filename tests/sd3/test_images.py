@@ -75,6 +75,11 @@ def test_a_square_of_the_right_size_is_untouched() -> None:
         # 64 * 101 / 100 = 64.64 is cut to 64
         ((101, 100), (64, 64), (0, 0, 64, 64)),
         ((30, 20), (96, 64), (16, 0, 80, 64)),
+        # Half of 1, 3 and 5 is rounded to the even number, as torchvision's CenterCrop does.
+        ((65, 64), (65, 64), (0, 0, 64, 64)),
+        ((67, 64), (67, 64), (2, 0, 66, 64)),
+        ((69, 64), (69, 64), (2, 0, 66, 64)),
+        ((64, 67), (64, 67), (0, 2, 64, 66)),
     ],
 )
 def test_fit_resizes_the_shorter_side_and_crops_the_middle(
@@ -174,6 +179,22 @@ def test_a_conditioning_image_comes_to_the_place_of_its_image(scale: float) -> N
     found = fit(conditioning, 64, size)
     assert found.size == (64, 64)
     assert centre(found) == pytest.approx(centre(fit(whole, 64)), abs=0.6)
+
+
+def test_a_conditioning_image_is_cropped_as_its_image() -> None:
+    # 64 / 300 of 500 is 106.7, of 504 it is 107.5.
+    conditioning = Image.effect_noise((504, 300), 50).convert("RGB")
+    found = fit(conditioning, 64, (500, 300))
+    expected = conditioning.resize((106, 64), Image.Resampling.BILINEAR).crop((21, 0, 85, 64))
+    assert np.array_equal(np.array(found), np.array(expected))
+
+
+def test_what_a_drawing_leaves_out_is_black() -> None:
+    drawn = Image.new("RGBA", (64, 64))
+    drawn.putpixel((5, 7), (255, 255, 255, 255))
+    pixels = np.array(images.annotated(Image.new("RGB", (64, 64), "red"), lambda _: drawn))
+    assert pixels[7, 5].tolist() == [255, 255, 255]
+    assert pixels.sum() == 3 * 255
 
 
 def test_a_pair_of_two_shapes_is_refused() -> None:

@@ -5,7 +5,6 @@ import json
 import os
 import signal
 import subprocess
-import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -18,6 +17,7 @@ from tests.conftest import (
     flags,
     free_port,
     run_python,
+    running,
     train_in_two_processes,
     two_processes,
 )
@@ -96,14 +96,10 @@ def test_a_signal_to_one_process_ends_both_after_the_same_step(
     endless = replace(
         config, train_batch_size=1, max_train_steps=100_000, output_dir=tmp_path / "endless"
     )
-    command = [
-        sys.executable,
-        *map(str, two_processes(replace(endless, checkpointing_steps=100_000))),
-    ]
+    command = two_processes(replace(endless, checkpointing_steps=100_000))
     environment = os.environ | {"PYTHONPATH": str(REPOSITORY), "ACCELERATE_USE_CPU": "true"}
-    with subprocess.Popen(
-        command, cwd=REPOSITORY, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE
-    ) as process:
+    pipe = subprocess.PIPE
+    with running(command, env=environment, stdout=pipe, stderr=pipe) as process:
         while not list(endless.output_dir.glob("logs/train_controlnet/events*")):
             assert process.poll() is None
             time.sleep(0.1)
@@ -115,12 +111,12 @@ def test_a_signal_to_one_process_ends_both_after_the_same_step(
         output, errors = process.communicate(timeout=60)
     # The launcher calls it a failure that its processes end with 143.
     assert process.returncode == 1
-    assert "exitcode  : 143" in errors.decode()
+    assert "exitcode  : 143" in errors
     (checkpoint,) = checkpoints.find(endless.output_dir)
     step = checkpoints.read_state(checkpoint).step
     assert 0 < step < 100_000
     line = f"SIGTERM after step {step}; the same command with --resume-from-checkpoint latest"
-    assert line in output.decode()
+    assert line in output
 
 
 @pytest.mark.parametrize("name", ["ddp", "fsdp2", "zero2", "zero3"])

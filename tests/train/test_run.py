@@ -3,9 +3,7 @@
 import json
 import os
 import shutil
-import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -22,7 +20,7 @@ from common.errors import ConfigError, ShardError
 from common.options import as_dict
 from precompute.config import PrecomputeConfig
 from precompute.run import precompute
-from tests.conftest import REPOSITORY, Outcome, flags, run_python, train_in_two_processes
+from tests.conftest import Outcome, flags, run_python, running, train_in_two_processes
 from train import models
 from train.config import TrainConfig
 from train.misplaced_options import MISPLACED
@@ -302,17 +300,16 @@ def test_a_killed_run_resumes_to_the_same_bits(train_config: TrainConfig, tmp_pa
     )
     train(config)
     killed = replace(config, output_dir=tmp_path / "killed")
-    arguments = [sys.executable, "-m", "train", *flags(killed)]
-    process = subprocess.Popen(arguments, cwd=REPOSITORY, stderr=subprocess.DEVNULL)
-    while not checkpoints.find(killed.output_dir) and process.poll() is None:
-        time.sleep(0.02)
-    os.kill(process.pid, signal.SIGKILL)
-    process.wait()
+    arguments = ["-m", "train", *flags(killed)]
+    with running(arguments, stderr=subprocess.DEVNULL) as process:
+        while not checkpoints.find(killed.output_dir) and process.poll() is None:
+            time.sleep(0.02)
+        process.kill()
     stopped_at = checkpoints.find(killed.output_dir)
     assert stopped_at
     assert stopped_at[-1].name != "checkpoint-60", "the run ended before it could be killed"
     assert not (killed.output_dir / WEIGHTS).exists()
-    subprocess.run(arguments, cwd=REPOSITORY, check=True)
+    assert run_python(*arguments).returncode == 0
     assert same(config.output_dir, killed.output_dir)
 
 

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from diffusers import SD3ControlNetModel
+import torch
+from diffusers import SD3ControlNetModel, StableDiffusion3ControlNetPipeline
 from PIL import Image, ImageDraw
 
 from common.errors import ConfigError
@@ -24,7 +25,7 @@ from infer.scoring.score import score
 from infer.scoring.statistics import Summary
 from sd3.images import fit
 from sd3.pretrained import DATA_KEY
-from tests.conftest import RESOLUTION_PX, Outcome, awaken, flags
+from tests.conftest import RESOLUTION_PX, TOKENS, Outcome, awaken, flags
 
 SIDE = 128
 NEAR = math.floor(TOLERANCE * math.hypot(SIDE, SIDE))  # pixels
@@ -188,6 +189,9 @@ def test_checkpoints_side_by_side(config: ScoreConfig, tmp_path: Path) -> None:
         shutil.copytree(config.controlnet[0], folder)
         network = SD3ControlNetModel.from_pretrained(folder)
         awaken(network, seed=step)
+        if step == 100:
+            data = dict(network.config[DATA_KEY]) | {"conditioning_range": "0_1"}
+            network.register_to_config(**{DATA_KEY: data})
         network.save_pretrained(folder)
     names = tuple(str(run / f"checkpoint-{step}" / "controlnet") for step in (50, 100))
     score(replace(config, controlnet=names))
@@ -212,6 +216,23 @@ def test_checkpoints_side_by_side(config: ScoreConfig, tmp_path: Path) -> None:
         assert figures[variant]["ssim"]["mean"] == pytest.approx(mean, abs=1e-4)
     with Image.open(config.output_dir / "curve.png") as image:
         assert image.width > 5 * 300
+    # The second one was trained on pixels from 0 to 1, and is given such.
+    stock = StableDiffusion3ControlNetPipeline.from_pretrained(
+        config.pretrained_model_name_or_path, controlnet=network
+    )
+    house = fit(Image.open(config.source / "source/0.png").convert("RGB"), 64)
+    expected = stock(
+        "a house",
+        control_image=torch.tensor(np.array(house)).permute(2, 0, 1)[None] / 255,
+        height=64,
+        width=64,
+        num_inference_steps=1,
+        guidance_scale=1.0,
+        max_sequence_length=TOKENS,
+        latents=torch.randn(1, 16, 8, 8, generator=torch.manual_seed(0)),
+    ).images[0]
+    drawn = np.array(Image.open(config.output_dir / "checkpoint-100" / "000.png")).astype(int)
+    assert np.abs(drawn - np.array(expected)).max() <= 1
     assert RESOLUTION_PX == 64
 
 

@@ -1,6 +1,7 @@
 """`infer score`: the pictures are the stock pipelines', and the figures are theirs."""
 
 import csv
+import itertools
 import json
 import math
 import re
@@ -24,7 +25,7 @@ from infer.config import ScoreConfig
 from infer.scoring.charts import worst_sheet
 from infer.scoring.discs import measure_disc
 from infer.scoring.measures import MEASURES, Sample
-from infer.scoring.results import WITH, WITHOUT, SampleResult, to_csv
+from infer.scoring.results import WITH, WITHOUT, SampleResult, summarize_variants, to_csv
 from infer.scoring.score import score
 from infer.scoring.statistics import summarize
 from sd3.contact_sheet import CELL_PX
@@ -53,35 +54,37 @@ def config(base: Path, controlnet: Path, tmp_path: Path) -> ScoreConfig:
     )
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
-def test_pictures_are_those_of_the_stock_pipelines(config: ScoreConfig, variant: str) -> None:
-    score(config)
-    models = {}
-    kind = StableDiffusion3Pipeline
-    if variant == WITH:
-        kind = StableDiffusion3ControlNetPipeline
-        models["controlnet"] = SD3ControlNetModel.from_pretrained(config.controlnet[0])
-    pipeline = kind.from_pretrained(config.pretrained_model_name_or_path, **models)
+def test_pictures_are_those_of_the_stock_pipelines(config: ScoreConfig) -> None:
+    # The ControlNet has a say in the second step of three alone.
+    influence = {
+        "controlnet_conditioning_scale": 0.7,
+        "control_guidance_start": 0.2,
+        "control_guidance_end": 0.9,
+    }
+    score(replace(config, num_inference_steps=3, negative_prompt="black", **influence))
+    base = config.pretrained_model_name_or_path
+    network = SD3ControlNetModel.from_pretrained(config.controlnet[0])
+    stock = StableDiffusion3ControlNetPipeline.from_pretrained(base, controlnet=network)
+    without = StableDiffusion3Pipeline.from_pretrained(base)
     rows = [json.loads(line) for line in (config.source / "prompt.json").open()]
-    for number in range(NUM_SAMPLES):
+    for variant, number in itertools.product(VARIANTS, range(NUM_SAMPLES)):
         image = Image.open(config.source / rows[number]["source"]).convert("RGB")
         small = image.resize((RESOLUTION_PX,) * 2, Image.Resampling.BILINEAR)
         side = RESOLUTION_PX // 8
-        expected = pipeline(
+        expected = (stock if variant == WITH else without)(
             rows[number]["prompt"],
+            negative_prompt="black",
             height=RESOLUTION_PX,
             width=RESOLUTION_PX,
-            num_inference_steps=2,
+            num_inference_steps=3,
             guidance_scale=3.0,
             max_sequence_length=TOKENS,
             latents=torch.randn(1, 16, side, side, generator=torch.manual_seed(5 + number)),
-            **({"control_image": small} if variant == WITH else {}),
+            **({"control_image": small} | influence if variant == WITH else {}),
         ).images[0]
-        picture = np.array(Image.open(config.output_dir / variant / f"{number:03d}.png")).astype(
-            int
-        )
+        picture = np.array(Image.open(config.output_dir / variant / f"{number:03d}.png"))
         # One picture at a time or two: the last bits differ, and 8 bit rounding with them.
-        assert np.abs(picture - np.array(expected)).max() <= 1
+        assert np.abs(picture.astype(int) - np.array(expected)).max() <= 1
 
 
 def test_figures_are_those_of_the_pictures(config: ScoreConfig) -> None:
@@ -151,15 +154,19 @@ def test_the_worst_come_first_and_no_disc_has_no_colour(tmp_path: Path) -> None:
     assert all(row[f"{WITHOUT}_disc_color_error"] == "" for row in rows)
     assert all(row[f"{WITHOUT}_iou"] == "0.0000" for row in rows)
     sheet = np.array(worst_sheet(CIRCLES, samples))
-    # The first row's second picture is sample 1's.
-    picture = np.array(
-        Image.open(samples[1].pictures[WITH]).resize((CELL_PX,) * 2, Image.Resampling.LANCZOS)
-    )
     rows_of, columns_of = np.nonzero((sheet == COLORS["tomato"]).all(axis=-1))
-    first = rows_of < 300
-    tomato = (picture == COLORS["tomato"]).all(axis=-1)
-    assert np.count_nonzero(first) == np.count_nonzero(tomato)
-    assert columns_of[first].min() > CELL_PX
+    # Each row shows a disc, in the second column, and one moved less than that of the row above.
+    ends = np.flatnonzero(np.diff(rows_of) > CELL_PX / 4) + 1
+    middles = [columns.mean() for columns in np.split(columns_of, ends)]
+    moved = [(200 + shift) / 512 * CELL_PX for shift in (160, 80, 40, 0)]
+    assert np.diff(middles) == pytest.approx(np.diff(moved), abs=1)
+    assert columns_of.min() > CELL_PX
+    figures = summarize_variants([CIRCLES], samples)
+    assert figures[WITHOUT]["disc_color_error"].count == 0
+    # As if one picture had a disc: the others are left out, and do not count as 0.
+    samples[2].values[WITHOUT]["disc_color_error"] = 8.0
+    summary = summarize_variants([CIRCLES], samples)[WITHOUT]["disc_color_error"]
+    assert (summary.count, summary.mean, summary.median) == (1, 8.0, 8.0)
 
 
 def test_a_summary_is_what_statistics_say() -> None:

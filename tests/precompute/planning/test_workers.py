@@ -122,7 +122,8 @@ def one_process(
     return files(folder)
 
 
-@pytest.mark.parametrize("count", [2, pytest.param(3, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("count", [2, 3])
 def test_accelerate_launch_gives_the_bytes_of_one_process(
     one_process: dict[str, bytes], fresh: PrecomputeConfig, count: int
 ) -> None:

@@ -233,6 +233,7 @@ main(sys.argv[2:], prog_name="python -m precompute")
 """
 
 
+@pytest.mark.slow
 def test_a_full_disk_ends_in_one_line_and_finished_shards_stay(
     fresh: PrecomputeConfig, cache: Path
 ) -> None:

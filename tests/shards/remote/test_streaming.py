@@ -21,7 +21,7 @@ from shards.reading.order import Order
 from shards.remote import streaming
 from shards.remote.folder import RemoteFolder
 from shards.remote.streaming import RemoteFiles, open_files
-from tests.conftest import flags, free_port, run_python
+from tests.conftest import flags, free_port, run_python, running
 from tests.shards.remote.conftest import Server
 from train.config import TrainConfig
 from train.data import RankPlaces, TrainingSamples, read_batches
@@ -70,7 +70,7 @@ def truncates(handler: Any, path: str, before: int, data: bytes) -> bool:
 
 
 def stalls(handler: Any, path: str, before: int, data: bytes) -> bool:
-    if before >= 1:
+    if before >= 1 or not path.startswith("latents/"):  # each costs the time that is waited for it
         return False
     sent(handler, data[:100], len(data))
     handler.wfile.flush()
@@ -212,13 +212,12 @@ def test_a_half_fetched_file_is_never_used(
         return True
 
     server.misbehave = hangs
-    process = subprocess.Popen([sys.executable, "-c", code, server.url, str(tmp_path / "local")])
-    deadline = time.monotonic() + 60
-    while not any(p.stat().st_size for p in (tmp_path / "local").rglob("000000.tar.*.part")):
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-    process.kill()
-    process.wait()
+    with running(["-c", code, server.url, tmp_path / "local"]) as process:
+        deadline = time.monotonic() + 60
+        while not any(p.stat().st_size for p in (tmp_path / "local").rglob("000000.tar.*.part")):
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        process.kill()
     server.misbehave = lambda *_: False
     assert same(everything(open_remote(server.url, tmp_path / "local")), everything(Cache(cache)))
 

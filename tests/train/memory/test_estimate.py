@@ -175,6 +175,7 @@ def few(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(estimate, "REMEDIES", some)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("few")
 def test_an_estimate_needs_no_weights(
     config: TrainConfig, command: Callable[..., Outcome], tmp_path: Path

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import psutil
 
-from tests.conftest import REPOSITORY
+from tests.conftest import REPOSITORY, kill_with_children
 
 WAIT_S = 120
 # What Slurm's own programs do, as far as the scripts use them. $STATE is a folder.
@@ -70,6 +70,7 @@ class Slurm:
     def __init__(self, folder: Path, script: str) -> None:
         self.folder = folder
         self.script = script
+        self.jobs: list[subprocess.Popen[str]] = []
         programs = folder / "programs"
         programs.mkdir()
         for name, code in (("srun", SRUN), ("scancel", SCANCEL), ("scontrol", SCONTROL)):
@@ -102,7 +103,7 @@ class Slurm:
             "OMP_NUM_THREADS": "1",
         }
         with self.output.open("a") as output:
-            return subprocess.Popen(
+            job = subprocess.Popen(
                 ["bash", str(path)],
                 cwd=self.folder,
                 env=os.environ | slurm,
@@ -110,6 +111,13 @@ class Slurm:
                 stderr=output,
                 text=True,
             )
+        self.jobs.append(job)
+        return job
+
+    def kill(self) -> None:
+        """Kill all that still runs, as after a failed test."""
+        for job in self.jobs:
+            kill_with_children(job)
 
     @property
     def output(self) -> Path:

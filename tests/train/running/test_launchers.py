@@ -2,15 +2,13 @@
 
 import contextlib
 import os
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
 import psutil
 import pytest
 
-from tests.conftest import REPOSITORY, flags, free_port
+from tests.conftest import REPOSITORY, flags, free_port, running
 from tests.train.running.slurm import WAIT_S, until
 from train.config import TrainConfig
 from train.run import train
@@ -42,13 +40,11 @@ def test_a_launcher_that_is_told_to_end_leaves_a_checkpoint(
     output = tmp_path / "output"
     with (
         output.open("w") as written,
-        subprocess.Popen(
-            [sys.executable, "-m", *arguments, *flags(config)],
-            cwd=REPOSITORY,
+        running(
+            ["-m", *arguments, *flags(config)],
             env=os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"},
             stdout=written,
             stderr=written,
-            text=True,
         ) as process,
     ):
         until(lambda: "train: 1 of 100000 steps" in output.read_text(), process, output)

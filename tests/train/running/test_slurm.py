@@ -1,6 +1,6 @@
 """The batch scripts of the docs, run with a stand-in for Slurm up to the time limit and on."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import pytest
@@ -13,6 +13,20 @@ from train.config import TrainConfig
 from train.saving import checkpoints
 
 pytestmark = pytest.mark.slow
+
+
+@pytest.fixture
+def slurm_with(tmp_path: Path) -> Iterator[Callable[[str], Slurm]]:
+    """Make a stand-in for a script; what it started and still runs at the end is killed."""
+    made: list[Slurm] = []
+
+    def make(script: str) -> Slurm:
+        made.append(Slurm(tmp_path, script))
+        return made[-1]
+
+    yield make
+    for slurm in made:
+        slurm.kill()
 
 
 def toml(section: str, settings: Mapping[str, object]) -> str:
@@ -33,7 +47,7 @@ def changed(script: str, *changes: tuple[str, str]) -> str:
 
 
 def test_training_is_requeued_at_the_time_limit_and_goes_on_to_the_end(
-    train_config: TrainConfig, cache: Path, tmp_path: Path
+    train_config: TrainConfig, cache: Path, tmp_path: Path, slurm_with: Callable[[str], Slurm]
 ) -> None:
     # DDP on CPUs, where FSDP2 on GPUs stands.
     script = changed(
@@ -42,7 +56,7 @@ def test_training_is_requeued_at_the_time_limit_and_goes_on_to_the_end(
         ("-m train", "-m tests.sharded_on_cpu train"),
         ("29500", str(free_port())),
     )
-    slurm = Slurm(tmp_path, script)
+    slurm = slurm_with(script)
     (tmp_path / "configs").mkdir()
     (tmp_path / "configs/accelerate").symlink_to(REPOSITORY / "configs" / "accelerate")
     (tmp_path / "cache").symlink_to(cache)
@@ -80,19 +94,19 @@ def test_training_is_requeued_at_the_time_limit_and_goes_on_to_the_end(
     assert f"out: ControlNet saved after {step + 1} steps" in slurm.output.read_text()
 
 
-def test_a_training_job_that_fails_is_not_requeued(tmp_path: Path) -> None:
+def test_a_training_job_that_fails_is_not_requeued(slurm_with: Callable[[str], Slurm]) -> None:
     script = changed(batch_script("many-gpus.md"), ("fsdp2.yaml", "absent.yaml"))
-    slurm = Slurm(tmp_path, script)
+    slurm = slurm_with(script)
     assert slurm.start().wait(WAIT_S) == 1
     assert not slurm.requeued
     assert "absent.yaml" in slurm.output.read_text()
 
 
 def test_stage_1_is_requeued_at_the_time_limit_and_goes_on_to_the_end(
-    fresh: PrecomputeConfig, tmp_path: Path
+    fresh: PrecomputeConfig, tmp_path: Path, slurm_with: Callable[[str], Slurm]
 ) -> None:
     script = changed(batch_script("workers.md"), ("fill50k.zip", str(fresh.source)), ("/16", "/1"))
-    slurm = Slurm(tmp_path, script)
+    slurm = slurm_with(script)
     (tmp_path / "configs").mkdir()
     config = {
         "pretrained_model_name_or_path": fresh.pretrained_model_name_or_path,
