@@ -17,6 +17,7 @@ TESTS   := $(RUN) OMP_NUM_THREADS=1 python -m pytest -n auto --maxprocesses 8 --
 INSTALL := $(VENV)/bin/python -m pip install --disable-pip-version-check -c constraints.txt
 STAMP   := $(VENV)/.installed
 SERVE_STAMP := $(VENV)/.installed-serve
+CHECK_STAMP := $(VENV)/.installed-check
 GPU_STAMP   := $(VENV)/.installed-gpu
 IS_DEMO := $(filter %demo.toml %demo-fast.toml %demo-full.toml,$(CONFIG))
 
@@ -64,6 +65,10 @@ $(SERVE_STAMP): $(STAMP)
 	$(INSTALL) -e ".[serve]"
 	@touch $@
 
+$(CHECK_STAMP): $(STAMP)
+	$(INSTALL) -e ".[bitsandbytes,browser,deepspeed,serve]"
+	@touch $@
+
 $(GPU_STAMP): $(STAMP)
 	$(INSTALL) -e ".[bitsandbytes]"
 	@touch $@
@@ -96,12 +101,12 @@ verify: setup  ## Check every record of CACHE
 	$(RUN) python -m shards verify "$(or $(CACHE),$(if $(IS_DEMO),runs/$(basename $(notdir $(IS_DEMO)))/cache,$(error Say which: make verify CACHE=…)))"
 
 test: setup  ## Run the tests that take seconds
-	$(TESTS) -m "not slow and not gpu and not network" $(ARGS)
+	$(TESTS) -m "not slow and not extras and not gpu and not network" $(ARGS)
 
 lint: setup  ## Run ruff and mypy --strict
 	$(RUN) ruff check . && ruff format --check . && mypy
 
-check: lint  ## Run lint, and all tests that need neither GPU nor network
+check: lint $(CHECK_STAMP)  ## Install the optional packages; run lint, and all tests that need neither GPU nor network
 	$(TESTS) -m "not gpu and not network" $(ARGS)
 
 mutate: setup  ## Plant faults on purpose and count those that the quick tests find, in AREAS or everywhere

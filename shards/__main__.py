@@ -17,9 +17,7 @@ from shards.remote.folder import RemoteFolder, is_url
 from shards.remote.shard_files import TransferResult
 from shards.remote.streaming import LOCAL_CACHE_GB, open_files
 
-OVERWRITE = click.option(
-    "--overwrite", is_flag=True, help="Change a complete cache that is there and is another."
-)
+OVERWRITE = click.option("--overwrite", is_flag=True, help="Change another cache that is there.")
 LOCAL_CACHE = click.option(
     "--local-cache-dir",
     type=click.Path(path_type=Path),

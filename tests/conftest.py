@@ -34,7 +34,7 @@ from demo.circles import write_circles
 from precompute.config import PrecomputeConfig
 from precompute.run import precompute
 from sd3.pretrained import DATA_KEY
-from tests import hub_server
+from tests import hub_server, skips
 from tests.hub_server import Hub
 from train import loop, models
 from train.config import TrainConfig
@@ -58,6 +58,12 @@ PROMPTS = (
     "tomato circle with pale turquoise background",
     "royal blue circle with lemon chiffon background",
 )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Watch over skipped tests."""
+    if not config.pluginmanager.is_registered(skips):
+        config.pluginmanager.register(skips)
 
 
 @pytest.fixture(autouse=True)

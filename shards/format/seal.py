@@ -5,10 +5,11 @@ A process that finds every expected shard writes the manifest: a worker of stage
 """
 
 import contextlib
-import time
 from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
 
+from common import claim
 from common.errors import ShardError
 from shards.format import bad_rows, manifest, sidecar
 from shards.format.expected_cache import ExpectedCache, ExpectedProduct
@@ -94,32 +95,12 @@ def _is_sealed(cache: Path) -> bool:
     return (cache / manifest.MANIFEST).is_file() and not (cache / manifest.PREVIOUS).exists()
 
 
-@contextlib.contextmanager
-def _alone(cache: Path) -> Iterator[None]:
-    """Keep other processes from changing the manifest, on any disk and any machine.
+def _alone(cache: Path) -> AbstractContextManager[None]:
+    """Keep other processes from changing the manifest.
 
-    Two that seal their controls at once would each leave out what the other adds. The file that
-    says so is made by one process only, on disks without locks, too. A killed process leaves it
-    behind; the next waits for `ABANDONED_AFTER_S` and takes its place.
+    Two that seal their controls at once would each leave out what the other adds.
     """
-    path = cache / CLAIM
-    seen, since = None, time.monotonic()
-    while True:
-        try:
-            path.open("x").close()
-            break
-        except FileExistsError:
-            with contextlib.suppress(FileNotFoundError):
-                status = path.stat()
-                if (claim := (status.st_ino, status.st_mtime_ns)) != seen:
-                    seen, since = claim, time.monotonic()
-                elif time.monotonic() - since > ABANDONED_AFTER_S:
-                    path.unlink()
-            time.sleep(0.01)
-    try:
-        yield
-    finally:
-        path.unlink(missing_ok=True)
+    return claim.alone(cache / CLAIM, ABANDONED_AFTER_S)
 
 
 def _controls(

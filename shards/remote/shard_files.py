@@ -97,16 +97,14 @@ def matches(path: Path, sha256: str, size: int | None = None) -> bool:
     return file_sha256(path) == sha256
 
 
-def require_overwrite(overwrite: bool, where: object) -> None:
-    """Refuse to change another complete cache unless that was asked for.
+def require_overwrite(overwrite: bool, where: object, what: str = "another complete cache") -> None:
+    """Refuse to change another cache unless that was asked for.
 
     Raises:
         ConfigError: it was not.
     """
     if not overwrite:
-        raise ConfigError(
-            f"{where}: holds another complete cache; --overwrite replaces in it what differs."
-        )
+        raise ConfigError(f"{where}: holds {what}; --overwrite replaces in it what differs.")
 
 
 def _all_shards(manifest: Manifest) -> list[ShardFiles]:

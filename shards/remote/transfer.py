@@ -33,7 +33,8 @@ def pull(remote: RemoteFolder, cache: Path, *, overwrite: bool = False) -> Trans
     Args:
         remote: a complete cache.
         cache: made if missing.
-        overwrite: whether another complete cache in the folder may be changed.
+        overwrite: whether another cache in the folder, complete or begun by precompute, may be
+            changed.
 
     Raises:
         ShardError: the remote cache is incomplete, or a file cannot be fetched as it should be.
@@ -51,6 +52,8 @@ def pull(remote: RemoteFolder, cache: Path, *, overwrite: bool = False) -> Trans
         if (cache / MANIFEST).is_file():
             require_overwrite(overwrite, cache)
             (cache / MANIFEST).replace(cache / PREVIOUS)
+        elif (cache / PLAN).is_file():  # what an interrupted pull left has none
+            require_overwrite(overwrite, cache, "a cache that precompute has not finished")
         (cache / PLAN).unlink(missing_ok=True)  # of another cache than the one that arrives
     result = for_each_shard(
         "pull",

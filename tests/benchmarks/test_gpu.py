@@ -197,6 +197,7 @@ def test_without_a_gpu_one_line_says_what_to_type(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.extras
 def test_all_of_it_in_small(tmp_path: Path) -> None:
     before = PAGE.read_bytes()
     done = run_python(

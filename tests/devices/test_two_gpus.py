@@ -1,6 +1,5 @@
 """What happens on two GPUs, on a machine without one: each file of scenarios in a process."""
 
-import shutil
 from pathlib import Path
 
 import pytest
@@ -13,7 +12,7 @@ SCENARIOS = Path(__file__).parent / "scenarios"
 
 @pytest.mark.slow
 @pytest.mark.skipif(torch.version.cuda is not None, reason="this torch has a CUDA of its own")
-@pytest.mark.skipif(shutil.which("g++") is None, reason="the stand-in has to be compiled")
+@pytest.mark.extras
 def test_the_scenarios_pass() -> None:
     files = sorted(SCENARIOS.glob("[a-z]*.py"))
     done = run_python("-m", "tests.devices.stand_in", "pytest", "-p", "no:cacheprovider", *files)

@@ -63,8 +63,6 @@ def test_a_picture_is_the_same_in_each_placement(
 def test_a_quantised_transformer_draws_nearly_the_same(
     kind: str, config: GenerateConfig, device: torch.device, tmp_path: Path
 ) -> None:
-    if kind == "nf4":
-        pytest.importorskip("bitsandbytes")
     quantized = replace(config, quantize_base=kind, output_dir=tmp_path / kind)
     difference = np.abs(picture(config) - picture(quantized))
     assert 0 < difference.mean() < {"int8": 1, "nf4": 8}[kind]

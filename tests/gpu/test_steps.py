@@ -73,7 +73,6 @@ def test_what_only_moves_numbers_changes_none(
 
 
 def test_8_bit_adam_learns_the_same(plain: TrainConfig, tmp_path: Path) -> None:
-    pytest.importorskip("bitsandbytes")
     expected = logged_losses(plain.output_dir)
     other = replace(plain, use_8bit_adam=True, output_dir=tmp_path / "other")
     assert losses(other) == pytest.approx(expected, rel=0.02)
@@ -85,8 +84,6 @@ def test_8_bit_adam_learns_the_same(plain: TrainConfig, tmp_path: Path) -> None:
 def test_a_quantised_base_gives_nearly_the_same(
     kind: str, plain: TrainConfig, tmp_path: Path
 ) -> None:
-    if kind == "nf4":
-        pytest.importorskip("bitsandbytes")
     expected = logged_losses(plain.output_dir)
     other = replace(plain, quantize_base=kind, output_dir=tmp_path / "other")
     found = losses(other)
@@ -97,8 +94,6 @@ def test_a_quantised_base_gives_nearly_the_same(
 @pytest.mark.usefixtures("card")
 @pytest.mark.parametrize("kind", [None, *QUANTIZED])
 def test_compiled_is_the_same(kind: Any, plain: TrainConfig, tmp_path: Path) -> None:
-    if kind == "nf4":
-        pytest.importorskip("bitsandbytes")
     eager = replace(plain, quantize_base=kind, max_train_steps=2, output_dir=tmp_path / "eager")
     compiled = replace(eager, compile=True, output_dir=tmp_path / "compiled")
     assert losses(compiled) == pytest.approx(losses(eager), rel=1e-3)

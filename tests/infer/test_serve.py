@@ -18,7 +18,7 @@ from infer.drawing import metadata
 from infer.drawing.generate import generate
 from tests.conftest import PROMPTS, RESOLUTION_PX, Outcome, flags, free_port
 
-gradio = pytest.importorskip("gradio")
+pytestmark = pytest.mark.extras
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 
 
@@ -196,12 +196,13 @@ def test_limits_are_positive(config: ServeConfig, name: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(CHROMIUM is None, reason="needs a Chromium")
 def test_a_circle_drawn_in_a_browser_becomes_a_picture(
     page: str, config: ServeConfig, tmp_path: Path
 ) -> None:
-    playwright = pytest.importorskip("playwright.sync_api")
-    with playwright.sync_playwright() as found:
+    from playwright import sync_api
+
+    assert CHROMIUM, "install a Chromium, or Google Chrome: the page is tried in it"
+    with sync_api.sync_playwright() as found:
         browser = found.chromium.launch(
             executable_path=CHROMIUM,
             args=["--no-sandbox", "--use-gl=swiftshader", "--enable-unsafe-swiftshader"],

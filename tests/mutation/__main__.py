@@ -23,7 +23,13 @@ import pytest
 from tests.mutation.table import REPOSITORY, Area, Fault, read_areas
 
 # The quick tests, to the first failure. The warning is of hypothesis, which is imported already.
-PYTEST = ["-m", "not slow and not gpu and not network", "-x", "-p", "no:cacheprovider"]
+PYTEST = [
+    "-m",
+    "not slow and not extras and not gpu and not network",
+    "-x",
+    "-p",
+    "no:cacheprovider",
+]
 PYTEST += ["-W", "ignore::pytest.PytestAssertRewriteWarning"]
 # Tests that run this long after a fault was planted will not end.
 TIMEOUT_S = 240

@@ -44,7 +44,6 @@ def test_a_command_that_gives_no_tensors_loads_no_torch(
 
 
 def test_pull_loads_no_torch(cache: Path, tmp_path: Path) -> None:
-    pytest.importorskip("aiohttp")
     handler = partial(http.server.SimpleHTTPRequestHandler, directory=cache)
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()

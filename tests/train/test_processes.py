@@ -1,6 +1,5 @@
 """Several processes: the same losses as one, and the same order whatever their number."""
 
-import importlib.util
 import json
 import os
 import signal
@@ -27,6 +26,7 @@ from train.run import train
 from train.saving import checkpoints
 
 pytestmark = pytest.mark.slow
+DEEPSPEED = [pytest.param(name, marks=pytest.mark.extras) for name in ("zero2", "zero3")]
 
 
 @pytest.fixture
@@ -45,8 +45,6 @@ def launch(
     name: str, config: TrainConfig, num_processes: int = 2, **environment: str
 ) -> subprocess.CompletedProcess[str]:
     """Train on CPUs as one of configs/accelerate/ says."""
-    if name.startswith("zero") and importlib.util.find_spec("deepspeed") is None:
-        pytest.skip("deepspeed is not installed: pip install '.[deepspeed]'")
     options = {
         "config_file": REPOSITORY / "configs" / "accelerate" / f"{name}.yaml",
         "num_processes": num_processes,
@@ -119,7 +117,7 @@ def test_a_signal_to_one_process_ends_both_after_the_same_step(
     assert line in output
 
 
-@pytest.mark.parametrize("name", ["ddp", "fsdp2", "zero2", "zero3"])
+@pytest.mark.parametrize("name", ["ddp", "fsdp2", *DEEPSPEED])
 def test_sharded_training_is_that_of_one_process(
     name: str, config: TrainConfig, held_out: Path, tmp_path: Path
 ) -> None:

@@ -1,6 +1,5 @@
 """What does not go together is said in one line, before anything is loaded."""
 
-import importlib.util
 import json
 import shutil
 from collections.abc import Callable
@@ -20,11 +19,10 @@ from tests.conftest import PROMPTS, RESOLUTION_PX, TOKENS, Outcome, flags
 
 # The miniature has positions for 32 x 32 patches of 2 x 2 latents of 8 x 8 pixels.
 LARGEST_PX = 32 * 2 * 8
-WITHOUT_GRADIO = importlib.util.find_spec("gradio") is None
 COMMANDS = (
     "generate",
     "score",
-    pytest.param("serve", marks=pytest.mark.skipif(WITHOUT_GRADIO, reason="needs gradio")),
+    pytest.param("serve", marks=pytest.mark.extras),
 )
 
 

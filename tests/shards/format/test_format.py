@@ -6,7 +6,7 @@ import json
 import math
 import re
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -69,36 +69,40 @@ class Page:
     def order(self, seed: int, window: int | None, group: int) -> Iterator[tuple[int, int]]:
         """Yield the samples of places 0, 1, 2, …"""
         product = self.product(f"conditioning/{self.name}")
-        sizes, buckets = product["shard_records"], product["shard_buckets"]
-        taking_part = [
-            shard
-            for shard, size in enumerate(sizes)
-            if size and shard not in self.manifest.get("held_out", [])
-        ]
-        buckets = {shard: buckets[shard] for shard in taking_part}
-        w = window or len(taking_part)
-        for epoch in itertools.count():
+        held_out = self.manifest.get("held_out", [])
+        sizes = [0 if k in held_out else n for k, n in enumerate(product["shard_records"])]
+        return page_order(sizes, product["shard_buckets"], seed, window, group)
 
-            def key(*numbers: int, epoch: int = epoch) -> int:
-                return xxh("/".join(map(str, (seed, epoch, *numbers))))
 
-            shards = sorted(taking_part, key=lambda shard: xxh(str(shard), key(0)))
-            for b in range(math.ceil(len(shards) / w)):
-                mixed = shards[b * w : (b + 1) * w]
-                samples = [(k, i) for k in mixed for i in range(sizes[k])]
-                if len(set(buckets.values())) == 1:
-                    for q in range(len(samples)):
-                        yield samples[feistel(q, len(samples), key(b + 1))]
-                    continue
-                groups = []
-                for c in sorted(set(buckets.values())):
-                    of_c = [(k, i) for k, i in samples if buckets[k] == c]
-                    for j in range(math.ceil(len(of_c) / group)):
-                        numbers = [(j * group + q) % len(of_c) for q in range(group)]
-                        keyed = [feistel(q, len(of_c), key(b + 1, c)) for q in numbers]
-                        groups.append([of_c[q] for q in keyed])
-                for t in range(len(groups)):
-                    yield from groups[feistel(t, len(groups), key(b + 1))]
+def page_order(
+    sizes: Sequence[int], shard_buckets: Sequence[int], seed: int, window: int | None, group: int
+) -> Iterator[tuple[int, int]]:
+    """Yield the samples of places 0, 1, 2, …, as the page says."""
+    taking_part = [shard for shard, size in enumerate(sizes) if size]
+    buckets = {shard: shard_buckets[shard] for shard in taking_part}
+    w = window or len(taking_part)
+    for epoch in itertools.count():
+
+        def key(*numbers: int, epoch: int = epoch) -> int:
+            return xxh("/".join(map(str, (seed, epoch, *numbers))))
+
+        shards = sorted(taking_part, key=lambda shard: xxh(str(shard), key(0)))
+        for b in range(math.ceil(len(shards) / w)):
+            mixed = shards[b * w : (b + 1) * w]
+            samples = [(k, i) for k in mixed for i in range(sizes[k])]
+            if len(set(buckets.values())) == 1:
+                for q in range(len(samples)):
+                    yield samples[feistel(q, len(samples), key(b + 1))]
+                continue
+            groups = []
+            for c in sorted(set(buckets.values())):
+                of_c = [(k, i) for k, i in samples if buckets[k] == c]
+                for j in range(math.ceil(len(of_c) / group)):
+                    numbers = [(j * group + q) % len(of_c) for q in range(group)]
+                    keyed = [feistel(q, len(of_c), key(b + 1, c)) for q in numbers]
+                    groups.append([of_c[q] for q in keyed])
+            for t in range(len(groups)):
+                yield from groups[feistel(t, len(groups), key(b + 1))]
 
 
 def xxh(text: str, key: int = 0) -> int:

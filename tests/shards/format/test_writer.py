@@ -13,6 +13,7 @@ import safetensors.torch
 import torch
 import webdataset
 
+from common import atomic_files
 from common.atomic_files import atomic_file
 from common.errors import ShardError
 from precompute.config import PrecomputeConfig
@@ -108,6 +109,24 @@ def test_the_old_shard_stands_until_the_new_tar_is_whole(tmp_path: Path) -> None
     assert (found.fingerprint, found.num_records) == ("new", 2)
 
 
+def test_no_sidecar_stands_beside_a_tar_that_it_was_not_written_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    beside: list[bool] = []
+    move = atomic_files.move_into_place
+
+    def look(temporary: Path, path: Path) -> None:
+        move(temporary, path)
+        if path.suffix == ".tar":  # the power may fail now
+            beside.append((tmp_path / "000007.json").exists())
+
+    monkeypatch.setattr(atomic_files, "move_into_place", look)
+    for fingerprint in ("old", "new"):
+        write_shard(tmp_path, 7, records(), fingerprint=fingerprint)
+    assert beside == [False, False]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["000007.json", "000007.tar"]
+
+
 def test_a_record_is_taken_over_byte_for_byte(tmp_path: Path) -> None:
     written = write_shard(tmp_path / "a", 7, records(), fingerprint="f")
     members = [to_members(record) for record in records()]
@@ -120,6 +139,7 @@ def test_a_summary_says_what_the_sidecar_says_while_its_tar_is_there(tmp_path: P
     found = sidecar.load_summary(tmp_path, 7)
     assert found is not None
     assert vars(found) == {name: getattr(written, name) for name in vars(found)}
+    assert (found.shard, found.fingerprint, found.identity, found.captions) == (7, "f", "i", "c")
     tar = tmp_path / "000007.tar"
     tar.write_bytes(tar.read_bytes()[:-1])
     assert sidecar.load_summary(tmp_path, 7) is None
@@ -158,6 +178,7 @@ def test_a_key_is_an_address() -> None:
         {"spans": [[0, 1, 2, 3]]},
         {"spans": [[-1, 1, 512, 3]] * 3},
         {"spans": [[0, 1 << 60, 1 << 61, 3]] * 3},
+        {"spans": [[512, 88, 700, 50], [620, 30, 700, 50], [800, 50, 900, 50]]},  # overlap
         {"keys": None},
         {"skipped": [{"row": 1}]},
         {"keys": ["../../etc/passwd"] * 3},
@@ -201,11 +222,19 @@ def test_a_file_too_large_or_no_file_is_refused(tmp_path: Path) -> None:
         sidecar.load(tmp_path, 7)
 
 
-def test_another_format_version_is_refused(tmp_path: Path) -> None:
+def test_a_sidecar_under_the_name_of_another_is_refused(tmp_path: Path) -> None:
+    write_shard(tmp_path, 7, records(), fingerprint="f")
+    (tmp_path / "000007.json").rename(tmp_path / "000008.json")
+    with pytest.raises(ShardError, match="the sidecar of shard 000007 under another's name"):
+        sidecar.load(tmp_path, 8)
+
+
+@pytest.mark.parametrize("version", [0, 2])
+def test_another_format_version_is_refused(tmp_path: Path, version: int) -> None:
     write_shard(tmp_path, 7, records(), fingerprint="f")
     path = tmp_path / "000007.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"format_version": 2}))
-    with pytest.raises(ShardError, match="format 2, this version reads 1"):
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"format_version": version}))
+    with pytest.raises(ShardError, match=f"format {version}, this version reads 1"):
         sidecar.load(tmp_path, 7)
 
 

@@ -31,7 +31,6 @@ def refusing(
         server.misbehave = refuses
         if request.param == "http":
             return RemoteFolder(f"{server.url}/cache"), server
-        pytest.importorskip("s3fs")
         monkeypatch.setenv("AWS_ENDPOINT_URL", server.url)
         monkeypatch.setenv("AWS_ACCESS_KEY_ID", "nobody")
         monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "nothing")

@@ -27,7 +27,6 @@ from train.config import TrainConfig
 from train.data import RankPlaces, TrainingSamples, read_batches
 from train.run import train
 
-pytest.importorskip("aiohttp")
 pytestmark = pytest.mark.usefixtures("patience")
 
 
@@ -366,6 +365,24 @@ def test_a_window_without_room_is_refused_before_anything_is_fetched(
         pytest.raises(ShardError, match=r"2 shards mixed at a time .* give --shuffle-window 1"),
         found.read_ahead(order, 0),
     ):
+        pass
+
+
+def test_two_windows_must_have_room(
+    cache: Path, tmp_path: Path, serve: Callable[[Path], Server]
+) -> None:
+    here = Cache(cache)
+    products = (here.text.product, here.latents.product, here.conditioning.product)
+    total = sum(product.num_bytes for product in products)
+    url = serve(cache).url
+    # Two windows of one shard are the whole cache; one of them is about half of it.
+    order = Order(here.conditioning.product.shard_records, seed=0, window=1)
+    with (
+        pytest.raises(ShardError, match="1 shards mixed at a time and the next 1 take"),
+        open_remote(url, tmp_path / "local", total - 1).read_ahead(order, 0),
+    ):
+        pass
+    with open_remote(url, tmp_path / "local", total).read_ahead(order, 0):
         pass
 
 

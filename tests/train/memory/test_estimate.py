@@ -106,11 +106,11 @@ def test_weights_and_state_are_counted_one_by_one(config: TrainConfig) -> None:
     assert found.step["optimiser"] + found.host == 8 * run.num_trained
 
 
+@pytest.mark.extras
 @pytest.mark.parametrize("kind", ["int8", "nf4"])
 def test_state_in_8_bit_and_weights_in_less_take_what_the_libraries_make_of_them(
     kind: str, config: TrainConfig
 ) -> None:
-    pytest.importorskip("bitsandbytes")
     config = replace(config, use_8bit_adam=True, quantize_base=kind)
     run = assemble(config)
     for parameter in run.controlnet.parameters():

@@ -74,9 +74,9 @@ def test_host_memory_is_taken_in_large_pieces(monkeypatch: pytest.MonkeyPatch) -
     assert large.untyped_storage().nbytes() == 2400
 
 
+@pytest.mark.extras
 @pytest.mark.usefixtures("small_tensors_offloaded")
 def test_state_in_8_bit_goes_on_from_host_memory(unclipped: TrainConfig, tmp_path: Path) -> None:
-    pytest.importorskip("bitsandbytes")
     whole = replace(unclipped, lr_scheduler="constant", use_8bit_adam=True, offload_optimizer=True)
     train(whole)
     halves = replace(whole, output_dir=tmp_path / "halves", resume_from_checkpoint="latest")
@@ -289,14 +289,12 @@ def rounded_to_nf4(weight: Tensor) -> Tensor:
     [
         ("int8", lambda weight: rounded_rows(weight, 127), 0.02),
         ("fp8", rounded_to_fp8, 0.04),
-        ("nf4", rounded_to_nf4, 0.15),
+        pytest.param("nf4", rounded_to_nf4, 0.15, marks=pytest.mark.extras),
     ],
 )
 def test_quantised_layers_compute_with_rounded_weights(
     kind: str, rounded: Callable[[Tensor], Tensor], error: float, base: Path
 ) -> None:
-    if kind == "nf4":
-        pytest.importorskip("bitsandbytes")
     exact = models.load_transformer(base, None, torch.float32)
     transformer = models.load_transformer(base, None, torch.float32)
     quantize(transformer, kind)
@@ -351,12 +349,13 @@ def test_products_in_8_bit_need_weights_in_8_bit(unclipped: TrainConfig) -> None
         replace(unclipped, fp8_matmul=True)
 
 
-@pytest.mark.parametrize(("kind", "error"), [("int8", 0.01), ("fp8", 0.03), ("nf4", 0.1)])
+@pytest.mark.parametrize(
+    ("kind", "error"),
+    [("int8", 0.01), ("fp8", 0.03), pytest.param("nf4", 0.1, marks=pytest.mark.extras)],
+)
 def test_training_beside_a_quantised_base(
     kind: str, error: float, unclipped: TrainConfig, tmp_path: Path
 ) -> None:
-    if kind == "nf4":
-        pytest.importorskip("bitsandbytes")
     train(unclipped)
     config = replace(unclipped, output_dir=tmp_path / kind, quantize_base=kind)
     train(config)

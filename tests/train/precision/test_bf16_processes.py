@@ -9,7 +9,7 @@ from torch import Tensor
 
 from benchmarks.reference.runs import logged_losses
 from tests.train.precision.records import Records, read, recorded
-from tests.train.test_processes import train_sharded
+from tests.train.test_processes import DEEPSPEED, train_sharded
 from tests.train.test_run import near_gradient_descent, weights
 from train import models
 from train.config import TrainConfig
@@ -53,7 +53,7 @@ def update(folder: Path, initial: dict[str, Tensor]) -> Tensor:
     return torch.cat([(final[name] - tensor).flatten() for name, tensor in initial.items()])
 
 
-@pytest.mark.parametrize("name", ["ddp", "fsdp2", "zero2", "zero3"])
+@pytest.mark.parametrize("name", ["ddp", "fsdp2", *DEEPSPEED])
 def test_in_bfloat16_it_is_the_training_of_one_process(
     name: str, config: TrainConfig, base: Path, tmp_path: Path
 ) -> None:

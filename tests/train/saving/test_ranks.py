@@ -39,13 +39,16 @@ def test_process_0_decides_and_all_agree(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "state"), [("fsdp2", "optimizer_0/__1_0.distcp"), ("zero2", "*zero_pp_rank_1_*")]
+    ("name", "state"),
+    [
+        ("fsdp2", "optimizer_0/__1_0.distcp"),
+        pytest.param("zero2", "*zero_pp_rank_1_*", marks=pytest.mark.extras),
+    ],
 )
 def test_a_cut_file_of_one_process_sends_all_to_the_checkpoint_before(
     name: str, state: str, train_config: TrainConfig, tmp_path: Path
 ) -> None:
     """And process 1 does not even see the newest checkpoint."""
-    pytest.importorskip("deepspeed")
     config = replace(
         near_gradient_descent(train_config),
         train_batch_size=1,
@@ -74,11 +77,10 @@ def test_a_cut_file_of_one_process_sends_all_to_the_checkpoint_before(
     assert_close(whole, config.output_dir)
 
 
-@pytest.mark.parametrize("name", ["fsdp2", "zero2"])
+@pytest.mark.parametrize("name", ["fsdp2", pytest.param("zero2", marks=pytest.mark.extras)])
 def test_a_process_that_cannot_write_ends_all_in_one_line(
     name: str, train_config: TrainConfig
 ) -> None:
-    pytest.importorskip("deepspeed")
     config = replace(train_config, train_batch_size=1, checkpointing_steps=1, max_train_steps=1)
     done = run_python(
         *("-m", "accelerate.commands.launch", "--config_file"),
