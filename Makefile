@@ -34,6 +34,16 @@ SERVE_FLAG      = $(if $(OUTPUT),--output-dir "$(OUTPUT)/served")
 SIZE_FLAG       = $(if $(SIZE),--size "$(SIZE)")
 SCORE_FLAG      = $(if $(OUTPUT),--output-dir "$(OUTPUT)/score")
 
+# A variable that a target would not look at is refused.
+ifneq ($(and $(CARD),$(filter circles demo demo-full precompute infer serve score verify,$(MAKECMDGOALS))),)
+ifeq ($(filter train,$(MAKECMDGOALS)),)
+$(error CARD=$(CARD) is for make train alone; leave it out)
+endif
+endif
+ifneq ($(and $(filter demo,$(MAKECMDGOALS)),$(filter-out 0,$(FAST)),$(filter-out file,$(origin CONFIG))),)
+$(error FAST=1 is configs/demo-fast.toml; give it or CONFIG=$(CONFIG), not both)
+endif
+
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
 .PHONY: help setup demo demo-full circles precompute train infer score serve verify test lint check mutate gpu clean

@@ -10,6 +10,7 @@ import click
 from common.command import CONTEXT, stage_command, user_errors
 from common.errors import ConfigError
 from infer.config import DecodeConfig, GenerateConfig, ScoreConfig, ServeConfig
+from infer.misplaced_options import misplaced
 
 
 @click.group(context_settings=CONTEXT)
@@ -70,12 +71,31 @@ def show(file: Path) -> None:
 
 
 main.add_command(
-    stage_command("generate", GenerateConfig, run_generate, section="infer", like=like)
+    stage_command(
+        "generate",
+        GenerateConfig,
+        run_generate,
+        section="infer",
+        misplaced=misplaced(GenerateConfig),
+        like=like,
+    )
 )
 main.add_command(show)
-main.add_command(stage_command("score", ScoreConfig, run_score, section="score"))
-main.add_command(stage_command("serve", ServeConfig, run_serve, section="serve"))
-main.add_command(stage_command("decode", DecodeConfig, run_decode, section="decode"))
+main.add_command(
+    stage_command(
+        "score", ScoreConfig, run_score, section="score", misplaced=misplaced(ScoreConfig)
+    )
+)
+main.add_command(
+    stage_command(
+        "serve", ServeConfig, run_serve, section="serve", misplaced=misplaced(ServeConfig)
+    )
+)
+main.add_command(
+    stage_command(
+        "decode", DecodeConfig, run_decode, section="decode", misplaced=misplaced(DecodeConfig)
+    )
+)
 
 if __name__ == "__main__":
     main(prog_name="python -m infer")

@@ -29,7 +29,7 @@ def faults(cache: Path) -> Iterator[tuple[str, list[str]]]:
 
     Checked are presence, size and sha256 of tars and sidecars, the sidecars against the tars' own
     headers, every record's checksums, shapes and dtypes, that its numbers are finite, and that
-    every prompt or image that a record refers to is there.
+    every prompt or image that a record refers to is there. A fault is told once.
 
     Raises:
         ShardError: there is no manifest to check against.
@@ -45,10 +45,14 @@ def faults(cache: Path) -> Iterator[tuple[str, list[str]]]:
         for folder, product in manifest.products()
         for shard in range(product.num_shards)
     ]
+    told: set[str] = set()
     with ThreadPoolExecutor() as pool:
         results = pool.map(lambda task: _shard_faults(cache, readers, *task), shards)
         for (folder, shard), shard_faults in zip(shards, results, strict=True):
-            yield f"{folder}/{shard:06d}", shard_faults
+            # A file that cannot be read is found anew by each record that refers to it.
+            fresh = [fault for fault in dict.fromkeys(shard_faults) if fault not in told]
+            told.update(fresh)
+            yield f"{folder}/{shard:06d}", fresh
     yield "captions", _caption_faults(manifest, cache / "latents")
 
 
@@ -142,10 +146,17 @@ def _dangling(reader: ProductReader, keys: list[str]) -> Iterator[str]:
 
 
 def _caption_faults(manifest: Manifest, folder: Path) -> list[str]:
-    loaded = (sidecar.load(folder, shard) for shard in range(manifest.latents.num_shards))
+    shards = range(manifest.latents.num_shards)
     try:
-        if captions_digest(each for each in loaded if each) == manifest.captions:
+        if captions_digest(_present(folder, shard) for shard in shards) == manifest.captions:
             return []
     except (ShardError, OSError):
         return []  # reported with its shard
     return [f"{folder}: the sidecars' captions are not those the manifest was written for"]
+
+
+def _present(folder: Path, shard: int) -> Sidecar:
+    """Return a sidecar, or raise a ShardError if there is none."""
+    if (loaded := sidecar.load(folder, shard)) is None:
+        raise ShardError(f"{folder}: the sidecar of shard {shard:06d} is missing")
+    return loaded

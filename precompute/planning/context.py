@@ -242,7 +242,7 @@ class Context:
             buckets=self.specs.grids,
             held_out=self.products.latents.held_out,
             made_by={
-                "base": self.config.pretrained_model_name_or_path,
+                "base": without_folders(self.config.pretrained_model_name_or_path),
                 "revision": self.config.revision,
                 "versions": versions(),
             },
@@ -250,3 +250,9 @@ class Context:
             num_images=self.products.latents.num_records,
             max_bad_fraction=self.bad_rows.max_fraction,
         )
+
+
+def without_folders(name_or_path: str) -> str:
+    """Return a base model's id on the hub, or its folder's name: caches are published."""
+    path = Path(name_or_path)
+    return path.resolve().name if path.is_dir() else name_or_path

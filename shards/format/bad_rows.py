@@ -7,15 +7,20 @@ from shards.format.sidecar import Skipped
 
 
 def too_many(count: int, num_rows: int, max_fraction: float) -> bool:
-    """Tell whether more rows are bad than the largest allowed fraction of all rows."""
+    """Tell whether more rows are bad than the largest allowed fraction of all rows, or all are."""
     # Divided, not multiplied: 0.29 * 100 is less than 29.
-    return count > 0 and count / num_rows > max_fraction
+    return count > 0 and (count / num_rows > max_fraction or count == num_rows)
 
 
 def refusal(
     count: int, num_rows: int, max_fraction: float, skipped: Sequence[Skipped]
 ) -> ShardError:
     """Return the error for too many bad rows, with the first of them."""
+    if count == num_rows:
+        return ShardError(
+            f"none of the {num_rows} rows can be used:\n{table(skipped)}\n"
+            "Mend them: a cache without images trains nothing. Finished shards are kept."
+        )
     strict = "" if max_fraction else " (--strict)"
     return ShardError(
         f"{count} of {num_rows} rows cannot be used, more than "

@@ -204,7 +204,9 @@ def test_all_of_it_in_small(tmp_path: Path) -> None:
         *("-m", "benchmarks.gpu", "--size", "tiny", "--work-dir", tmp_path), OMP_NUM_THREADS="1"
     )
     assert done.returncode == 0, done.stdout + done.stderr
+    assert "at most" not in done.stdout  # the budgets are a card's
     page = (tmp_path / "docs/gpu.md").read_text()
+    assert page.startswith(program.IN_SMALL)
     assert tables.NOT_MEASURED not in page
     rows = dict(re.findall(r"table: (\w+) -->(.*?)<!-- end", page, re.DOTALL))
     assert rows.keys() == tables.TABLES.keys()

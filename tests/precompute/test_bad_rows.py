@@ -181,3 +181,21 @@ def test_rows_are_judged_before_a_complete_cache_is_taken_away(
         assert re.search(rf"^ *{name} +10 +2 +{to_make} ", said, re.MULTILINE), said
     assert {path: path.read_bytes() for path in files} == files
     assert manifest.load(spoilt.cache).num_skipped == 3
+
+
+@pytest.mark.parametrize("when", ["before", "while decoding"])
+def test_a_cache_without_images_is_refused(spoilt: PrecomputeConfig, when: str) -> None:
+    for path in (Path(str(spoilt.source)) / "target").iterdir():
+        if when == "before":
+            path.unlink()
+        else:
+            path.write_bytes(path.read_bytes()[:600])
+    config = replace(spoilt, max_bad_fraction=1.0, validation_prompt=(), validation_image=())
+    with pytest.raises(ShardError, match=r"none of the 10 rows can be used:\n.*target/0.png"):
+        precompute(config)
+    assert not (config.cache / "manifest.json").exists()
+
+
+def test_a_manifest_names_no_folders_of_this_machine(cache: Path, base: Path) -> None:
+    assert manifest.load(cache).made_by["base"] == base.name
+    assert str(base.parent) not in (cache / "manifest.json").read_text()

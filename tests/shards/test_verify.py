@@ -63,3 +63,11 @@ def test_numbers_that_are_not_finite_are_listed(
     reseal(copy)
     (fault,) = (fault for _, faults in verify.faults(copy) for fault in faults)
     assert fault == f"{tar}: record {values['keys'][0]}: latent holds numbers that are not finite"
+
+
+@pytest.mark.parametrize("folder", ["text", "latents"])
+def test_a_sidecar_that_is_missing_is_listed_once(cache: Path, folder: str, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(cache, tmp_path / "cache"))
+    (copy / folder / "000001.json").unlink()
+    (fault,) = (fault for _, faults in verify.faults(copy) for fault in faults)
+    assert f"{folder}/000001.json" in fault or f"{copy / folder}" in fault

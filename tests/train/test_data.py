@@ -1,8 +1,11 @@
 """Batches: drawn by place alone, shared out among ranks without overlap, padded as SD3 is."""
 
-from dataclasses import replace
+import tarfile
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -10,10 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from benchmarks.synthetic import TINY, write_cache
-from precompute.config import PrecomputeConfig
-from precompute.run import precompute
 from sd3.prompt_embeds import prompt_embeds
 from shards.reading.cache import Cache
+from shards.reading.location import LocalFiles, Window
 from shards.reading.order import Order
 from shards.reading.reader import ProductReader
 from tests.conftest import BUCKETS
@@ -85,19 +87,81 @@ def test_prompts_are_dropped_anew_each_epoch(cache: Path) -> None:
     assert not any(torch.equal(samples(cache)[p]["pooled_embeds"], empty) for p in range(30))
 
 
-def test_the_posterior_is_sampled_anew(fresh: PrecomputeConfig) -> None:
-    precompute(replace(fresh, posterior="mean_std"))
-    ours, found = samples(fresh.cache), Cache(fresh.cache)
-    # The same record in four epochs: its draws differ, and by no more than its deviation allows.
-    shard, index = ours.order.record(0)
-    _, tensors, _ = found.sample(shard, index)
-    places = [p for p in range(40) if ours.order.record(p) == (shard, index)]
-    tensors["latent_std"].fill_(0.5)
-    draws = torch.stack([ours[place]["latent"] for place in places])
-    assert draws.shape[0] == 4
-    largest = (draws - tensors["latent"]).abs().max()
-    # narrow_posterior in conftest.py: the deviation is exp(-30 / 2), diffusers' lower bound.
-    assert largest <= 7 * 3.1e-7 + 1e-6
+def test_all_captions_are_drawn_alike(cache: Path) -> None:
+    ours = samples(cache)
+    arrays = {name: tensor.numpy() for name, tensor in ours.allocate(1).draws.items()}
+    drawn = [ours.draw(arrays, 0, place, num_prompts=3) for place in range(300)]
+    assert set(drawn) == {0, 1, 2}
+    for caption in range(3):
+        assert drawn.count(caption) == pytest.approx(100, abs=5 * (300 / 3 * 2 / 3) ** 0.5)
+
+
+def test_the_posterior_is_sampled_anew(held_out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ours = samples(held_out)
+    read, deviations = ours.cache.read, {"latent": 0.5, "conditioning_latent": 0.25}
+
+    def read_wide(batch: dict[str, torch.Tensor], *others: Any) -> None:
+        """Read, and put deviations that can be seen in place of the miniature VAE's."""
+        read(batch, *others)
+        for name, deviation in deviations.items():
+            batch[f"{name}_std"].fill_(deviation)
+
+    monkeypatch.setattr(ours.cache, "read", read_wide)
+    _, means, _ = ours.cache.sample(*ours.order.record(0))
+    # The same record in four epochs.
+    places = [p for p in range(40) if ours.order.record(p) == ours.order.record(0)]
+    assert len(places) == 4
+    drawn = [ours[place] for place in places]
+    for name, deviation in deviations.items():
+        normal = torch.stack([(one[name] - means[name]) / deviation for one in drawn])
+        count = normal.numel()
+        assert abs(normal.mean().item()) < 5 / count**0.5
+        assert abs(normal.var().item() - 1) < 5 * (2 / count) ** 0.5
+        assert not torch.equal(normal[0], normal[1])
+        # Not the noise, which is to be removed.
+        noise = torch.stack([one["noise"] for one in drawn])
+        assert abs((normal * noise).mean().item()) < 5 / count**0.5
+
+
+def test_a_key_is_that_of_the_tars_member(many: Path) -> None:
+    ours = samples(many)
+    members = []
+    for shard in range(7):
+        with tarfile.open(many / f"conditioning/conditioning/{shard:06d}.tar") as tar:
+            names = dict.fromkeys(name.partition(".")[0] for name in tar.getnames())
+        members.append([name for name in names if name])
+    for place in range(35):
+        shard, slot = ours.order.record(place)
+        assert ours.key(place) == members[shard][slot]
+
+
+class Watched(LocalFiles):
+    """A cache on this machine that notes what a remote one would fetch and remove."""
+
+    def __init__(self, root: Path) -> None:
+        super().__init__(root)
+        self.first_window_ends: list[int] = []
+        self.released: list[int] = []
+
+    def read_ahead(self, windows: Iterator[Window], *_: Any) -> AbstractContextManager[None]:
+        self.first_window_ends.append(next(windows)[0])
+        return nullcontext()
+
+    def release_before(self, place: int) -> None:
+        self.released.append(place)
+
+
+def test_shards_are_fetched_from_the_start_on_and_released_batch_by_batch(many: Path) -> None:
+    files = Watched(many)
+    found = Cache(files)
+    order = Order(found.conditioning.product.shard_records, seed=0, window=1)
+    ours = TrainingSamples(found, order, seed=0, proportion_empty_prompts=0.0)
+    places = RankPlaces(12, batch_size=2, rank=1, num_ranks=2)
+    reading = read_batches(ours, places, num_workers=0, pin=False)
+    assert [taken for taken, _ in islice(reading, 3)] == [[14, 15], [18, 19], [22, 23]]
+    reading.close()
+    assert files.first_window_ends == [15]  # the third shard of five
+    assert files.released == [14, 18, 22]
 
 
 @pytest.fixture(scope="module")
@@ -124,12 +188,13 @@ def test_resumed_on_other_ranks_and_workers_the_sequence_goes_on(
     found = Cache(many)
     order = Order(found.conditioning.product.shard_records, seed=3, window=window)
     ours = TrainingSamples(found, order, seed=3, proportion_empty_prompts=0.2)
-    place = start
+    place, taken = start, list[int]()
     for ranks, workers, batch_size, steps in phases:
         for rank in range(ranks):
             places = RankPlaces(place, batch_size=batch_size, rank=rank, num_ranks=ranks)
             reading = read_batches(ours, places, num_workers=workers, pin=False)
-            for step, (_, batch) in enumerate(islice(reading, steps)):
+            for step, (read, batch) in enumerate(islice(reading, steps)):
+                taken += read
                 first = place + (step * ranks + rank) * batch_size
                 for row in range(batch_size):
                     expected = ours[first + row]
@@ -137,10 +202,9 @@ def test_resumed_on_other_ranks_and_workers_the_sequence_goes_on(
                         assert torch.equal(values[row], expected[name]), (name, first + row)
             reading.close()
         place += ranks * batch_size * steps
-    # Each record once an epoch, whatever the phases were.
-    seen = [order.record(one) for one in range(start, start + 35)]
-    if start % 35 == 0:
-        assert len(set(seen)) == 35
+    # No place twice, and none left out; so each record comes once an epoch.
+    assert sorted(taken) == list(range(start, place))
+    assert len({(one // 35, order.record(one)) for one in taken}) == len(taken)
 
 
 @given(

@@ -1,6 +1,7 @@
 """What training computes from the cache is what it would compute from the images themselves."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,15 +14,29 @@ from shards.reading.cache import Cache
 from shards.reading.order import Order
 from tests.conftest import RESOLUTION_PX, TOKENS, awaken
 from train import models
-from train.data import TrainingSamples
-from train.loss import Objective, batch_losses
+from train.config import TrainConfig
+from train.data import EncodedSamples, TrainingSamples
+from train.loss import Objective, batch_losses, predict
 
 
 @pytest.mark.parametrize("scheme", ["logit_normal", "mode", "cosmap", "sigma_sqrt"])
 @pytest.mark.parametrize("precondition", [True, False])
 def test_live_encoding_gives_the_loss_of_the_cache(
-    cache: Path, base: Path, circles: Path, scheme: str, precondition: bool
+    cache: Path,
+    base: Path,
+    circles: Path,
+    train_config: TrainConfig,
+    scheme: str,
+    precondition: bool,
 ) -> None:
+    config = replace(
+        train_config,
+        weighting_scheme=scheme,
+        logit_mean=0.3,
+        logit_std=1.4,
+        mode_scale=1.1,
+        precondition_outputs=int(precondition),
+    )
     found = Cache(cache)
     samples = TrainingSamples(
         found,
@@ -38,16 +53,15 @@ def test_live_encoding_gives_the_loss_of_the_cache(
         batch,
         controlnet,
         pipeline.transformer,
-        Objective(
+        Objective.from_config(
+            config,
             sigmas=scheduler.sigmas,
             timesteps=scheduler.timesteps,
             latent_spec=found.manifest.latent_spec,
-            conditioning_spec=found.conditioning_spec,
-            weighting_scheme=scheme,
-            logit_mean=0.0,
-            logit_std=1.0,
-            mode_scale=1.29,
-            precondition_outputs=precondition,
+            # As of another VAE: what scales images must not scale controls.
+            conditioning_spec=replace(
+                found.conditioning_spec, scaling_factor=0.7, shift_factor=-0.4
+            ),
         ),
     )
 
@@ -58,23 +72,24 @@ def test_live_encoding_gives_the_loss_of_the_cache(
     live = [rows[int(key[:6]) * first_shard + int(key.split("-")[1])] for key in keys]
     vae = pipeline.vae
 
-    def encode(names: list[str]) -> torch.Tensor:
+    def encode(names: list[str], scaling: float, shift: float) -> torch.Tensor:
         images = [Image.open(circles / name).convert("RGB") for name in names]
         images = [image.resize((RESOLUTION_PX,) * 2, Image.BILINEAR) for image in images]
         latents = vae.encode(pipeline.image_processor.preprocess(images)).latent_dist.sample()
-        return (latents - vae.config.shift_factor) * vae.config.scaling_factor
+        return (latents - shift) * scaling
 
     with torch.no_grad():
-        latent = encode([row["target"] for row in live])
-        conditioning = encode([row["source"] for row in live])
+        factors = vae.config.scaling_factor, vae.config.shift_factor
+        latent = encode([row["target"] for row in live], *factors)
+        conditioning = encode([row["source"] for row in live], 0.7, -0.4)
         embeds, _, pooled, _ = pipeline.encode_prompt(
             [row["prompt"] for row in live], None, None, max_sequence_length=TOKENS
         )
     if scheme == "logit_normal":
-        density = torch.sigmoid(batch.normal)
+        density = torch.sigmoid(0.3 + 1.4 * batch.normal)
     elif scheme == "mode":
         u = batch.uniform
-        density = 1 - u - 1.29 * (torch.cos(torch.pi * u / 2) ** 2 - 1 + u)
+        density = 1 - u - 1.1 * (torch.cos(torch.pi * u / 2) ** 2 - 1 + u)
     else:
         density = batch.uniform
     timesteps = scheduler.timesteps[(density * 1000).long()]
@@ -97,3 +112,41 @@ def test_live_encoding_gives_the_loss_of_the_cache(
     weight = compute_loss_weighting_for_sd3(scheme, sigmas=sigma)
     expected = (weight * (prediction - target) ** 2).reshape(4, -1).mean(1)
     assert losses.tolist() == pytest.approx(expected.tolist(), rel=1e-5)
+
+
+class Still(torch.nn.Module):
+    """A network that returns what it is told to, and keeps what it is given."""
+
+    dtype = torch.float32
+
+    def __init__(self, returned: object) -> None:
+        super().__init__()
+        self.returned = returned
+        self.given: dict[str, torch.Tensor] = {}
+
+    def forward(self, **given: torch.Tensor) -> tuple[object]:
+        self.given = given
+        return (self.returned,)
+
+
+def test_latents_in_16_bit_are_scaled_in_float32(cache: Path, train_config: TrainConfig) -> None:
+    found = Cache(cache)
+    latent, conditioning = torch.randn(2, 1, 16, 8, 8).bfloat16()
+    embeds = torch.randn(1, 3, 8)
+    samples = EncodedSamples(latent, conditioning, embeds, embeds, embeds[:, 0], latent.float())
+    settings = Objective.from_config(
+        train_config,
+        sigmas=torch.ones(1),
+        timesteps=torch.ones(1),
+        latent_spec=replace(found.manifest.latent_spec, scaling_factor=1.5, shift_factor=0.06),
+        conditioning_spec=replace(found.conditioning_spec, scaling_factor=0.7, shift_factor=-0.4),
+    )
+    controlnet, transformer = Still([]), Still(torch.zeros(1))
+    one = torch.ones(1)
+    prediction = predict(samples, one, one, controlnet, transformer, settings)
+    for scaled, right in (
+        (prediction.latent, (latent.double() - 0.06) * 1.5),
+        (controlnet.given["controlnet_cond"], (conditioning.double() + 0.4) * 0.7),
+    ):
+        # bfloat16 rounds by up to 2**-9, float32 by 2**-24.
+        torch.testing.assert_close(scaled.double(), right, rtol=1e-5, atol=1e-6)

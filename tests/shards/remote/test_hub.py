@@ -250,6 +250,38 @@ def test_an_overloaded_hub_is_asked_again(hub: Hub, cache: Path, tmp_path: Path)
     assert len(hub.asked) == before + retry.ATTEMPTS
 
 
+def test_a_repository_is_made_private_and_written_at_the_revision_that_is_named(
+    hub: Hub, cache: Path
+) -> None:
+    made: list[Any] = []
+
+    def look(handler: Any, asked: str, before: int) -> bool:
+        if asked.startswith("POST /api/repos/create"):
+            made.append(json.loads(handler.body))
+        return False
+
+    hub.misbehave = look
+    push(cache)
+    (asked,) = made
+    assert asked.get("private") is True or asked.get("visibility") == "private"
+    hub.misbehave = lambda handler, asked, before: (
+        "/commit/" in asked and handler.refuse(403) is None
+    )
+    other = hub.commits[REPO][0][0]  # the hub knows no branches, but any commit
+    with pytest.raises(ShardError, match="the server answers 403"):
+        push(cache, f"hf://{REPO}@{other}")
+    assert hub.asked[-1] == f"POST /api/{REPO}/commit/{other}"
+
+
+def test_a_damaged_cache_is_not_pushed(hub: Hub, cache: Path, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(cache, tmp_path / "copy"))
+    path = copy / "text" / "000001.tar"
+    path.write_bytes(bytes(path.stat().st_size))
+    with pytest.raises(ShardError, match=r"000001\.tar: damaged or changed"):
+        push(copy)
+    assert "manifest.json" not in hub.files(REPO)
+
+
 @pytest.mark.parametrize("address", ["hf://datasets/me", "hf://me", "hf://datasets/a b/c"])
 def test_an_address_that_is_no_repository_is_refused(address: str) -> None:
     with pytest.raises(ConfigError, match="not a folder on the hub: hf://datasets/OWNER/NAME"):

@@ -4,7 +4,9 @@ import errno
 import fcntl
 import hashlib
 import os
+import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -117,6 +119,22 @@ def test_a_tar_removed_while_it_is_opened_is_not_there(
     assert copies.opened(("latents", 0)) is None
 
 
+def test_a_tar_fetched_again_while_it_is_opened_is_another_file(
+    two_tars: Callable[[], LocalCopies], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copies = two_tars()
+    path = copies.tar_path(("latents", 0))
+
+    def replaced_meanwhile(file: Any, operation: int) -> None:
+        path.rename(path.with_name(".nfs0001"))
+        path.write_bytes(b"fetched by another process")
+        on_this_disk(file, operation)
+
+    monkeypatch.setattr(fcntl, "flock", replaced_meanwhile)
+    with pytest.raises(FileNotFoundError):
+        copies.open(("latents", 0))  # what nobody holds a lock of, another process may remove
+
+
 def test_without_locks_a_removed_tar_is_read_to_its_end(
     cache: Path, two_tars: Callable[[], LocalCopies], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -142,3 +160,51 @@ def test_what_killed_transfers_left_goes_after_a_while(
     two_tars()
     assert not old.exists()
     assert new.exists()
+
+
+def test_the_copies_that_were_opened_longest_ago_go_first(
+    two_tars: Callable[[], LocalCopies],
+) -> None:
+    copies = two_tars()
+    first, second = (copies.tar_path(("latents", shard)) for shard in (0, 1))
+    os.utime(first, (2000, 2000))
+    os.utime(second, (1000, 1000))
+    copies.limit_bytes = first.stat().st_size + second.stat().st_size
+    assert copies.make_room(1, [])
+    assert first.exists()
+    assert not second.exists()
+
+
+def test_what_arrives_and_what_is_needed_take_room(two_tars: Callable[[], LocalCopies]) -> None:
+    copies = two_tars()
+    paths = [copies.tar_path(("latents", shard)) for shard in (0, 1)]
+    copies.limit_bytes = sum(path.stat().st_size for path in paths) + 100
+    assert copies.make_room(100, [])
+    copies.arriving[("text", 0)] = 1
+    needed = [("latents", 0), ("latents", 1)]
+    assert not copies.make_room(100, needed)
+    assert all(path.exists() for path in paths)
+    assert copies.make_room(100, needed[:1])
+    assert [path.exists() for path in paths] == [True, False]
+
+
+def test_threads_that_need_one_file_fetch_it_once(
+    cache: Path, tmp_path: Path, serve: Callable[[Path], Server]
+) -> None:
+    server = serve(cache)
+    copies = LocalCopies(RemoteFolder(server.url), tmp_path / "local", "cache", limit_bytes=1)
+    path = copies.tar_path(("latents", 0))
+    data = (cache / "latents" / path.name).read_bytes()
+
+    def slow(handler: Any, asked: str, before: int, _: bytes) -> bool:
+        time.sleep(0.3)
+        return False
+
+    server.misbehave = slow
+    sha256 = hashlib.sha256(data).hexdigest()
+    with ThreadPoolExecutor(2) as pool:
+        waiting = [pool.submit(copies.fetch, path, len(data), sha256) for _ in range(2)]
+        for each in waiting:
+            each.result()
+    assert server.asked == ["latents/000000.tar"]
+    assert path.read_bytes() == data

@@ -9,13 +9,14 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate import Accelerator
+from diffusers import SD3ControlNetModel
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor
 
 from common.errors import ShardError
 from precompute.config import PrecomputeConfig
 from precompute.run import precompute
-from shards.reading.cache import Cache
+from shards.reading.cache import Cache, SampleRecords
 from tests.conftest import Spoil, awaken, train_in_two_processes
 from train import inputs, models
 from train.config import TrainConfig
@@ -84,6 +85,22 @@ def test_the_noise_belongs_to_the_image(held_out: Path) -> None:
     assert float(together.noise.std()) == pytest.approx(1, abs=0.05)
 
 
+def test_the_first_of_several_captions_is_taken(
+    held_out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache = Cache(held_out)
+    plain, found = read(cache, held_out_records(cache)), cache.sample_records
+
+    def captioned_twice(shard: int, index: int) -> SampleRecords:
+        sample = found(shard, index)
+        return sample._replace(prompts=[*sample.prompts, cache.empty_prompt_key()])
+
+    monkeypatch.setattr(cache, "sample_records", captioned_twice)
+    twice = read(cache, held_out_records(cache))
+    assert torch.equal(twice.t5_embeds, plain.t5_embeds)
+    assert not torch.equal(plain.t5_embeds[0], cache.empty_prompt()["t5_embeds"])
+
+
 def test_batches_are_of_one_bucket(bucketed: Path) -> None:
     cache = Cache(bucketed)
     cache.manifest.held_out.extend([1, 2, 3, 4])
@@ -141,7 +158,10 @@ def test_two_processes_measure_what_one_does(
     assert (sums[:-1] / sums[-1]).tolist() == pytest.approx(whole, rel=1e-5)
 
 
-def test_it_is_logged_whole_and_by_level_and_kept(config: TrainConfig) -> None:
+def test_it_is_logged_whole_and_by_level_and_kept(
+    config: TrainConfig, held_out: Path, base: Path, objective: Objective
+) -> None:
+    config = replace(config, learning_rate=1e-2, validation_inference_steps=1)
     train(replace(config, report_to="tensorboard", ema_decay=0.5, validation_decode="latents"))
     events = EventAccumulator(str(config.output_dir / "logs" / "train_controlnet")).Reload()
     for step in (2, 4):
@@ -154,6 +174,15 @@ def test_it_is_logged_whole_and_by_level_and_kept(config: TrainConfig) -> None:
             for level, loss in enumerate(levels):
                 of_level = events.Scalars(f"{name}/level-{level}")
                 assert {event.step: event.value for event in of_level}[step] == pytest.approx(loss)
+    # Each under its own name: the last ones are those of the two ControlNets that were saved.
+    cache, transformer = Cache(held_out), models.load_transformer(base, None, torch.float32)
+    for name, folder in (("held_out_loss", "."), ("ema_held_out_loss", "controlnet_ema")):
+        saved = SD3ControlNetModel.from_pretrained(config.output_dir / folder)
+        again = measured.held_out_loss(
+            cache, Accelerator(cpu=True), saved, transformer, objective, 2
+        )
+        assert kept[name] == pytest.approx(again, rel=1e-5)
+    assert kept["held_out_loss"] != pytest.approx(kept["ema_held_out_loss"], rel=1e-4)
 
 
 def test_it_does_not_depend_on_the_runs_seed(config: TrainConfig, tmp_path: Path) -> None:

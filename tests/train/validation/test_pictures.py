@@ -1,23 +1,27 @@
 """Validation pictures are what the stock pipeline draws."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from diffusers import StableDiffusion3ControlNetPipeline
+from diffusers import SD3ControlNetModel, StableDiffusion3ControlNetPipeline
+from numpy.typing import NDArray
+from PIL import Image
+from PIL.PngImagePlugin import PngImageFile
 
-from sd3.vae_decoder import decode, to_bytes
 from shards.reading.cache import Cache
 from tests.conftest import PROMPTS, RESOLUTION_PX, TOKENS, awaken
 from train import models
+from train.config import TrainConfig
+from train.run import train
 from train.validation import sampling
+from train.validation.pictures import PROMPT_KEY
 
 
 @pytest.mark.parametrize("guidance", [1.0, 4.0])
-def test_sampling_and_decoding_equal_the_stock_pipeline(
-    cache: Path, base: Path, guidance: float
-) -> None:
+def test_sampling_equals_the_stock_pipeline(cache: Path, base: Path, guidance: float) -> None:
     found = Cache(cache)
     transformer = models.load_transformer(base, None, torch.float32)
     controlnet = models.new_controlnet(base, None, 2)
@@ -52,9 +56,62 @@ def test_sampling_and_decoding_equal_the_stock_pipeline(
     }
     expected = pipeline(output_type="latent", **common).images
     torch.testing.assert_close(latents, expected, rtol=1e-3, atol=1e-3)
-    spec = found.manifest.latent_spec
-    raw = latents / spec.scaling_factor + spec.shift_factor
-    images = to_bytes(decode(base, None, [raw], torch.device("cpu"))[0])
-    stock = pipeline(output_type="np", **common).images
-    assert images.shape == (2, RESOLUTION_PX, RESOLUTION_PX, 3)
-    assert np.abs(images / 255 - stock).max() < 2.5 / 255
+
+
+def test_a_run_draws_what_the_stock_pipeline_draws(
+    train_config: TrainConfig, base: Path, controlnet: Path, circles: Path
+) -> None:
+    """Pairs, pictures, averaged weights and decoding, as they come out of a run."""
+    config = replace(
+        train_config,
+        controlnet_model_name_or_path=str(controlnet),
+        max_train_steps=3,
+        learning_rate=1e-2,
+        ema_decay=0.9,
+        seed=5,
+        validation_steps=2,
+        num_validation_images=2,
+        validation_inference_steps=2,
+        validation_guidance_scale=3.0,
+    )
+    train(config)
+    folders = {path.name for path in (config.output_dir / "validation").iterdir()}
+    assert folders == {"step-000002", "step-000003"}  # a multiple, and the last
+    drawn: dict[str, NDArray[np.float64]] = {}
+    for suffix, weights in (
+        ("", config.output_dir),
+        ("-ema", config.output_dir / "controlnet_ema"),
+    ):
+        pipeline = StableDiffusion3ControlNetPipeline.from_pretrained(
+            base, controlnet=SD3ControlNetModel.from_pretrained(weights)
+        )
+        for number, prompt in enumerate(PROMPTS):
+            picture = Image.open(
+                config.output_dir / "validation/step-000003" / f"{number}{suffix}.png"
+            )
+            assert isinstance(picture, PngImageFile)
+            assert picture.text[PROMPT_KEY] == prompt
+            side_by_side = np.split(np.asarray(picture) / 255, 3, axis=1)
+            image = Image.open(circles / "source" / f"{number}.png").convert("RGB")
+            image = image.resize((RESOLUTION_PX, RESOLUTION_PX), Image.Resampling.BILINEAR)
+            assert np.abs(side_by_side[0] - np.asarray(image) / 255).max() < 1.5 / 255
+            # A pair's noise is its own, and the same at every validation.
+            noise = torch.randn(
+                2, 16, 8, 8, generator=torch.Generator().manual_seed(config.seed + number)
+            )
+            stock = pipeline(
+                prompt,
+                num_images_per_prompt=2,
+                control_image=image,
+                height=RESOLUTION_PX,
+                width=RESOLUTION_PX,
+                num_inference_steps=2,
+                guidance_scale=3.0,
+                latents=noise,
+                max_sequence_length=TOKENS,
+                output_type="np",
+            ).images
+            drawn[f"{number}{suffix}"] = np.stack(side_by_side[1:])
+            assert np.abs(drawn[f"{number}{suffix}"] - stock).max() < 2.5 / 255
+    # What must be told apart is further apart than that.
+    assert np.abs(drawn["0"] - drawn["0-ema"]).max() > 5 / 255

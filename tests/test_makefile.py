@@ -1,0 +1,48 @@
+"""make says when it would not look at a variable."""
+
+import subprocess
+
+import pytest
+
+from tests.conftest import REPOSITORY
+
+FAST = "FAST=1 is configs/demo-fast.toml; give it or CONFIG=configs/demo.toml, not both"
+CARD = "CARD=12gb is for make train alone; leave it out"
+
+
+def make(*words: str) -> tuple[int, str]:
+    """Return exit code and complaints of make, which only prints what it would do."""
+    command = ["make", "--dry-run", *words]
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=False)
+    return done.returncode, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("words", "complaint"),
+    [
+        (("demo", "FAST=1", "CONFIG=configs/demo.toml"), FAST),
+        (("precompute", "CARD=12gb"), CARD),
+        (("infer", "CARD=12gb"), CARD),
+        (("score", "serve", "CARD=12gb"), CARD),
+    ],
+)
+def test_a_variable_that_is_not_looked_at_is_refused(
+    words: tuple[str, ...], complaint: str
+) -> None:
+    code, said = make(*words)
+    assert code == 2
+    assert complaint in said
+    assert said.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("demo", "FAST=1"),
+        ("demo", "FAST=0", "CONFIG=configs/demo.toml"),
+        ("train", "CARD=12gb"),
+        ("precompute", "train", "CARD=12gb", "CONFIG=configs/sd35-medium.toml"),
+    ],
+)
+def test_what_is_looked_at_is_taken(words: tuple[str, ...]) -> None:
+    assert make(*words) == (0, "")
