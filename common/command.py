@@ -4,16 +4,23 @@ Flags win over TOML files, files over the dataclass's defaults.
 """
 
 import contextlib
+import os
 import re
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import IO, Any, TypeVar
 
 import click
 from safetensors import SafetensorError
 
 from common.config_file import aliases, read_section
-from common.errors import ConfigError, RunError, ShardError, os_error_line
+from common.errors import (
+    ConfigError,
+    RunError,
+    ShardError,
+    is_raised_everywhere,
+    os_error_line,
+)
 from common.options import click_options, flag, headings
 
 Config = TypeVar("Config")
@@ -26,6 +33,12 @@ class CommandError(click.ClickException):
     """A user's mistake: one line on stderr, exit code 2."""
 
     exit_code = 2
+
+    def show(self, file: IO[Any] | None = None) -> None:
+        """Print the line, on the first process alone if all of a launch end with it."""
+        is_first = os.environ.get("RANK", "0") == "0"
+        if is_first or not is_raised_everywhere(self):
+            super().show(file)
 
 
 class Command(click.Command):

@@ -2,8 +2,8 @@
 
 import math
 import os
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, ExitStack, nullcontext
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -37,6 +37,7 @@ from train.optim.ema import Ema
 from train.optim.fused_backward import FusedBackward
 from train.optim.learning_rate import describe_change
 from train.saving.controlnet import restore_ema, use_diffusers_format
+from train.saving.output_dir import output_dir_locked
 from train.saving.resuming import check_same_model, restore
 
 
@@ -58,6 +59,7 @@ class Run:
         ema: the moving average of the ControlNet's weights, or None.
         num_steps: the step at which the run ends.
         num_trained: number of trained parameters.
+        held: what the run holds until it is closed, such as its output folder.
     """
 
     config: TrainConfig
@@ -73,22 +75,39 @@ class Run:
     ema: Ema | None
     num_steps: int
     num_trained: int
+    held: ExitStack = field(default_factory=ExitStack)
 
     def print(self, line: str) -> None:
         """Print a line above the progress bar, on the main process only."""
         if self.accelerator.is_main_process:
             tqdm.write(line)
 
+    def close(self) -> None:
+        """Let go of what the run holds: the hooks of its fused backward pass, its output folder."""
+        if self.fused is not None:
+            self.fused.close()
+        self.held.close()
+
 
 def assemble(config: TrainConfig) -> Run:
     """Load and prepare everything that a run works with, and restore its checkpoint.
 
+    The run has its output folder to itself until it is closed.
+
     Raises:
-        ConfigError: settings, base model, cache and checkpoint do not go together.
+        ConfigError: settings, base model, cache and checkpoint do not go together, or another run
+            writes to the output folder.
         ShardError: the cache is incomplete or damaged.
     """
     _set_arithmetic(config)
     accelerator = make_accelerator(config)
+    with ExitStack() as held:
+        held.enter_context(output_dir_locked(config.output_dir))
+        run = _load(config, accelerator)
+        return replace(run, held=held.pop_all())
+
+
+def _load(config: TrainConfig, accelerator: Accelerator) -> Run:
     inputs = find_inputs(config, accelerator.num_processes)
     if inputs.checkpoint is not None:
         check_same_distribution(inputs.checkpoint, inputs.state, accelerator)

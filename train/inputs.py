@@ -18,7 +18,6 @@ from common.device import use_device
 from common.errors import ConfigError, ShardError
 from sd3.pretrained import find_base, find_controlnet, read_config
 from shards.format.json_files import digest
-from shards.format.manifest import MANIFEST
 from shards.reading.cache import Cache
 from shards.reading.order import Order
 from shards.remote.streaming import open_files
@@ -77,7 +76,6 @@ def find_inputs(config: TrainConfig, num_processes: int) -> Inputs:
         ConfigError: the base model, the cache and the checkpoint do not go together.
     """
     _require_packages(config)
-    main_decides(lambda: _check_output_dir(config.output_dir))
     cache = _open_cache(config)
     validates = config.validation_steps > 0
     draws_pictures = validates and cache.validation.product.num_records > 0
@@ -106,18 +104,6 @@ def find_inputs(config: TrainConfig, num_processes: int) -> Inputs:
         checkpoint=checkpoint,
         state=state,
     )
-
-
-def _check_output_dir(folder: Path) -> None:
-    """Refuse an output folder that is something else.
-
-    Raises:
-        ConfigError: it is a cache, whose files the run would replace, or a file.
-    """
-    if (folder / MANIFEST).is_file():
-        raise ConfigError(f"--output-dir {folder}: holds a cache; give another folder.")
-    if folder.exists() and not folder.is_dir():
-        raise ConfigError(f"--output-dir {folder}: is a file; give a folder.")
 
 
 def _open_cache(config: TrainConfig) -> Cache:

@@ -80,24 +80,21 @@ def _memory_report(config: TrainConfig) -> Iterator[str]:
 
 
 def _train(config: TrainConfig) -> Signals | None:
-    run = assemble(config)
-    try:
-        if _is_finished(run):
-            _say_that_nothing_is_to_do(run)
-            return None
-        return _take_steps_and_save(run)
-    except ShardError as error:
-        if _is_cache_changed(run):
-            raise ShardError(
-                f"{config.cache}: the cache was changed while the run read it ({error}). Run "
-                "precompute again with the settings of before; then "
-                f"{_command(config)} goes on. Or train on the changed cache, in another "
-                "--output-dir."
-            ) from error
-        raise
-    finally:
-        if run.fused is not None:
-            run.fused.close()
+    with contextlib.closing(assemble(config)) as run:
+        try:
+            if _is_finished(run):
+                _say_that_nothing_is_to_do(run)
+                return None
+            return _take_steps_and_save(run)
+        except ShardError as error:
+            if _is_cache_changed(run):
+                raise ShardError(
+                    f"{config.cache}: the cache was changed while the run read it ({error}). Run "
+                    "precompute again with the settings of before; then "
+                    f"{_command(config)} goes on. Or train on the changed cache, in another "
+                    "--output-dir."
+                ) from error
+            raise
 
 
 def _is_cache_changed(run: Run) -> bool:

@@ -85,7 +85,7 @@ def _find_cached_prompts(
 
 
 def _find_missing(pictures: Sequence[Picture]) -> set[Path]:
-    """Return the files that must be drawn, and print how many are kept or replaced."""
+    """Return the files that must be drawn, and print how many are kept."""
     missing = {
         picture.path
         for picture in pictures
@@ -94,8 +94,6 @@ def _find_missing(pictures: Sequence[Picture]) -> set[Path]:
     if len(missing) < len(pictures):
         kept = len(pictures) - len(missing)
         click.echo(f"{kept} of {len(pictures)} pictures are there already")
-    if replaced := sum(path.exists() for path in missing):
-        click.echo(f"{replaced} that were drawn otherwise are replaced")
     return missing
 
 
@@ -117,6 +115,10 @@ def _draw_missing(
             batch_size=config.batch_size,
             with_text_encoders=prompts is None,
         )
+        # Only now is it known that the weights are whole.
+        replaced = {picture.path for picture in pictures if picture.path in missing}
+        if count := sum(path.exists() for path in replaced):
+            tqdm.write(f"{count} that were drawn otherwise are replaced")
         pipeline.set_progress_bar_config(desc="steps", leave=False, position=1, disable=None)
         for batch in batch_pictures(pictures, config.batch_size):
             num_missing = sum(picture.path in missing for picture in batch)

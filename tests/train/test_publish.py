@@ -8,13 +8,15 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import huggingface_hub
 import numpy as np
 import pytest
+import torch
+from diffusers import AutoencoderKL
 from huggingface_hub import ModelCard
 from PIL import Image
 from safetensors.torch import load_file
@@ -28,7 +30,7 @@ from tests.hub_server import Hub
 from train import run
 from train.config import TrainConfig
 from train.run import train
-from train.saving.model_card import hub_name, write_card
+from train.saving.model_card import _example, hub_name, write_card
 
 
 @pytest.fixture
@@ -61,8 +63,14 @@ def unplug(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", nobody)
 
 
-def test_the_card_says_what_it_is_and_how_to_load_it(config: TrainConfig) -> None:
-    train(config)
+def test_the_card_says_what_it_is_and_how_to_load_it(
+    config: TrainConfig, tmp_path_factory: pytest.TempPathFactory, tmp_path: Path
+) -> None:
+    # Every option that is a path, now and in future.
+    paths = {entry.name for entry in fields(TrainConfig) if "Path" in str(entry.type)}
+    private = {name: tmp_path / name for name in paths}
+    train(replace(config, **private, logging_dir="my-logs", validation_steps=1))
+    config = replace(config, output_dir=tmp_path / "output_dir")
     card = ModelCard.load(config.output_dir / "README.md")
     assert card.data.library_name == "diffusers"
     assert "controlnet" in card.data.tags
@@ -80,8 +88,12 @@ def test_the_card_says_what_it_is_and_how_to_load_it(config: TrainConfig) -> Non
     # Nothing that was not meant for others.
     everything = [path for path in config.output_dir.rglob("*") if path.is_file()]
     assert not [path for path in everything if b"hf_secret" in path.read_bytes()]
-    assert str(config.output_dir) not in text
-    assert str(config.cache) not in text
+    assert str(tmp_path_factory.getbasetemp()) not in text
+    settings = dict(re.findall(r"^    (\w+) = (.*)$", text, re.MULTILINE))
+    assert settings["learning_rate"] == "0.001"
+    assert settings["num_controlnet_layers"] == "2"
+    assert not paths & settings.keys()
+    assert "my-logs" not in text
 
 
 @pytest.mark.parametrize("decode", ["vae", "latents"])
@@ -130,7 +142,10 @@ def test_the_card_gives_pictures_the_prompts_that_they_were_drawn_from(
 
 
 def test_what_is_uploaded(hub: Hub, config: TrainConfig) -> None:
-    train(replace(config, push_to_hub=True))
+    tokens: set[str | None] = set()
+    hub.misbehave = lambda handler, *_: tokens.add(handler.headers["Authorization"]) is not None
+    train(replace(config, push_to_hub=True, hub_token="hf_option"))
+    assert tokens - {None} == {"Bearer hf_option"}  # not HF_TOKEN, which is hf_secret
     sent = hub.files("models/me/out")
     weights = ("config.json", "diffusion_pytorch_model.safetensors")
     assert set(sent) == {
@@ -154,15 +169,22 @@ def test_the_card_of_an_upload_names_what_others_can_load(
     assert 'SD3ControlNetModel.from_pretrained("me/out", dtype=torch.float16)' in text
     assert '    "path/to/my-base", controlnet=controlnet, dtype=torch.float16' in text
     assert str(tmp_path) not in text
+    assert "pretrained_model_name_or_path =" not in text
     index = json.loads((base / "model_index.json").read_text())
     index["_name_or_path"] = "stabilityai/stable-diffusion-3.5-medium"
     (base / "model_index.json").write_text(json.dumps(index))
+    hub.add("models/lab/circles", {"earlier.txt": b"there before"})
     train(replace(quick, hub_model_id="lab/circles", output_dir=tmp_path / "again"))
     card = ModelCard(hub.files("models/lab/circles")["README.md"].decode())
     assert card.data.base_model == "stabilityai/stable-diffusion-3.5-medium"
     assert 'from_pretrained("lab/circles", dtype=torch.float16)' in card.content
     assert '    "stabilityai/stable-diffusion-3.5-medium", controlnet' in card.content
     assert str(tmp_path) not in card.content
+
+
+def test_the_example_has_the_pictures_sides() -> None:
+    example = _example("lab/circles", "base", {"height": 64, "width": 96, "max_sequence_length": 9})
+    assert "height=64,\n    width=96,\n    max_sequence_length=9," in example
 
 
 def test_a_base_in_the_hubs_cache_is_known_by_its_name(tmp_path: Path) -> None:
@@ -240,6 +262,7 @@ def test_latents_that_were_kept_are_decoded_elsewhere(
     outcome = command("infer", *decode, *base)
     assert outcome.exit_code == 0, outcome.output
     assert "4 files of latents, 4 to decode" in outcome.output
+    vae = AutoencoderKL.from_pretrained(config.pretrained_model_name_or_path, subfolder="vae")
     for name in ("0-ema", "0", "1-ema", "1"):
         decoded, drawn, cpu = (
             np.array(Image.open(one.output_dir / f"validation/step-000002/{name}.png"))
@@ -248,6 +271,14 @@ def test_latents_that_were_kept_are_decoded_elsewhere(
         assert decoded.shape == (64, 3 * 64, 3)
         assert (decoded == drawn).all()
         assert (cpu == drawn).all()
+        # And as the stock VAE decodes them: bytes of (x + 1) / 2, but for a rounding.
+        saved = load_file(folder / f"{name}.safetensors")
+        with torch.no_grad():
+            pixels = vae.decode(saved["latents"].float()).sample
+        expected = torch.cat([*(127.5 * (pixels.clamp(-1, 1) + 1))], dim=2).permute(1, 2, 0)
+        assert np.abs(drawn[:, 64:] - expected.numpy()).max() <= 1
+        assert (drawn[:, :64] == saved["conditioning_image"].permute(1, 2, 0).numpy()).all()
+        assert expected.std() > 1
     assert "4 files of latents, 0 to decode" in command("infer", *decode, *base).output
 
 

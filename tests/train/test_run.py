@@ -143,22 +143,30 @@ def test_accumulation_equals_one_larger_batch(
     assert_close(config.output_dir, other)
 
 
-def test_old_checkpoints_go_when_the_new_one_is_whole(train_config: TrainConfig) -> None:
-    train(replace(train_config, checkpointing_steps=1, checkpoints_total_limit=2))
-    assert [path.name for path in checkpoints.find(train_config.output_dir)] == [
-        "checkpoint-3",
-        "checkpoint-4",
-    ]
-    SD3ControlNetModel.from_pretrained(train_config.output_dir / "checkpoint-4" / "controlnet")
+def test_the_last_checkpoints_stay_and_the_old_ones_go(train_config: TrainConfig) -> None:
+    """By their steps: by their names 10 and 12 come before 8."""
+    config = replace(train_config, max_train_steps=12, train_batch_size=1)
+    train(replace(config, checkpoints_total_limit=2))
+    out = train_config.output_dir
+    assert {path.name for path in out.glob("checkpoint*")} == {"checkpoint-10", "checkpoint-12"}
+    assert resuming.choose(out, "latest") == out / "checkpoint-12"
+    SD3ControlNetModel.from_pretrained(out / "checkpoint-12" / "controlnet")
 
 
-def test_an_unfinished_checkpoint_is_passed_over(train_config: TrainConfig) -> None:
+def test_an_unfinished_checkpoint_is_passed_over(
+    train_config: TrainConfig, capsys: pytest.CaptureFixture[str]
+) -> None:
     train(train_config)
     out = train_config.output_dir
-    (out / "checkpoint-9.partial").mkdir()
-    (out / "checkpoint-8").mkdir()
+    for name in ("checkpoint-9.partial", "checkpoint-7.removed", "checkpoint-8"):
+        (out / name).mkdir()
     assert [path.name for path in checkpoints.find(out)] == ["checkpoint-2", "checkpoint-4"]
+    capsys.readouterr()
     assert resuming.choose(out, "latest") == out / "checkpoint-4"
+    # Only the one that bears a checkpoint's name is spoken of.
+    assert capsys.readouterr().out == (
+        f"train: {out}/checkpoint-8/train_state.json: is missing; going on from checkpoint-4\n"
+    )
 
 
 def test_a_new_run_does_not_mix_with_an_old_one(train_config: TrainConfig) -> None:

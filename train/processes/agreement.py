@@ -6,7 +6,7 @@ from typing import Any, TypeVar
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list, gather_object
 
-from common.errors import ConfigError, RunError, ShardError
+from common.errors import ConfigError, RunError, ShardError, raised_everywhere
 
 Decision = TypeVar("Decision")
 
@@ -30,7 +30,7 @@ def main_decides(decide: Callable[[], Decision]) -> Decision:
             outcome[1] = error
     result, problem = broadcast_object_list(outcome)
     if problem is not None:
-        raise problem
+        raise raised_everywhere(problem)
     decision: Decision = result
     return decision
 
@@ -63,7 +63,10 @@ def check_same_everywhere(found: Mapping[str, str]) -> None:
     for option, value in everywhere[0].items():
         for rank, others in enumerate(everywhere):
             if others[option] != value:
-                raise ConfigError(
-                    f"{option}: process 0 found {value}, process {rank} {others[option]}. It was "
-                    "changed meanwhile, or a network disk still shows an older one: run again."
+                raise raised_everywhere(
+                    ConfigError(
+                        f"{option}: process 0 found {value}, process {rank} {others[option]}. It "
+                        "was changed meanwhile, or a network disk still shows an older one: run "
+                        "again."
+                    )
                 )

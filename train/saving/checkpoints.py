@@ -16,16 +16,18 @@ import json
 import shutil
 from collections import ChainMap
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
+import msgspec
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from safetensors import SafetensorError
+from xxhash import xxh3_128
 
 from common.atomic_files import move_into_place, sync_tree, write_text
-from common.errors import ConfigError, RunError, os_error_line
+from common.errors import ConfigError, RunError, os_error_line, raised_everywhere
 from common.provenance import write_run
 from train.config import TrainConfig
 from train.optim.ema import Ema
@@ -71,8 +73,13 @@ class TrainState:
 
 def find(output_dir: Path) -> list[Path]:
     """Return the complete checkpoints in a folder, oldest first, whatever numbers they bear."""
-    complete = [path.parent for path in output_dir.glob(f"{PREFIX}*/{STATE_FILE}")]
-    numbered = [path for path in complete if path.name.removeprefix(PREFIX).isdecimal()]
+    return [path for path in find_all(output_dir) if (path / STATE_FILE).is_file()]
+
+
+def find_all(output_dir: Path) -> list[Path]:
+    """Return all checkpoints in a folder, oldest first, also those that lack their state file."""
+    folders = [path for path in output_dir.glob(f"{PREFIX}*") if path.is_dir()]
+    numbered = [path for path in folders if path.name.removeprefix(PREFIX).isdecimal()]
     return sorted(numbered, key=lambda path: (recorded_step(path), _number(path)))
 
 
@@ -80,7 +87,7 @@ def recorded_step(checkpoint: Path) -> int:
     """Return the step that a checkpoint says it was saved after; by its name if it is damaged."""
     try:
         return parse_state(checkpoint).step
-    except (OSError, ValueError, TypeError):
+    except (OSError, ValueError):
         return _number(checkpoint)
 
 
@@ -88,12 +95,34 @@ def parse_state(checkpoint: Path) -> TrainState:
     """Return where a run stood when it saved a checkpoint.
 
     Raises:
-        OSError, ValueError, TypeError: its state file is damaged.
+        OSError: its state file cannot be read.
+        ValueError: its state file is damaged.
     """
-    document = dict(json.loads((checkpoint / STATE_FILE).read_text(encoding="utf-8")))
-    entries = dict(document.pop("files", {}))
-    files = {name: FileDigest(**entry) for name, entry in entries.items()}
-    return TrainState(**document, files=files)
+    data = (checkpoint / STATE_FILE).read_bytes()
+    try:
+        document = msgspec.json.decode(data, type=dict[str, Any])
+        digest = document.pop("digest", None)  # earlier versions wrote none
+        state = msgspec.convert(document, TrainState)
+    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+        raise ValueError(str(error)) from error
+    if unknown := document.keys() - {entry.name for entry in fields(TrainState)}:
+        raise ValueError(f"unknown entry {min(unknown)!r}")
+    if digest is not None and data != _with_digest(data.replace(_digest_entry(digest), b"", 1)):
+        raise ValueError("does not hold the bytes that were written")
+    return state
+
+
+def _write_state(path: Path, state: TrainState) -> None:
+    write_text(path, _with_digest((json.dumps(asdict(state)) + "\n").encode()).decode())
+
+
+def _with_digest(document: bytes) -> bytes:
+    """Return a JSON object with the digest of its own bytes as the first entry."""
+    return b"{" + _digest_entry(xxh3_128(document).hexdigest()) + document[1:]
+
+
+def _digest_entry(digest: object) -> bytes:
+    return f'"digest": "{digest}", '.encode()
 
 
 def read_state(checkpoint: Path) -> TrainState:
@@ -104,7 +133,7 @@ def read_state(checkpoint: Path) -> TrainState:
     """
     try:
         return parse_state(checkpoint)
-    except (OSError, ValueError, TypeError) as error:
+    except (OSError, ValueError) as error:
         raise ConfigError(
             f"{checkpoint / STATE_FILE}: damaged ({error}); resume from an earlier one."
         ) from error
@@ -162,7 +191,7 @@ def save(accelerator: Accelerator, config: TrainConfig, state: TrainState, ema: 
     def complete() -> None:
         if accelerator.is_main_process:
             write_run(partial, "train", config)
-            write_text(partial / STATE_FILE, json.dumps(asdict(state)) + "\n")
+            _write_state(partial / STATE_FILE, state)
             _put_in_place(partial, final)
             _remove_old(final, config.checkpoints_total_limit)
 
@@ -200,9 +229,11 @@ def _run_on_all(
         present = find(partial.parent)
         return f"{present[-1].name} is kept" if present else "there is no earlier one"
 
-    raise RunError(
-        f"{partial.with_suffix('')} could not be written ({problem}); {main_decides(kept)}."
-        + (f"{advice}--resume-from-checkpoint latest." if advice else "")
+    raise raised_everywhere(
+        RunError(
+            f"{partial.with_suffix('')} could not be written ({problem}); {main_decides(kept)}."
+            + (f"{advice}--resume-from-checkpoint latest." if advice else "")
+        )
     )
 
 

@@ -13,7 +13,14 @@ from torch.distributed.checkpoint.api import CheckpointException
 from common.errors import ConfigError, os_error_line
 from sd3.finite import nonfinite_weight_in
 from sd3.pretrained import read_config
-from train.saving.checkpoints import STATE_FILE, find, parse_state, read_state, recorded_step
+from train.saving.checkpoints import (
+    STATE_FILE,
+    find,
+    find_all,
+    parse_state,
+    read_state,
+    recorded_step,
+)
 from train.saving.controlnet import CONTROLNET_FOLDER, EMA_FOLDER
 from train.saving.digests import find_change, find_cut
 from train.saving.write_state import first_failure
@@ -35,11 +42,11 @@ def choose(output_dir: Path, wanted: str | None) -> Path | None:
         ConfigError: the wanted checkpoint does not exist or is damaged, no checkpoint is whole, or
             the run would mix with later checkpoints in the folder.
     """
-    present = find(output_dir)
+    if wanted not in (None, "latest"):
+        return _named(output_dir, find(output_dir), wanted)
+    present = find_all(output_dir)
     if wanted == "latest":
         return _newest_whole(present)
-    if wanted is not None:
-        return _named(output_dir, present, wanted)
     if present:
         raise ConfigError(
             f"--output-dir {output_dir} holds {present[-1].name} of an earlier run: go on with "
@@ -54,9 +61,11 @@ def find_damage(checkpoint: Path) -> str | None:
     Raises:
         OSError: a file cannot be read now, as where a network disk does not answer.
     """
+    if not (checkpoint / STATE_FILE).is_file():
+        return f"{checkpoint / STATE_FILE}: is missing"
     try:
         files = parse_state(checkpoint).files
-    except (ValueError, TypeError) as error:
+    except ValueError as error:
         return f"{checkpoint / STATE_FILE}: damaged ({error})"
     if problem := find_change(checkpoint, files) if files else find_cut(checkpoint):
         return problem
@@ -148,21 +157,24 @@ def _is_whole(checkpoint: Path) -> bool:
 
 
 def _named(output_dir: Path, present: list[Path], wanted: str) -> Path:
-    for path in (Path(wanted), output_dir / Path(wanted).name):
-        if (path / STATE_FILE).is_file():
-            if problem := find_damage(path):
-                raise ConfigError(f"{problem}; {WAY_OUT}")
-            step = read_state(path).step
-            later = [other for other in present if recorded_step(other) > step]
-            # Damaged ones may stay: the run passes them over.
-            if any(_is_whole(other) for other in reversed(later)):
-                names = ", ".join(other.name for other in later)
-                raise ConfigError(
-                    f"--resume-from-checkpoint {wanted}: {output_dir} holds later ones, "
-                    f"{names}; move them away, or give another --output-dir."
-                )
-            return path
-    names = ", ".join(path.name for path in present) or "none"
-    raise ConfigError(
-        f"--resume-from-checkpoint {wanted}: no complete checkpoint; {output_dir} has {names}."
-    )
+    candidates = (Path(wanted), output_dir / Path(wanted).name)
+    complete = [path for path in candidates if (path / STATE_FILE).is_file()]
+    folders = complete or [path for path in candidates if path in find_all(path.parent)]
+    if not folders:
+        names = ", ".join(path.name for path in present) or "none"
+        raise ConfigError(
+            f"--resume-from-checkpoint {wanted}: no complete checkpoint; {output_dir} has {names}."
+        )
+    path = folders[0]
+    if problem := find_damage(path):
+        raise ConfigError(f"{problem}; {WAY_OUT}")
+    step = read_state(path).step
+    later = [other for other in present if recorded_step(other) > step]
+    # Damaged ones may stay: the run passes them over.
+    if any(_is_whole(other) for other in reversed(later)):
+        names = ", ".join(other.name for other in later)
+        raise ConfigError(
+            f"--resume-from-checkpoint {wanted}: {output_dir} holds later ones, "
+            f"{names}; move them away, or give another --output-dir."
+        )
+    return path

@@ -19,7 +19,7 @@ from tests.conftest import Outcome, flags
 from tests.train.test_run import WEIGHTS, same
 from train.config import TrainConfig
 from train.run import train
-from train.saving import checkpoints
+from train.saving import checkpoints, resuming
 
 Damage = Callable[[Path], None]
 
@@ -57,6 +57,7 @@ DAMAGED: list[tuple[str, Damage, str]] = [
     ("random_states_0.pkl", os.unlink, "is missing"),
     ("train_state.json", break_state, "damaged"),
     ("train_state.json", empty, "damaged"),
+    ("train_state.json", os.unlink, "is missing"),
 ]
 # What a checkpoint shows of its damage without the digests, which older ones lack.
 VISIBLE = [
@@ -68,9 +69,15 @@ VISIBLE = [
 
 def digests(checkpoint: Path) -> None:
     """Remove the digests of a checkpoint's files, as if it was written before there were any."""
+    edit_state(checkpoint, "files")
+
+
+def edit_state(checkpoint: Path, *removed: str, **entries: Any) -> None:
+    """Change a checkpoint's state, and write it without a digest, as earlier versions did."""
     path = checkpoint / "train_state.json"
-    state = json.loads(path.read_text())
-    state.pop("files", None)
+    state = json.loads(path.read_text()) | entries
+    for name in ("digest", *removed):
+        state.pop(name, None)
     path.write_text(json.dumps(state))
 
 
@@ -198,11 +205,12 @@ def test_a_checkpoint_without_digests_that_cannot_be_loaded_is_one_line(
     assert len(str(one.value).splitlines()) == 1
 
 
+@pytest.mark.parametrize("folder", ["controlnet", "controlnet_ema"])
 def test_a_checkpoint_whose_weights_are_not_finite_is_passed_over(
-    finished: TrainConfig, config: TrainConfig, command: Callable[..., Outcome]
+    finished: TrainConfig, config: TrainConfig, command: Callable[..., Outcome], folder: str
 ) -> None:
     newest = config.output_dir / "checkpoint-4"
-    path = newest / "controlnet" / WEIGHTS
+    path = newest / folder / WEIGHTS
     tensors = load_file(path)
     name = "pos_embed_input.proj.bias"
     tensors[name][3] = torch.nan
@@ -223,3 +231,62 @@ def test_the_checkpoint_just_written_stays_whatever_the_others_are_called(
     shutil.copytree(out / "checkpoint-2", out / "checkpoint-900")
     train(replace(config, checkpoints_total_limit=1, max_train_steps=3))
     assert [path.name for path in checkpoints.find(out)] == ["checkpoint-3"]
+
+
+def test_damaged_later_checkpoints_go_before_whole_earlier_ones(config: TrainConfig) -> None:
+    out = config.output_dir
+    shutil.rmtree(out / "checkpoint-4")
+    shutil.copytree(out / "checkpoint-2", out / "checkpoint-900")
+    edit_state(out / "checkpoint-900", step=900)
+    empty(out / "checkpoint-900" / "optimizer.bin")
+    train(replace(config, checkpoints_total_limit=2, max_train_steps=3))
+    assert {path.name for path in out.glob("checkpoint-*")} == {"checkpoint-2", "checkpoint-3"}
+
+
+def test_one_whole_later_checkpoint_is_enough_to_refuse_an_earlier_one(config: TrainConfig) -> None:
+    out = config.output_dir
+    shutil.copytree(out / "checkpoint-4", out / "checkpoint-6")
+    edit_state(out / "checkpoint-6", step=6)
+    empty(out / "checkpoint-6" / "optimizer.bin")
+    with pytest.raises(ConfigError, match=r"checkpoint-2: .* holds later ones, checkpoint-4, "):
+        resuming.choose(out, "checkpoint-2")
+
+
+def test_every_flipped_bit_of_the_state_is_noticed(config: TrainConfig) -> None:
+    checkpoint = config.output_dir / "checkpoint-4"
+    path = checkpoint / "train_state.json"
+    data = path.read_bytes()
+    assert checkpoints.parse_state(checkpoint).step == 4
+    for bit in range(8 * len(data)):
+        flipped = bytearray(data)
+        flipped[bit // 8] ^= 1 << bit % 8
+        path.write_bytes(flipped)
+        problem = resuming.find_damage(checkpoint)
+        assert problem is not None
+        assert problem.startswith(f"{path}: damaged (")
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [{"step": "4"}, {"step": 4.5}, {"place": None}, {"fingerprints": []}, {"averaged_step": 4}],
+)
+def test_a_state_of_earlier_versions_is_read_strictly(
+    config: TrainConfig, capsys: pytest.CaptureFixture[str], wrong: dict[str, Any]
+) -> None:
+    out = config.output_dir
+    for step in (2, 4):
+        digests(out / f"checkpoint-{step}")
+    assert resuming.choose(out, "latest") == out / "checkpoint-4"
+    edit_state(out / "checkpoint-4", **wrong)
+    capsys.readouterr()
+    assert resuming.choose(out, "latest") == out / "checkpoint-2"
+    assert capsys.readouterr().out.startswith(f"train: {out}/checkpoint-4/train_state.json: damag")
+
+
+def test_a_run_does_not_begin_among_checkpoints_without_a_state(config: TrainConfig) -> None:
+    for step in (2, 4):
+        (config.output_dir / f"checkpoint-{step}" / "train_state.json").unlink()
+    with pytest.raises(ConfigError, match=r"holds checkpoint-4 of an earlier run"):
+        train(replace(config, resume_from_checkpoint=None))
+    with pytest.raises(ConfigError, match=r"checkpoint-4/train_state\.json: is missing; and none"):
+        train(config)

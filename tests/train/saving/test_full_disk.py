@@ -22,7 +22,7 @@ def test_a_full_disk_at_the_end_says_what_holds_the_controlnet(
     launch = (*LAUNCH, free_port()) if processes > 1 else ()
     done = run_python(*launch, *PROGRAM, *flags(config), ACCELERATE_USE_CPU="true")
     errors = [line for line in done.stderr.splitlines() if line.startswith("Error: ")]
-    assert len(errors) == processes, done.stderr
+    assert len(errors) == 1, done.stderr
     if processes == 1:
         assert done.returncode == 2
     folder = config.output_dir

@@ -111,6 +111,9 @@ def test_a_controlnet_that_is_not_finite_draws_nothing(
     start: Path, base: Path, circles: Path, tmp_path: Path, command: Callable[..., Outcome]
 ) -> None:
     spoil(start / WEIGHTS, "controlnet_blocks.0.bias", torch.nan)
+    earlier = tmp_path / "pictures" / "000.png"
+    earlier.parent.mkdir()
+    earlier.write_bytes(b"drawn otherwise")
     outcome = command(
         *("infer", "generate", "--controlnet", start, "--pretrained-model-name-or-path", base),
         *("--prompt", "a circle", "--image", circles / "source" / "0.png"),
@@ -120,7 +123,9 @@ def test_a_controlnet_that_is_not_finite_draws_nothing(
     last = outcome.output.strip().splitlines()[-1]
     assert last.startswith(f"Error: --controlnet {start}, as ")
     assert "the weight controlnet_blocks.0.bias is not finite" in last
-    assert not list(tmp_path.glob("pictures/**/*.png"))
+    assert earlier.read_bytes() == b"drawn otherwise"
+    assert "are replaced" not in outcome.output
+    assert list(tmp_path.glob("pictures/**/*.png")) == [earlier]
 
 
 def test_another_number_of_blocks_is_refused_beside_a_controlnet(

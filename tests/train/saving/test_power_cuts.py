@@ -68,6 +68,12 @@ def test_a_checkpoint_is_on_the_disk_before_it_has_its_name_and_older_ones_go_la
     assert disk.events.index(first) < named
     assert ("rename unsynced", out / "checkpoint-4") not in disk.events
     assert disk.events[named + 1] == ("sync", out)
+    # Each process syncs what it wrote before it takes digests; only then come settings and state.
+    partial = out / "checkpoint-4.partial"
+    settled = disk.events[: disk.events.index(("rename", partial / "run.json"))]
+    written = ("optimizer.bin", "random_states_0.pkl", "controlnet/config.json", "controlnet_ema")
+    for path in (partial, *(partial / name for name in written)):
+        assert ("sync", path) in settled
     pruned = [event for event in disk.events if event[0] == "remove"]
     assert pruned == [("remove", out / "checkpoint-2.removed")]
     assert disk.events.index(pruned[0]) > named + 1
