@@ -11,6 +11,7 @@ ALLOWED = {
     r"a GPU can|there is a GPU": "`make check` on a machine without a GPU",
     r"this torch has a CUDA of its own": "`make check` with PyTorch's build for CPUs, as in CI",
     r"needs a GPU|needs two GPUs( of one kind)?|needs Ada, Hopper or later": "`make gpu`",
+    r"neither Chromium nor Google Chrome is installed": "`make check` where one is: apt or brew",
     r"\d+ page faults by default": "`make check` where the system gives no huge pages",
     r"glibc's malloc": "`make check` on Linux",
     r"REFERENCE_SCRIPT names no train_controlnet_sd3\.py": "as CONTRIBUTING.md says",

@@ -201,7 +201,8 @@ def test_a_circle_drawn_in_a_browser_becomes_a_picture(
 ) -> None:
     from playwright import sync_api
 
-    assert CHROMIUM, "install a Chromium, or Google Chrome: the page is tried in it"
+    if CHROMIUM is None:
+        pytest.skip("neither Chromium nor Google Chrome is installed")
     with sync_api.sync_playwright() as found:
         browser = found.chromium.launch(
             executable_path=CHROMIUM,
