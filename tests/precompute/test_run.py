@@ -241,9 +241,14 @@ def test_mean_and_standard_deviation_are_kept_on_request(
 
 def test_half_precision_cache_is_the_rounded_one(cache: Path, fresh: PrecomputeConfig) -> None:
     precompute(replace(fresh, cache_dtype="float16"))
-    half, full = Cache(fresh.cache).sample(0, 0)[1], Cache(cache).sample(0, 0)[1]
-    for name, tensor in full.items():
-        assert torch.equal(half[name], tensor.to(torch.float16))
+    half, full = Cache(fresh.cache), Cache(cache)
+    for rounded, exact in (
+        (half.sample(0, 0)[1], full.sample(0, 0)[1]),
+        (half.text.tensors(0, 1), full.text.tensors(0, 1)),
+    ):
+        for name, tensor in exact.items():
+            assert rounded[name].dtype == torch.float16
+            assert torch.equal(rounded[name], tensor.to(torch.float16))
 
 
 def test_validation_pairs_are_cached(cache: Path, base: Path, circles: Path) -> None:
