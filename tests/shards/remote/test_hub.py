@@ -273,6 +273,15 @@ def test_a_repository_is_made_private_and_written_at_the_revision_that_is_named(
     assert hub.asked[-1] == f"POST /api/{REPO}/commit/{other}"
 
 
+def test_a_repository_that_goes_away_is_no_missing_file(hub: Hub, cache: Path) -> None:
+    push(cache)
+    remote = RemoteFolder(URL)
+    assert remote.size("manifest.json") == (cache / "manifest.json").stat().st_size
+    hub.misbehave = lambda handler, *_: handler.refuse(401, "RepoNotFound") is None
+    with pytest.raises(ShardError, match="no such repository or revision on the hub"):
+        remote.size("latents/000000.tar")
+
+
 def test_a_damaged_cache_is_not_pushed(hub: Hub, cache: Path, tmp_path: Path) -> None:
     copy = Path(shutil.copytree(cache, tmp_path / "copy"))
     path = copy / "text" / "000001.tar"

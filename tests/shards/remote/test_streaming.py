@@ -1,6 +1,7 @@
 """Remote caches: real servers on loopback, well-behaved and not."""
 
 import contextlib
+import shutil
 import subprocess
 import sys
 import threading
@@ -20,6 +21,7 @@ from shards.reading.cache import Cache
 from shards.reading.order import Order
 from shards.remote import streaming
 from shards.remote.folder import RemoteFolder
+from shards.remote.local_copies import LocalCopies
 from shards.remote.streaming import RemoteFiles, open_files
 from tests.conftest import flags, free_port, run_python, running
 from tests.shards.remote.conftest import Server
@@ -353,6 +355,38 @@ def test_what_was_fetched_is_not_fetched_again(
     first = len(server.asked)
     everything(open_remote(server.url, tmp_path / "local"))
     assert server.asked[first:] == ["manifest.json"]
+
+
+def test_another_cache_at_the_same_address_is_read_as_it_is(
+    cache: Path, bucketed: Path, tmp_path: Path, serve: Callable[[Path], Server]
+) -> None:
+    url = serve(tmp_path / "served").url
+    for now in (cache, bucketed):
+        shutil.copytree(now, tmp_path / "served")
+        assert same(everything(open_remote(url, tmp_path / "local")), everything(Cache(now)))
+        shutil.rmtree(tmp_path / "served")
+
+
+def test_what_is_done_with_may_be_removed_by_other_processes(
+    tmp_path: Path, serve: Callable[[Path], Server]
+) -> None:
+    cache, local = tmp_path / "cache", tmp_path / "local"
+    synthetic.write_cache(cache, synthetic.TINY, num_shards=4, images_per_shard=4)
+    found = open_remote(serve(cache).url, local)
+    order = Order(found.conditioning.product.shard_records, seed=0, window=1)
+    (end, (first,)), (_, (second,)) = islice(order.windows(0), 2)
+    with found.read_ahead(order, 0):
+        deadline = time.monotonic() + 60
+        for shard in (first, second):
+            while found.files._copies.opened(("latents", shard)) is None:
+                assert time.monotonic() < deadline
+                time.sleep(0.01)
+        found.files.release_before(end)
+        others = LocalCopies(found.files.remote, local / streaming.OWN_FOLDER, "other", 1)
+        others.make_room(0, [])
+        left = {path.name for path in local.rglob("latents/*.tar")}
+    assert f"{first:06d}.tar" not in left
+    assert f"{second:06d}.tar" in left
 
 
 def test_a_window_without_room_is_refused_before_anything_is_fetched(
