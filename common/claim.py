@@ -1,6 +1,7 @@
 """One process at a time, on any disk and any machine, by a file that only one can make."""
 
 import contextlib
+import fcntl
 import os
 import time
 from collections.abc import Iterator
@@ -36,10 +37,10 @@ def alone(path: Path, abandoned_after_s: float) -> Iterator[None]:
                 status = path.stat()
                 if (claim := (status.st_ino, status.st_mtime_ns)) != seen:
                     seen, since = claim, time.monotonic()
-                elif waited > abandoned_after_s or _is_of_nobody(
-                    path.read_text("utf-8", "replace")
-                ):
+                elif waited > abandoned_after_s:
                     path.unlink()
+                    continue
+                elif _is_of_nobody(path.read_text("utf-8", "replace")) and _removed(path):
                     continue
                 elif waited > SILENT_S and not said:
                     said = True
@@ -53,6 +54,22 @@ def alone(path: Path, abandoned_after_s: float) -> Iterator[None]:
         yield
     finally:
         path.unlink(missing_ok=True)
+
+
+def _removed(path: Path) -> bool:
+    """Remove a claim of nobody, unless another process of this machine was quicker.
+
+    Returns:
+        Whether the file system has locks, without which a claim made meanwhile might be removed.
+    """
+    with path.open("rb") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX)
+        except OSError:
+            return False
+        if os.path.samestat(os.fstat(file.fileno()), path.stat()):
+            path.unlink()
+    return True
 
 
 def _process(number: int) -> str:

@@ -1,5 +1,6 @@
 """Claims: who waits for whom, and that it is said."""
 
+import fcntl
 import multiprocessing
 import os
 import threading
@@ -62,6 +63,21 @@ def test_a_process_elsewhere_is_waited_for_and_that_is_said(
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith(f"{path}: another process made this file")
     assert "has not changed for 0.3 s" in line
+
+
+def test_a_claim_that_was_made_meanwhile_stays(tmp_path: Path) -> None:
+    """Two find a claim of nobody; the slower one must not remove what the quicker one makes."""
+    path = tmp_path / "claim"
+    killed_with_a_claim(path)
+    slower = threading.Thread(target=claim._removed, args=(path,))
+    with path.open() as quicker:
+        fcntl.flock(quicker, fcntl.LOCK_EX)
+        slower.start()
+        time.sleep(0.2)  # until it has opened the file
+        path.unlink()
+        path.write_text("the quicker one's")
+    slower.join()
+    assert path.read_text() == "the quicker one's"
 
 
 def test_a_live_process_is_waited_for(tmp_path: Path) -> None:
