@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from diffusers import AutoencoderKL
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -148,6 +149,22 @@ def test_the_variant_that_is_asked_for_is_loaded(base: Path, tmp_path: Path) -> 
     for variant, factor in ((None, 2), ("fp16", 1)):
         loaded = VaeEncoder(tmp_path, settings(64), CPU, variant)
         assert torch.equal(loaded.vae.state_dict()[name], factor * weights[name])
+
+
+def test_the_mean_is_stored_where_the_posterior_is_wide(base: Path, tmp_path: Path) -> None:
+    shutil.copytree(base / "vae", tmp_path / "vae")
+    path = tmp_path / "vae" / "diffusion_pytorch_model.safetensors"
+    weights = load_file(path)
+    weights["encoder.conv_out.bias"][16:] = 0  # a standard deviation of 1
+    save_file(weights, path)
+    stock = AutoencoderKL.from_pretrained(tmp_path, subfolder="vae")
+    pixels = torch.randint(256, (1, 3, 64, 64), dtype=torch.uint8)
+    with torch.no_grad():
+        posterior = stock.encode(pixels / 255 * 2 - 1).latent_dist
+    assert posterior.std.min() > 0.9
+    found = VaeEncoder(tmp_path, settings(64), CPU, None)
+    latent = found.encode(pixels, "-1_1", "latent", BatchSize(1))["latent"]
+    torch.testing.assert_close(latent, posterior.mean, rtol=1e-4, atol=1e-4)
 
 
 def settings(side: int) -> LatentSettings:

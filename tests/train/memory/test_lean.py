@@ -78,19 +78,22 @@ def test_host_memory_is_taken_in_large_pieces(monkeypatch: pytest.MonkeyPatch) -
 
 @pytest.mark.extras
 @pytest.mark.usefixtures("small_tensors_offloaded")
-def test_state_in_8_bit_goes_on_from_host_memory(unclipped: TrainConfig, tmp_path: Path) -> None:
+def test_state_in_8_bit_goes_on_from_host_memory(
+    unclipped: TrainConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     whole = replace(unclipped, lr_scheduler="constant", use_8bit_adam=True, offload_optimizer=True)
     train(whole)
     halves = replace(whole, output_dir=tmp_path / "halves", resume_from_checkpoint="latest")
     train(replace(halves, max_train_steps=2))
     train(halves)
+    assert f"resuming {halves.output_dir}/checkpoint-2" in capsys.readouterr().out
     assert same(halves.output_dir, whole.output_dir)
 
 
 @pytest.mark.usefixtures("small_tensors_offloaded")
 @pytest.mark.parametrize("option", ["fused_backward_pass", "offload_optimizer"])
 def test_checkpoints_go_on_with_and_without(
-    option: str, unclipped: TrainConfig, tmp_path: Path
+    option: str, unclipped: TrainConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     whole = replace(unclipped, lr_scheduler="constant")
     train(whole)
@@ -98,6 +101,8 @@ def test_checkpoints_go_on_with_and_without(
         halves = replace(whole, output_dir=tmp_path / f"{first}", resume_from_checkpoint="latest")
         train(replace(halves, max_train_steps=2, **{option: first}))
         train(replace(halves, max_train_steps=4, **{option: second}))
+        # From the beginning it would be the same weights as well.
+        assert f"resuming {halves.output_dir}/checkpoint-2" in capsys.readouterr().out
         assert same(halves.output_dir, whole.output_dir)
 
 
