@@ -1,7 +1,7 @@
 """The options: those of diffusers' script, where each of them went, and no other by accident."""
 
 from collections.abc import Callable
-from dataclasses import fields
+from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any
 
@@ -217,11 +217,16 @@ def test_there_are_no_others() -> None:
     assert TRAIN.keys() - REFERENCE.keys() == OURS
 
 
-@pytest.mark.parametrize("name", sorted(REFERENCE.keys() - GONE))
+def test_the_base_model_is_required_here_as_there() -> None:
+    assert TRAIN["pretrained_model_name_or_path"] is MISSING
+    assert PRECOMPUTE["pretrained_model_name_or_path"] is MISSING
+
+
+@pytest.mark.parametrize(
+    "name", sorted(REFERENCE.keys() - GONE - {"pretrained_model_name_or_path"})
+)
 def test_defaults_are_the_references(name: str) -> None:
     default = PRECOMPUTE[name] if name in MOVED_TO_PRECOMPUTE else TRAIN[name]
-    if name == "pretrained_model_name_or_path":
-        return  # required here as there
     expected = OTHER_DEFAULTS.get(name, REFERENCE[name])
     if isinstance(default, Path):
         default = str(default)

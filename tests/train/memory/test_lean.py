@@ -15,6 +15,7 @@ from benchmarks.reference.runs import logged_losses
 from common.errors import ConfigError
 from sd3.quantized import RowLinear, quantize
 from tests.conftest import Outcome, Spoil, flags
+from tests.train.optim.host_elsewhere import copy_on_the_way
 from tests.train.test_faults import second_is_nan
 from tests.train.test_run import same, weights
 from train import models
@@ -34,7 +35,8 @@ def unclipped(train_config: TrainConfig) -> TrainConfig:
 
 @pytest.fixture
 def small_tensors_offloaded(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Offload the miniature's small tensors too."""
+    """Offload the miniature's small tensors too, and make each way to the device a copy."""
+    copy_on_the_way(monkeypatch)
     monkeypatch.setattr(offloaded_state, "MIN_OFFLOADED_NUMBERS", 64)
     monkeypatch.setattr(activation_offload, "MIN_OFFLOADED_BYTES", 64)
 

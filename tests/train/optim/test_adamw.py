@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
+from tests.train.optim.host_elsewhere import copy_on_the_way
 from train.config import TrainConfig
 from train.optim import offloaded_state
 from train.optim.adamw import make_optimizer, make_schedule, set_learning_rate
@@ -36,13 +37,7 @@ def settings(**changes: Any) -> TrainConfig:
 @pytest.fixture
 def host_is_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
     """Make each way to the device a copy, as to a GPU, and all state large enough for it."""
-    to = Tensor.to
-
-    def copied(self: Tensor, *args: Any, **more: Any) -> Tensor:
-        moved = to(self, *args, **more)
-        return moved.clone() if moved is self else moved
-
-    monkeypatch.setattr(Tensor, "to", copied)
+    copy_on_the_way(monkeypatch)
     monkeypatch.setattr(offloaded_state, "MIN_OFFLOADED_NUMBERS", 2)
 
 
