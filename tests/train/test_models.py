@@ -76,9 +76,8 @@ def test_weights_are_copied_as_stored_whatever_the_base_runs_in(base: Path, tmp_
     assert controlnet.dtype == torch.float32
     stored, ours = transformer.state_dict(), controlnet.state_dict()
     copied = [name for name in ours if not name.startswith(("controlnet_blocks.", "pos_embed_in"))]
-    assert (
-        len(copied) == len(ours) - 2 * 2 - 2
-    )  # weight and bias of two blocks' ends, and of a start
+    # All but the weight and the bias of each of two blocks' ends, and of the control's start.
+    assert len(copied) == len(ours) - 2 * 2 - 2
     for name in copied:
         assert torch.equal(ours[name], stored[name].float()), name
     files[0].unlink()
