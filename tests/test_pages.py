@@ -39,7 +39,9 @@ PAGES = sorted(
 PROGRAMS = ("python", "make", "accelerate", "hf", "unzip", "cp", "rsync", "tensorboard")
 MARKS = ("needs ", "the reference")
 # make's targets that other tests run, or that this test's own environment stands for.
-NOT_HERE = {f"make {name}" for name in ("demo", "demo-full", "setup", "test", "check", "mutate", "gpu")}
+NOT_HERE = {
+    f"make {name}" for name in ("demo", "demo-full", "setup", "test", "check", "mutate", "gpu")
+}
 # What the pages say at true size.
 SMALLER_NEXT = {"--validation-steps": "2"}
 SMALLER = {
