@@ -3,9 +3,7 @@
 import errno
 import fcntl
 import os
-import signal
 import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -15,12 +13,13 @@ import pytest
 from torch import Tensor
 
 from common.errors import ConfigError
-from tests.conftest import Outcome, Spoil, flags
+from tests.conftest import Outcome, Spoil, flags, running
 from tests.train.test_run import WEIGHTS, same
 from train.config import TrainConfig
 from train.run import train
 from train.saving.output_dir import LOCK_FILE, output_dir_locked
 
+# `running` kills the holder at the end, as SIGKILL ends a run.
 HOLD = "import fcntl, sys, time; file = open(sys.argv[1], 'a'); fcntl.flock(file, fcntl.LOCK_EX)"
 WAIT = "print('held', flush=True); time.sleep(600)"
 
@@ -55,20 +54,12 @@ def test_a_second_run_is_refused_while_the_first_goes_on(
 def test_a_killed_run_leaves_nothing_stuck(train_config: TrainConfig) -> None:
     out = train_config.output_dir
     out.mkdir()
-    holder = subprocess.Popen(
-        [sys.executable, "-c", f"{HOLD}; {WAIT}", out / LOCK_FILE],
-        stdout=subprocess.PIPE,
-    )
-    try:
+    with running(["-c", f"{HOLD}; {WAIT}", out / LOCK_FILE], stdout=subprocess.PIPE) as holder:
         assert holder.stdout is not None
-        assert holder.stdout.readline() == b"held\n"
+        assert holder.stdout.readline() == "held\n"
         with pytest.raises(ConfigError, match="another run"):
             train(train_config)
         assert list(out.iterdir()) == [out / LOCK_FILE]
-    finally:
-        holder.send_signal(signal.SIGKILL)
-        holder.wait()
-        holder.stdout.close()
     train(train_config)
     assert (out / WEIGHTS).is_file()
 
