@@ -147,16 +147,10 @@ def _dangling(reader: ProductReader, keys: list[str]) -> Iterator[str]:
 
 def _caption_faults(manifest: Manifest, folder: Path) -> list[str]:
     shards = range(manifest.latents.num_shards)
+    sidecars = (sidecar.load_present(folder, shard) for shard in shards)
     try:
-        if captions_digest(_present(folder, shard) for shard in shards) == manifest.captions:
+        if captions_digest(sidecars) == manifest.captions:
             return []
     except (ShardError, OSError):
         return []  # reported with its shard
     return [f"{folder}: the sidecars' captions are not those the manifest was written for"]
-
-
-def _present(folder: Path, shard: int) -> Sidecar:
-    """Return a sidecar, or raise a ShardError if there is none."""
-    if (loaded := sidecar.load(folder, shard)) is None:
-        raise ShardError(f"{folder}: the sidecar of shard {shard:06d} is missing")
-    return loaded

@@ -154,6 +154,17 @@ def load(folder: Path, shard: int) -> Sidecar | None:
     return None if data is None else from_json(data, shard, sidecar_path(folder, shard))
 
 
+def load_present(folder: Path, shard: int) -> Sidecar:
+    """Return a shard's sidecar.
+
+    Raises:
+        ShardError: there is none, or it is damaged or of another format version.
+    """
+    if (loaded := load(folder, shard)) is None:
+        raise ShardError(f"{folder}: the sidecar of shard {shard:06d} is missing")
+    return loaded
+
+
 def load_summary(folder: Path, shard: int) -> Summary | None:
     """Return the summary of a finished shard, or None if the shard must be written again.
 

@@ -15,11 +15,15 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import IO
 
+import click
+
+from common.locks import lock
 from shards.format import json_files
 from shards.format.sidecar import sidecar_path, tar_path
 from shards.reading.location import OPEN_FILES, OpenFile, ShardId
 from shards.remote.folder import RemoteFolder, remove_abandoned
-from shards.remote.locks import lock
+
+_said: set[Path] = set()
 
 
 class LocalCopies:
@@ -78,7 +82,7 @@ class LocalCopies:
         """
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.with_suffix(f"{path.suffix}.lock").open("w") as file:
-            alone = lock(file.fileno(), fcntl.LOCK_EX, self.folder)
+            alone = _lock(file.fileno(), fcntl.LOCK_EX, self.folder)
             if not path.exists():
                 if alone:  # what is left of a process that was killed
                     for part in path.parent.glob(f"{path.name}.*.part"):
@@ -143,11 +147,25 @@ class LocalCopies:
             self._open.pop((folder, int(path.stem)), None)
         with contextlib.suppress(OSError), _open_to_lock(path) as file:
             # Without locks a process of this machine goes on reading what it has open.
-            lock(file.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB, self.folder)
+            _lock(file.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB, self.folder)
             path.unlink()
             path.with_suffix(".json").unlink(missing_ok=True)
             return True
         return False
+
+
+def _lock(descriptor: int, operation: int, folder: Path) -> bool:
+    """Lock an open file; return False where the disk has no locks, and say so once a folder."""
+    if lock(descriptor, operation):
+        return True
+    if folder not in _said:
+        _said.add(folder)
+        click.echo(
+            f"{folder}: this disk has no file locks; processes may fetch a shard twice, and "
+            "several machines must not share the folder: give each its --local-cache-dir",
+            err=True,
+        )
+    return False
 
 
 def _open_to_lock(path: Path) -> IO[bytes]:
@@ -171,7 +189,7 @@ class SharedFile(OpenFile):
 
     def __init__(self, path: Path, folder: Path) -> None:
         super().__init__(path)
-        lock(self.descriptor, fcntl.LOCK_SH, folder)
+        _lock(self.descriptor, fcntl.LOCK_SH, folder)
         # NFS keeps a removed file that is open under another name; its links do not tell.
         try:
             removed = not os.path.samestat(path.stat(), os.fstat(self.descriptor))

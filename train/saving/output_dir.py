@@ -11,8 +11,8 @@ from typing import IO
 import click
 
 from common.errors import ConfigError
+from common.locks import lock
 from shards.format.manifest import MANIFEST
-from shards.remote.locks import NO_LOCKS
 from train.processes.agreement import main_decides
 
 LOCK_FILE = "train.lock"
@@ -66,19 +66,16 @@ def _try_lock(file: IO[str], folder: Path) -> bool:
         ConfigError: another run holds it.
     """
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        locked = lock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
         file.seek(0)
         raise ConfigError(
             f"--output-dir {folder}: another run writes to it ({file.read() or 'just started'}). "
             "Wait until it has ended, or give another folder."
         ) from error
-    except OSError as error:
-        if error.errno not in NO_LOCKS:
-            raise
+    if not locked:
         click.echo(f"train: {folder}: this disk has no file locks; start no second run in it")
-        return False
-    return True
+    return locked
 
 
 def _remove_if_empty(folder: Path) -> None:

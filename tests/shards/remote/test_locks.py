@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from shards.reading.cache import Cache
-from shards.remote import locks
+from shards.remote import local_copies
 from shards.remote.folder import RemoteFolder
 from shards.remote.local_copies import LocalCopies
 from tests.shards.remote.conftest import Server
@@ -74,7 +74,7 @@ def test_the_folder_stays_bounded_on_any_disk(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setattr(fcntl, "flock", flock)
-    monkeypatch.setattr(locks, "_said", set())
+    monkeypatch.setattr(local_copies, "_said", set())
     largest = max(path.stat().st_size for path in cache.rglob("*.tar"))
     found = open_remote(serve(cache).url, tmp_path / "local", 2 * largest)
     assert same(everything(found), everything(Cache(cache)))
