@@ -50,6 +50,7 @@ class InventedRows:
     has_conditioning_images = True
 
     def __init__(self, num_rows: int, edition: int = 0) -> None:
+        self.layout, self.remarks = "made up", list[str]()
         self.num_rows = num_rows
         self.num_captions = int(num_rows * DISTINCT)
         self.edition = edition

@@ -162,6 +162,7 @@ class Captions:
     has_conditioning_images = True
 
     def __init__(self, captions: Sequence[str]) -> None:
+        self.layout, self.remarks = "made up", list[str]()
         self.captions = captions
 
     def __len__(self) -> int:

@@ -38,6 +38,9 @@ class PrecomputeConfig:
     dataset_name: str | None = option(None, help="Data set: an id on the hub, or a folder.")
     dataset_config_name: str | None = option(None, help="Configuration of the data set.")
     dataset_revision: str | None = option(None, help="Revision of the data set on the hub.")
+    split: str | None = option(
+        None, help="Split of the data set; by default train, or the only one."
+    )
     image_column: str = option("image", help="Column that holds the images.")
     conditioning_image_column: str = option(
         "conditioning_image", help="Column that holds the conditioning images."
@@ -210,6 +213,7 @@ class PrecomputeConfig:
             dataset_config_name=self.dataset_config_name,
             dataset_revision=self.dataset_revision,
             train_data_dir=self.train_data_dir,
+            split=self.split,
             image_column=self.image_column,
             conditioning_image_column=self.conditioning_image_column,
             caption_column=self.caption_column,

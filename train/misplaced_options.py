@@ -7,6 +7,7 @@ PRECOMPUTE_OPTIONS = (
     "--dataset-name",
     "--dataset-config-name",
     "--dataset-revision",
+    "--split",
     "--image-column",
     "--conditioning-image-column",
     "--caption-column",

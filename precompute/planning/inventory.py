@@ -238,8 +238,10 @@ def _fault_digest(fault: str) -> bytes:
 
 
 def _hash_captions(row: Row) -> tuple[bytes, str]:
-    """Return the digests of a row's captions, or why they cannot be used."""
+    """Return the digests of a row's captions, or why the row cannot be used."""
     prompts = row.prompts
+    if row.fault or prompts == [None]:
+        return b"", row.fault or "no caption"
     if not 1 <= len(prompts) <= LARGEST_CAPTIONS:
         return b"", f"{len(prompts)} captions, 1 to {LARGEST_CAPTIONS} expected"
     try:

@@ -27,6 +27,8 @@ class Folder:
     def __init__(self, path: Path, wants_conditioning: bool = True) -> None:
         self.path = os.path.abspath(path)  # noqa: PTH100  (names with NUL are joined to it)
         self.has_conditioning_images = wants_conditioning
+        self.layout = f"ControlNet's {PROMPTS}"
+        self.remarks: list[str] = []
         with (path / PROMPTS).open("rb") as stream:
             self.lines = PromptLines(stream, str(path / PROMPTS), wants_conditioning)
 
@@ -57,6 +59,8 @@ class Zip:
         self.path = path.absolute()
         self.prefix = prompts.removesuffix(PROMPTS)
         self.has_conditioning_images = wants_conditioning
+        self.layout = f"ControlNet's {PROMPTS}, in a zip"
+        self.remarks: list[str] = []
         self.archive = zipfile.ZipFile(self.path)
         with self.archive.open(prompts) as stream:
             self.lines = PromptLines(stream, f"{path}: {prompts}", wants_conditioning)

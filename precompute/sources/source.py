@@ -17,12 +17,14 @@ class Row:
         image: file name of the image; empty if it has none.
         conditioning_image: file name of the conditioning image; empty if it has none.
         prompt: the caption as found, or a list of captions; in a bad row it may be no text.
+        fault: why the row cannot be used, if that is known without reading its images.
     """
 
     where: str
     image: str
     conditioning_image: str
     prompt: Any
+    fault: str = ""
 
     @property
     def name(self) -> str:
@@ -49,9 +51,13 @@ class Source(Protocol):
 
     Attributes:
         has_conditioning_images: whether the rows name conditioning images.
+        layout: how the data set lies on the disk, in words.
+        remarks: a line each for what is left out, not read or written elsewhere, with counts.
     """
 
     has_conditioning_images: bool
+    layout: str
+    remarks: list[str]
 
     def __len__(self) -> int:
         """Return the number of rows."""
@@ -90,6 +96,7 @@ class SourceSettings:
         image_column: name of the column with the images.
         conditioning_image_column: name of the column with the conditioning images.
         caption_column: name of the column with the captions.
+        split: which part of the data set; None is `train`, or the only one.
         cache_dir: where `datasets` keeps what it downloads and converts.
         wants_conditioning: False where conditioning images are drawn from the images; those of the
             source are then ignored.
@@ -103,5 +110,6 @@ class SourceSettings:
     image_column: str = "image"
     conditioning_image_column: str = "conditioning_image"
     caption_column: str = "text"
+    split: str | None = None
     cache_dir: Path | None = None
     wants_conditioning: bool = True

@@ -24,9 +24,19 @@ class Table:
     """A table of images and captions.
 
     An image is bytes, a file name, or both; a file name is relative to the data set's folder.
+
+    Args:
+        dataset: the rows.
+        columns: which of its columns are read.
+        folder: that file names are relative to; None if there is none.
+        remarks: on what is left out of the rows.
     """
 
-    def __init__(self, dataset: "Dataset", columns: Columns, folder: str | None) -> None:
+    def __init__(
+        self, dataset: "Dataset", columns: Columns, folder: str | None, remarks: list[str]
+    ) -> None:
+        self.layout = "a table that the datasets library reads"
+        self.remarks = remarks
         self.folder = folder
         self.has_conditioning_images = columns.conditioning_image is not None
         table = dataset.with_format("arrow")[:]
@@ -88,7 +98,7 @@ class Table:
     def _file(self, index: int, kind: Kind) -> str:
         path = self._path(index, kind)
         if not path:
-            raise OSError(f"the row has no {kind.replace('_', ' ')}")
+            raise OSError(f"no {kind.replace('_', ' ')}")
         if path.startswith("zip://"):
             raise OSError("lies in an archive; unpack it beside its table first")
         if "://" in path:
@@ -157,4 +167,4 @@ def open_hub(settings: SourceSettings, name: str, where: str) -> Source:
 def _open(dataset: "Dataset", settings: SourceSettings, folder: str | None, where: str) -> Source:
     if not len(dataset):
         raise ConfigError(f"{where}: holds no rows.")
-    return Table(dataset, find_columns(dataset, settings, where), folder)
+    return Table(dataset, find_columns(dataset, settings, where), folder, [])

@@ -187,7 +187,7 @@ def name_and_caption_cases() -> list[Case]:
         ["first", "second", "first"],
     ]
     bad: list[tuple[Any, str]] = [
-        (None, "the prompt is not text but NoneType"),
+        (None, "no caption"),
         (7, "the prompt is not text but int"),
         ([], "0 captions, 1 to 256 expected"),
         (["fine", None], "the prompt is not text but NoneType"),
@@ -211,7 +211,7 @@ def name_and_caption_cases() -> list[Case]:
 def cases() -> list[Case]:
     found = [*image_cases(), *name_and_caption_cases()]
     for number, case in enumerate(found):
-        if case.prompt is None and "NoneType" not in case.reason:
+        if case.prompt is None and case.reason != "no caption":
             case.prompt = f"caption {number}"
     by_name = {case.name: case for case in found}
     # What was written, read by Pillow: these need no more than that.

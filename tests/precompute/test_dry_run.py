@@ -30,6 +30,7 @@ def test_a_dry_run_says_all_and_writes_nothing(
     precompute(replace(fresh, dry_run=True))
     assert sorted(tmp_path.rglob("*")) == before
     said = capsys.readouterr().out
+    assert said.startswith("layout: ControlNet's prompt.json\n")
     prompts = NUM_ROWS + 1  # all distinct, and the empty one
     assert f"{NUM_ROWS} rows, {NUM_ROWS} captions, {prompts} distinct prompts" in said
     # Two prompts a shard, eight latents; what is in all, with headers.

@@ -255,7 +255,7 @@ def test_a_bad_image_is_its_rows_affair(
         "target": "is a directory",
         "a\0b": "not a file name",
         "https://example.org/0.png": "is an address",
-        None: "the row has no image",
+        None: "no image",
     }
     (folder.parent / "beside.png").write_bytes(IMAGES[0])
     good = ["../beside.png", str(folder / "target" / "0.png")]
@@ -277,7 +277,7 @@ def test_it_is_said_which_image_a_row_lacks(folder: Path, opened: Callable[..., 
     (folder / "metadata.jsonl").write_text(lines(*rows))
     source = opened(folder)
     assert source.read(1, "image") == IMAGES[1]
-    with pytest.raises(OSError, match=r"^the row has no conditioning image$"):
+    with pytest.raises(OSError, match=r"^no conditioning image$"):
         source.read(1, "conditioning_image")
 
 
