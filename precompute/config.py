@@ -76,6 +76,11 @@ class PrecomputeConfig:
     dry_run: bool = option(
         False, help="Print what would be made, its size and the time needed; write nothing."
     )
+    overwrite: bool = option(
+        False,
+        help="Go ahead though more than a tenth of what stands in the cache would be encoded "
+        "again or dropped.",
+    )
     conditioning_name: str = option(
         DEFAULT_CONDITIONING,
         help="Name of this kind of control; a new name adds a second control to the cache.",

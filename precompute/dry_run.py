@@ -13,12 +13,14 @@ import torch
 from torch import Tensor
 
 from common.device import AsyncHostCopy
+from precompute.discarded import describe_discarded
 from precompute.encoding import image_pass, text_pass
 from precompute.encoding.batch_size import BatchSize
 from precompute.encoding.text_encoders import TextEncoders
 from precompute.encoding.vae_encoder import VaeEncoder
 from precompute.planning.context import Context
 from precompute.planning.plan import ProductPlan
+from precompute.source_changes import source_changes
 
 NUM_TRIALS = 3
 
@@ -30,7 +32,11 @@ def dry_run(context: Context) -> None:
     if context.bad_rows:
         count = len(context.bad_rows)
         click.echo(f"{count} rows would be left out:\n{context.bad_rows.table()}")
+    if changes := source_changes(context):
+        click.echo(f"the source since the last run: {changes}")
     _print_products(context)
+    if discarded := describe_discarded(context):
+        click.echo(f"{discarded}\n  it needs --overwrite")
     _print_disk_space(context)
     _print_trials(context)
     click.echo("nothing was written")

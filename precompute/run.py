@@ -13,6 +13,7 @@ from common.device import keep_freed_memory
 from common.interruption import InterruptedRun, stop_between_shards
 from common.provenance import write_run
 from precompute.config import PrecomputeConfig
+from precompute.discarded import SECONDS_A_RECORD, refuse_to_discard, seconds_a_record
 from precompute.dry_run import dry_run
 from precompute.earlier_bad_rows import (
     count_earlier_bad_rows,
@@ -27,6 +28,7 @@ from precompute.leftovers import abandoned_files, surplus_files
 from precompute.planning.context import Context
 from precompute.planning.existing_layout import layout_arrays
 from precompute.planning.prepare import prepare
+from precompute.source_changes import changes_to_remember, source_changes
 from shards.format import manifest, seal, sidecar
 from shards.format.expected_cache import ExpectedCache, write_expected
 from shards.format.manifest import Manifest
@@ -50,16 +52,19 @@ def precompute(config: PrecomputeConfig) -> None:
     if config.dry_run:
         dry_run(context)
         return
+    refuse_to_discard(context)
     previous = seal.previous_manifest(config.cache)
     products = context.products_by_folder()
     todo = {folder: context.shards_to_build(product) for folder, product in products.items()}
+    if changes := source_changes(context):
+        context.print(f"  the source since the last run: {changes}")
     _print_todo(context, todo)
     if retried:
         judge_as_before(context)
     count_earlier_bad_rows(context, context.finished)
     config.cache.mkdir(parents=True, exist_ok=True)
     require_space(config.cache, context.bytes_needed())
-    expected = context.expected_cache()
+    expected = _expected_cache(context)
     write_expected(
         config.cache,
         expected,
@@ -68,9 +73,17 @@ def precompute(config: PrecomputeConfig) -> None:
     if previous is not None and _changes_listed_shards(context, previous, todo):
         seal.withdraw(config.cache)
     mark_unfinished(retried)
-    _encode(context)
+    rates = _encode(context)
     _renew_captions(context)
-    _finish(context, expected, previous)
+    _finish(context, expected, previous, rates)
+
+
+def _expected_cache(context: Context) -> ExpectedCache:
+    """Return what the cache must hold, with its changes so far."""
+    expected = context.expected_cache()
+    if changes := changes_to_remember(context):
+        return dataclasses.replace(expected, made_by=expected.made_by | {"changes": changes})
+    return expected
 
 
 def _print_todo(context: Context, todo: Mapping[str, list[int]]) -> None:
@@ -100,8 +113,11 @@ def _changes_listed_shards(
     )
 
 
-def _encode(context: Context) -> None:
+def _encode(context: Context) -> dict[str, float]:
     """Build the missing shards of all products.
+
+    Returns:
+        How many seconds the encoders took for a text and for an image, of what they encoded.
 
     Raises:
         SystemExit: a signal ended the run between two shards.
@@ -110,6 +126,7 @@ def _encode(context: Context) -> None:
     try:
         with stop_between_shards() as check:
             validation_embeds = encode_text(context, check, clock)
+            text = clock.seconds, clock.num_items
             _free_memory()
             encode_images(context, validation_embeds, check, clock)
             _free_memory()
@@ -122,6 +139,9 @@ def _encode(context: Context) -> None:
     if clock.seconds:
         share = clock.seconds / (time.perf_counter() - clock.began)
         context.print(f"  encoders computed {share:.0%} of the time")
+    images = clock.seconds - text[0], clock.num_items - text[1]
+    kinds = {"text": text, "images": images}
+    return {kind: seconds / count for kind, (seconds, count) in kinds.items() if count}
 
 
 def _free_memory() -> None:
@@ -144,7 +164,12 @@ def _renew_captions(context: Context) -> None:
             write_sidecar(latents.folder, renewed)
 
 
-def _finish(context: Context, expected: ExpectedCache, previous: Manifest | None) -> None:
+def _finish(
+    context: Context,
+    expected: ExpectedCache,
+    previous: Manifest | None,
+    rates: dict[str, float],
+) -> None:
     """Seal the cache, if all shards of all workers are there."""
     cache = context.config.cache
     missing = expected.missing(cache)
@@ -168,7 +193,8 @@ def _finish(context: Context, expected: ExpectedCache, previous: Manifest | None
         context.print(f"{cache}: already complete, nothing to do")
         return
     fingerprints = {folder: product.fingerprint for folder, product in sealed.products()}
-    write_run(cache, "precompute", context.config, fingerprints=fingerprints)
+    speed = {SECONDS_A_RECORD: seconds_a_record(cache) | rates}
+    write_run(cache, "precompute", context.config, fingerprints=fingerprints, **speed)
     _report(context, sealed, previous)
 
 

@@ -24,7 +24,10 @@ def describe(manifest: Manifest, *, by_shard: bool) -> Iterator[str]:
         yield f"conditioning {name!r}: pixels encoded in {spec.pixel_range}"
     yield f"rows skipped: {manifest.num_skipped}"
     for key, value in manifest.made_by.items():
-        yield f"{key}: {value}"
+        if key == "changes":
+            yield from (f"changed: {change['what']}" for change in value)
+        else:
+            yield f"{key}: {value}"
     if by_shard:
         for shard in _shards(manifest):
             yield (

@@ -127,6 +127,7 @@ def precompute_config(
         cache=tmp_path_factory.mktemp("cache") / "cache",
         resolution=RESOLUTION_PX,
         max_sequence_length=TOKENS,
+        overwrite=True,  # of ten rows one is a tenth
         validation_prompt=PROMPTS,
         validation_image=(circles / "source" / "0.png", circles / "source" / "1.png"),
         cache_dtype="float32",

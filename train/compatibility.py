@@ -1,5 +1,6 @@
 """Whether the cache, the base model, a ControlNet and a checkpoint go together."""
 
+import contextlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from sd3.pretrained import (
     largest_side,
     read_config,
 )
-from shards.format.manifest import Manifest
+from shards.format.manifest import Manifest, data_digest
 from shards.format.specs import LatentSpec
 from shards.reading.cache import Cache
 from train.processes.strategy import STRATEGY_NAMES, strategy
@@ -64,31 +65,50 @@ def check_base(base: Path, manifest: Manifest) -> None:
         )
 
 
-def check_same_order(checkpoint: Path, saved: TrainState, current: TrainState) -> None:
+def check_same_order(
+    checkpoint: Path, saved: TrainState, current: TrainState, manifest: Manifest
+) -> None:
     """Refuse to resume if the sequence of samples would be a different one.
 
     Args:
         checkpoint: its folder.
         saved: what the checkpoint says.
         current: what the settings and the cache say.
+        manifest: the cache's.
 
     Raises:
         ConfigError: listing what differs.
     """
-    names = sorted(saved.fingerprints.keys() | current.fingerprints.keys())
     compared: list[Comparison] = [
         ("--seed", saved.seed, current.seed),
         ("--shuffle-window", saved.shuffle_window, current.shuffle_window),
         ("samples a step, all of one bucket", saved.bucket_group, current.bucket_group),
-        *((name, saved.fingerprints.get(name), current.fingerprints.get(name)) for name in names),
     ]
-    if wrong := _different(compared):
+    wrong, changes = _different(compared), _data_changes(saved, current, manifest)
+    if wrong or changes:
+        table = f"{two_columns('checkpoint', 'now', wrong)}\n" if wrong else ""
         raise ConfigError(
             f"{checkpoint}: made with other data or another order, so going on would repeat and "
-            f"skip samples:\n{two_columns('checkpoint', 'now', wrong)}\n"
+            f"skip samples:\n{table}{changes}"
             "Use the same, or start in another --output-dir with this checkpoint's controlnet/ as "
             "--controlnet-model-name-or-path."
         )
+
+
+def _data_changes(saved: TrainState, current: TrainState, manifest: Manifest) -> str:
+    """Return a line on what has changed in the cache since a checkpoint, or nothing."""
+    names = sorted(saved.fingerprints.keys() | current.fingerprints.keys())
+    others = [n for n in names if saved.fingerprints.get(n) != current.fingerprints.get(n)]
+    if not others:
+        return ""
+    told: list[str] = []
+    with contextlib.suppress(KeyError, TypeError):  # nobody checks what stands there for people
+        since = data_digest(saved.fingerprints)
+        for change in manifest.made_by.get("changes", []):
+            if told or change["since"] == since:
+                told.append(change["what"])
+    what = f": {'; then '.join(map(str, told))}" if told else ""
+    return f"  the cache has other {', '.join(others)}{what}\n"
 
 
 def check_controlnet(controlnet: SD3ControlNetModel, base: Path, manifest: Manifest) -> None:

@@ -184,7 +184,7 @@ def _find_start(config: TrainConfig, cache: Cache, order: Order) -> tuple[Path |
     if checkpoint is None:
         return None, new
     saved = read_state(checkpoint)
-    check_same_order(checkpoint, saved, new)
+    check_same_order(checkpoint, saved, new, cache.manifest)
     return checkpoint, saved
 
 

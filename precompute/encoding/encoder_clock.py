@@ -17,19 +17,22 @@ class EncoderClock:
     Attributes:
         began: when the first encoding began, by `time.perf_counter`; 0 before. Later by the time
             that was left out.
+        num_items: how many items they encoded.
     """
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self.began = 0.0
+        self.num_items = 0
         self._seconds = 0.0
         self._running: deque[tuple[torch.cuda.Event, torch.cuda.Event]] = deque()
 
     @contextlib.contextmanager
-    def measure(self) -> Iterator[None]:
-        """Add the time until everything that the block starts is computed."""
+    def measure(self, num_items: int) -> Iterator[None]:
+        """Add the time until everything that the block starts is computed, and its items."""
         start = time.perf_counter()
         self.began = self.began or start
+        self.num_items += num_items
         if self.device.type != "cuda":
             yield
             self._seconds += time.perf_counter() - start

@@ -168,7 +168,7 @@ def _encoded_batches(
     def encode(batch_and_loaded: tuple[Batch, Loaded]) -> EncodedBatch[Loaded]:
         nonlocal compared
         batch, loaded = batch_and_loaded
-        with clock.measure():
+        with clock.measure(len(batch.build.to_encode.intersection(batch.positions))):
             tensors = encoding_pass.encode(loaded)
             output = AsyncHostCopy(tensors) if tensors else None
         if tensors and output and not compared:

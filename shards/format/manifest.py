@@ -4,7 +4,7 @@ import dataclasses
 import hashlib
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
@@ -173,6 +173,14 @@ class Manifest:
             yield conditioning_folder(name), product
         for name, product in self.validation.items():
             yield validation_folder(name), product
+
+
+def data_digest(fingerprints: Mapping[str, str]) -> str:
+    """Return a digest of the images and captions among `Manifest.fingerprints`, without a control's
+    own.
+    """
+    names = ("text", "latents", "captions")
+    return hashlib.sha256(" ".join(fingerprints[name] for name in names).encode()).hexdigest()[:32]
 
 
 class _OwnDigest(msgspec.Struct):

@@ -75,9 +75,9 @@ def test_the_second_encoding_is_not_timed(
         measuring = False
 
         @contextlib.contextmanager
-        def measure(self) -> Iterator[None]:
+        def measure(self, num_items: int) -> Iterator[None]:
             self.measuring = True
-            with super().measure():
+            with super().measure(num_items):
                 yield
             self.measuring = False
 
@@ -100,12 +100,12 @@ def test_what_is_left_out_counts_neither_as_encoding_nor_as_time_passed(
     now = 100.0
     monkeypatch.setattr(encoder_clock.time, "perf_counter", lambda: now)
     clock = EncoderClock(torch.device("cpu"))
-    with clock.measure():
+    with clock.measure(1):
         now += 1
     with clock.left_out():
         now += 5
     now += 2
-    with clock.measure():
+    with clock.measure(1):
         now += 3
     assert clock.seconds == 1 + 3
     assert now - clock.began == 1 + 2 + 3

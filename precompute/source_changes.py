@@ -1,0 +1,81 @@
+"""What has become of the source's rows since the cache was last planned, in words."""
+
+from contextlib import suppress
+from typing import Any
+
+import numpy as np
+
+from common.errors import ShardError
+from precompute.planning.context import Context
+from precompute.planning.held_out import HELD_OUT
+from shards.format import seal, sidecar
+from shards.format.expected_cache import read_expected
+from shards.format.manifest import data_digest
+
+# Changes that a cache remembers.
+MOST_CHANGES = 32
+
+
+def source_changes(context: Context) -> str:
+    """Return e.g. `5 rows more, 3 captions changed`; "" if there are none, or no plan to tell.
+
+    A row whose image changed and a row that took the place of another look the same.
+    """
+    try:
+        planned, arrays = read_expected(context.config.cache)
+    except ShardError:
+        return ""
+    old = arrays.get("latents.ids")
+    if old is None or not planned.num_rows:
+        return ""
+    ids = context.products.latents.ids[:: context.images_per_row]
+    known = np.isin(ids, old) | np.isin(ids ^ HELD_OUT[0], old)
+    stayed, now, before = int(known.sum()), len(ids), planned.num_rows
+    changed = min(now, before) - stayed
+    counts = [
+        (now - before, "row", "more"),
+        (before - now, "row", "fewer"),
+        (changed, "image", "changed"),
+        (_changed_captions(context), "caption", "changed"),
+    ]
+    return ", ".join(
+        f"{count} {thing}{'s' * (count > 1)} {what}" for count, thing, what in counts if count > 0
+    )
+
+
+def changes_to_remember(context: Context) -> list[dict[str, Any]]:
+    """Return the changes of a cache, the present one at the end; a training run that is resumed
+    finds there what changed since its checkpoint.
+
+    Each says in words `what` changed, and `since` which data, as `manifest.data_digest`.
+    """
+    cache = context.config.cache
+    remembered: list[dict[str, Any]] = []
+    with suppress(ShardError):
+        remembered = read_expected(cache)[0].made_by.get("changes", [])
+    before = seal.previous_manifest(cache)
+    if before is not None and (what := source_changes(context)):
+        since = data_digest(before.fingerprints(next(iter(before.conditioning))))
+        remembered = [*remembered, {"since": since, "what": what}]
+    return remembered[-MOST_CHANGES:]
+
+
+def _changed_captions(context: Context) -> int:
+    """Return how many rows that stay have other captions."""
+    latents, changed = context.products.latents, 0
+    for shard in range(latents.num_shards):
+        card = None
+        with suppress(ShardError, OSError):
+            card = sidecar.load(latents.folder, shard)
+        if card is None or card.captions == latents.captions[shard]:
+            continue
+        planned = context.caption_keys(latents.shard(shard))
+        for key, prompts in zip(card.keys, card.prompts, strict=False):
+            if key in planned:
+                changed += _prompt_ids(prompts) != _prompt_ids(planned[key])
+    return changed // context.images_per_row
+
+
+def _prompt_ids(keys: list[str]) -> list[str]:
+    """Return what names the prompts wherever their records lie."""
+    return [key.rpartition("-")[2] for key in keys]
