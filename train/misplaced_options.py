@@ -15,6 +15,7 @@ PRECOMPUTE_OPTIONS = (
     "--max-train-samples",
     "--random-flip",
     "--dry-run",
+    "--overwrite",
     "--cache-dtype",
     "--posterior",
     "--shard-mb",
