@@ -14,6 +14,11 @@ ARGS   ?=
 RUN     := . $(VENV)/bin/activate &&
 # One process per core with one thread each: the models are too small for more.
 TESTS   := $(RUN) OMP_NUM_THREADS=1 python -m pytest -n auto --maxprocesses 8 --dist worksteal
+# Who names data or a base of their own, and no CONFIG, gets no setting of the demo.
+STAGES  := $(filter precompute train infer score serve,$(MAKECMDGOALS))
+ifneq ($(and $(STAGES),$(filter file,$(origin CONFIG)),$(SOURCE)$(BASE)$(CACHE)$(OUTPUT)),)
+CONFIG  :=
+endif
 INSTALL := $(VENV)/bin/python -m pip install --disable-pip-version-check -c constraints.txt
 STAMP   := $(VENV)/.installed
 SERVE_STAMP := $(VENV)/.installed-serve
@@ -34,6 +39,17 @@ SERVE_FLAG      = $(if $(OUTPUT),--output-dir "$(OUTPUT)/served")
 SIZE_FLAG       = $(if $(SIZE),--size "$(SIZE)")
 SCORE_FLAG      = $(if $(OUTPUT),--output-dir "$(OUTPUT)/score")
 
+# Without a CONFIG a stage has to be told everything.
+NEEDED_precompute := SOURCE BASE CACHE
+NEEDED_train      := BASE CACHE OUTPUT
+NEEDED_infer      := BASE OUTPUT
+NEEDED_score      := SOURCE BASE OUTPUT
+NEEDED_serve      := BASE OUTPUT
+ifeq ($(CONFIG),)
+$(foreach stage,$(STAGES),$(foreach name,$(NEEDED_$(stage)),$(if $($(name)),,\
+  $(error make $(stage) also needs $(name)=…, or CONFIG=configs/sd35-medium.toml))))
+endif
+
 # A variable that a target would not look at is refused.
 ifneq ($(and $(CARD),$(filter circles demo demo-full precompute infer serve score verify,$(MAKECMDGOALS))),)
 ifeq ($(filter train,$(MAKECMDGOALS)),)
@@ -51,9 +67,10 @@ endif
 help:  ## List the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{ printf "%-13s %s\n", $$1, $$2 }'
 	@echo
-	@echo 'The stages run the demo by default. With your own data and a real base model:'
-	@echo '  make precompute CONFIG=configs/sd35-medium.toml SOURCE=fill50k.zip CACHE=cache'
+	@echo 'The stages run the demo by default. With your own data and a base model:'
+	@echo '  make precompute SOURCE=photos BASE=sd3 CACHE=cache ARGS="--conditioning-from canny"'
 	@echo '  make train      CONFIG=configs/sd35-medium.toml CACHE=cache OUTPUT=out ARGS="--train-batch-size 8"'
+	@echo 'CONFIG brings a base and settings that go with it; without it the defaults stand.'
 	@echo 'Variables: CONFIG CARD SOURCE BASE CACHE OUTPUT ARGS LAUNCH SIZE, and PYTHON for setup.'
 
 setup: $(STAMP)  ## Create .venv and install everything into it

@@ -36,6 +36,67 @@ def test_a_variable_that_is_not_looked_at_is_refused(
 
 
 @pytest.mark.parametrize(
+    ("words", "missing"),
+    [
+        (("precompute", "SOURCE=photos"), "precompute also needs BASE=…"),
+        (("precompute", "BASE=sd3", "CACHE=cache"), "precompute also needs SOURCE=…"),
+        (("train", "BASE=sd3", "CACHE=cache"), "train also needs OUTPUT=…"),
+        (("infer", "OUTPUT=out"), "infer also needs BASE=…"),
+        (("score", "OUTPUT=out", "BASE=sd3"), "score also needs SOURCE=…"),
+        (("serve", "BASE=sd3"), "serve also needs OUTPUT=…"),
+    ],
+)
+def test_what_own_data_lacks_is_named(words: tuple[str, ...], missing: str) -> None:
+    code, said = make(*words)
+    assert code == 2
+    assert f"make {missing}, or CONFIG=" in said
+    assert said.count("\n") == 1
+
+
+OWN = ("SOURCE=my photos", "BASE=sd3", "CACHE=cache", "OUTPUT=out")
+
+
+@pytest.mark.parametrize(
+    ("stage", "command"),
+    [
+        (
+            "precompute",
+            'precompute --source "my photos" --pretrained-model-name-or-path "sd3" --cache "cache"',
+        ),
+        (
+            "train",
+            'train --pretrained-model-name-or-path "sd3" --cache "cache" --output-dir "out"',
+        ),
+        (
+            "infer",
+            'infer generate --pretrained-model-name-or-path "sd3" --controlnet "out" '
+            '--output-dir "out/images"',
+        ),
+        (
+            "score",
+            'infer score --source "my photos" --pretrained-model-name-or-path "sd3" '
+            '--controlnet "out" --output-dir "out/score"',
+        ),
+        (
+            "serve",
+            'infer serve --pretrained-model-name-or-path "sd3" --controlnet "out" '
+            '--output-dir "out/served"',
+        ),
+    ],
+)
+def test_own_data_gets_no_settings_of_the_demo(stage: str, command: str) -> None:
+    done = subprocess.run(
+        ["make", "--dry-run", stage, *OWN],
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    line = done.stdout.splitlines()[-1]
+    assert " ".join(line.split()).endswith(f"python -m {command}")
+
+
+@pytest.mark.parametrize(
     "words",
     [
         ("demo", "FAST=1"),
