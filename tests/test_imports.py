@@ -189,6 +189,7 @@ COMMANDS = [
     *(["shards", name] for name in ("info", "seal", "verify", "preview", "pull", "push")),
     ["demo"],
     ["demo.circles"],
+    ["demo.photographs"],
 ]
 HEAVY = {"torch", "diffusers", "transformers", "accelerate", "datasets"}
 
