@@ -31,8 +31,10 @@ thread_local int64_t current_stream[NUM_DEVICES] = {0, 0};
 
 std::recursive_mutex lock;
 std::set<int> forbidden;  // devices on which nothing may be done
-std::map<const char*, size_t> pinned;  // start and size of pinned memory
 std::vector<std::string> faults;
+// Who frees pinned memory may hold Python's lock, for which who copies may wait with the lock above.
+std::mutex pinned_lock;
+std::map<const char*, size_t> pinned;  // start and size of pinned memory
 
 bool is_forbidden(int device) {
   std::lock_guard<std::recursive_mutex> guard(lock);
@@ -105,7 +107,7 @@ struct DeviceAllocator final : c10::Allocator {
 } device_allocator;
 
 void unpin(void* data) {
-  std::lock_guard<std::recursive_mutex> guard(lock);
+  std::lock_guard<std::mutex> guard(pinned_lock);
   pinned.erase(static_cast<char*>(data));
   std::free(data);
 }
@@ -114,7 +116,7 @@ struct PinnedAllocator final : at::HostAllocator {
   c10::DataPtr allocate(size_t size) override {
     touch(current_device);  // as cudaHostAlloc makes a context there
     void* data = std::malloc(size ? size : 1);
-    std::lock_guard<std::recursive_mutex> guard(lock);
+    std::lock_guard<std::mutex> guard(pinned_lock);
     pinned[static_cast<char*>(data)] = size ? size : 1;
     return {data, data, &unpin, Device(c10::DeviceType::CPU)};
   }
@@ -130,7 +132,7 @@ struct PinnedAllocator final : at::HostAllocator {
 } pinned_allocator;
 
 bool is_pinned(const void* data) {
-  std::lock_guard<std::recursive_mutex> guard(lock);
+  std::lock_guard<std::mutex> guard(pinned_lock);
   auto after = pinned.upper_bound(static_cast<const char*>(data));
   if (after == pinned.begin()) return false;
   auto [start, size] = *std::prev(after);

@@ -107,3 +107,21 @@ def test_gradients_are_where_their_weights_are_and_so_is_the_thread_that_compute
     assert weight.grad.device == weight.device
     assert torch.equal(weight.grad.cpu(), 2 * NUMBERS)
     assert devices == [1]
+
+
+def test_pinned_memory_may_be_freed_while_another_thread_copies() -> None:
+    """Who frees it may hold Python's lock, and who copies may wait for that."""
+    ended = threading.Event()
+
+    def copy() -> None:
+        use_device(torch.device("cuda:1"))
+        with torch.inference_mode():
+            while not ended.is_set():
+                NUMBERS.to("cuda:1").to(torch.float16).cpu()
+
+    copying = threading.Thread(target=copy, daemon=True)
+    copying.start()
+    for _ in range(20_000):
+        torch.empty(1, pin_memory=True).untyped_storage()
+    ended.set()
+    copying.join()
