@@ -41,12 +41,15 @@ class PrecomputeConfig:
     split: str | None = option(
         None, help="Split of the data set; by default train, or the only one."
     )
-    image_column: str = option("image", help="Column that holds the images.")
+    image_column: str = option(
+        "image", help="Column that holds the images; in tars an ending, or several: jpg;png."
+    )
     conditioning_image_column: str = option(
         "conditioning_image", help="Column that holds the conditioning images."
     )
     caption_column: str = option(
-        "text", help="Column that holds the captions, or lists of captions."
+        "text",
+        help="Column that holds the captions, or lists of captions; in tars also json.FIELD.",
     )
     conditioning_from: str | None = option(
         None,

@@ -29,7 +29,8 @@ ALLOWED = {
     "shards.reading": {"common", "sd3", "shards.format"},
     "shards.remote": {"common", "sd3", "shards.format", "shards.reading"},
     "shards": CACHE,
-    "precompute.sources": STAGE,
+    "precompute.sources.webdataset": STAGE | {"precompute.sources"},
+    "precompute.sources": STAGE | {"precompute.sources.webdataset"},
     "precompute.fingerprints": STAGE | {"precompute.config", "precompute.sources"},
     "precompute.planning": STAGE
     | {"precompute.config", "precompute.sources", "precompute.fingerprints"},

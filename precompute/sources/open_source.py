@@ -5,6 +5,8 @@ from pathlib import Path
 from common.errors import ConfigError
 from precompute.sources import fill50k, tables
 from precompute.sources.source import Source, SourceSettings
+from precompute.sources.webdataset.finding import find_tars
+from precompute.sources.webdataset.tars import open_tars
 from sd3.pretrained import is_hub_id
 
 
@@ -27,6 +29,11 @@ def open_source(settings: SourceSettings) -> Source:
         )
     if fill50k.is_fill50k(path):
         return fill50k.open_fill50k(path, where, settings.wants_conditioning)
+    tars, remarks = find_tars(settings, path, where)
+    if tars:
+        source = open_tars(settings, tars, where)
+        source.remarks += remarks
+        return source
     return tables.open_local(settings, path, where)
 
 

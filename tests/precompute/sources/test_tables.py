@@ -1,9 +1,8 @@
-"""What `datasets` reads: image folders, tables, WebDataset tars, saved data sets."""
+"""What `datasets` reads: image folders, tables, saved data sets."""
 
 import io
 import json
 import os
-import tarfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -198,41 +197,6 @@ def test_every_kind_gives_the_same_rows(
     assert len(set(versions)) == 2 * NUM_ROWS
     again = opened(folder / inner)
     assert versions == [again.version(index, kind) for index in range(NUM_ROWS) for kind in kinds]
-
-
-def test_webdataset_tars_by_the_names_of_their_columns(
-    folder: Path, opened: Callable[..., Source]
-) -> None:
-    (folder / "tars").mkdir()
-    with tarfile.open(folder / "tars" / "train-000.tar", "w") as tar:
-        for number in range(NUM_ROWS):
-            for suffix, data in (
-                ("jpg", IMAGES[number]),
-                ("conditioning.png", OUTLINES[number]),
-                ("txt", CAPTIONS[number].encode()),
-                ("json", json.dumps({"width": 16}).encode()),
-            ):
-                member = tarfile.TarInfo(f"{number:04d}.{suffix}")
-                member.size = len(data)
-                tar.addfile(member, io.BytesIO(data))
-    columns = {"image_column": "jpg", "conditioning_image_column": "conditioning.png"}
-    with pytest.raises(
-        ConfigError, match=r"no column 'text'; it has jpg, .*Did you mean --caption-column txt\?"
-    ):
-        opened(folder / "tars", **columns)
-    with pytest.raises(ConfigError, match=r"no column 'image'; it has .*Name it: --image-column"):
-        opened(folder / "tars")
-    source = opened(folder / "tars", caption_column="txt", **columns)
-    rows = list(source.rows(range(NUM_ROWS)))
-    assert [row.prompt for row in rows] == CAPTIONS
-    assert [row.image for row in rows] == ["0000.jpg", "0001.jpg", "0002.jpg"]
-    assert [source.read(index, "image") for index in range(NUM_ROWS)] == IMAGES
-    assert [source.read(index, "conditioning_image") for index in range(NUM_ROWS)] == OUTLINES
-    without = opened(
-        folder / "tars", caption_column="txt", image_column="jpg", wants_conditioning=False
-    )
-    assert not without.has_conditioning_images
-    assert next(without.rows([1])).conditioning_image == ""
 
 
 def test_captions_pass_as_they_are(folder: Path, opened: Callable[..., Source]) -> None:
