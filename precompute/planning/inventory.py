@@ -28,6 +28,12 @@ from shards.format.sidecar import LARGEST_CAPTIONS
 HASHING_THREADS = 8
 CHUNK_ROWS = 1024
 NO_CONTENT = Content(bytes(16))
+# Caches know a bad row by the digest of its fault, as it was worded at first.
+FORMER_WORDING = {
+    "no caption": "the prompt is not text but NoneType",
+    "no image": "the row has no image",
+    "no conditioning image": "the row has no conditioning image",
+}
 
 
 @dataclass(frozen=True)
@@ -234,7 +240,8 @@ def _digests(data: bytes | bytearray) -> Ids:
 
 
 def _fault_digest(fault: str) -> bytes:
-    return xxh3_128_digest(b"cannot be used: " + fault.encode(errors="replace"))
+    wording = FORMER_WORDING.get(fault.partition(":")[0], fault)
+    return xxh3_128_digest(b"cannot be used: " + wording.encode(errors="replace"))
 
 
 def _hash_captions(row: Row) -> tuple[bytes, str]:
