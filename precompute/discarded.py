@@ -96,7 +96,7 @@ def seconds_a_record(cache: Path) -> dict[str, float]:
     """Return how long the cache's encoders took for a text and for an image; without what nobody
     measured.
     """
-    with suppress(OSError, ValueError, AttributeError):
+    with suppress(OSError, ValueError, KeyError, AttributeError):
         run = json.loads((cache / RUN).read_text("utf-8"))
         return {name: float(seconds) for name, seconds in run[SECONDS_A_RECORD].items()}
     return {}

@@ -12,7 +12,12 @@ from PIL import Image
 from common.errors import ConfigError
 from common.provenance import RUN
 from precompute.config import PrecomputeConfig
-from precompute.discarded import SECONDS_A_RECORD, Discarded, find_discarded
+from precompute.discarded import (
+    SECONDS_A_RECORD,
+    Discarded,
+    find_discarded,
+    seconds_a_record,
+)
 from precompute.planning.prepare import prepare
 from precompute.run import precompute
 from shards.format import manifest
@@ -145,6 +150,11 @@ def test_without_a_measurement_no_hours_are_told(careful: PrecomputeConfig) -> N
     found = find_discarded(prepare(replace(careful, resolution=32)))
     assert [one.hours for one in found] == [None, None]
     assert str(Discarded("text", 1, 2, None, "")) == "  text: 1 of 2 records"
+
+
+def test_a_former_versions_cache_has_no_measurement(tmp_path: Path) -> None:
+    (tmp_path / RUN).write_text('{"command": "precompute"}')
+    assert seconds_a_record(tmp_path) == {}
 
 
 def test_the_dry_run_says_the_same(
