@@ -51,6 +51,18 @@ class PrecomputeConfig:
         "text",
         help="Column that holds the captions, or lists of captions; in tars also json.FIELD.",
     )
+    caption: str | None = option(
+        None,
+        help="Caption of all rows, in place of the data set's; it may be empty, and {name} in it "
+        "stands for the image's file name without folder and ending.",
+    )
+    caption_extension: str | None = option(
+        None,
+        help="Ending of the caption files beside the images; by default .txt or .caption.",
+    )
+    conditioning_data_dir: str | None = option(
+        None, help="Folder, or zip, of conditioning images with the names of the images."
+    )
     conditioning_from: str | None = option(
         None,
         help="Draw the conditioning images from the images: canny, or package.module:function, "
@@ -225,6 +237,9 @@ class PrecomputeConfig:
             image_column=self.image_column,
             conditioning_image_column=self.conditioning_image_column,
             caption_column=self.caption_column,
+            caption=self.caption,
+            caption_extension=self.caption_extension,
+            conditioning_data_dir=self.conditioning_data_dir,
             cache_dir=self.cache_dir,
             wants_conditioning=self.conditioning_from is None,
         )

@@ -30,7 +30,14 @@ ALLOWED = {
     "shards.remote": {"common", "sd3", "shards.format", "shards.reading"},
     "shards": CACHE,
     "precompute.sources.webdataset": STAGE | {"precompute.sources"},
-    "precompute.sources": STAGE | {"precompute.sources.webdataset"},
+    "precompute.sources.files": STAGE
+    | {
+        "precompute.sources.file_versions",
+        "precompute.sources.patient_read",
+        "precompute.sources.source",
+        "precompute.sources.splits",
+    },
+    "precompute.sources": STAGE | {"precompute.sources.files", "precompute.sources.webdataset"},
     "precompute.fingerprints": STAGE | {"precompute.config", "precompute.sources"},
     "precompute.planning": STAGE
     | {"precompute.config", "precompute.sources", "precompute.fingerprints"},

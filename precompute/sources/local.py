@@ -4,16 +4,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from common.errors import ConfigError
-from precompute.sources.fill50k import PROMPTS
 from precompute.sources.source import SourceSettings
 
 if TYPE_CHECKING:
     from datasets import Dataset, DatasetBuilder
 
-# Names of an image folder's table, and suffixes of other tables.
-METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
-TABLES = (".jsonl", ".json", ".csv", ".tsv", ".parquet")
-NO_TABLES = ("dataset_infos.json", "dataset_info.json")
+# An image folder's table; those of text are read without `datasets`.
+METADATA = "metadata.parquet"
+PARQUET = ".parquet"
 FILE_NAME = "file_name"
 LONGEST_REASON = 300
 IMAGE_FOLDER = "imagefolder"
@@ -40,10 +38,9 @@ def load_local(settings: SourceSettings, path: Path, where: str) -> tuple["Datas
     except ConfigError:
         raise
     except (EmptyDatasetError, DataFilesNotFoundError) as error:
-        kind = f"not fill50k, no {PROMPTS} in this folder" if path.is_dir() else "not a zip"
         raise ConfigError(
-            f"{where}: {kind}; and `datasets` finds no data in it "
-            "(images with metadata.jsonl, Parquet, WebDataset tars, …)."
+            f"{where}: no data set, neither pictures nor a table of them (metadata.jsonl, "
+            "prompt.json, CSV, …), nor a zip, Parquet or WebDataset tars."
         ) from error
     except Exception as error:  # its builders raise whatever the libraries beneath them raise
         raise ConfigError(f"{where}: `datasets` cannot read it: {root_cause(error)}") from error
@@ -55,11 +52,6 @@ def _load(settings: SourceSettings, path: Path, where: str) -> "Dataset":
     if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
         return pick_split(load_from_disk(str(path)), where)
     table = _only_table(path) if settings.dataset_config_name is None else None
-    inner = sorted(path.glob(f"*/{PROMPTS}"))
-    if table is None and inner:
-        raise ConfigError(
-            f"{where}: not fill50k, no {PROMPTS} in this folder. Did you mean {inner[0].parent}?"
-        )
     cache_dir = None if settings.cache_dir is None else str(settings.cache_dir)
     builder = load_dataset_builder(
         str(path if path.is_dir() else path.parent),
@@ -115,19 +107,11 @@ def root_cause(error: BaseException) -> str:
 def _only_table(path: Path) -> Path | None:
     """Return the one file that lists a data set's rows; None if there is none, or several.
 
-    Given the folder, `datasets` would read the images and ignore a table beside them. In an image
-    folder with metadata.jsonl it would list every file, and refuse names with `..` and captions of
-    mixed types.
+    Given the folder, `datasets` would read the images and ignore a table beside them.
     """
     if path.is_file():
         return path
-    folders = [path, *(entry for entry in path.iterdir() if entry.is_dir())]
-    candidates = [folder / name for folder in folders for name in METADATA]
-    if metadata := [file for file in candidates if file.is_file()]:
-        return metadata[0] if len(metadata) == 1 and metadata[0].parent == path else None
-    tables = [
-        file for file in path.iterdir() if file.suffix in TABLES and file.name not in NO_TABLES
-    ]
+    tables = [file for file in path.iterdir() if file.suffix == PARQUET]
     return tables[0] if len(tables) == 1 else None
 
 
@@ -138,7 +122,7 @@ def _metadata_files(builder: "DatasetBuilder", where: str) -> list[str]:
     from process to process.
     """
     files = pick_split(builder.config.data_files or {}, where)
-    return sorted(file for file in files if Path(file).name in METADATA)
+    return sorted(file for file in files if Path(file).name == METADATA)
 
 
 def _with_image_columns(dataset: "Dataset") -> "Dataset":

@@ -3,7 +3,9 @@
 from pathlib import Path
 
 from common.errors import ConfigError
-from precompute.sources import fill50k, tables
+from precompute.sources import tables
+from precompute.sources.files.open_files import open_files
+from precompute.sources.one_caption import OneCaption
 from precompute.sources.source import Source, SourceSettings
 from precompute.sources.webdataset.finding import find_tars
 from precompute.sources.webdataset.tars import open_tars
@@ -17,18 +19,22 @@ def open_source(settings: SourceSettings) -> Source:
         ConfigError: none or several are named, nothing is there, it cannot be read, or it lacks
             a column.
     """
-    flag, name = _flag_and_name(settings)
+    source = _open(settings, *_flag_and_name(settings))
+    return source if settings.caption is None else OneCaption(source, settings.caption)
+
+
+def _open(settings: SourceSettings, flag: str, name: str) -> Source:
     where, path = f"{flag} {name}", Path(name)
     if not path.exists():
         if flag == "--dataset-name" and is_hub_id(name):
             return tables.open_hub(settings, name, where)
         hub = ", and not a hub id (owner/name)" if flag == "--dataset-name" else ""
         raise ConfigError(
-            f"{where}: no such file or folder{hub}. Expected fill50k: the folder with "
-            f"{fill50k.PROMPTS}, or its zip; or a folder that `datasets` can load."
+            f"{where}: no such file or folder{hub}. Expected a folder or zip of pictures, a table "
+            "that names them, or a folder that the datasets library can load."
         )
-    if fill50k.is_fill50k(path):
-        return fill50k.open_fill50k(path, where, settings.wants_conditioning)
+    if source := open_files(settings, path, where):
+        return source
     tars, remarks = find_tars(settings, path, where)
     if tars:
         source = open_tars(settings, tars, where)

@@ -2,6 +2,7 @@
 
 import errno
 import time
+from collections.abc import Callable
 
 from common.errors import RunError
 from precompute.sources.source import Kind, Source, printable
@@ -31,19 +32,37 @@ def read_patiently(source: Source, index: int, kind: Kind) -> bytes:
         OSError: the file is at fault: it is missing, unreadable or no file.
         RunError: the disk failed several times. The row is not bad for that.
     """
+
+    def name() -> str:
+        (row,) = source.rows([index])
+        image = row.image if kind == "image" else row.conditioning_image
+        return f"{row.where}, {printable(image) or kind}"
+
+    return patiently(lambda: source.read(index, kind), name)
+
+
+def patiently(read: Callable[[], bytes], name: Callable[[], str]) -> bytes:
+    """Return what a function reads; wait and try again if the disk fails.
+
+    Args:
+        read: the function.
+        name: returns what is read, in words.
+
+    Raises:
+        OSError: the file is at fault: it is missing, unreadable or no file.
+        RunError: the disk failed several times. The row is not bad for that.
+    """
     for wait_s in (*WAITS_S, None):
         try:
-            return source.read(index, kind)
+            return read()
         except OSError as error:
             if error.errno is None or error.errno in FILES_OWN:
                 raise
             failure = error
         if wait_s is not None:
             time.sleep(wait_s)
-    (row,) = source.rows([index])
-    name = row.image if kind == "image" else row.conditioning_image
     raise RunError(
-        f"{row.where}, {printable(name) or kind}: {failure.strerror or failure}, "
+        f"{name()}: {failure.strerror or failure}, "
         f"{len(WAITS_S) + 1} times. That is the disk's fault, so the row is not left out. "
         "Run again when the disk is well, finished shards are kept; or remove the row."
     ) from failure

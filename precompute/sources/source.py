@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, Literal, Protocol
 
 Kind = Literal["image", "conditioning_image"]
+LONGEST_NAME = 96
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,8 +41,14 @@ class Row:
 
 
 def printable(name: str) -> str:
-    r"""Return a file name that can be printed: bytes that are no UTF-8 become e.g. \udcff."""
-    return name.encode("utf-8", "backslashreplace").decode()
+    r"""Return a file name that can be printed, in one line and not too long.
+
+    Bytes that are no UTF-8 become e.g. \udcff. Blanks at an end are shown by quotation marks.
+    """
+    text = name.encode("utf-8", "backslashreplace").decode()
+    if len(text) > LONGEST_NAME:
+        text = f"{text[: LONGEST_NAME // 2]}…{text[-LONGEST_NAME // 2 + 1 :]}"
+    return text if text == text.strip() and text.isprintable() else repr(text)
 
 
 class Source(Protocol):
@@ -97,6 +104,10 @@ class SourceSettings:
         conditioning_image_column: name of the column with the conditioning images.
         caption_column: name of the column with the captions.
         split: which part of the data set; None is `train`, or the only one.
+        caption: the caption of all rows, whatever the data set holds; `{name}` in it stands for
+            the name of the row's image. None where the data set has captions.
+        caption_extension: ending of caption files beside the images; None for the usual ones.
+        conditioning_data_dir: folder, or zip, of conditioning images named like the images.
         cache_dir: where `datasets` keeps what it downloads and converts.
         wants_conditioning: False where conditioning images are drawn from the images; those of the
             source are then ignored.
@@ -111,5 +122,8 @@ class SourceSettings:
     conditioning_image_column: str = "conditioning_image"
     caption_column: str = "text"
     split: str | None = None
+    caption: str | None = None
+    caption_extension: str | None = None
+    conditioning_data_dir: str | None = None
     cache_dir: Path | None = None
     wants_conditioning: bool = True

@@ -18,7 +18,7 @@ from precompute.encoding.shard_build import prepare_build
 from precompute.encoding.text_encoders import TextEncoders
 from precompute.encoding.vae_encoder import VaeEncoder
 from precompute.run import precompute
-from precompute.sources.fill50k import Folder
+from precompute.sources.files.listed import Listed
 from shards import verify
 from shards.format import manifest, sidecar
 from shards.reading.cache import Cache
@@ -324,7 +324,7 @@ def test_a_second_run_reads_no_image_and_loads_no_encoder(
     def never(*_: object, **__: object) -> object:
         raise AssertionError("read, hashed or loaded again")
 
-    monkeypatch.setattr(Folder, "read", never)
+    monkeypatch.setattr(Listed, "read", never)
     # What a hashed weight file holds.
     monkeypatch.setattr(
         "precompute.fingerprints.fingerprint.Content", never

@@ -24,7 +24,8 @@ from precompute.fingerprints.digest_cache import DigestCache
 from precompute.planning.prepare import prepare
 from precompute.run import precompute
 from precompute.sources import patient_read
-from precompute.sources.fill50k import Folder
+from precompute.sources.files.listed import Listed
+from precompute.sources.open_source import open_source
 from shards.format import manifest, product
 from shards.format.product import MANIFEST_BYTES_A_SHARD, Product
 from shards.format.sidecar import SIDECAR_BYTES_A_PROMPT, SIDECAR_BYTES_A_RECORD
@@ -40,13 +41,13 @@ Reads = Counter[tuple[int, str]]
 def reads(monkeypatch: pytest.MonkeyPatch) -> Reads:
     """How often each image is read."""
     found: Reads = Counter()
-    original = Folder.read
+    original = Listed.read
 
-    def counting(folder: Folder, index: int, kind: Any) -> bytes:
+    def counting(folder: Listed, index: int, kind: Any) -> bytes:
         found[index, kind] += 1
         return original(folder, index, kind)
 
-    monkeypatch.setattr(Folder, "read", counting)
+    monkeypatch.setattr(Listed, "read", counting)
     return found
 
 
@@ -113,20 +114,21 @@ def test_a_file_edited_during_a_run_leaves_the_other_digests(
     settle(config)
     monkeypatch.setattr("precompute.sources.file_versions.SETTLED_NS", 0)
     edited = tmp_path / "source" / "target" / "9.png"
-    counting = Folder.read
+    counting = Listed.read
 
-    def editing(folder: Folder, index: int, kind: Any) -> bytes:
+    def editing(folder: Listed, index: int, kind: Any) -> bytes:
         data = counting(folder, index, kind)
         if (index, kind) == (9, "image"):
             repaint(config, "target/9.png")
         return data
 
     with monkeypatch.context() as patch:
-        patch.setattr(Folder, "read", editing)
+        patch.setattr(Listed, "read", editing)
         with pytest.raises(ShardError, match=r"target/9\.png was changed while precompute was"):
             precompute(config)
     # The same times and size, though other bytes: only then the digest itself was wrong.
-    versions = [Folder(tmp_path / "source").version(row, "image") for row in range(NUM_ROWS)]
+    source = open_source(config.source_settings())
+    versions = [source.version(row, "image") for row in range(NUM_ROWS)]
     known = DigestCache(config.cache / "hashes.npy").find(versions)
     assert [row for row, content in enumerate(known) if content is None] == [9]
     reads.clear()
@@ -185,16 +187,16 @@ def test_a_disk_that_fails_now_and_then_costs_no_record(
     number: int,
 ) -> None:
     before = tars(again)
-    original, failures = Folder.read, Counter[int]()
+    original, failures = Listed.read, Counter[int]()
 
-    def failing(folder: Folder, index: int, kind: Any) -> bytes:
+    def failing(folder: Listed, index: int, kind: Any) -> bytes:
         failures[index] += 1
         if index in (2, 9) and failures[index] <= 2:
             raise OSError(number, os.strerror(number))
         return original(folder, index, kind)
 
     monkeypatch.setattr(patient_read, "WAITS_S", (0.0, 0.0))
-    monkeypatch.setattr(Folder, "read", failing)
+    monkeypatch.setattr(Listed, "read", failing)
     (again.cache / "hashes.npy").unlink(missing_ok=True)
     precompute(replace(again, strict=True))
     assert failures[2] > 2
@@ -209,11 +211,11 @@ def test_a_disk_that_is_broken_ends_the_run_and_keeps_the_cache(
 ) -> None:
     before = tars(again)
 
-    def failing(folder: Folder, index: int, kind: Any) -> bytes:
+    def failing(folder: Listed, index: int, kind: Any) -> bytes:
         raise OSError(errno.EIO, "Input/output error")
 
     monkeypatch.setattr(patient_read, "WAITS_S", (0.0,))
-    monkeypatch.setattr(Folder, "read", failing)
+    monkeypatch.setattr(Listed, "read", failing)
     (again.cache / "hashes.npy").unlink(missing_ok=True)
     with pytest.raises(RunError, match=r"line \d+, target/.*: Input/output error, 2 times"):
         precompute(replace(again, max_bad_fraction=1.0))

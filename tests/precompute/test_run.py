@@ -20,7 +20,7 @@ from common.errors import ConfigError, ShardError
 from precompute.config import PrecomputeConfig
 from precompute.planning.bad_rows import BadRows
 from precompute.run import precompute
-from precompute.sources.fill50k import Folder
+from precompute.sources.files.listed import Listed
 from precompute.sources.source import Kind
 from shards import verify
 from shards.format import manifest, sidecar
@@ -388,7 +388,7 @@ def test_another_background_makes_other_latents(
 def test_a_file_that_changes_or_goes_while_working_stops_the_run(
     fresh: PrecomputeConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    original = Folder.read
+    original = Listed.read
     for second, message in (
         (lambda data: data + b" ", r"target/3\.png was changed while precompute was running"),
         (None, r"target/3\.png could be read when the run was planned and cannot now"),
@@ -396,7 +396,7 @@ def test_a_file_that_changes_or_goes_while_working_stops_the_run(
         seen: list[tuple[int, str]] = []
 
         def read(
-            self: Folder,
+            self: Listed,
             index: int,
             kind: Kind,
             second: Callable[[bytes], bytes] | None = second,
@@ -410,10 +410,10 @@ def test_a_file_that_changes_or_goes_while_working_stops_the_run(
                 raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT))
             return second(data)
 
-        monkeypatch.setattr(Folder, "read", read)
+        monkeypatch.setattr(Listed, "read", read)
         with pytest.raises(ShardError, match=message):
             precompute(fresh)
-    monkeypatch.setattr(Folder, "read", original)
+    monkeypatch.setattr(Listed, "read", original)
     precompute(fresh)
     assert manifest.load(fresh.cache).num_skipped == 0
 

@@ -30,7 +30,8 @@ from precompute.planning.products import (
     records_per_shard,
     with_captions,
 )
-from precompute.sources.fill50k import Folder
+from precompute.sources.open_source import open_source
+from precompute.sources.source import Source, SourceSettings
 from shards.format.json_files import digest
 from shards.format.members import Members
 from shards.format.sidecar import Skipped
@@ -38,7 +39,7 @@ from shards.format.tensor_spec import TensorSpec
 from shards.format.writer import write_shard
 from tests.precompute.test_bad_rows import write_lines
 
-Settle = Callable[[Folder], None]
+Settle = Callable[[Source], None]
 IDENTITY = {"encoder": "one"}
 KILOBYTE = {"latent": TensorSpec((1000,), "uint8")}
 SMALL_SHARD_MB = 0.003  # three of them
@@ -227,7 +228,7 @@ def test_rows_are_chosen_by_seed_and_more_of_them_keep_those() -> None:
 
 
 @pytest.fixture
-def source(tmp_path: Path) -> Folder:
+def source(tmp_path: Path) -> Source:
     """Three rows: the second has a transparent image, the third a transparent conditioning one."""
     folder = tmp_path / "source"
     folder.mkdir()
@@ -239,16 +240,16 @@ def source(tmp_path: Path) -> Folder:
             mode = "RGBA" if transparent else "RGB"
             Image.new(mode, (10 + number, 20), (9, 9, number)).save(folder / row[kind])
     write_lines(folder, rows)
-    return Folder(folder)
+    return open_source(SourceSettings(source=str(folder)))
 
 
-def taken(source: Folder, digests: DigestCache) -> Inventory:
+def taken(source: Source, digests: DigestCache) -> Inventory:
     rows = range(len(source))
     return take_inventory(source, rows, digests, conditioning=True, transparency=True)
 
 
 def test_an_inventory_tells_sizes_and_which_images_are_transparent(
-    source: Folder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    source: Source, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("precompute.sources.file_versions.SETTLED_NS", 0)
     transparent = [[False, False], [True, False], [False, True]]
@@ -257,13 +258,13 @@ def test_an_inventory_tells_sizes_and_which_images_are_transparent(
     assert found.sizes.tolist() == [[10, 20], [11, 20], [12, 20]]
     assert found.transparent.tolist() == transparent
     files = [f"{row}{kind}.png" for kind in ("", "c") for row in range(3)]
-    read = [xxh3_128_digest((Path(source.path) / name).read_bytes()).hex() for name in files]
+    read = [xxh3_128_digest((tmp_path / "source" / name).read_bytes()).hex() for name in files]
     columns = [*found.images.tolist(), *found.conditionings.tolist()]
     assert [f"{high:016x}{low:016x}" for high, low in columns] == read
 
     # A former version did not look whether they are.
     for name in files:
-        os.utime(Path(source.path) / name, (1e9, 1e9))
+        os.utime(tmp_path / "source" / name, (1e9, 1e9))
     for row in range(3):
         for kind in ("image", "conditioning_image"):
             digest_of_it = xxh3_128_digest(source.read(row, kind))
@@ -272,9 +273,9 @@ def test_an_inventory_tells_sizes_and_which_images_are_transparent(
     assert taken(source, digests).transparent.tolist() == transparent
 
 
-def test_files_that_are_missing_are_known_before_the_run(source: Folder, tmp_path: Path) -> None:
+def test_files_that_are_missing_are_known_before_the_run(source: Source, tmp_path: Path) -> None:
     for name in ("0.png", "2c.png"):
-        (Path(source.path) / name).unlink()
+        (tmp_path / "source" / name).unlink()
     found = taken(source, DigestCache(tmp_path / "hashes.npy"))
     assert (set(found.faults), set(found.conditioning_faults)) == ({0}, {2})
     assert faulty_rows(source, found) == {

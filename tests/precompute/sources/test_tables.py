@@ -187,7 +187,7 @@ def test_every_kind_gives_the_same_rows(
     assert len(source) == NUM_ROWS
     rows = list(source.rows(range(NUM_ROWS)))
     assert [row.prompt for row in rows] == CAPTIONS
-    assert [row.where for row in rows] == ["row 0", "row 1", "row 2"]
+    assert len({row.where for row in rows}) == NUM_ROWS
     for index in range(NUM_ROWS):
         assert source.read(index, "image") == IMAGES[index]
         assert source.read(index, "conditioning_image") == OUTLINES[index]
@@ -233,7 +233,7 @@ def test_a_bad_image_is_its_rows_affair(
     for index in range(len(bad), len(bad) + len(good)):
         assert source.read(index, "image") == IMAGES[0]
         assert source.version(index, "image") is not None
-    assert next(source.rows([4])).name == "row 4"
+    assert next(source.rows([4])).name == "line 5"
 
 
 def test_it_is_said_which_image_a_row_lacks(folder: Path, opened: Callable[..., Source]) -> None:
@@ -268,7 +268,7 @@ def test_versions_change_with_the_table(
 
 def test_an_image_folder_needs_captions(folder: Path, opened: Callable[..., Source]) -> None:
     for settings in ({}, {"wants_conditioning": False}):
-        with pytest.raises(ConfigError, match=r"it has image.* stand in metadata\.jsonl beside"):
+        with pytest.raises(ConfigError, match=r"3 images and no captions; .* in metadata\.jsonl, "):
             opened(folder / "target", **settings)
 
 
@@ -294,15 +294,11 @@ def test_a_split_that_is_not_train_must_be_the_only_one(
 def test_what_datasets_cannot_read_is_named(folder: Path, opened: Callable[..., Source]) -> None:
     (folder / "notes").mkdir()
     (folder / "notes" / "a.py").write_text("raise SystemExit('was run')")
-    with pytest.raises(ConfigError, match=r"notes: not fill50k, .* finds no data in it"):
+    with pytest.raises(ConfigError, match=r"notes: no data set, neither pictures nor a table"):
         opened(folder / "notes")
     (folder / "notes" / "notes.py").write_text("raise SystemExit('was run')")
     with pytest.raises(ConfigError, match="scripts are no longer supported"):
         opened(folder / "notes")
-    (folder / "broken").mkdir()
-    (folder / "broken" / "a.jsonl").write_text('{"image": "a"}\n{bad')
-    with pytest.raises(ConfigError, match="broken: `datasets` cannot read it: JSON parse error"):
-        opened(folder / "broken")
     (folder / "damaged").mkdir()
     (folder / "damaged" / "a.parquet").write_bytes(b"PAR1 and no more")
     with pytest.raises(ConfigError, match="damaged: `datasets` cannot read it: "):

@@ -1,0 +1,1 @@
+"""Data sets of plain files: folders, zips and tables of text."""

@@ -1,0 +1,123 @@
+"""What there is in a tree of files, before it is known how it is to be read."""
+
+from dataclasses import dataclass, field
+from pathlib import Path, PurePath
+
+from precompute.sources.files.counted_names import CountedNames
+from precompute.sources.files.records import TABLES
+from precompute.sources.files.text_tables import PROMPTS
+from precompute.sources.files.tree import Tree, ending, is_picture, stem
+from precompute.sources.source import SourceSettings
+from precompute.sources.splits import files_of_split
+
+METADATA = ("metadata.jsonl", "metadata.csv")
+# What the hub keeps beside a data set, and tells nothing of its rows.
+NO_TABLES = ("dataset_infos.json", "dataset_info.json")
+CAPTIONS = ("txt", "caption")
+BINARY_TABLES = {"parquet", "arrow"}
+TARS = {"tar", "tgz", "gz"}
+
+
+@dataclass
+class Survey:
+    """The files of a tree, by what they may be.
+
+    Attributes:
+        picture_folders: the folders that hold pictures.
+        num_pictures: how many there are.
+        num_captioned: how many of them have a caption file beside them.
+        prompts: names of the files that are called prompt.json.
+        metadata: names of image folders' tables.
+        tables: names of other tables of text, in the topmost folder.
+        binary_tables: names of Parquet and Arrow files.
+        tars: names of tars.
+        zips: names of zips in the topmost folder.
+        elsewhere: other files, in folders without pictures.
+    """
+
+    picture_folders: list[str] = field(default_factory=list)
+    num_pictures: int = 0
+    num_captioned: int = 0
+    prompts: list[str] = field(default_factory=list)
+    metadata: list[str] = field(default_factory=list)
+    tables: list[str] = field(default_factory=list)
+    binary_tables: list[str] = field(default_factory=list)
+    tars: list[str] = field(default_factory=list)
+    zips: list[str] = field(default_factory=list)
+    elsewhere: CountedNames = field(default_factory=CountedNames)
+
+
+def take_survey(tree: Tree, endings: tuple[str, ...]) -> Survey:
+    """Return what there is in a tree.
+
+    Args:
+        tree: the files.
+        endings: of caption files.
+
+    Raises:
+        OSError: a folder cannot be read.
+    """
+    survey = Survey()
+    for folder, files in tree.folders():
+        pictures = [name for name in files if is_picture(name)]
+        stems = {stem(name) for name in pictures}
+        if pictures:
+            survey.picture_folders.append(folder)
+            survey.num_pictures += len(pictures)
+        for name in files:
+            path = f"{folder}/{name}" if folder else name
+            kind = ending(name)
+            if pictures and has_ending(name, endings):
+                survey.num_captioned += stem_before(name, endings) in stems
+            elif name == PROMPTS:
+                survey.prompts.append(path)
+            elif name in METADATA:
+                survey.metadata.append(path)
+            elif kind in BINARY_TABLES:
+                survey.binary_tables.append(path)
+            elif kind in TARS:
+                survey.tars.append(path)
+            elif kind == "zip" and folder in tree.tops:
+                survey.zips.append(path)
+            # A table beside each picture, as img2dataset writes, describes that picture alone.
+            elif folder in tree.tops and _is_table(name) and stem(name) not in stems:
+                survey.tables.append(path)
+            elif not pictures:
+                survey.elsewhere.add(folder, [name])
+    return survey
+
+
+def _is_table(name: str) -> bool:
+    return ending(name) in TABLES and name not in NO_TABLES
+
+
+def caption_endings(settings: SourceSettings) -> tuple[str, ...]:
+    """Return the endings of caption files, in lower case and without the dot."""
+    own = settings.caption_extension
+    return CAPTIONS if own is None else (own.removeprefix(".").lower(),)
+
+
+def has_ending(name: str, endings: tuple[str, ...]) -> bool:
+    """Tell whether a file's name has one of these endings."""
+    return name.lower().endswith(tuple(f".{one}" for one in endings))
+
+
+def stem_before(name: str, endings: tuple[str, ...]) -> str:
+    """Return a file's name without the ending that it has of these, which may have dots."""
+    found = max((one for one in endings if has_ending(name, (one,))), key=len)
+    return stem(f"{name[: -len(found) - 1]}.x")
+
+
+def of_split(
+    names: list[str], wanted: str | None, where: str
+) -> tuple[list[str], dict[str, list[str]]]:
+    """Return the files or folders of the split that is read, and the others by split.
+
+    Raises:
+        ConfigError: there is no such split; or several, none is `train` and none is asked for.
+    """
+    paths = {Path(name): PurePath(name) for name in names}
+    by_path = dict(zip(paths, names, strict=True))
+    kept, left_out = files_of_split(paths, wanted, where)
+    others = {split: [by_path[path] for path in files] for split, files in left_out.items()}
+    return [by_path[path] for path in kept], others

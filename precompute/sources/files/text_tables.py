@@ -1,0 +1,162 @@
+"""Rows from tables of text."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from common.errors import ConfigError
+from precompute.sources.files.records import Record, read_records
+from precompute.sources.files.stored_rows import Entry, StoredRows
+from precompute.sources.files.tree import Tree
+from precompute.sources.source import SourceSettings
+
+FILE_NAME = "file_name"
+PROMPTS = "prompt.json"
+
+
+@dataclass(frozen=True)
+class Names:
+    """The names of a table's columns, each with the option that sets it; empty if it has none.
+
+    Attributes:
+        image: names that the column of images may have, the first that a row has is taken.
+        conditioning_image: the same of the conditioning images; none if they are not wanted.
+        caption: the same of the captions; none if they are not wanted.
+    """
+
+    image: tuple[str, ...]
+    conditioning_image: tuple[str, ...]
+    caption: tuple[str, ...]
+
+
+def column_names(settings: SourceSettings) -> Names:
+    """Return the names of the columns that the settings ask for."""
+    image, control = settings.image_column, settings.conditioning_image_column
+    # An image folder's table has `file_name`, and `x_file_name` for the column `x`.
+    images = (image, f"{image}_{FILE_NAME}", *([FILE_NAME] if image == "image" else []))
+    wants_controls = settings.wants_conditioning and settings.conditioning_data_dir is None
+    return Names(
+        images,
+        (control, f"{control}_{FILE_NAME}") if wants_controls else (),
+        (settings.caption_column,) if settings.caption is None else (),
+    )
+
+
+def prompt_json_names(settings: SourceSettings) -> Names:
+    """Return the names of prompt.json's columns, which are always the same."""
+    names = column_names(settings)
+    return Names(
+        ("target",),
+        ("source",) if names.conditioning_image else (),
+        ("prompt",) if names.caption else (),
+    )
+
+
+def has_images(tree: Tree, table: str, settings: SourceSettings) -> bool:
+    """Tell whether the first records of a table, as far as they can be read, name images.
+
+    Raises:
+        OSError: it cannot be read.
+    """
+    names = column_names(settings).image
+    with tree.open(table) as stream:
+        for number, (_, record) in enumerate(read_records(stream, table, table)):
+            if isinstance(record, dict):
+                return any(name in record for name in names)
+            if number == 100:
+                break
+    return False
+
+
+def read_tables(tree: Tree, tables: Sequence[str], names: Names, where: str) -> StoredRows:
+    """Return the rows of tables.
+
+    Args:
+        tree: the data set's files.
+        tables: file names in it.
+        names: of the columns.
+        where: the data set as the user gave it, for errors.
+
+    Raises:
+        ConfigError: there are no rows, all are broken, or a column is missing.
+        OSError: a table cannot be read.
+    """
+    rows = StoredRows(tables)
+    found: dict[str, None] = {}  # the columns, in order
+    first_fault = ""
+    for table in tables:
+        place = f"{where}, {table}"
+        with tree.open(table) as stream:
+            for number, record in read_records(stream, table, place):
+                if isinstance(record, dict):
+                    found |= dict.fromkeys(record)
+                elif not first_fault:
+                    first_fault = f"{place}, line {number}: {record}."
+                rows.append(number, _entry(record, names))
+        rows.end_table()
+    if not len(rows):
+        raise ConfigError(f"{where}, {tables[0]}: holds no rows.")
+    if not found:
+        raise ConfigError(f"{first_fault} No row of this table can be read.")
+    _refuse_missing(found, names, f"{where}, {tables[0]}")
+    return rows
+
+
+def count_records(tree: Tree, table: str) -> int:
+    """Return the number of a table's records, broken ones included.
+
+    Raises:
+        ConfigError: it is no table as a whole.
+        OSError: it cannot be read.
+    """
+    with tree.open(table) as stream:
+        return sum(1 for _ in read_records(stream, table, table))
+
+
+def _entry(record: Record, names: Names) -> Entry:
+    if not isinstance(record, dict):
+        return Entry("", "", None, record)
+    image, fault = _file_name(record, names.image)
+    control, control_fault = _file_name(record, names.conditioning_image)
+    return Entry(image, control, _value(record, names.caption), fault or control_fault)
+
+
+def _value(record: dict[str, Any], names: Iterable[str]) -> Any:
+    return next((record[name] for name in names if name in record), None)
+
+
+def _file_name(record: dict[str, Any], names: Iterable[str]) -> tuple[str, str]:
+    """Return a file name, empty if there is none, and what is wrong with it."""
+    value = _value(record, names)
+    if value is None or isinstance(value, str):
+        return value or "", ""
+    (name,) = [name for name in names if name in record][:1]
+    return "", f"{name} is not a file name but {type(value).__name__}"
+
+
+def _refuse_missing(found: dict[str, None], names: Names, where: str) -> None:
+    """Refuse a table that lacks a column.
+
+    Raises:
+        ConfigError: naming the columns that it has, and the option that names one.
+    """
+    used = {name for alternatives in vars(names).values() for name in alternatives}
+    for option, alternatives in vars(names).items():
+        if alternatives and not any(name in found for name in alternatives):
+            if where.endswith(PROMPTS):
+                form = ", ".join(f'"{one}": …' for (one,) in filter(None, vars(names).values()))
+                raise ConfigError(
+                    f"{where}: no {alternatives[0]} in any line; expected {{{form}}}."
+                )
+            flag = f"--{option.replace('_', '-')}-column"
+            others = [name for name in found if name not in used]
+            hint = f"Did you mean {flag} {others[0]}?" if len(others) == 1 else f"Name it: {flag}."
+            if option == "conditioning_image" and not others:
+                hint = (
+                    f"Name it: {flag}; or give --conditioning-data-dir, or have them drawn: "
+                    "--conditioning-from canny."
+                )
+            if option == "caption" and not others:
+                hint = f'Name it: {flag}; or give one for all rows: --caption "…".'
+            has = ", ".join(found)
+            raise ConfigError(f"{where}: no column {alternatives[0]!r}; it has {has}. {hint}")

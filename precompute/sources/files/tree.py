@@ -1,0 +1,153 @@
+"""A tree of files, which may be a folder or zips, and the names that people write for its files."""
+
+import posixpath
+import unicodedata
+from collections.abc import Iterator, Sequence
+from typing import IO, Protocol
+
+# fmt: off
+PICTURES = frozenset({
+    "png", "jpg", "jpeg", "jpe", "jfif", "webp", "bmp", "gif", "tif", "tiff", "avif", "heic",
+    "heif", "jp2", "j2k", "jxl", "tga", "ppm", "pgm", "pbm", "pnm", "pfm", "npy", "exr", "hdr",
+})
+# fmt: on
+# What systems and editors leave beside people's files. Hidden ones are passed over as well.
+JUNK = {"thumbs.db", "desktop.ini", "__macosx"}
+
+
+class Tree(Protocol):
+    """Files by their names, relative to the tree's root and with `/`; safe in several threads.
+
+    Attributes:
+        tops: the folders in which tables are looked for: the root, or each zip's.
+    """
+
+    tops: tuple[str, ...]
+
+    def folders(self) -> Iterator[tuple[str, list[str]]]:
+        """Yield each folder's name, that of the root is empty, and the names of the files in it.
+
+        Both are sorted. Links are followed, except in circles; junk is passed over.
+
+        Raises:
+            OSError: a folder cannot be read.
+        """
+        ...
+
+    def files(self, folder: str) -> list[str]:
+        """Return the names of the files in a folder, sorted; none if there is no such folder."""
+        ...
+
+    def read(self, name: str) -> bytes:
+        """Return the bytes of a file.
+
+        Raises:
+            FileNotFoundError: there is none of this name.
+            OSError: it cannot be read.
+        """
+        ...
+
+    def version(self, name: str) -> bytes | None:
+        """Return bytes that change when the file may have changed; None if nothing shows that."""
+        ...
+
+    def has(self, name: str) -> bool:
+        """Tell whether there is anything of this name."""
+        ...
+
+    def open(self, name: str) -> IO[bytes]:
+        """Open a file.
+
+        Raises:
+            OSError: it is missing or cannot be read.
+        """
+        ...
+
+
+class Finder:
+    """Finds a file by the name that a table has for it.
+
+    Args:
+        trees: where to look, the first one first.
+    """
+
+    def __init__(self, trees: Sequence[Tree]) -> None:
+        self.trees = trees
+
+    def read(self, written: str, folder: str) -> bytes:
+        """Return the bytes of a file.
+
+        Args:
+            written: its name as the table has it.
+            folder: the table's folder in the tree.
+
+        Raises:
+            OSError: it is missing, unreadable or no file.
+        """
+        missing: OSError | None = None
+        for tree in self.trees:
+            for name in spellings(written, folder):
+                try:
+                    return tree.read(name)
+                except (FileNotFoundError, NotADirectoryError) as error:
+                    missing = missing or error
+        raise missing or FileNotFoundError("no such file")
+
+    def version(self, written: str, folder: str) -> bytes | None:
+        """Return bytes that change when the file may have changed; None if nothing shows that."""
+        for tree in self.trees:
+            for name in spellings(written, folder):
+                if (version := tree.version(name)) is not None or tree.has(name):
+                    return version
+        return None
+
+    def has(self, written: str, folder: str) -> bool:
+        """Tell whether there is anything of this name."""
+        return any(tree.has(name) for tree in self.trees for name in spellings(written, folder))
+
+
+def spellings(written: str, folder: str) -> Iterator[str]:
+    r"""Yield the names under which a file may lie in a tree, the likeliest first.
+
+    Tables name files relative to their own folder, or to the data set's, or to the one above it.
+    They write `\`, and letters with accents as one character or as two, and endings in either case.
+
+    Args:
+        written: the name that the table has.
+        folder: the table's folder in the tree.
+    """
+    seen = set()
+    for form in _forms(written):
+        for name in (posixpath.join(folder, form), form, posixpath.join("..", form)):
+            if name not in seen:
+                seen.add(name)
+                yield name
+
+
+def _forms(written: str) -> Iterator[str]:
+    slashed = posixpath.expanduser(written.replace("\\", "/"))
+    yield written
+    yield slashed
+    for text in (unicodedata.normalize(form, slashed) for form in ("NFC", "NFD")):
+        name, dotted = posixpath.splitext(text)
+        yield from (text, name + dotted.lower(), name + dotted.upper())
+
+
+def is_junk(name: str) -> bool:
+    """Tell whether a file or folder is nobody's picture: hidden, or a system's."""
+    return name.startswith(".") or name.lower() in JUNK
+
+
+def ending(name: str) -> str:
+    """Return a file's ending in lower case, without the dot."""
+    return posixpath.splitext(name)[1][1:].lower()
+
+
+def is_picture(name: str) -> bool:
+    """Tell whether a file is a picture, by its ending."""
+    return ending(name) in PICTURES
+
+
+def stem(name: str) -> str:
+    """Return a file's name without folder and ending, accents as one character each."""
+    return unicodedata.normalize("NFC", posixpath.splitext(posixpath.basename(name))[0])
