@@ -27,13 +27,13 @@ class PrecomputeConfig:
 
     source: str | None = option(
         None,
-        help="Data set: fill50k as a folder or zip, or any folder that --train-data-dir takes.",
+        help="Data set on the disk, in any layout that --train-data-dir takes.",
         heading="Data",
     )
     train_data_dir: str | None = option(
         None,
-        help="Data set: a folder with images and metadata.jsonl, WebDataset tars, Parquet, or "
-        "anything else that the datasets library reads.",
+        help="Data set: a folder or zip of images with caption files, a table or prompt.json; "
+        "WebDataset tars; Parquet, or anything else that the datasets library reads.",
     )
     dataset_name: str | None = option(None, help="Data set: an id on the hub, or a folder.")
     dataset_config_name: str | None = option(None, help="Configuration of the data set.")
@@ -209,6 +209,12 @@ class PrecomputeConfig:
                 f"--resolution {self.resolution}: with --buckets it must be a multiple of "
                 f"{STEP_PX}; try {max(1, round(self.resolution / STEP_PX)) * STEP_PX}."
             )
+        for one, other in (
+            ("conditioning_data_dir", "conditioning_from"),
+            ("caption_extension", "caption"),
+        ):
+            if getattr(self, one) is not None and getattr(self, other) is not None:
+                raise ConfigError(f"{flag(one)} and {flag(other)}: give one of them.")
         find_part(self.part, {})
         if self.max_train_samples is not None and self.max_train_samples < 1:
             raise ConfigError(f"--max-train-samples {self.max_train_samples}: must be at least 1.")

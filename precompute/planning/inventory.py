@@ -184,8 +184,10 @@ class _InventoryBuilder:
         """
         number = len(self.ends) - 1
         captions, fault = _hash_captions(row)
+        known_by = fault
         if not fault and isinstance(image, str):
             fault = f"{printable(row.image)}: {image}" if row.image else image
+            known_by = f"{row.image}: {image}" if row.image else image
         if fault:
             self.faults[number] = fault
             captions = b""
@@ -193,7 +195,7 @@ class _InventoryBuilder:
             name = printable(row.conditioning_image)
             self.conditioning_faults[number] = f"{name}: {control}" if name else control
         content = NO_CONTENT if isinstance(image, str) else image
-        self.images += _fault_digest(fault) if fault else content.digest
+        self.images += _fault_digest(known_by) if fault else content.digest
         if isinstance(control, str):
             self.conditionings += _fault_digest(control)
         else:
@@ -241,7 +243,7 @@ def _digests(data: bytes | bytearray) -> Ids:
 
 def _fault_digest(fault: str) -> bytes:
     wording = FORMER_WORDING.get(fault.partition(":")[0], fault)
-    return xxh3_128_digest(b"cannot be used: " + wording.encode(errors="replace"))
+    return xxh3_128_digest(b"cannot be used: " + wording.encode(errors="backslashreplace"))
 
 
 def _hash_captions(row: Row) -> tuple[bytes, str]:

@@ -22,13 +22,13 @@ class Columns:
     Attributes:
         image: bytes or file names.
         conditioning_image: bytes or file names; None where they are not needed.
-        caption: text or lists of text.
+        caption: text or lists of text; None where one caption is for all.
         captions_are_json: whether captions are JSON; `datasets` keeps columns of mixed types so.
     """
 
     image: str
     conditioning_image: str | None
-    caption: str
+    caption: str | None
     captions_are_json: bool
 
 
@@ -52,6 +52,8 @@ def find_columns(dataset: "Dataset", settings: SourceSettings, where: str) -> Co
     }
     if not settings.wants_conditioning:
         del wanted["conditioning_image_column"]
+    if settings.caption is not None:
+        del wanted["caption_column"]
     named = [getattr(settings, option) for option in wanted]
     types = {field.name: field.type for field in dataset.features.arrow_schema}
     for option, holds in wanted.items():
@@ -71,10 +73,11 @@ def find_columns(dataset: "Dataset", settings: SourceSettings, where: str) -> Co
             raise ConfigError(
                 f"{where}: column {name!r} holds {types[name]}; {flag} needs images or file names."
             )
-    kind = getattr(features, "Json", None)  # of datasets 4.7 and later
-    mixed = kind is not None and isinstance(dataset.features[settings.caption_column], kind)
     conditioning = settings.conditioning_image_column if settings.wants_conditioning else None
-    return Columns(settings.image_column, conditioning, settings.caption_column, mixed)
+    caption = settings.caption_column if settings.caption is None else None
+    kind = getattr(features, "Json", None)  # of datasets 4.7 and later
+    mixed = kind is not None and caption is not None and isinstance(dataset.features[caption], kind)
+    return Columns(settings.image_column, conditioning, caption, mixed)
 
 
 def _holds_images(type_: Any) -> bool:

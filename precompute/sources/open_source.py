@@ -4,7 +4,7 @@ from pathlib import Path
 
 from common.errors import ConfigError
 from precompute.sources import tables
-from precompute.sources.files.open_files import open_files
+from precompute.sources.files.open_files import open_files, refuse_options_of_pairs
 from precompute.sources.one_caption import OneCaption
 from precompute.sources.source import Source, SourceSettings
 from precompute.sources.webdataset.finding import find_tars
@@ -27,6 +27,7 @@ def _open(settings: SourceSettings, flag: str, name: str) -> Source:
     where, path = f"{flag} {name}", Path(name)
     if not path.exists():
         if flag == "--dataset-name" and is_hub_id(name):
+            refuse_options_of_pairs(settings, where)
             return tables.open_hub(settings, name, where)
         hub = ", and not a hub id (owner/name)" if flag == "--dataset-name" else ""
         raise ConfigError(
@@ -35,6 +36,7 @@ def _open(settings: SourceSettings, flag: str, name: str) -> Source:
         )
     if source := open_files(settings, path, where):
         return source
+    refuse_options_of_pairs(settings, where)
     tars, remarks = find_tars(settings, path, where)
     if tars:
         source = open_tars(settings, tars, where)

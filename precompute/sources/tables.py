@@ -40,7 +40,8 @@ class Table:
         self.folder = folder
         self.has_conditioning_images = columns.conditioning_image is not None
         table = dataset.with_format("arrow")[:]
-        self.captions = table[columns.caption]
+        self.num_rows = len(table)
+        self.captions = None if columns.caption is None else table[columns.caption]
         self.captions_are_json = columns.captions_are_json
         self.paths: dict[Kind, Any] = {}
         self.bytes: dict[Kind, Any] = {}
@@ -56,7 +57,7 @@ class Table:
 
     def __len__(self) -> int:
         """Return the number of rows."""
-        return len(self.captions)
+        return self.num_rows
 
     def rows(self, indices: Sequence[int]) -> Iterator[Row]:
         """Yield the rows with these indices."""
@@ -87,6 +88,8 @@ class Table:
             return None
 
     def _caption(self, index: int) -> Any:
+        if self.captions is None:
+            return None
         caption = self.captions[index].as_py()
         if self.captions_are_json and caption is not None:
             return json.loads(caption)

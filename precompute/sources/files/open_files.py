@@ -55,6 +55,24 @@ def open_files(settings: SourceSettings, path: Path, where: str) -> Source | Non
     return None
 
 
+def refuse_options_of_pairs(settings: SourceSettings, where: str) -> None:
+    """Refuse options that would have no effect, since names of files do not tell what is a pair.
+
+    Raises:
+        ConfigError: naming the option to give instead.
+    """
+    for option, instead in (
+        ("conditioning_data_dir", "--conditioning-image-column"),
+        ("caption_extension", "--caption-column"),
+    ):
+        if getattr(settings, option) is not None:
+            flag = f"--{option.replace('_', '-')}"
+            raise ConfigError(
+                f"{where}: {flag} goes with files that belong together by their names, and these "
+                f"rows say what belongs to them: see {instead}."
+            )
+
+
 def _open_folder(settings: SourceSettings, path: Path, where: str) -> Source | None:
     if settings.dataset_config_name is not None or any((path / name).is_file() for name in SAVED):
         return None
@@ -62,11 +80,6 @@ def _open_folder(settings: SourceSettings, path: Path, where: str) -> Source | N
     survey = take_survey(tree, caption_endings(settings))
     if source := _open_tree(settings, tree, survey, where, path):
         return source
-    inner = [name for name in survey.prompts if name.count("/") == 1]
-    if inner:
-        raise ConfigError(
-            f"{where}: no {PROMPTS} in this folder. Did you mean {(path / inner[0]).parent}?"
-        )
     if survey.zips and not survey.binary_tables and not survey.tars:
         return _open_zips(settings, [path / name for name in survey.zips], where)
     return None
@@ -105,11 +118,12 @@ def _open_tree(
         ConfigError: there are two data sets, or captions or images are missing.
         OSError: something cannot be read.
     """
-    tops = survey.prompts if folder is None else [one for one in survey.prompts if one == PROMPTS]
-    if tops:
-        kept, _ = of_split([min(tops, key=len)], settings.split, where)
+    topmost = min(survey.prompts, key=lambda name: name.count("/"), default="")
+    if topmost and ("/" not in topmost or not survey.metadata + survey.tables):
+        kept, _ = of_split([topmost], settings.split, where)
         source = _open_tables(settings, tree, kept, where, folder)
-        _remark(source, "tables that are not read", survey.metadata + survey.tables)
+        others = [name for name in survey.prompts if name != topmost]
+        _remark(source, "tables that are not read", others + survey.metadata + survey.tables)
         return source
     if survey.metadata:
         return _open_metadata(settings, tree, survey, where, folder)
@@ -163,11 +177,7 @@ def _open_tables(
 ) -> Source:
     """Return the rows of tables of text."""
     is_prompts = tables[0].rpartition("/")[2] == PROMPTS
-    if settings.conditioning_data_dir is not None and settings.wants_conditioning:
-        raise ConfigError(
-            f"{where}: --conditioning-data-dir goes with pictures that no table lists; "
-            f"{tables[0]} names the conditioning images itself, see --conditioning-image-column."
-        )
+    refuse_options_of_pairs(settings, f"{where}, {tables[0]}")
     names = prompt_json_names(settings) if is_prompts else column_names(settings)
     rows = read_tables(tree, tables, names, where)
     trees, zips = [tree], list[str]()

@@ -138,7 +138,7 @@ class _Lister:
             list(filter(is_picture, files)),
             _by_stem((stem_before(name, self.endings), name) for name in reversed(captions)),
             _by_stem((stem(name), name) for name in controls),
-            [name for name in files if not is_picture(name) and name not in set(captions)],
+            [name for name in files if not is_picture(name) and not has_ending(name, self.endings)],
         )
 
 

@@ -104,11 +104,12 @@ class _Grouping:
                 found[role] = candidates[0][1:]
             self._note_oddities(role, candidates)
         caption = None
-        try:
-            caption, member, ending = self._caption(self.candidates.get("caption", []))
-            found["caption"] = member, ending
-        except NoCaption as error:
-            samples.no_captions[number] = f"no caption: {error}"
+        if "caption" in samples.wanted.columns:
+            try:
+                caption, member, ending = self._caption(self.candidates.get("caption", []))
+                found["caption"] = member, ending
+            except NoCaption as error:
+                samples.no_captions[number] = f"no caption: {error}"
         samples.add(self.key, found, caption)
 
     def _note_oddities(self, role: Role, candidates: list[Candidate]) -> None:

@@ -88,6 +88,8 @@ def wanted_members(settings: SourceSettings) -> Wanted:
     }
     if not settings.wants_conditioning:
         del given["conditioning_image"]
+    if settings.caption is not None:  # one for all
+        del given["caption"]
     defaults = SourceSettings()
     is_named = {
         role: column != getattr(defaults, f"{role}_column") for role, column in given.items()

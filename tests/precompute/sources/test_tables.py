@@ -303,3 +303,12 @@ def test_what_datasets_cannot_read_is_named(folder: Path, opened: Callable[..., 
     (folder / "damaged" / "a.parquet").write_bytes(b"PAR1 and no more")
     with pytest.raises(ConfigError, match="damaged: `datasets` cannot read it: "):
         opened(folder / "damaged")
+
+
+def test_one_caption_for_all_needs_no_column(folder: Path, opened: Callable[..., Source]) -> None:
+    table = {"image": IMAGES, "conditioning_image": OUTLINES}
+    pq.write_table(pa.table(table), folder / "a.parquet")
+    source = opened(folder / "a.parquet", caption="a circle")
+    assert [row.prompt for row in source.rows(range(NUM_ROWS))] == ["a circle"] * NUM_ROWS
+    assert [source.read(index, "image") for index in range(NUM_ROWS)] == IMAGES
+    assert source.remarks[0] == "one caption for all rows: 'a circle'"

@@ -395,3 +395,13 @@ def test_records_come_without_reading_all(tmp_path: Path) -> None:
     assert [number for number, _ in found] == list(range(1, 1002))
     assert [one["n"] for _, one in found[:-1] if isinstance(one, dict)] == list(range(1000))
     assert isinstance(found[-1][1], str)
+
+
+@pytest.mark.parametrize("name", ["metadata.jsonl", "a.parquet"])
+@pytest.mark.parametrize("option", ["conditioning_data_dir", "caption_extension"])
+def test_options_without_effect_are_refused(tmp_path: Path, name: str, option: str) -> None:
+    with_pairs(tmp_path)
+    write(tmp_path / name, lines(RECORDS) if name.endswith("jsonl") else "PAR1")
+    flag = f"--{option.replace('_', '-')}"
+    with pytest.raises(ConfigError, match=f"{flag} goes with files that belong together"):
+        opened(tmp_path, **{option: str(tmp_path / "edges")})

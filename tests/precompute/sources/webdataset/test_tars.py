@@ -432,3 +432,11 @@ def test_tars_without_samples(tmp_path: Path) -> None:
     write_tar(tmp_path / "a.tar", [("0.cls", b""), ("1.cls", b"")])
     with pytest.raises(ConfigError, match=r"no samples in it.*it has \.cls \(2\)"):
         open_tars(tmp_path)
+
+
+def test_one_caption_for_all_needs_no_member(tmp_path: Path) -> None:
+    members = [one for one in samples(range(3)) if not one[0].endswith(".txt")]
+    source = open_tars(write_tar(tmp_path / "a.tar", members), caption="my {name}")
+    rows = list(source.rows(range(3)))
+    assert [row.prompt for row in rows] == [f"my 000{number}" for number in range(3)]
+    assert [row.fault for row in rows] == [""] * 3
