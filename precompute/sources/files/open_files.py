@@ -118,18 +118,21 @@ def _open_tree(
         ConfigError: there are two data sets, or captions or images are missing.
         OSError: something cannot be read.
     """
+    elsewhere = survey.binary_tables + survey.tars
     topmost = min(survey.prompts, key=lambda name: name.count("/"), default="")
     if topmost and ("/" not in topmost or not survey.metadata + survey.tables):
-        kept, _ = of_split([topmost], settings.split, where)
+        prompts = [one for one in survey.prompts if one.count("/") == topmost.count("/")]
+        kept, left_out = of_split(prompts, settings.split, where)
         source = _open_tables(settings, tree, kept, where, folder)
-        others = [name for name in survey.prompts if name != topmost]
-        _remark(source, "tables that are not read", others + survey.metadata + survey.tables)
+        _remark_splits(source, tree, left_out)
+        others = [one for one in survey.prompts if one not in prompts]
+        others += survey.metadata + survey.tables + elsewhere
+        _remark(source, "tables and tars that are not read", others)
         return source
-    if survey.metadata:
+    if _counts(survey.metadata, elsewhere, tree, settings):
         return _open_metadata(settings, tree, survey, where, folder)
     tables = [name for name in survey.tables if has_images(tree, name, settings)]
     others = [name for name in survey.tables if name not in tables]
-    elsewhere = survey.binary_tables + survey.tars
     if tables:
         if len({ending(name) for name in tables}) > 1 or elsewhere:
             raise _two_tables(where, [*tables, *elsewhere])
@@ -140,7 +143,7 @@ def _open_tree(
         return source
     can_pair = settings.caption is not None or survey.num_captioned
     if elsewhere:
-        if can_pair and survey.picture_folders:
+        if survey.num_captioned:
             raise ConfigError(
                 f"{where}: two data sets, {survey.num_pictures} pictures with captions and "
                 f"{first_few(elsewhere)}: give one as the path."
@@ -154,6 +157,15 @@ def _open_tree(
     _remark(source, "tables without images, not read", others)
     _remark(source, "zips that are not read", survey.zips)
     return source
+
+
+def _counts(
+    metadata: list[str], elsewhere: list[str], tree: Tree, settings: SourceSettings
+) -> bool:
+    """Tell whether image folders' tables are the data set: also beside others, if they may be."""
+    return bool(metadata) and (
+        not elsewhere or any(has_images(tree, name, settings) for name in metadata)
+    )
 
 
 def _open_metadata(

@@ -274,7 +274,9 @@ def test_a_table_without_images_is_named_where_another_is_read(tmp_path: Path) -
     assert source.remarks == ["tables without images, not read: 1 (sizes.json)"]
     (tmp_path / "rows.jsonl").rename(tmp_path / "prompts.jsonl")
     write(tmp_path / "prompt.json", TABLES["prompt.json"]())
-    assert opened(tmp_path).remarks == ["tables that are not read: 2 (prompts.jsonl, sizes.json)"]
+    assert opened(tmp_path).remarks == [
+        "tables and tars that are not read: 2 (prompts.jsonl, sizes.json)"
+    ]
 
 
 def test_missing_columns_are_named_with_the_option(tmp_path: Path) -> None:
@@ -405,3 +407,22 @@ def test_options_without_effect_are_refused(tmp_path: Path, name: str, option: s
     flag = f"--{option.replace('_', '-')}"
     with pytest.raises(ConfigError, match=f"{flag} goes with files that belong together"):
         opened(tmp_path, **{option: str(tmp_path / "edges")})
+
+
+def test_prompt_json_in_folders(tmp_path: Path) -> None:
+    for name, inside in (("b", range(2, 4)), ("a", range(2)), ("test", range(4, 5))):
+        for number in inside:
+            write_pair(tmp_path / name, number)
+        records = (
+            {"target": f"images/{n}.png", "source": f"edges/{n}.png", "prompt": caption(n)}
+            for n in inside
+        )
+        write(tmp_path / name / "prompt.json", lines(records))
+    write(tmp_path / "a" / "old.tar", b"")
+    source = opened(tmp_path)
+    assert numbers(source) == [0, 1, 2, 3]
+    assert source.layout == "2 tables (a/prompt.json, b/prompt.json)"
+    assert source.remarks == [
+        "left out: 1 row of split 'test'",
+        "tables and tars that are not read: 1 (a/old.tar)",
+    ]
