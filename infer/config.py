@@ -180,8 +180,7 @@ class ScoreConfig(PipelineConfig):
     """
 
     source: Path = option(
-        help="Data set: fill50k's layout as a folder or zip, or a folder that the datasets "
-        "library loads.",
+        help="Data set on the disk with conditioning images, in any layout that precompute reads.",
         heading="What to measure",
     )
     measure: tuple[Literal["circles", "edges", "targets"], ...] = option(
