@@ -30,6 +30,7 @@ ALLOWED = {
     "shards.remote": {"common", "sd3", "shards.format", "shards.reading"},
     "shards": CACHE,
     "precompute.sources.webdataset": STAGE | {"precompute.sources"},
+    "precompute.sources.parquet": STAGE | {"precompute.sources", "precompute.sources.files"},
     "precompute.sources.files": STAGE
     | {
         "precompute.sources.file_versions",
@@ -37,7 +38,8 @@ ALLOWED = {
         "precompute.sources.source",
         "precompute.sources.splits",
     },
-    "precompute.sources": STAGE | {"precompute.sources.files", "precompute.sources.webdataset"},
+    "precompute.sources": STAGE
+    | {"precompute.sources.files", "precompute.sources.parquet", "precompute.sources.webdataset"},
     "precompute.fingerprints": STAGE | {"precompute.config", "precompute.sources"},
     "precompute.planning": STAGE
     | {"precompute.config", "precompute.sources", "precompute.fingerprints"},

@@ -1,14 +1,13 @@
 """The columns of a table that hold images and captions."""
 
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from common.errors import ConfigError
 from precompute.sources.source import SourceSettings
 
-if TYPE_CHECKING:
-    from datasets import Dataset
-
+FILE_NAME = "file_name"
 METADATA_HINT = (
     "An image folder's captions and conditioning images stand in metadata.jsonl beside the images, "
     'a line each: {"file_name": "0.png", "conditioning_image_file_name": "…", "text": "…"}.'
@@ -23,28 +22,39 @@ class Columns:
         image: bytes or file names.
         conditioning_image: bytes or file names; None where they are not needed.
         caption: text or lists of text; None where one caption is for all.
-        captions_are_json: whether captions are JSON; `datasets` keeps columns of mixed types so.
     """
 
     image: str
     conditioning_image: str | None
     caption: str | None
-    captions_are_json: bool
 
 
-def find_columns(dataset: "Dataset", settings: SourceSettings, where: str) -> Columns:
+def image_columns(names: Iterable[str]) -> dict[str, str]:
+    """Return a table's columns, by the names that an image folder's tables have for them.
+
+    There `file_name` is the column `image`, and `edges_file_name` is `edges`.
+    """
+    known = list(names)
+    found = {name: name for name in known}
+    for name in known:
+        if name == FILE_NAME or name.endswith(f"_{FILE_NAME}"):
+            short = name.removesuffix(FILE_NAME).removesuffix("_") or "image"
+            if short not in known:
+                found[short] = found.pop(name)
+    return found
+
+
+def find_columns(types: Mapping[str, Any], settings: SourceSettings, where: str) -> Columns:
     """Return the columns that the settings name.
 
     Args:
-        dataset: the table.
+        types: the Arrow types of a table's columns, by name.
         settings: which name the columns.
         where: the data set as the user gave it, for errors.
 
     Raises:
         ConfigError: a column is missing, or no column of images.
     """
-    from datasets import features
-
     wanted = {
         "image_column": _holds_images,
         "conditioning_image_column": _holds_images,
@@ -55,7 +65,6 @@ def find_columns(dataset: "Dataset", settings: SourceSettings, where: str) -> Co
     if settings.caption is not None:
         del wanted["caption_column"]
     named = [getattr(settings, option) for option in wanted]
-    types = {field.name: field.type for field in dataset.features.arrow_schema}
     for option, holds in wanted.items():
         name, flag = getattr(settings, option), f"--{option.replace('_', '-')}"
         if name not in types:
@@ -75,9 +84,7 @@ def find_columns(dataset: "Dataset", settings: SourceSettings, where: str) -> Co
             )
     conditioning = settings.conditioning_image_column if settings.wants_conditioning else None
     caption = settings.caption_column if settings.caption is None else None
-    kind = getattr(features, "Json", None)  # of datasets 4.7 and later
-    mixed = kind is not None and caption is not None and isinstance(dataset.features[caption], kind)
-    return Columns(settings.image_column, conditioning, caption, mixed)
+    return Columns(settings.image_column, conditioning, caption)
 
 
 def _holds_images(type_: Any) -> bool:

@@ -14,8 +14,10 @@ if TYPE_CHECKING:
 PARQUET_REVISION = "refs/convert/parquet"
 
 
-def load_hub(settings: SourceSettings, name: str, where: str) -> "Dataset":
+def load_hub(settings: SourceSettings, name: str, where: str) -> tuple["Dataset", list[str]]:
     """Return a data set of the hub, or the hub's Parquet conversion of it if it is a script.
+
+    With remarks on what of it is left out.
 
     Args:
         settings: which configuration and revision, and where `datasets` may write.
@@ -37,7 +39,7 @@ def load_hub(settings: SourceSettings, name: str, where: str) -> "Dataset":
         )
     except Exception as error:  # its builders raise whatever the libraries beneath them raise
         raise ConfigError(_explain(error, settings, where)) from error
-    return pick_split(loaded, where)
+    return pick_split(loaded, settings.split, where)
 
 
 def _explain(error: Exception, settings: SourceSettings, where: str) -> str:

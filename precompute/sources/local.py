@@ -4,21 +4,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from common.errors import ConfigError
+from precompute.sources.columns import image_columns
 from precompute.sources.source import SourceSettings
+from precompute.sources.splits import choose_split, left_out_remark
 
 if TYPE_CHECKING:
-    from datasets import Dataset, DatasetBuilder
+    from datasets import Dataset
 
-# An image folder's table; those of text are read without `datasets`.
-METADATA = "metadata.parquet"
-PARQUET = ".parquet"
-FILE_NAME = "file_name"
+# What `save_to_disk` of the datasets library leaves.
+SAVED = ("state.json", "dataset_dict.json")
 LONGEST_REASON = 300
-IMAGE_FOLDER = "imagefolder"
 
 
-def load_local(settings: SourceSettings, path: Path, where: str) -> tuple["Dataset", Path]:
-    """Return a local data set, and the folder that its file names are relative to.
+def load_local(settings: SourceSettings, path: Path, where: str) -> tuple["Dataset", list[str]]:
+    """Return a local data set, and remarks on what of it is left out.
 
     Args:
         settings: which configuration, and where `datasets` may write.
@@ -26,7 +25,7 @@ def load_local(settings: SourceSettings, path: Path, where: str) -> tuple["Datas
         where: the path as the user gave it, for errors.
 
     Raises:
-        ConfigError: `datasets` cannot read it, or it has several splits and none is `train`.
+        ConfigError: `datasets` cannot read it, or there is no such split.
     """
     from datasets.data_files import EmptyDatasetError
     from datasets.exceptions import DataFilesNotFoundError
@@ -34,7 +33,7 @@ def load_local(settings: SourceSettings, path: Path, where: str) -> tuple["Datas
     # Absolute, since `datasets` takes a folder called `csv` for its own module of that name.
     path = path.absolute()
     try:
-        return _load(settings, path, where), path if path.is_dir() else path.parent
+        return _load(settings, path, where)
     except ConfigError:
         raise
     except (EmptyDatasetError, DataFilesNotFoundError) as error:
@@ -46,51 +45,58 @@ def load_local(settings: SourceSettings, path: Path, where: str) -> tuple["Datas
         raise ConfigError(f"{where}: `datasets` cannot read it: {root_cause(error)}") from error
 
 
-def _load(settings: SourceSettings, path: Path, where: str) -> "Dataset":
+def _load(settings: SourceSettings, path: Path, where: str) -> tuple["Dataset", list[str]]:
     from datasets import load_dataset_builder, load_from_disk
 
-    if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
-        return pick_split(load_from_disk(str(path)), where)
-    table = _only_table(path) if settings.dataset_config_name is None else None
+    if is_saved(path):
+        return pick_split(load_from_disk(str(path)), settings.split, where)
     cache_dir = None if settings.cache_dir is None else str(settings.cache_dir)
     builder = load_dataset_builder(
         str(path if path.is_dir() else path.parent),
         settings.dataset_config_name,
-        data_files=None if table is None else table.name,
+        data_files=None if path.is_dir() else path.name,
         cache_dir=cache_dir,
     )
-    if builder.name == IMAGE_FOLDER and len(files := _metadata_files(builder, where)) > 1:
-        return _load_image_folders(files, cache_dir)
     builder.download_and_prepare()
-    return _with_image_columns(pick_split(builder.as_dataset(), where))
+    dataset, remarks = pick_split(builder.as_dataset(), settings.split, where)
+    names = image_columns(dataset.column_names)
+    renamed = dataset.rename_columns({old: new for new, old in names.items() if new != old})
+    return renamed, remarks
 
 
-def _load_image_folders(metadata_files: list[str], cache_dir: str | None) -> "Dataset":
-    from datasets import concatenate_datasets, load_dataset
-
-    return concatenate_datasets(
-        [
-            load_dataset(IMAGE_FOLDER, data_files=file, split="train", cache_dir=cache_dir)
-            for file in metadata_files
-        ]
-    )
+def is_saved(path: Path) -> bool:
+    """Tell whether a folder is one that the datasets library's `save_to_disk` wrote."""
+    return any((path / name).is_file() for name in SAVED)
 
 
-def pick_split(loaded: Any, where: str) -> Any:
-    """Return the split called `train`, or the only split.
+def names_configurations(path: Path) -> bool:
+    """Tell whether a folder is a clone from the hub whose card says which files are read how."""
+    try:
+        text = (path / "README.md").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return False
+    header = text.partition("\n---")[0]
+    return header.startswith("---") and "\nconfigs:" in header
+
+
+def pick_split(loaded: Any, wanted: str | None, where: str) -> tuple[Any, list[str]]:
+    """Return a split, and remarks on those that are left out.
 
     Args:
         loaded: a mapping by splits' names; anything else is returned as it is.
+        wanted: the split that the user asked for; by default `train`, or the only one.
         where: the data set as the user named it, for errors.
 
     Raises:
-        ConfigError: several splits, and none is `train`.
+        ConfigError: there is no such split.
     """
     if not isinstance(loaded, dict):
-        return loaded
-    if "train" in loaded or len(loaded) == 1:
-        return loaded["train" if "train" in loaded else next(iter(loaded))]
-    raise ConfigError(f"{where}: no split 'train'; it has {', '.join(map(str, loaded))}.")
+        if wanted is not None:
+            raise ConfigError(f"{where}: no split {wanted!r}; it has no splits.")
+        return loaded, []
+    chosen = choose_split(map(str, loaded), wanted, where)
+    others = {str(split): len(rows) for split, rows in loaded.items() if str(split) != chosen}
+    return loaded[chosen], [left_out_remark(count, split) for split, count in others.items()]
 
 
 def root_cause(error: BaseException) -> str:
@@ -102,35 +108,3 @@ def root_cause(error: BaseException) -> str:
         error = error.__cause__
     text = " ".join(str(error).split()) or type(error).__name__
     return text if len(text) <= LONGEST_REASON else f"{text[:LONGEST_REASON]} …"
-
-
-def _only_table(path: Path) -> Path | None:
-    """Return the one file that lists a data set's rows; None if there is none, or several.
-
-    Given the folder, `datasets` would read the images and ignore a table beside them.
-    """
-    if path.is_file():
-        return path
-    tables = [file for file in path.iterdir() if file.suffix == PARQUET]
-    return tables[0] if len(tables) == 1 else None
-
-
-def _metadata_files(builder: "DatasetBuilder", where: str) -> list[str]:
-    """Return the files that list an image folder's rows, sorted by path.
-
-    `datasets` itself would keep several files in a set, so that the order of the rows would change
-    from process to process.
-    """
-    files = pick_split(builder.config.data_files or {}, where)
-    return sorted(file for file in files if Path(file).name == METADATA)
-
-
-def _with_image_columns(dataset: "Dataset") -> "Dataset":
-    """Return an image folder's table with its columns named as `datasets` names them."""
-    names = {
-        name: name.removesuffix(FILE_NAME).removesuffix("_") or "image"
-        for name in dataset.column_names
-        if name == FILE_NAME or name.endswith(f"_{FILE_NAME}")
-    }
-    free = {old: new for old, new in names.items() if new not in dataset.column_names}
-    return dataset.rename_columns(free)

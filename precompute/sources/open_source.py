@@ -5,7 +5,9 @@ from pathlib import Path
 from common.errors import ConfigError
 from precompute.sources import tables
 from precompute.sources.files.open_files import open_files, refuse_options_of_pairs
+from precompute.sources.local import is_saved, names_configurations
 from precompute.sources.one_caption import OneCaption
+from precompute.sources.parquet.parquet_table import open_parquet
 from precompute.sources.source import Source, SourceSettings
 from precompute.sources.webdataset.finding import find_tars
 from precompute.sources.webdataset.tars import open_tars
@@ -42,6 +44,10 @@ def _open(settings: SourceSettings, flag: str, name: str) -> Source:
         source = open_tars(settings, tars, where)
         source.remarks += remarks
         return source
+    if settings.dataset_config_name is None and not (is_saved(path) or names_configurations(path)):
+        table = open_parquet(settings, path, where)
+        if table is not None:
+            return table
     return tables.open_local(settings, path, where)
 
 

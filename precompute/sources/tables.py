@@ -28,12 +28,18 @@ class Table:
     Args:
         dataset: the rows.
         columns: which of its columns are read.
+        captions_are_json: `datasets` keeps columns of mixed types so.
         folder: that file names are relative to; None if there is none.
-        remarks: on what is left out of the rows.
+        remarks: on what is left out of the rows, or written elsewhere.
     """
 
     def __init__(
-        self, dataset: "Dataset", columns: Columns, folder: str | None, remarks: list[str]
+        self,
+        dataset: "Dataset",
+        columns: Columns,
+        captions_are_json: bool,
+        folder: str | None,
+        remarks: list[str],
     ) -> None:
         self.layout = "a table that the datasets library reads"
         self.remarks = remarks
@@ -42,7 +48,7 @@ class Table:
         table = dataset.with_format("arrow")[:]
         self.num_rows = len(table)
         self.captions = None if columns.caption is None else table[columns.caption]
-        self.captions_are_json = columns.captions_are_json
+        self.captions_are_json = captions_are_json
         self.paths: dict[Kind, Any] = {}
         self.bytes: dict[Kind, Any] = {}
         names: dict[Kind, str | None] = {
@@ -149,8 +155,8 @@ def open_local(settings: SourceSettings, path: Path, where: str) -> Source:
     Raises:
         ConfigError: it cannot be read, or lacks a column.
     """
-    dataset, folder = load_local(settings, path, where)
-    return _open(dataset, settings, str(folder), where)
+    folder = path.absolute() if path.is_dir() else path.absolute().parent
+    return _open(*load_local(settings, path, where), settings, str(folder), where)
 
 
 def open_hub(settings: SourceSettings, name: str, where: str) -> Source:
@@ -164,10 +170,35 @@ def open_hub(settings: SourceSettings, name: str, where: str) -> Source:
     Raises:
         ConfigError: it cannot be downloaded or read, or lacks a column.
     """
-    return _open(load_hub(settings, name, where), settings, None, where)
+    return _open(*load_hub(settings, name, where), settings, None, where)
 
 
-def _open(dataset: "Dataset", settings: SourceSettings, folder: str | None, where: str) -> Source:
+def _open(
+    dataset: "Dataset",
+    remarks: list[str],
+    settings: SourceSettings,
+    folder: str | None,
+    where: str,
+) -> Source:
+    from datasets import features
+
     if not len(dataset):
         raise ConfigError(f"{where}: holds no rows.")
-    return Table(dataset, find_columns(dataset, settings, where), folder, [])
+    types = {field.name: field.type for field in dataset.features.arrow_schema}
+    columns = find_columns(types, settings, where)
+    kind = getattr(features, "Json", ())  # of datasets 4.7 and later
+    is_json = columns.caption is not None and isinstance(dataset.features[columns.caption], kind)
+    return Table(dataset, columns, is_json, folder, remarks + _copies(dataset, folder))
+
+
+def _copies(dataset: "Dataset", folder: str | None) -> list[str]:
+    """Return a remark on the Arrow files that the datasets library has written of a data set."""
+    files = [Path(file["filename"]).absolute() for file in dataset.cache_files]
+    copies = [file for file in files if folder is None or not file.is_relative_to(folder)]
+    if not copies:
+        return []
+    num_bytes = sum(file.stat().st_size for file in copies)
+    return [
+        f"copied by the datasets library: {num_bytes / 1e6:.1f} MB of Arrow files in "
+        f"{copies[0].parent}"
+    ]

@@ -301,7 +301,7 @@ def test_what_datasets_cannot_read_is_named(folder: Path, opened: Callable[..., 
         opened(folder / "notes")
     (folder / "damaged").mkdir()
     (folder / "damaged" / "a.parquet").write_bytes(b"PAR1 and no more")
-    with pytest.raises(ConfigError, match="damaged: `datasets` cannot read it: "):
+    with pytest.raises(ConfigError, match=r"damaged, a\.parquet: cannot be read as Parquet"):
         opened(folder / "damaged")
 
 
