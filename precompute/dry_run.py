@@ -26,7 +26,7 @@ NUM_TRIALS = 3
 
 
 def dry_run(context: Context) -> None:
-    """Print the plan, with times from encoding a few batches; write nothing."""
+    """Print the plan, with times from encoding a few batches; write nothing into the cache."""
     rows, captions = len(context.inventory), len(context.prompts.numbers)
     click.echo(f"{rows} rows, {captions} captions, {len(context.prompts)} distinct prompts")
     if context.bad_rows:
@@ -39,7 +39,7 @@ def dry_run(context: Context) -> None:
         click.echo(f"{discarded}\n  it needs --overwrite")
     _print_disk_space(context)
     _print_trials(context)
-    click.echo("nothing was written")
+    click.echo("nothing was written to the cache")
 
 
 def _print_products(context: Context) -> None:

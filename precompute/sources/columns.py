@@ -87,6 +87,16 @@ def find_columns(types: Mapping[str, Any], settings: SourceSettings, where: str)
     return Columns(settings.image_column, conditioning, caption)
 
 
+def lacks(what: str, column: str | None) -> str:
+    """Return why a row without an image or a caption cannot be used.
+
+    Args:
+        what: that it lacks, e.g. "caption".
+        column: in which nothing stands.
+    """
+    return f"no {what}: nothing in column {column!r}"
+
+
 def _holds_images(type_: Any) -> bool:
     """Tell whether an Arrow type can be an image: bytes, a file name, or both."""
     from pyarrow import types

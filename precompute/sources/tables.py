@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from common.errors import ConfigError
-from precompute.sources.columns import Columns, find_columns
+from precompute.sources.columns import Columns, find_columns, lacks
 from precompute.sources.file_versions import file_version, names_version, read_file
 from precompute.sources.hub import load_hub
 from precompute.sources.local import load_local
@@ -48,6 +48,7 @@ class Table:
         table = dataset.with_format("arrow")[:]
         self.num_rows = len(table)
         self.captions = None if columns.caption is None else table[columns.caption]
+        self.caption_column = columns.caption
         self.captions_are_json = captions_are_json
         self.paths: dict[Kind, Any] = {}
         self.bytes: dict[Kind, Any] = {}
@@ -68,11 +69,15 @@ class Table:
     def rows(self, indices: Sequence[int]) -> Iterator[Row]:
         """Yield the rows with these indices."""
         for index in indices:
+            caption, fault = self._caption(index), ""
+            if caption is None and self.captions is not None:
+                fault = lacks("caption", self.caption_column)
             yield Row(
                 f"row {index}",
                 self._path(index, "image"),
                 self._path(index, "conditioning_image"),
-                self._caption(index),
+                caption,
+                fault,
             )
 
     def read(self, index: int, kind: Kind) -> bytes:
@@ -107,7 +112,7 @@ class Table:
     def _file(self, index: int, kind: Kind) -> str:
         path = self._path(index, kind)
         if not path:
-            raise OSError(f"no {kind.replace('_', ' ')}")
+            raise OSError(lacks(kind.replace("_", " "), self.names[kind]))
         if path.startswith("zip://"):
             raise OSError("lies in an archive; unpack it beside its table first")
         if "://" in path:

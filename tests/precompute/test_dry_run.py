@@ -48,7 +48,7 @@ def test_a_dry_run_says_all_and_writes_nothing(
     assert re.search(rf"^disk: {needed:.1f} MB needed, [\d.]+ MB free at ", said, re.MULTILINE)
     assert re.search(rf"  text: {prompts} prompts at [\d.e+]+/s, \d+ s; [\d.]+ GB of memory", said)
     assert re.search(rf"  latents: {2 * NUM_ROWS} images at [\d.e+]+/s, \d+ s; [\d.]+ GB", said)
-    assert said.endswith("nothing was written\n")
+    assert said.endswith("nothing was written to the cache\n")
 
 
 def test_a_dry_run_of_a_finished_cache_has_nothing_to_make(

@@ -7,7 +7,7 @@ from pathlib import Path, PurePath
 from typing import Any
 
 from common.errors import ConfigError
-from precompute.sources.columns import Columns, find_columns, image_columns
+from precompute.sources.columns import Columns, find_columns, image_columns, lacks
 from precompute.sources.file_versions import file_version, names_version
 from precompute.sources.files.folder import Folder
 from precompute.sources.files.tree import Finder
@@ -31,7 +31,7 @@ class ParquetFile:
     def __init__(self, path: Path, folder: str, columns: Columns) -> None:
         import pyarrow.parquet as pq
 
-        self.folder = folder
+        self.folder, self.columns = folder, columns
         self.version = file_version(path.absolute())
         with pq.ParquetFile(path) as file:
             self.num_rows = file.metadata.num_rows
@@ -62,9 +62,12 @@ class ParquetFile:
         names = self.names.get(kind)
         return "" if names is None else names[at].as_py() or ""
 
-    def caption(self, at: int) -> Any:
-        """Return a row's caption, as found."""
-        return None if self.captions is None else self.captions[at].as_py()
+    def caption(self, at: int) -> tuple[Any, str]:
+        """Return a row's caption, as found, and why it has none."""
+        if self.captions is None:
+            return None, ""
+        caption = self.captions[at].as_py()
+        return caption, lacks("caption", self.columns.caption) if caption is None else ""
 
 
 class ParquetTable:
@@ -99,7 +102,7 @@ class ParquetTable:
         for index in indices:
             file, at = self._find(index)
             image, control = (file.name(at, kind) for kind in ("image", "conditioning_image"))
-            yield Row(f"row {index}", image, control, file.caption(at))
+            yield Row(f"row {index}", image, control, *file.caption(at))
 
     def read(self, index: int, kind: Kind) -> bytes:
         """Return the bytes of a row's image."""
@@ -135,7 +138,7 @@ def _named_file(file: ParquetFile, at: int, kind: Kind) -> str:
     """
     name = file.name(at, kind)
     if not name:
-        raise OSError(f"no {kind.replace('_', ' ')}")
+        raise OSError(lacks(kind.replace("_", " "), file.images[kind].name))
     if "://" in name:
         raise OSError("is an address, not a file; images are not downloaded one by one")
     return name

@@ -111,7 +111,7 @@ def test_file_names_and_bytes_in_one_column(
     source = open_folder(tmp_path)
     assert_rows(source, [0, 1, 2, None])
     assert [row.image for row in source.rows(range(4))] == ["", "1.png", "2.png", ""]
-    with pytest.raises(OSError, match=r"^no image$"):
+    with pytest.raises(OSError, match=r"^no image: nothing in column 'image'$"):
         source.read(3, "image")
     versions = [source.version(index, "image") for index in range(4)]
     assert versions[3] is None
@@ -156,10 +156,11 @@ def test_rows_that_lack_something(tmp_path: Path) -> None:
         (1, "image", "image"),
         (2, "conditioning_image", "conditioning image"),
     ):
-        with pytest.raises(OSError, match=f"^no {words}$"):
+        with pytest.raises(OSError, match=f"^no {words}: nothing in column '{kind}'$"):
             source.read(index, kind)  # type: ignore[arg-type]
         assert source.version(index, kind) is None  # type: ignore[arg-type]
-    assert [row.prompt for row in source.rows([3])] == [None]
+    (row,) = source.rows([3])
+    assert (row.prompt, row.fault) == (None, "no caption: nothing in column 'text'")
 
 
 def test_files_that_do_not_go_together(tmp_path: Path) -> None:
