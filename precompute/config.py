@@ -12,6 +12,7 @@ from common.errors import ConfigError
 from common.options import flag, option
 from precompute.planning.workers import find_part
 from precompute.sources.source import SourceSettings
+from sd3.annotators.arguments import parse_arguments
 from sd3.buckets import STEP_PX
 from sd3.images import BACKGROUND
 from shards.format.manifest import CONTROL_NAME, DEFAULT_CONDITIONING
@@ -65,8 +66,14 @@ class PrecomputeConfig:
     )
     conditioning_from: str | None = option(
         None,
-        help="Draw the conditioning images from the images: canny, or package.module:function, "
-        "which takes and returns a PIL image.",
+        help="Draw the conditioning images from the images: canny, softedge, lineart, blur, grey, "
+        "superres, jpeg, mask, depth, a name of controlnet-aux, or your own code as "
+        "package.module:function or path/to/file.py:function, which takes and returns a PIL image.",
+    )
+    conditioning_args: tuple[str, ...] = option(
+        (),
+        help="key=value, an argument of what --conditioning-from names, e.g. low_threshold=50; "
+        "repeatable.",
     )
     max_train_samples: int | None = option(
         None, help="Encode at most this many rows, chosen by --seed; a larger number keeps them."
@@ -137,8 +144,14 @@ class PrecomputeConfig:
     )
     validation_image: tuple[Path, ...] = option(
         (),
-        help="Conditioning images of the validation pairs; repeatable. One prompt is used for "
-        "all images, and one image for all prompts.",
+        help="Images of the validation pairs; repeatable: conditioning images, or photographs "
+        "that --conditioning-from draws from. One prompt is used for all images, and one image "
+        "for all prompts.",
+    )
+    validation_image_as_is: bool = option(
+        False,
+        help="With --conditioning-from: the validation images are conditioning images already; "
+        "otherwise these are drawn from them.",
     )
     validation_rows: int = option(
         0,
@@ -228,6 +241,14 @@ class PrecomputeConfig:
             raise ConfigError(
                 f"--conditioning-name {self.conditioning_name!r}: letters, digits, - and _ only; "
                 "it names a folder."
+            )
+        parse_arguments(self.conditioning_args)
+        if self.conditioning_args and self.conditioning_from is None:
+            raise ConfigError("--conditioning-args: is for --conditioning-from; give both.")
+        if self.validation_image_as_is and self.conditioning_from is None:
+            raise ConfigError(
+                "--validation-image-as-is: is for --conditioning-from; without it validation "
+                "images are conditioning images anyway. Leave it out."
             )
         self.validation_pairs()
 

@@ -5,16 +5,20 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+from precompute.encoding.drawn_controls import SUFFIX
 from precompute.planning.plan import ProductPlan
 
-SHARD_FILE = re.compile(r"(?P<shard>\d{6,9})\.(tar|json)(?P<temporary>\.tmp-[0-9a-f]+)?")
+SHARD_FILE = re.compile(r"(?P<shard>\d{6,9})\.(tar|json|drawn\.zip)(?P<temporary>\.tmp-[0-9a-f]+)?")
 TEMPORARY_FILE = re.compile(r"[a-z.]+\.tmp-[0-9a-f]+")
 # A shard is written in minutes, and its file's time moves on all the while.
 ABANDONED_AFTER_S = 3600
 
 
 def surplus_files(product: ProductPlan) -> Iterator[Path]:
-    """Yield a product's shards beyond the plan, and its abandoned temporary files."""
+    """Yield a product's shards beyond the plan, drawn images, and abandoned temporary files.
+
+    All its shards are there.
+    """
     for path in sorted(product.folder.glob("*")):
         name = SHARD_FILE.fullmatch(path.name)
         if name is None:
@@ -22,7 +26,7 @@ def surplus_files(product: ProductPlan) -> Iterator[Path]:
         if name["temporary"]:
             if _is_abandoned(path):
                 yield path
-        elif int(name["shard"]) >= product.num_shards:
+        elif int(name["shard"]) >= product.num_shards or path.name.endswith(SUFFIX):
             yield path
 
 

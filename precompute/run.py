@@ -21,6 +21,7 @@ from precompute.earlier_bad_rows import (
     mark_unfinished,
     retry_bad_rows,
 )
+from precompute.encoding.control_pass import draw_controls
 from precompute.encoding.encoder_clock import EncoderClock
 from precompute.encoding.image_pass import encode_images
 from precompute.encoding.text_pass import encode_text
@@ -125,8 +126,11 @@ def _encode(context: Context) -> dict[str, float]:
     clock = EncoderClock(context.device)
     try:
         with stop_between_shards() as check:
+            context = draw_controls(context, check, clock)
+            drawing = clock.seconds
+            _free_memory()
             validation_embeds = encode_text(context, check, clock)
-            text = clock.seconds, clock.num_items
+            text = clock.seconds - drawing, clock.num_items
             _free_memory()
             encode_images(context, validation_embeds, check, clock)
             _free_memory()
@@ -139,7 +143,7 @@ def _encode(context: Context) -> dict[str, float]:
     if clock.seconds:
         share = clock.seconds / (time.perf_counter() - clock.began)
         context.print(f"  encoders computed {share:.0%} of the time")
-    images = clock.seconds - text[0], clock.num_items - text[1]
+    images = clock.seconds - drawing - text[0], clock.num_items - text[1]
     kinds = {"text": text, "images": images}
     return {kind: seconds / count for kind, (seconds, count) in kinds.items() if count}
 

@@ -153,9 +153,22 @@ def annotated(image: Image.Image, annotator: Callable[[Image.Image], Image.Image
     try:
         drawn = annotator(image)
     except Exception as error:  # whatever the user's own code raises
-        raise BadImage(
-            f"no conditioning image from it ({type(error).__name__}: {error})"
-        ) from error
+        raise not_drawn(error) from error
+    return as_drawn(drawn, image.size)
+
+
+def as_drawn(drawn: object, size_px: tuple[int, int]) -> Image.Image:
+    """Return what an annotator has drawn as a conditioning image of a fitted image's size.
+
+    Raises:
+        BadImage: it is no image, or of another aspect ratio.
+    """
     if not isinstance(drawn, Image.Image):
         raise BadImage(f"the conditioning image drawn from it is {type(drawn).__name__}, no image")
-    return fit(_to_rgb(drawn, "black"), image.size, like=image.size)
+    return fit(_to_rgb(drawn, "black"), size_px, like=size_px)
+
+
+def not_drawn(error: Exception) -> BadImage:
+    """Return the error for an image from which an annotator draws nothing."""
+    reason = " ".join(str(error).split())
+    return BadImage(f"no conditioning image from it ({type(error).__name__}: {reason})")

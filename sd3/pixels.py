@@ -14,6 +14,11 @@ def to_uint8(image: Image.Image) -> Tensor:
     return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
 
 
+def to_image(uint8: Tensor) -> Image.Image:
+    """Return pixels [3, H, W], 0 to 255, as an RGB image."""
+    return Image.fromarray(uint8.permute(1, 2, 0).numpy())
+
+
 def to_pixels(uint8: Tensor, pixel_range: str) -> Tensor:
     """Return pixels in the value range of the VAE's input.
 

@@ -135,6 +135,37 @@ def find_controlnet(name_or_path: str, flag: str, *, cache_dir: Path | None = No
     )
 
 
+def find_model(
+    name_or_path: str, flag: str, *, revision: str | None = None, cache_dir: Path | None = None
+) -> Path:
+    """Return the local folder of a single model, such as one that estimates depth.
+
+    Args:
+        name_or_path: a folder with a config.json and weights as safetensors, or a hub id.
+        flag: the option, for the error message.
+        revision: branch, tag or commit on the hub.
+        cache_dir: folder for downloads; None for the hub's default.
+
+    Raises:
+        ConfigError: neither a folder nor a hub id, no access, or no model in it.
+    """
+    folder = Path(name_or_path)
+    if not folder.is_dir():
+        if not is_hub_id(name_or_path):
+            raise ConfigError(
+                f"{flag}={name_or_path}: no such folder, and not a hub id (owner/name)."
+            )
+        folder = _download(
+            name_or_path, [*FILE_PATTERNS, "*.safetensors"], ["*/*"], revision, cache_dir
+        )
+    if not (folder / "config.json").is_file() or not any(folder.glob("*.safetensors")):
+        raise ConfigError(
+            f"{flag}={name_or_path}: no model in it; a config.json and weights as .safetensors "
+            "are needed."
+        )
+    return folder
+
+
 def controlnet_in(folder: Path) -> Path | None:
     """Return where a folder has its ControlNet: itself, or a checkpoint's `controlnet/`."""
     for found in (folder, folder / "controlnet"):

@@ -7,6 +7,7 @@ from typing import Any
 
 from shards.format.manifest import Manifest
 from shards.format.sidecar import tar_path
+from shards.format.specs import describe_annotator
 
 
 def describe(manifest: Manifest, *, by_shard: bool) -> Iterator[str]:
@@ -21,7 +22,10 @@ def describe(manifest: Manifest, *, by_shard: bool) -> Iterator[str]:
         images = sum(manifest.latents.shard_records[shard] for shard in manifest.held_out)
         yield f"held out of training: {images} images in {len(manifest.held_out)} shards"
     for name, spec in manifest.conditioning_specs.items():
-        yield f"conditioning {name!r}: pixels encoded in {spec.pixel_range}"
+        drawn = ""
+        if annotator := manifest.annotators.get(name):
+            drawn = f", drawn by {describe_annotator(annotator.name, annotator.arguments)}"
+        yield f"conditioning {name!r}: pixels encoded in {spec.pixel_range}{drawn}"
     yield f"rows skipped: {manifest.num_skipped}"
     for key, value in manifest.made_by.items():
         if key == "changes":
@@ -74,6 +78,9 @@ def summary(manifest: Manifest, *, by_shard: bool) -> dict[str, Any]:
         "latent_spec": dataclasses.asdict(manifest.latent_spec),
         "conditioning_specs": {
             name: dataclasses.asdict(spec) for name, spec in manifest.conditioning_specs.items()
+        },
+        "annotators": {
+            name: dataclasses.asdict(spec) for name, spec in manifest.annotators.items()
         },
         "num_skipped": manifest.num_skipped,
         "made_by": manifest.made_by,

@@ -13,18 +13,25 @@ from tests.conftest import REPOSITORY
 # From the bottom to the top: a folder imports only from itself, and from the folders and the single
 # files that are named for it. "shards" alone means the files directly in shards/.
 CACHE = {"common", "sd3", "shards.format", "shards.reading", "shards.remote"}
-STAGE = CACHE | {"shards"}
+STAGE = CACHE | {"sd3.annotators", "shards"}
 PLANNING = {"precompute.sources", "precompute.fingerprints", "precompute.planning"}
 PRECOMPUTE = PLANNING | {"precompute.encoding", "precompute"}
 BELOW_SAVING = {"train.processes", "train.optim", "train.validation"}
 TRAIN = BELOW_SAVING | {"train", "train.memory", "train.saving"}
 INFER = {"infer", "infer.drawing", "infer.scoring"}
-DRAWING = {"infer.batches", "infer.config", "infer.convention", "infer.pipeline"}
+DRAWING = {
+    "infer.batches",
+    "infer.config",
+    "infer.convention",
+    "infer.photographs",
+    "infer.pipeline",
+}
 NETWORKS = {"train.config", "train.data", "train.loss", "train.models", "train.objective"}
 PRODUCT = STAGE | PRECOMPUTE | TRAIN | INFER
 ALLOWED = {
     "common": set(),
     "sd3": {"common"},
+    "sd3.annotators": {"common", "sd3"},
     "shards.format": {"common", "sd3"},
     "shards.reading": {"common", "sd3", "shards.format"},
     "shards.remote": {"common", "sd3", "shards.format", "shards.reading"},
@@ -63,7 +70,7 @@ ALLOWED = {
     | {"demo", "demo.base_model", "benchmarks.bases", "benchmarks.random_weights"},
 }
 # A user's own function is imported by its name; nothing else is.
-BY_NAME = {"precompute.sources.annotators"}
+BY_NAME = {"sd3.annotators.own"}
 PACKAGES = {folder.split(".")[0] for folder in ALLOWED}
 MOST_MODULES = 14
 MOST_LINES = 70

@@ -186,7 +186,7 @@ def _load_networks(
             take_pooled_and_shift(
                 controlnet, scaling_factor=spec.scaling_factor, shift_factor=spec.shift_factor
             )
-    data = models.data_entry(inputs.cache.manifest, inputs.cache.conditioning_spec)
+    data = models.data_entry(inputs.cache.manifest, config.conditioning_name)
     controlnet.register_to_config(**{DATA_KEY: data})
     dtype = models.WEIGHT_DTYPES[accelerator.mixed_precision]
     transformer = models.load_transformer(inputs.base, config.variant, dtype)

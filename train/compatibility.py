@@ -18,7 +18,7 @@ from sd3.pretrained import (
     read_config,
 )
 from shards.format.manifest import Manifest, data_digest
-from shards.format.specs import LatentSpec
+from shards.format.specs import LatentSpec, describe_annotator
 from shards.reading.cache import Cache
 from train.processes.strategy import STRATEGY_NAMES, strategy
 from train.saving.checkpoints import TrainState
@@ -179,7 +179,25 @@ def check_convention(name: str, config: Mapping[str, Any], cache: Cache) -> str 
         )
     elif (trained := data.get("max_sequence_length")) not in (None, tokens):
         notes.append(f"was trained with {trained} T5 tokens, and goes on with the cache's {tokens}")
+    if (drawn := _drawn_by(data)) and drawn != (now := _cache_drawn_by(cache)):
+        notes.append(f"was trained on controls drawn by {drawn}, and goes on with those of {now}")
     return f"{what}: {'; '.join(notes)}" if notes else None
+
+
+def _drawn_by(data: Mapping[str, Any]) -> str | None:
+    """Return the name and the arguments of the annotator in a ControlNet's entry, if it has one."""
+    entry = data.get("annotator")
+    if not isinstance(entry, Mapping):
+        return None
+    return describe_annotator(str(entry.get("name")), entry.get("arguments") or {})
+
+
+def _cache_drawn_by(cache: Cache) -> str:
+    """Return the same for a cache's control."""
+    annotator = cache.manifest.annotators.get(cache.conditioning_name)
+    if annotator is None:
+        return "the data set itself"
+    return describe_annotator(annotator.name, annotator.arguments)
 
 
 def check_same_distribution(checkpoint: Path, state: TrainState, accelerator: Accelerator) -> None:

@@ -1,5 +1,6 @@
 """The two networks of training: the frozen SD3 transformer, and the ControlNet."""
 
+import dataclasses
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -15,7 +16,6 @@ from sd3.finite import check_finite
 from sd3.pretrained import component_variant, read_config
 from sd3.quantized import quantize
 from shards.format.manifest import Manifest
-from shards.format.specs import LatentSpec
 from train.config import TrainConfig
 
 DEFAULT_NUM_LAYERS = 12
@@ -209,11 +209,14 @@ def freeze_unused(controlnet: SD3ControlNetModel) -> None:
         module.requires_grad_(False)
 
 
-def data_entry(manifest: Manifest, conditioning: LatentSpec) -> dict[str, Any]:
+def data_entry(manifest: Manifest, conditioning_name: str) -> dict[str, Any]:
     """Return what inference needs to know about the data a ControlNet was trained on.
 
+    `annotator` is there if one drew the conditioning images.
     `height` and `width` are those of the bucket nearest to a square, in pixels.
     """
+    conditioning = manifest.conditioning_specs[conditioning_name]
+    annotator = manifest.annotators.get(conditioning_name)
     factor = conditioning.vae_scale_factor
     sizes = [(height * factor, width * factor) for height, width in manifest.buckets]
     height, width = min(sizes, key=lambda size: max(size) / min(size))
@@ -225,4 +228,5 @@ def data_entry(manifest: Manifest, conditioning: LatentSpec) -> dict[str, Any]:
         "buckets": sizes,
         "latents_fingerprint": manifest.latents.fingerprint,
         "text_fingerprint": manifest.text.fingerprint,
+        **({"annotator": dataclasses.asdict(annotator)} if annotator else {}),
     }

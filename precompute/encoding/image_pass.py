@@ -10,6 +10,7 @@ from common.errors import ShardError
 from common.interruption import StopCheck
 from common.progress import Progress
 from precompute.encoding.batch_size import BatchSize, find_batch_size
+from precompute.encoding.drawn_controls import DrawnShard, drawn_path
 from precompute.encoding.encoder_clock import EncoderClock
 from precompute.encoding.load_image import SourceImages
 from precompute.encoding.pipeline import Batch, build_shards
@@ -64,6 +65,8 @@ class ImagePass:
         self.batch_size = batch_size
         self.kind = kind
         self.num_loaders = context.config.dataloader_num_workers
+        in_batches = context.annotator is not None and context.annotator.in_batches
+        self.is_drawn = in_batches and kind == "conditioning_image"
         if kind == "image":
             self.product, self.faults = products.latents, inventory.faults
             self.name, self.tensor_name, self.pixel_range = "latents", "latent", "-1_1"
@@ -87,6 +90,8 @@ class ImagePass:
             latent_keys = set(build.keys)
         else:
             latent_keys = self._latent_keys(shard)
+            if self.is_drawn:
+                build.obsolete = [drawn_path(build)]
         for position, item in enumerate(build.plan.items):
             row = context.row_of(int(item))
             if build.keys[position] not in latent_keys:
@@ -109,10 +114,14 @@ class ImagePass:
         plan = batch.build.plan
         width, height = self.context.specs.latent_settings.shapes[plan.bucket]
         pixels, reasons = None, {}
+        drawn = DrawnShard(batch.build) if self.is_drawn else None
         for position, index in batch.to_encode.items():
             item = int(plan.items[position])
             try:
-                image = self.source_images.load(item, (width, height), self.kind)
+                if drawn is not None:
+                    image = drawn.image(position)
+                else:
+                    image = self.source_images.load(item, (width, height), self.kind)
             except BadImage as error:
                 reasons[position] = str(error)
                 continue

@@ -29,7 +29,7 @@ class SourceImages:
     def __init__(self, context: Context) -> None:
         self.context = context
         self.uses: dict[Kind, int] = dict.fromkeys(KINDS, context.images_per_row)
-        if context.annotator is not None:
+        if context.annotator is not None and not context.annotator.in_batches:
             self.uses["image"] *= 2
         self._kept: dict[tuple[int, Kind], tuple[bytes, int]] = {}  # and how often it is still used
         self._num_bytes = 0
@@ -44,15 +44,16 @@ class SourceImages:
             RunError: the source's disk fails again and again.
         """
         context, row = self.context, self.context.row_of(item)
-        draws_conditioning = kind == "conditioning_image" and context.annotator is not None
+        draw = context.annotator.function if context.annotator else None
+        draws_conditioning = kind == "conditioning_image" and draw is not None
         if kind == "image" or draws_conditioning:
             picture = images.fit(self._decode(row, "image"), size_px)
         else:
             picture = self._fit_conditioning_image(row, size_px)
         if context.is_mirrored(item):
             picture = ImageOps.mirror(picture)
-        if draws_conditioning and context.annotator is not None:
-            picture = images.annotated(picture, context.annotator)
+        if kind == "conditioning_image" and draw is not None:
+            picture = images.annotated(picture, draw)
         return picture
 
     def _fit_conditioning_image(self, row: int, size_px: tuple[int, int]) -> Image.Image:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import IO, Any, NamedTuple
 
 from xxhash import xxh3_64_hexdigest
@@ -44,6 +45,7 @@ class ShardBuild:
         to_encode: positions of the items to encode; all others are kept or left out.
         skipped: rows that are left out so far, by their number in the inventory.
         caption_keys: for latents, the keys of each image's prompts by the image's key.
+        obsolete: files that nobody needs any more once the shard is written.
     """
 
     product: ProductPlan
@@ -54,6 +56,7 @@ class ShardBuild:
     to_encode: set[int] = field(default_factory=set)
     skipped: dict[int, Skipped] = field(default_factory=dict)
     caption_keys: Mapping[str, list[str]] | None = None
+    obsolete: list[Path] = field(default_factory=list)
 
     def leave_out(self, position: int) -> None:
         """Neither keep nor encode an item."""
@@ -96,6 +99,8 @@ class ShardBuild:
             prompts=[] if keys is None else [keys[record.key] for record in records],
             captions=self.plan.captions,
         )
+        for path in self.obsolete:
+            path.unlink(missing_ok=True)
 
 
 def prepare_build(

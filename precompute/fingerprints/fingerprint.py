@@ -11,8 +11,8 @@ from typing import Any
 import xxhash
 
 from precompute.fingerprints.digest_cache import Content, DigestCache
-from precompute.sources.annotators import FoundAnnotator
 from precompute.sources.file_versions import file_version
+from sd3.annotators.annotator import Annotator
 from sd3.pretrained import component_variant
 
 CHUNK_BYTES = 1 << 22
@@ -53,10 +53,11 @@ def hash_component(
     return digest.hexdigest()
 
 
-def annotator_identity(found: FoundAnnotator, digests: DigestCache) -> list[str]:
-    """Return what the drawings of an annotator depend on: its name, sources and files."""
-    files = sorted(_hash_file(path, digests).hex() for path in found.files)
-    return [found.name, *found.sources, *files]
+def annotator_identity(annotator: Annotator, digests: DigestCache) -> list[str]:
+    """Return what an annotator's drawings depend on: code, arguments, files and models."""
+    files = sorted(_hash_file(path, digests).hex() for path in annotator.files)
+    models = [hash_component(folder, None, digests) for folder in annotator.models]
+    return [*annotator.identity, *files, *models]
 
 
 def _json_content(path: Path) -> bytes | None:

@@ -14,6 +14,7 @@ from PIL import ImageColor
 from common.errors import ShardError
 from common.provenance import versions
 from precompute.config import PrecomputeConfig
+from precompute.fingerprints.annotator_spec import annotator_spec
 from precompute.fingerprints.digest_cache import DigestCache
 from precompute.fingerprints.encoder_spec import EncoderSpecs
 from precompute.planning.bad_rows import BadRows
@@ -23,11 +24,15 @@ from precompute.planning.plan import ProductPlan, ShardPlan, bytes_needed, item_
 from precompute.planning.products import Prompts, image_metadata, text_addresses
 from precompute.planning.validation_pairs import ValidationPair
 from precompute.planning.workers import Part
-from precompute.sources.annotators import Annotator
 from precompute.sources.source import Kind, Source, printable
+from sd3.annotators.annotator import Annotator
 from shards.format.expected_cache import ExpectedCache, ExpectedProduct
 from shards.format.manifest import conditioning_folder, validation_folder
 from shards.format.sidecar import Summary
+from shards.format.specs import AnnotatorSpec
+
+# Of a PNG: a grey map takes half of it, one in colour up to three times as much.
+DRAWN_BYTES_A_PIXEL = 1
 
 
 @dataclass(frozen=True)
@@ -110,8 +115,21 @@ class Context:
     def bytes_needed(self) -> int:
         """Return how much room this worker's shards need on the disk."""
         products = self.products_by_folder().values()
-        return bytes_needed(
+        shards = bytes_needed(
             (product, shard) for product in products for shard in self.shards_to_build(product)
+        )
+        return shards + self.drawn_bytes()
+
+    def drawn_bytes(self) -> int:
+        """Return about how much room conditioning images take until the VAE has encoded them."""
+        if self.annotator is None or not self.annotator.in_batches:
+            return 0
+        conditioning, shapes = self.products.conditioning, self.specs.latent_settings.shapes
+        plans = (conditioning.shard(shard) for shard in self.shards_to_build(conditioning))
+        return sum(
+            DRAWN_BYTES_A_PIXEL * len(plan.items) * width * height
+            for plan in plans
+            for width, height in [shapes[plan.bucket]]
         )
 
     def outdated_captions(self) -> list[int]:
@@ -255,7 +273,14 @@ class Context:
             num_rows=len(self.inventory),
             num_images=self.products.latents.num_records,
             max_bad_fraction=self.bad_rows.max_fraction,
+            annotator=self._annotator_spec(),
         )
+
+    def _annotator_spec(self) -> AnnotatorSpec | None:
+        """Return what the cache says of its annotator."""
+        if self.annotator is None:
+            return None
+        return annotator_spec(self.annotator, self.digests)
 
 
 def without_folders(name_or_path: str) -> str:

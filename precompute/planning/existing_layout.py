@@ -1,7 +1,8 @@
 """The layout of an existing cache, whose items keep their slots; and why shards are built again."""
 
 import contextlib
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -142,8 +143,22 @@ def _changes(old: Mapping[str, Any], new: Mapping[str, Any], within: str = "") -
             continue
         if isinstance(was, Mapping) and isinstance(now, Mapping):
             changes += _changes(was, now, f"{name} ")
+        elif name == "drawn_by":
+            changes.append(_drawn_otherwise(_words(was or []), _words(now or [])))
         elif all(isinstance(value, str) and len(value) == 32 for value in (was, now)):
             changes.append(f"another {within}{name}")  # digests mean nothing to people
         else:
             changes.append(f"{within}{name} was {was}, is {now}")
     return changes
+
+
+def _words(annotator: Sequence[str]) -> str:
+    """Return what an annotator is known by in words, its digests aside."""
+    digests = re.compile("[0-9a-f]{32}|[0-9a-f]{64}")
+    return " ".join(part for part in annotator if not digests.fullmatch(part) and part != "{}")
+
+
+def _drawn_otherwise(was: str, now: str) -> str:
+    if was == now:
+        return f"{now} draws otherwise: other code, files or weights"
+    return f"drawn by {now or 'nobody'}, was by {was or 'nobody'}"

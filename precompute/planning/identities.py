@@ -10,14 +10,14 @@ from precompute.fingerprints.encoder_spec import (
 )
 from precompute.fingerprints.fingerprint import annotator_identity
 from precompute.planning.existing_layout import identities_in_use
-from precompute.sources.annotators import FoundAnnotator
+from sd3.annotators.annotator import Annotator
 from shards.format.manifest import conditioning_folder
 
 
 def find_identities(
     config: PrecomputeConfig,
     specs: EncoderSpecs,
-    drawn_by: FoundAnnotator | None,
+    annotator: Annotator | None,
     digests: DigestCache,
 ) -> list[Identity]:
     """Return the identities of text, latents and conditioning."""
@@ -29,14 +29,14 @@ def find_identities(
         latent_identity(specs.base, config.variant, specs.latent_settings, digests, former=former)
         for former in (False, True)
     )
-    drawing = annotator_identity(drawn_by, digests) if drawn_by else []
+    drawing = annotator_identity(annotator, digests) if annotator else []
     # What former versions did not know of may have changed since they made a cache.
-    is_known = drawn_by is not None and len(drawing) == len(drawn_by.former)
+    is_known = annotator is not None and len(drawing) == len(annotator.former)
     control, control_formerly = (
         {**images, "conditioning_range": config.conditioning_range, "drawn_by": by}
         for images, by in (
             (latents, drawing),
-            (latents_formerly, drawn_by.former if drawn_by and is_known else drawing),
+            (latents_formerly, annotator.former if annotator and is_known else drawing),
         )
     )
     forms = {

@@ -46,8 +46,9 @@ from precompute.planning.validation_pairs import (
     plan_validation,
 )
 from precompute.planning.workers import find_part
-from precompute.sources.annotators import find_annotator
 from precompute.sources.open_source import open_source
+from sd3.annotators.annotator import Annotator
+from sd3.annotators.registry import find_annotator
 from sd3.buckets import nearest_buckets
 from sd3.pretrained import find_base
 from shards.format import manifest
@@ -80,8 +81,7 @@ def prepare(config: PrecomputeConfig) -> Context:
     _refuse_other_files(config.cache)
     part = find_part(config.part, os.environ)
     device = pick_device(config.device or _device_of_this_process())
-    drawn_by = find_annotator(config.conditioning_from) if config.conditioning_from else None
-    annotator = drawn_by.function if drawn_by else None
+    annotator = _find_annotator(config)
     source = open_source(config.source_settings())
     base = find_base(
         config.pretrained_model_name_or_path,
@@ -91,9 +91,9 @@ def prepare(config: PrecomputeConfig) -> Context:
         cache_dir=config.cache_dir,
     )
     specs = read_specs(base, config)
-    pairs = find_pairs(config, specs.latent_settings.shapes)
+    pairs = find_pairs(config, specs.latent_settings.shapes, annotator)
     digests = DigestCache(config.cache / HASHES, keep=not config.dry_run)
-    identities = find_identities(config, specs, drawn_by, digests)
+    identities = find_identities(config, specs, annotator, digests)
     pairs = pairs_over(pairs, identities[2], config.background)
     rows = choose_rows(len(source), config.max_train_samples, config.seed)
     colour = list(ImageColor.getrgb(config.background))
@@ -124,6 +124,14 @@ def prepare(config: PrecomputeConfig) -> Context:
         prompts=prompts,
         pairs=pairs,
         products=products,
+    )
+
+
+def _find_annotator(config: PrecomputeConfig) -> Annotator | None:
+    if config.conditioning_from is None:
+        return None
+    return find_annotator(
+        config.conditioning_from, config.conditioning_args, cache_dir=config.cache_dir
     )
 
 

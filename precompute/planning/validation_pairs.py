@@ -16,6 +16,7 @@ from precompute.planning.inventory import digests_of
 from precompute.planning.layout import arrange, items_of_slots
 from precompute.planning.plan import ProductPlan
 from sd3 import images
+from sd3.annotators.annotator import Annotator
 from sd3.buckets import nearest_buckets
 from sd3.images import BadImage
 from sd3.pixels import to_uint8
@@ -23,36 +24,62 @@ from sd3.pixels import to_uint8
 
 @dataclass(frozen=True)
 class ValidationPair:
-    """A prompt and its conditioning image, fitted to a bucket, [3, H, W] in 0 to 255."""
+    """A prompt and its conditioning image, fitted to a bucket.
 
+    Attributes:
+        path: the image's file.
+        prompt: what is drawn.
+        image_hash: of the file, in words that say what becomes of it.
+        transparent: whether the file may have transparent pixels.
+        bucket: whose shape the image has.
+        conditioning_image: [3, H, W], 0 to 255.
+        is_photograph: whether an annotator that draws in batches has yet to draw from it.
+    """
+
+    path: Path
     prompt: str
     image_hash: str
     transparent: bool
     bucket: int
     conditioning_image: Tensor
+    is_photograph: bool = False
 
 
-def find_pairs(config: PrecomputeConfig, shapes: list[tuple[int, int]]) -> list[ValidationPair]:
+def find_pairs(
+    config: PrecomputeConfig, shapes: list[tuple[int, int]], annotator: Annotator | None
+) -> list[ValidationPair]:
     """Return the validation pairs that the settings name.
 
     Args:
         config: the settings.
         shapes: width and height of each bucket, in pixels.
+        annotator: draws from their images, as from those of the rows; None if these are
+            conditioning images.
 
     Raises:
         ConfigError: an image cannot be used.
     """
     pairs = []
+    draws = annotator is not None and not config.validation_image_as_is
     for prompt, path in config.validation_pairs():
         try:
             image, data = images.load(path, config.background)
             bucket = int(nearest_buckets(np.array([image.size], np.int32), shapes)[0])
-            pixels = to_uint8(images.fit(image, shapes[bucket]))
+            fitted = images.fit(image, shapes[bucket])
+            if draws and annotator and annotator.function:
+                fitted = images.annotated(fitted, annotator.function)
         except BadImage as error:
             raise ConfigError(f"--validation-image {path}: {error}.") from error
-        image_hash = hash_bytes(data)
-        transparent = images.has_transparency(data)
-        pairs.append(ValidationPair(prompt, image_hash, transparent, bucket, pixels))
+        pair = ValidationPair(
+            path=path,
+            prompt=prompt,
+            image_hash=hash_bytes(data) + (" drawn from" if draws else ""),
+            transparent=images.has_transparency(data),
+            bucket=bucket,
+            conditioning_image=to_uint8(fitted),
+            is_photograph=bool(draws and annotator and annotator.in_batches),
+        )
+        pairs.append(pair)
     return pairs
 
 

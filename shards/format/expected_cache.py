@@ -21,7 +21,7 @@ from common.atomic_files import atomic_file
 from common.errors import ShardError
 from shards.format.json_files import FORMAT_VERSION, Count, decode
 from shards.format.sidecar import load_summary
-from shards.format.specs import LatentSpec, TextSpec
+from shards.format.specs import AnnotatorSpec, LatentSpec, TextSpec
 
 PLAN = "plan.safetensors"
 LISTED_SHARDS = 8
@@ -72,6 +72,7 @@ class ExpectedCache:
         num_rows: of the source; 0 in a plan that does not say it.
         num_images: how many latents there are if every row can be used.
         max_bad_fraction: how much of the rows may be left out.
+        annotator: what draws the conditioning images; None if the source has them.
     """
 
     products: dict[str, ExpectedProduct]
@@ -85,6 +86,7 @@ class ExpectedCache:
     num_rows: Count = 0
     num_images: Count = 0
     max_bad_fraction: float = 1.0
+    annotator: AnnotatorSpec | None = None
     format_version: int = FORMAT_VERSION
 
     def missing(self, cache: Path) -> dict[str, list[int]]:

@@ -17,7 +17,7 @@ from common.errors import ShardError
 from shards.format.incomplete import explain_missing_manifest
 from shards.format.json_files import FORMAT_VERSION, Count, Digest, decode, read_file
 from shards.format.product import Product
-from shards.format.specs import Bucket, LatentSpec, TextSpec
+from shards.format.specs import AnnotatorSpec, Bucket, LatentSpec, TextSpec
 from shards.format.tensor_spec import TensorSpec, record_bytes
 
 MANIFEST = "manifest.json"
@@ -56,6 +56,8 @@ class Manifest:
         captions: digest of which prompts caption which image; see `product.captions_digest`.
         num_skipped: source rows that were left out.
         made_by: versions and base model, for people; nothing depends on it.
+        annotators: what drew the conditioning images, by name of the control; none for a control
+            that the source had, or that a version made which did not note it.
     """
 
     text: Product
@@ -71,6 +73,7 @@ class Manifest:
     num_skipped: Count
     held_out: list[Count] = field(default_factory=list)
     made_by: dict[str, Any] = field(default_factory=dict)
+    annotators: dict[Name, AnnotatorSpec] = field(default_factory=dict)
     format_version: int = FORMAT_VERSION
 
     def __post_init__(self) -> None:
@@ -90,6 +93,8 @@ class Manifest:
         names = set(self.conditioning)
         if names != set(self.conditioning_specs) or names != set(self.validation):
             raise ValueError("conditioning, conditioning_specs and validation name other controls")
+        if not self.annotators.keys() <= names:
+            raise ValueError("annotators name other controls than conditioning")
         latents = self.latent_spec.tensor_specs("", self.buckets[0])[""]
         for name, spec in self.conditioning_specs.items():
             conditioning = spec.tensor_specs("", self.buckets[0])[""]
@@ -202,6 +207,8 @@ def validation_folder(name: str) -> str:
 def write(cache: Path, manifest: Manifest) -> None:
     """Write, or replace, the cache's manifest."""
     plain = {"digest": NO_DIGEST.decode(), **dataclasses.asdict(manifest)}
+    if not manifest.annotators:
+        del plain["annotators"]
     text = json.dumps(plain, ensure_ascii=False, indent=1) + "\n"
     own_digest = hashlib.sha256(text.encode()).hexdigest()
     write_text(cache / MANIFEST, text.replace(NO_DIGEST.decode(), own_digest, 1))

@@ -17,7 +17,7 @@ from shards.format.json_files import digest
 from shards.format.manifest import Manifest, conditioning_folder, validation_folder
 from shards.format.product import Product, captions_digest, product_of
 from shards.format.sidecar import Sidecar, Skipped
-from shards.format.specs import LatentSpec
+from shards.format.specs import AnnotatorSpec, LatentSpec
 
 # Who made this file may change the manifest. It counts as a temporary file.
 CLAIM = f"{manifest.MANIFEST}.tmp-0"
@@ -61,7 +61,7 @@ def seal(cache: Path, expected: ExpectedCache) -> Manifest:
     num_skipped = _num_skipped(expected, products, skipped)
 
     def with_controls_of(before: Manifest | None) -> Manifest:
-        conditioning, specs, validation = _controls(expected, products, before)
+        conditioning, specs, validation, annotators = _controls(expected, products, before)
         return Manifest(
             text=products["text"],
             text_spec=expected.text_spec,
@@ -76,6 +76,7 @@ def seal(cache: Path, expected: ExpectedCache) -> Manifest:
             captions=captions,
             num_skipped=num_skipped,
             made_by=expected.made_by,
+            annotators=annotators,
         )
 
     before = previous_manifest(cache)
@@ -105,20 +106,23 @@ def _alone(cache: Path) -> AbstractContextManager[None]:
 
 def _controls(
     expected: ExpectedCache, products: Mapping[str, Product], before: Manifest | None
-) -> tuple[dict[str, Product], dict[str, LatentSpec], dict[str, Product]]:
-    """Return conditioning, its specs and the validation pairs, by name of the control."""
+) -> tuple[dict[str, Product], dict[str, LatentSpec], dict[str, Product], dict[str, AnnotatorSpec]]:
+    """Return conditioning, its specs, validation pairs and annotators, by the control's name."""
     name = expected.conditioning_name
     conditioning = {name: products[conditioning_folder(name)]}
     specs = {name: expected.conditioning_spec}
     validation = {name: products[validation_folder(name)]}
+    annotators = {} if expected.annotator is None else {name: expected.annotator}
     if before and before.latents.fingerprint == products["latents"].fingerprint:
         conditioning = before.conditioning | conditioning
         specs = before.conditioning_specs | specs
+        others = {other: spec for other, spec in before.annotators.items() if other != name}
+        annotators = others | annotators
         if before.text_identity == digest(expected.products["text"].identity):
             validation = before.validation | validation
         else:
             validation = dict.fromkeys(before.validation, product_of(Path(), [])) | validation
-    return conditioning, specs, validation
+    return conditioning, specs, validation, annotators
 
 
 def _products(

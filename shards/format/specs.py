@@ -1,7 +1,8 @@
 """What the records of a cache hold: the specs that a manifest states once for all shards."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Any
 
 from msgspec import Meta
 
@@ -14,6 +15,27 @@ PixelRange = Annotated[str, Meta(pattern=r"^(-1_1|0_1)\Z")]
 Size = Annotated[int, Meta(ge=1, le=1 << 16)]
 # Height and width of a latent grid.
 Bucket = tuple[Size, Size]
+
+
+@dataclass(frozen=True)
+class AnnotatorSpec:
+    """What drew conditioning images from images.
+
+    Attributes:
+        name: as precompute's `--conditioning-from` takes it.
+        arguments: all of them, by name; plain JSON values.
+        digest: of the code, the arguments, files and weights; the name has no part in it.
+    """
+
+    name: str
+    arguments: dict[str, Any]
+    digest: str
+
+
+def describe_annotator(name: str, arguments: Mapping[str, Any]) -> str:
+    """Return an annotator in words: `canny (high_threshold=200, low_threshold=100)`."""
+    listed = ", ".join(f"{key}={value}" for key, value in sorted(arguments.items()))
+    return f"{name} ({listed})" if listed else name
 
 
 @dataclass(frozen=True)

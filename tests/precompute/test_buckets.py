@@ -319,7 +319,7 @@ def test_a_changed_annotator_draws_again(
     module.write_text("def same(image):\n    return image.rotate(180)\n")
     precompute(drawn)
     said = capsys.readouterr().out
-    assert "6 records in 3 shards, 0 kept, 3 to make (drawn_by was" in said
+    assert "6 records in 3 shards, 0 kept, 3 to make (same draws otherwise:" in said
     assert {path: path.stat().st_mtime_ns for path in latents} == latents
 
 

@@ -16,7 +16,7 @@ from PIL import Image
 from precompute.config import PrecomputeConfig
 from precompute.planning import identities as planning
 from precompute.run import precompute
-from precompute.sources.annotators import find_annotator
+from sd3.annotators.registry import find_annotator
 from shards.format.expected_cache import read_expected
 from tests.conftest import NUM_ROWS
 from tests.precompute.test_again import Encoded, again, encoded, tars  # noqa: F401
@@ -207,8 +207,8 @@ def test_two_functions_of_one_module_are_two_annotators(modules: Callable[..., s
     source = PLAIN + "\n\ndef other(image):\n    return image\n\n\nsame = drawn\n"
     name = modules("two_drawings", source)
     drawn, other, same = (find_annotator(f"{name}:{one}") for one in ("drawn", "other", "same"))
-    assert (drawn.name, other.name, same.name) == ("drawn", "other", "drawn")
-    assert drawn.sources == other.sources == same.sources
+    assert [one.identity[0] for one in (drawn, other, same)] == ["drawn", "other", "drawn"]
+    assert drawn.identity[1:] == other.identity[1:] == same.identity[1:]
 
 
 def test_rows_that_become_held_out_are_encoded_and_no_others(

@@ -27,7 +27,7 @@ from precompute.fingerprints.encoder_spec import (
 from precompute.fingerprints.fingerprint import hash_component
 from precompute.planning import identities
 from precompute.planning.identities import find_identities
-from precompute.sources.annotators import FoundAnnotator
+from sd3.annotators.annotator import Annotator
 
 TEXT = TextSettings(77, "bfloat16", "float16", allow_tf32=True)
 LATENTS = LatentSettings(512, [(512, 512)], "mean", "bfloat16", "float16", "white", allow_tf32=True)
@@ -184,11 +184,11 @@ def test_the_specs_are_those_that_are_asked_for(
     assert specs.grids == [(32, 8), (16, 16), (8, 32)]
 
 
-def found_annotator(files: list[Path], former: list[str]) -> FoundAnnotator:
+def found_annotator(files: list[Path], former: list[str]) -> Annotator:
     def draw(image: Image.Image) -> Image.Image:
         return image
 
-    return FoundAnnotator(draw, "draw", ["source"], files, former)
+    return Annotator("draw", {}, ["draw", "source"], draw, files=files, former=former)
 
 
 @pytest.fixture

@@ -13,6 +13,7 @@ from common.atomic_files import write_text
 from common.options import as_dict
 from common.provenance import commit, versions
 from sd3.pretrained import DATA_KEY, is_hub_id
+from shards.format.specs import describe_annotator
 from train.assembly import Run
 from train.config import TrainConfig
 from train.saving.controlnet import EMA_FOLDER
@@ -183,8 +184,17 @@ commit {commit() or "unknown"} of the training code.
 
 - latents: `{data["latents_fingerprint"]}`
 - prompts: `{data["text_fingerprint"]}`
-
+{_annotator_line(data)}
 {settings}"""
+
+
+def _annotator_line(data: dict[str, Any]) -> str:
+    annotator = data.get("annotator")
+    if not annotator:
+        return ""
+    return (
+        f"- controls drawn by: `{describe_annotator(annotator['name'], annotator['arguments'])}`\n"
+    )
 
 
 def pictures(config: TrainConfig) -> list[Path]:

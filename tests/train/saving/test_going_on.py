@@ -37,6 +37,9 @@ def edit_config(folder: Path, edit: dict[str, Any], without: tuple[str, ...] = (
     path.write_text(json.dumps({name: config[name] for name in config if name not in without}))
 
 
+BLUR = {"name": "blur", "arguments": {"radius": 2}}
+
+
 @pytest.fixture
 def start(controlnet: Path, tmp_path: Path) -> Path:
     """A copy of a ControlNet with a say, to be edited."""
@@ -161,6 +164,14 @@ def test_a_controlnet_of_another_conditioning_range_is_refused(
         (
             {"conditioning_range": "-1_1", "max_sequence_length": 77},
             "was trained with 77 T5 tokens, and goes on with the cache's 20",
+        ),
+        (
+            {
+                "conditioning_range": "-1_1",
+                "annotator": {"name": "blur", "arguments": {"radius": 2}},
+            },
+            "was trained on controls drawn by blur (radius=2), and goes on with those of the data "
+            "set itself",
         ),
         (None, "does not say how its data was made; it goes on with conditioning images in -1_1"),
     ],

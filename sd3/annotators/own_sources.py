@@ -17,7 +17,7 @@ LONGEST_NAME = 1024
 CONFIG = "config.json"
 
 
-def own_sources(module_name: str) -> dict[Path, ast.Module]:
+def own_sources(module_name: str, file: Path | None = None) -> dict[Path, ast.Module]:
     """Return the parsed sources of a module and of the user's other modules that it imports.
 
     The user's are those beside it and in the present folder. The standard library and installed
@@ -25,7 +25,9 @@ def own_sources(module_name: str) -> dict[Path, ast.Module]:
     taken. Nothing is imported to find them.
 
     Args:
-        module_name: of a module that can be imported; its source comes first.
+        module_name: of a module that can be imported; its source comes first. Empty for a file
+            that is no part of a package.
+        file: the file.
 
     Raises:
         OSError: a source cannot be read.
@@ -34,6 +36,10 @@ def own_sources(module_name: str) -> dict[Path, ast.Module]:
     own_folders = [Path.cwd(), *(location.parent for location in _locations(package))]
     found: dict[Path, ast.Module] = {}
     waiting = list(_with_packages(module_name))
+    if not module_name and file is not None:
+        own_folders.append(file.parent)
+        found[file] = _parse(file)
+        waiting = list(_imported(found[file], ""))
     while waiting:
         name = waiting.pop()
         path = _source(name)
@@ -58,12 +64,14 @@ def named_files(sources: dict[Path, ast.Module]) -> list[Path]:
     for source, tree in sources.items():
         for name in set(_names(tree)):
             for folder in (Path(), source.parent):
-                found.update(_files(folder / name))
+                found.update(files_of(folder / name))
     return sorted(path for path in found - sources.keys() if path.suffix not in WRITTEN)
 
 
 def _locations(top: str) -> list[Path]:
     """Return where a topmost module or package lies, without importing it."""
+    if not top:
+        return []
     try:
         spec = importlib.util.find_spec(top)
     except Exception:  # whatever the finders of other libraries raise
@@ -147,7 +155,8 @@ def _operands(node: ast.expr) -> Iterator[ast.expr]:
         yield node
 
 
-def _files(path: Path) -> list[Path]:
+def files_of(path: Path) -> list[Path]:
+    """Return the file of this name, or the files of the model's folder of this name; or none."""
     try:
         if path.is_file():
             return [path.resolve()]

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from precompute.sources.annotator_sources import named_files, own_sources
-from precompute.sources.annotators import find_annotator
+from sd3.annotators.own_sources import named_files, own_sources
+from sd3.annotators.registry import find_annotator
 
 DRAWN = "\n\ndef drawn(image):\n    return image\n"
 
@@ -66,9 +66,9 @@ def test_nothing_is_imported_and_what_cannot_be_parsed_still_counts(folder: Path
     guarded = "try:\n    import broken_c.sub\nexcept Exception:\n    pass\n"
     (folder / "annotator_c.py").write_text(guarded + DRAWN)
     found = find_annotator("annotator_c:drawn")
-    assert len(found.sources) == 3
+    assert len(found.identity) == 1 + 3  # its name, and three files
     (broken / "sub.py").write_text("print 'of Python 2, edited'\n")
-    assert find_annotator("annotator_c:drawn").sources != found.sources
+    assert find_annotator("annotator_c:drawn").identity != found.identity
 
 
 def test_weights_count_and_logs_do_not(folder: Path) -> None:

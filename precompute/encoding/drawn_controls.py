@@ -1,0 +1,107 @@
+"""Conditioning images that an annotator has drawn and the VAE has not yet encoded, on disk.
+
+A file a shard, a zip of PNGs beside the shard's tar. It is written whole or not at all, belongs to
+one identity of the product, and goes when the shard is there.
+"""
+
+import io
+import threading
+import zipfile
+from collections.abc import Iterable
+from pathlib import Path
+
+from PIL import Image
+from xxhash import xxh3_64_hexdigest
+
+from common.atomic_files import atomic_file
+from common.errors import ShardError
+from precompute.encoding.shard_build import ShardBuild
+from sd3.images import BadImage
+from shards.format import sidecar
+
+SUFFIX = ".drawn.zip"
+IMAGE, REASON = ".png", ".txt"
+
+
+def drawn_path(build: ShardBuild) -> Path:
+    """Return where the drawn conditioning images of a shard are kept."""
+    return sidecar.tar_path(build.product.folder, build.plan.shard).with_suffix(SUFFIX)
+
+
+def encode_png(drawn: Image.Image | BadImage) -> bytes:
+    """Return a drawn image as a PNG, or why there is none as text."""
+    if isinstance(drawn, BadImage):
+        return str(drawn).encode()
+    file = io.BytesIO()
+    bands = drawn.split()
+    is_grey = all(band.tobytes() == bands[0].tobytes() for band in bands[1:])
+    (bands[0] if is_grey else drawn).save(file, "PNG", compress_level=1)
+    return file.getvalue()
+
+
+def write_drawn(build: ShardBuild, drawn: Iterable[tuple[int, bool, bytes]]) -> None:
+    """Write the drawn images of a shard.
+
+    Args:
+        build: the shard.
+        drawn: for each position whether there is an image, and what `encode_png` returned.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
+    build.product.folder.mkdir(parents=True, exist_ok=True)
+    with (
+        atomic_file(drawn_path(build)) as file,
+        zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive,
+    ):
+        archive.comment = build.product.identity_digest.encode()
+        for position, is_image, data in drawn:
+            archive.writestr(_name(build, position) + (IMAGE if is_image else REASON), data)
+
+
+def is_drawn(build: ShardBuild, positions: Iterable[int]) -> bool:
+    """Tell whether the images of some positions are there, as they are to be drawn now."""
+    try:
+        with zipfile.ZipFile(drawn_path(build)) as archive:
+            names = {name.rpartition(".")[0] for name in archive.namelist()}
+            is_ours = archive.comment == build.product.identity_digest.encode()
+    except (OSError, zipfile.BadZipFile):
+        return False
+    return is_ours and all(_name(build, position) in names for position in positions)
+
+
+class DrawnShard:
+    """Reads the drawn images of a shard; safe to use from several threads.
+
+    Args:
+        build: the shard.
+    """
+
+    def __init__(self, build: ShardBuild) -> None:
+        self.build = build
+        self._lock = threading.Lock()
+
+    def image(self, position: int) -> Image.Image:
+        """Return the conditioning image of a position.
+
+        Raises:
+            BadImage: there is none, and why.
+            ShardError: the file has vanished or is damaged.
+        """
+        path, name = drawn_path(self.build), _name(self.build, position)
+        try:
+            with self._lock, zipfile.ZipFile(path) as archive:
+                if f"{name}{REASON}" in archive.namelist():
+                    raise BadImage(archive.read(f"{name}{REASON}").decode())
+                data = archive.read(f"{name}{IMAGE}")
+            with Image.open(io.BytesIO(data)) as image:
+                return image.convert("RGB")
+        except (OSError, KeyError, zipfile.BadZipFile) as error:
+            raise ShardError(
+                f"{path}: changed while precompute was running ({error}); run again"
+            ) from error
+
+
+def _name(build: ShardBuild, position: int) -> str:
+    """Return the name of an image: it changes with the record, the background included."""
+    return f"{build.keys[position]}-{xxh3_64_hexdigest(build.metadata[position])}"
