@@ -7,6 +7,7 @@ from typing import Literal
 from common.checks import check_resolution, check_sequence_length
 from common.errors import ConfigError
 from common.options import flag, option
+from sd3.annotators.arguments import parse_arguments
 from shards.format.manifest import DEFAULT_CONDITIONING
 
 
@@ -30,6 +31,14 @@ class PipelineConfig:
         "saved",
         help="Inputs that the ControlNet expects: as its configuration says, or as diffusers' "
         "script trains it, which the configuration leaves out.",
+    )
+    conditioning_from: str | None = option(
+        None,
+        help="What draws controls from photographs, as for precompute; by default what drew those "
+        "of the ControlNet's training.",
+    )
+    conditioning_args: tuple[str, ...] = option(
+        (), help="key=value, an argument of what draws controls from photographs; repeatable."
     )
     pretrained_model_name_or_path: str = option(
         help="Base model: a diffusers folder or a hub id.", heading="Base model"
@@ -78,6 +87,7 @@ class PipelineConfig:
         Raises:
             ConfigError: naming the option.
         """
+        parse_arguments(self.conditioning_args)
         if self.num_inference_steps < 1:
             raise ConfigError(f"--num-inference-steps {self.num_inference_steps}: at least 1.")
         if self.resolution is not None:
@@ -120,6 +130,11 @@ class GenerateConfig(PipelineConfig):
         help="Conditioning images; repeatable. One prompt is used for all images, and one image "
         "for all prompts. With --combine, one image per ControlNet in turn.",
     )
+    from_photo: bool = option(
+        False,
+        help="The images are photographs: conditioning images are drawn from them as for the "
+        "ControlNet's training.",
+    )
     pairs: Path | None = option(
         None,
         help="Prompts and images: a TOML or JSON lines file, or a folder of images, each with a "
@@ -158,6 +173,11 @@ class GenerateConfig(PipelineConfig):
             raise ConfigError(
                 "nothing to draw: give --prompt and --image, --pairs, or --cache alone."
             )
+        if self.from_photo and self._draws_validation:
+            raise ConfigError(
+                "--from-photo: the cache's validation pairs have conditioning images; give --image "
+                "or --pairs, or leave it out."
+            )
         if not self.seed:
             raise ConfigError("--seed: give at least one.")
         if self.batch_size < 1:
@@ -176,14 +196,20 @@ class ScoreConfig(PipelineConfig):
     disc in the picture and compares it with its conditioning outline (intersection over union) and
     with its caption's colours (CIEDE2000, 0 is exact). Edges: compares the picture's Canny edges
     with a conditioning image of lines (precision, recall). Targets: compares the picture with the
-    row's own image (PSNR, SSIM).
+    row's own image (PSNR, SSIM). Redrawn: draws the control again, from the picture, and compares
+    it with the conditioning image (PSNR, SSIM).
     """
 
     source: Path = option(
         help="Data set on the disk with conditioning images, in any layout that precompute reads.",
         heading="What to measure",
     )
-    measure: tuple[Literal["circles", "edges", "targets"], ...] = option(
+    from_photo: bool = option(
+        False,
+        help="Draw the conditioning images from the rows' images, as for the ControlNet's "
+        "training.",
+    )
+    measure: tuple[Literal["circles", "edges", "targets", "redrawn"], ...] = option(
         (), help="What to measure; by default what suits the first row. Repeatable."
     )
     num_samples: int = option(100, help="Number of rows, from the source's first on.")

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+import msgspec
 import numpy as np
 import torch
 from PIL import Image
@@ -19,6 +20,7 @@ from infer.config import PipelineConfig
 from sd3.buckets import nearest_buckets
 from sd3.pixels import to_pixels, to_uint8
 from sd3.pretrained import DATA_KEY, largest_side, read_config, vae_factor
+from shards.format.specs import AnnotatorSpec
 
 Sizes = tuple[tuple[int, int], ...]  # width and height in pixels
 
@@ -38,11 +40,14 @@ class Convention:
             the one whose shape is nearest the conditioning image's.
         max_sequence_length: T5 tokens.
         pixel_range: range of conditioning images before the VAE; `-1_1` is the stock pipeline's.
+        annotator: what drew the conditioning images; None if they came with the data, or if its
+            configuration does not say.
     """
 
     sizes: Sizes
     max_sequence_length: int
     pixel_range: str
+    annotator: AnnotatorSpec | None = None
 
     def picture_size(self, conditioning: Image.Image) -> tuple[int, int]:
         """Return width and height of the picture for a conditioning image."""
@@ -75,11 +80,27 @@ def find_convention(config: PipelineConfig, base: Path, name: str, controlnet: P
         sizes=_given_sizes(config) or trained or _native_sizes(base),
         max_sequence_length=config.max_sequence_length or tokens,
         pixel_range=pixel_range,
+        annotator=_annotator(name, data),
     )
     _check_positions(found.sizes, base, saved)
     if differences := _differences(found, trained, data.get("max_sequence_length")):
         click.echo(f"{name}: {'; '.join(differences)}.", err=True)
     return found
+
+
+def _annotator(name: str, data: dict[str, Any]) -> AnnotatorSpec | None:
+    """Return what drew a ControlNet's controls, if it says so.
+
+    Raises:
+        ConfigError: what it says makes no sense.
+    """
+    entry = data.get("annotator")
+    if entry is None:
+        return None
+    try:
+        return msgspec.convert(entry, AnnotatorSpec)
+    except msgspec.ValidationError as error:
+        raise ConfigError(f"--controlnet {name}: annotator in its config.json: {error}.") from error
 
 
 def _given_sizes(config: PipelineConfig) -> Sizes:

@@ -8,10 +8,11 @@ import dataclasses
 import itertools
 import re
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import click
 import torch
 from PIL import Image
 from xxhash import xxh3_128_hexdigest
@@ -24,7 +25,9 @@ from infer.drawing.controlnet_set import ControlNetSet, find_controlnet_sets
 from infer.drawing.generate import draw
 from infer.drawing.pictures import plan_pictures
 from infer.drawing.requests import Control, DrawRequest
+from infer.photographs import Redrawing, draw_controls, find_redrawing
 from infer.pipeline import load_pipeline
+from sd3.annotators.drawing import Drawing
 from sd3.contact_sheet import save_png
 
 # No drawing needs more; the picture has the model's own size.
@@ -40,6 +43,7 @@ class DrawService:
 
     Attributes:
         controlnets: the ControlNets to choose from, by title.
+        redrawings: what draws their controls from photographs, by title, of those that say so.
         device: where they draw.
     """
 
@@ -48,6 +52,8 @@ class DrawService:
         self.device = pick_device(config.device)
         self._base, sets = find_controlnet_sets(config, with_text_encoders=True)
         self.controlnets = {controlnet.title: controlnet for controlnet in sets}
+        self.redrawings = _find_redrawings(config, sets)
+        self._drawings: dict[str, Drawing] = {}
         self._pipeline: Any = None
         self._loaded_title: str | None = None
         config.output_dir.mkdir(parents=True, exist_ok=True)
@@ -66,8 +72,9 @@ class DrawService:
         num_inference_steps: int,
         guidance_scale: float,
         controlnet_conditioning_scale: float,
-    ) -> Path:
-        """Draw a picture; return its file.
+        from_photo: bool = False,
+    ) -> tuple[Path, Path]:
+        """Draw a picture; return its file, and that of its conditioning image.
 
         Args:
             conditioning: RGB, of any size.
@@ -78,6 +85,8 @@ class DrawService:
             num_inference_steps: sampling steps.
             guidance_scale: strength of classifier-free guidance.
             controlnet_conditioning_scale: strength of the control.
+            from_photo: whether `conditioning` is a photograph, and the conditioning image is drawn
+                from it.
 
         Raises:
             ConfigError: a value is out of bounds.
@@ -88,6 +97,8 @@ class DrawService:
         controlnet = self._find_controlnet(title)
         with self._lock:
             use_device(self.device)  # the page's threads come and go
+            if from_photo:
+                conditioning = self._control_of(conditioning, controlnet)
             number = next(self._numbers)
             drawing = self.config.output_dir / f"{number:05d}-conditioning.png"
             save_png(drawing, conditioning)
@@ -108,7 +119,21 @@ class DrawService:
             request = DrawRequest(prompt, negative_prompt, (control,), (seed,))
             path = self.config.output_dir / f"{number:05d}.png"
             self._draw_to_file(path, config, controlnet, request)
-            return path
+            return path, drawing
+
+    def _control_of(self, photograph: Image.Image, controlnet: ControlNetSet) -> Image.Image:
+        """Return the conditioning image that is drawn from a photograph, in the picture's size."""
+        title = controlnet.title
+        if title not in self.redrawings:
+            raise ConfigError(
+                f"What draws controls from photographs is not known of {title}; start the page "
+                "with --conditioning-from."
+            )
+        if title not in self._drawings:
+            self._drawings[title] = self.redrawings[title].open()
+        size = controlnet.convention.picture_size(photograph)
+        (control,) = draw_controls(self._drawings[title], [("The photograph", photograph)], size)
+        return control
 
     def _check(self, conditioning: Image.Image, prompt: str, seed: int, num_steps: int) -> None:
         if not prompt.strip():
@@ -151,6 +176,21 @@ class DrawService:
         self._pipeline = load_pipeline(self.config, self._base, controlnet.folders, batch_size=1)
         self._pipeline.set_progress_bar_config(disable=True)
         self._loaded_title = controlnet.title
+
+
+def _find_redrawings(config: ServeConfig, sets: Sequence[ControlNetSet]) -> dict[str, Redrawing]:
+    """Return what draws controls from photographs, by title of the ControlNets that say so."""
+    found = {}
+    for controlnet in sets:
+        convention = controlnet.convention
+        if config.conditioning_from is not None or convention.annotator is not None:
+            try:
+                found[controlnet.title] = find_redrawing(config, controlnet.names[0], convention)
+            except ConfigError as error:
+                if config.conditioning_from is not None:
+                    raise
+                click.echo(f"no controls from photographs: {error}", err=True)
+    return found
 
 
 def _free_numbers(folder: Path) -> Iterator[int]:

@@ -1,5 +1,6 @@
 """The layout of the page on which to draw a conditioning image, and its button's action."""
 
+from pathlib import Path
 from typing import Any
 
 import gradio as gr
@@ -30,7 +31,7 @@ def build_page(service: DrawService) -> gr.Blocks:
         editor = _add_editor(width, height)
         with gr.Row():
             with gr.Column():
-                button, settings = _add_settings(config, titles)
+                button, settings = _add_settings(config, titles, bool(service.redrawings))
             gallery = gr.Gallery(
                 label="Pictures",
                 columns=2,
@@ -81,8 +82,15 @@ def _add_editor(width: int, height: int) -> gr.ImageEditor:
     )
 
 
-def _add_settings(config: ServeConfig, titles: list[str]) -> tuple[gr.Button, list[Any]]:
+def _add_settings(
+    config: ServeConfig, titles: list[str], draws_controls: bool
+) -> tuple[gr.Button, list[Any]]:
     """Return the button, and the fields in the order of `_DrawAction.on_click`'s parameters."""
+    from_photo = gr.Checkbox(
+        label="It is a photograph: draw the conditioning image from it",
+        visible=draws_controls,
+        elem_id="from-photo",
+    )
     prompt = gr.Textbox(label="Prompt", elem_id="prompt")
     button = gr.Button("Draw", variant="primary", elem_id="draw")
     title = gr.Dropdown(titles, value=titles[0], label="ControlNet")
@@ -103,7 +111,7 @@ def _add_settings(config: ServeConfig, titles: list[str]) -> tuple[gr.Button, li
     )
     steps = gr.Slider(1, config.most_steps, config.num_inference_steps, step=1, label="Steps")
     seed = gr.Number(value=0, precision=0, minimum=0, label="Seed")
-    return button, [prompt, negative_prompt, title, seed, steps, guidance, scale]
+    return button, [prompt, negative_prompt, title, seed, steps, guidance, scale, from_photo]
 
 
 class _DrawAction:
@@ -122,15 +130,18 @@ class _DrawAction:
         steps: float,
         guidance: float,
         scale: float,
+        from_photo: bool,
         shown: list[tuple[str, str]] | None,
     ) -> list[tuple[Any, str]]:
         """Draw a picture; return it with its caption, before those that are shown already.
+
+        After a picture from a photograph comes the conditioning image that was drawn.
 
         Raises:
             gr.Error: a value is out of bounds, or the picture cannot be drawn or written.
         """
         try:
-            path = self.service.draw(
+            path, control = self.service.draw(
                 flatten(editor),
                 prompt,
                 negative_prompt,
@@ -139,19 +150,26 @@ class _DrawAction:
                 num_inference_steps=int(steps),
                 guidance_scale=float(guidance),
                 controlnet_conditioning_scale=float(scale),
+                from_photo=bool(from_photo),
             )
         except (ConfigError, RunError, ShardError) as error:
             raise gr.Error(str(error)) from error
         except OSError as error:
             raise gr.Error(f"The picture cannot be kept: {error.strerror or error}.") from error
-        # Only pixels are sent: the file's settings hold paths of this machine.
-        with Image.open(path) as picture:
-            pixels = Image.fromarray(np.asarray(picture))
         caption = (
             f"{prompt}. {title}, seed {int(seed or 0)}, {int(steps)} steps, "
             f"guidance {guidance:g}, strength {scale:g}"
         )
-        return [(pixels, caption), *(shown or [])]
+        new: list[tuple[Any, str]] = [(_pixels(path), caption)]
+        if from_photo:
+            new.append((_pixels(control), f"drawn from the photograph, for {title}"))
+        return [*new, *(shown or [])]
+
+
+def _pixels(path: Path) -> Image.Image:
+    """Return a file's pixels alone: its settings hold paths of this machine."""
+    with Image.open(path) as picture:
+        return Image.fromarray(np.asarray(picture))
 
 
 def flatten(editor: dict[str, Any] | None) -> Image.Image:

@@ -19,6 +19,7 @@ from infer.drawing.controlnet_set import ControlNetSet, combine, find_controlnet
 from infer.drawing.pictures import Picture, batch_pictures, plan_pictures
 from infer.drawing.prompts import CachedPrompts
 from infer.drawing.requests import DrawRequest, find_requests
+from infer.photographs import Redrawing, find_redrawing
 from infer.pipeline import load_pipeline, out_of_memory
 from sd3.contact_sheet import contact_sheet, save_png, thumbnail
 from sd3.pretrained import read_config
@@ -52,7 +53,13 @@ def generate(config: GenerateConfig) -> None:
             tokens = controlnets.convention.max_sequence_length
             prompts.check(tokens, read_config(base, "transformer"))
     plans = [
-        plan_pictures(config, controlnets, requests, title_in_name=len(sets) > 1)
+        plan_pictures(
+            config,
+            controlnets,
+            requests,
+            title_in_name=len(sets) > 1,
+            redrawings=_find_redrawings(config, controlnets) if config.from_photo else (),
+        )
         for controlnets in sets
     ]
     config.output_dir.mkdir(parents=True, exist_ok=True)
@@ -65,6 +72,14 @@ def generate(config: GenerateConfig) -> None:
     sheet = config.output_dir / "contact_sheet.png"
     save_png(sheet, _draw_sheet(sets, plans))
     click.echo(sheet)
+
+
+def _find_redrawings(config: GenerateConfig, controlnets: ControlNetSet) -> list[Redrawing]:
+    """Return what draws the controls of each ControlNet of a set from photographs."""
+    return [
+        find_redrawing(config, name, convention)
+        for name, convention in zip(controlnets.names, controlnets.conventions, strict=True)
+    ]
 
 
 def _find_cached_prompts(

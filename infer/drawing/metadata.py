@@ -30,6 +30,9 @@ NOT_IDENTITY = {
     "device",
 }
 
+# Settings that change nothing where the images are conditioning images, as they once always were.
+OF_PHOTOGRAPHS = {"from_photo", "conditioning_from", "conditioning_args"}
+
 
 def describe(
     config: GenerateConfig, digests: dict[str, list[str]], drawn: dict[str, Any], **picture: Any
@@ -42,7 +45,8 @@ def describe(
         drawn: `device`, its type; `batch`, the picture's place in its batch and the batch's size.
         picture: settings of this picture, which replace the run's.
     """
-    settings = {name: value for name, value in as_dict(config).items() if name not in NOT_IDENTITY}
+    left_out = NOT_IDENTITY if config.from_photo else NOT_IDENTITY | OF_PHOTOGRAPHS
+    settings = {name: value for name, value in as_dict(config).items() if name not in left_out}
     description = {
         "settings": settings | picture,
         "digests": digests,

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 from PIL import Image
@@ -13,7 +14,9 @@ from infer.config import GenerateConfig
 from infer.drawing import metadata
 from infer.drawing.controlnet_set import ControlNetSet
 from infer.drawing.requests import Control, DrawRequest
+from infer.photographs import Redrawing, draw_controls
 from sd3 import images
+from sd3.annotators.drawing import Drawing
 from sd3.images import BadImage
 
 
@@ -58,6 +61,7 @@ def plan_pictures(
     requests: Sequence[DrawRequest],
     *,
     title_in_name: bool,
+    redrawings: Sequence[Redrawing] = (),
 ) -> list[Picture]:
     """Return the pictures that a set of ControlNets draws, in order.
 
@@ -66,15 +70,20 @@ def plan_pictures(
         controlnets: the set.
         requests: what to draw.
         title_in_name: whether files are named for the set; needed where several sets draw.
+        redrawings: for each ControlNet of the set what draws its controls from the requests'
+            images, which are photographs then; empty if these are conditioning images.
 
     Raises:
         ConfigError: a conditioning image cannot be used, or is one too many or too few.
     """
     several_seeds = any(len(request.seeds) > 1 for request in requests)
     pictures = []
+    drawings = [redrawing.open() for redrawing in redrawings]
     for number, request in enumerate(requests):
         controls = _controls_of(request, len(controlnets.folders))
         size = controlnets.convention.picture_size(controls[0].image)
+        if drawings:
+            controls = tuple(map(partial(_drawn, size), controls, drawings))
         for seed in request.seeds:
             name = f"{number:03d}"
             name += f"-seed{seed}" if several_seeds else ""
@@ -82,8 +91,12 @@ def plan_pictures(
             path = config.output_dir / f"{name}.png"
             pictures.append(Picture(path, "", request, seed, size, controls))
         pictures[-1].fit_controls()  # fails now, before anything is loaded
+    annotators = [redrawing.digest for redrawing in redrawings]
     return [
-        replace(picture, description=_describe(config, controlnets, picture, [place, len(batch)]))
+        replace(
+            picture,
+            description=_describe(config, controlnets, picture, [place, len(batch)], annotators),
+        )
         for batch in batch_pictures(pictures, config.batch_size)
         for place, picture in enumerate(batch)
     ]
@@ -109,8 +122,19 @@ def batch_pictures(pictures: Sequence[Picture], batch_size: int) -> list[list[Pi
     return split_into_batches(pictures, lambda picture: picture.size, batch_size)
 
 
+def _drawn(size: tuple[int, int], photograph: Control, drawing: Drawing) -> Control:
+    """Return the conditioning image that is drawn from a photograph."""
+    named = [(f"--image {photograph.path}", photograph.image)]
+    (control,) = draw_controls(drawing, named, size)
+    return replace(photograph, image=control)
+
+
 def _describe(
-    config: GenerateConfig, controlnets: ControlNetSet, picture: Picture, batch: list[int]
+    config: GenerateConfig,
+    controlnets: ControlNetSet,
+    picture: Picture,
+    batch: list[int],
+    annotators: list[str],
 ) -> str:
     """Return what a picture's file says of it; `batch` is its place and the batch's size."""
     request = picture.request
@@ -119,6 +143,7 @@ def _describe(
         {
             "images": [control.digest for control in request.controls],
             "controlnets": list(controlnets.digests),
+            **({"annotators": annotators} if annotators else {}),
         },
         {"device": pick_device(config.device).type, "batch": batch},
         controlnet=list(controlnets.names),

@@ -62,6 +62,7 @@ class SampleDrawer:
                 result.values[variant] = {
                     name: value
                     for measure in self.measures
+                    if not measure.of_redrawn
                     for name, value in measure.of(picture, result.sample).items()
                 }
             self.progress.update(len(batch))

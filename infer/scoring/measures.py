@@ -24,12 +24,14 @@ class Sample:
         prompt: the caption.
         conditioning: the conditioning image.
         target: the row's image; None where the source has none.
+        annotator: what draws the ControlNet's controls; None if it does not say.
     """
 
     number: int
     prompt: str
     conditioning: Image.Image
     target: Image.Image | None = None
+    annotator: str | None = None
 
 
 @dataclass(frozen=True)
@@ -41,12 +43,14 @@ class Measure:
         chief: name of the value by which the worst samples are found; higher is better.
         check: raises ValueError, with the reason, if the measure does not apply to a sample.
         of: returns the values of a picture.
+        of_redrawn: whether `of` is called with the control that is drawn from the picture.
     """
 
     titles: dict[str, str]
     chief: str
     check: Callable[[Sample], None]
     of: Callable[[Image.Image, Sample], Values]
+    of_redrawn: bool = False
 
 
 def _check_circle(sample: Sample) -> None:
@@ -79,12 +83,32 @@ def _check_target(sample: Sample) -> None:
 
 def _measure_target(picture: Image.Image, sample: Sample) -> Values:
     assert sample.target is not None
-    drawn, target = (np.asarray(image.convert("RGB")) for image in (picture, sample.target))
-    psnr = LARGEST_PSNR_DB
-    if not np.array_equal(drawn, target):
-        psnr = float(peak_signal_noise_ratio(target, drawn, data_range=255))
-    ssim = float(structural_similarity(target, drawn, channel_axis=-1, data_range=255))
+    psnr, ssim = _similarity(picture, sample.target)
     return {"psnr": psnr, "ssim": ssim}
+
+
+def _check_redrawn(sample: Sample) -> None:
+    if sample.annotator is None:
+        raise ValueError(
+            "the ControlNet does not say what draws its controls, and there is no "
+            "--conditioning-from"
+        )
+    if sample.annotator == "mask":
+        raise ValueError("masks are random: drawn again, another one comes out")
+
+
+def _measure_redrawn(redrawn: Image.Image, sample: Sample) -> Values:
+    psnr, ssim = _similarity(redrawn, sample.conditioning)
+    return {"control_psnr": psnr, "control_ssim": ssim}
+
+
+def _similarity(image: Image.Image, other: Image.Image) -> tuple[float, float]:
+    """Return PSNR in dB and SSIM (Wang et al. 2004, IEEE TIP 13) of two RGB images of one size."""
+    ours, theirs = (np.asarray(one.convert("RGB")) for one in (image, other))
+    psnr = LARGEST_PSNR_DB
+    if not np.array_equal(ours, theirs):
+        psnr = float(peak_signal_noise_ratio(theirs, ours, data_range=255))
+    return psnr, float(structural_similarity(theirs, ours, channel_axis=-1, data_range=255))
 
 
 MEASURES: dict[str, Measure] = {
@@ -109,15 +133,23 @@ MEASURES: dict[str, Measure] = {
         _check_lines,
         _measure_edges,
     ),
-    # Structural similarity: Wang et al. 2004, IEEE TIP 13.
     "targets": Measure(
         {"psnr": "PSNR, dB", "ssim": "SSIM"}, "ssim", _check_target, _measure_target
+    ),
+    "redrawn": Measure(
+        {"control_psnr": "control redrawn, PSNR, dB", "control_ssim": "control redrawn, SSIM"},
+        "control_ssim",
+        _check_redrawn,
+        _measure_redrawn,
+        of_redrawn=True,
     ),
 }
 
 
 def applicable_measures(sample: Sample) -> tuple[str, ...]:
     """Return the names of the measures that apply to a sample: for a circle, `circles` alone.
+
+    Where edges are measured, the control is not compared pixel by pixel as well.
 
     Callers ask for a data set's first sample. `Measure.check` then reports samples that differ.
     """
@@ -128,4 +160,6 @@ def applicable_measures(sample: Sample) -> tuple[str, ...]:
         except ValueError:
             continue
         names.append(name)
-    return ("circles",) if "circles" in names else tuple(names)
+    if "circles" in names:
+        return ("circles",)
+    return tuple(name for name in names if name != "redrawn" or "edges" not in names)

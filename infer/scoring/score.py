@@ -13,10 +13,12 @@ from common.progress import Progress
 from common.provenance import write_run
 from infer.config import ScoreConfig
 from infer.convention import Convention, find_convention
+from infer.photographs import Redrawing, draw_controls
 from infer.pipeline import COMPONENTS, find_models, load_pipeline, out_of_memory, short_titles
 from infer.scoring.charts import draw_curves, worst_sheet
 from infer.scoring.drawer import SampleDrawer
 from infer.scoring.measures import MEASURES, Measure, Sample, applicable_measures
+from infer.scoring.redrawn import find_redrawings, measure_redrawn
 from infer.scoring.results import (
     WITH,
     WITHOUT,
@@ -27,7 +29,7 @@ from infer.scoring.results import (
     to_table,
 )
 from precompute.sources.open_source import open_source
-from precompute.sources.source import Source, SourceSettings
+from precompute.sources.source import Kind, Source, SourceSettings
 from sd3 import images
 from sd3.contact_sheet import save_png
 
@@ -46,8 +48,12 @@ def score(config: ScoreConfig) -> None:
         for name, folder in zip(config.controlnet, folders, strict=True)
     ]
     _check_sizes(config.controlnet, conventions)
-    source = open_source(SourceSettings(source=str(config.source)))
-    samples = list(_read_samples(config, source, conventions[0]))
+    wants_conditioning = not config.from_photo
+    source = open_source(
+        SourceSettings(source=str(config.source), wants_conditioning=wants_conditioning)
+    )
+    redrawing = find_redrawings(config, conventions)
+    samples = list(_read_samples(config, source, conventions[0], redrawing))
     measures = [MEASURES[name] for name in _choose_measures(config, samples)]
     titles = [WITH] if len(folders) == 1 else short_titles(config.controlnet)
     for variant in (*titles, WITHOUT):
@@ -67,6 +73,8 @@ def score(config: ScoreConfig) -> None:
                 drawer.draw_all(title, pipeline, convention)
             parts = {name: getattr(pipeline, name) for name in COMPONENTS}
             drawer.draw_all(WITHOUT, StableDiffusion3Pipeline(**parts), conventions[0])
+            del drawer, pipeline, parts  # frees their memory for what draws the controls
+            measure_redrawn(measures, results, redrawing)
     except torch.OutOfMemoryError as error:
         raise out_of_memory(error) from error
     _write_results(config, measures, results)
@@ -86,18 +94,27 @@ def _check_sizes(names: Sequence[str], conventions: Sequence[Convention]) -> Non
             )
 
 
-def _read_samples(config: ScoreConfig, source: Source, convention: Convention) -> Iterator[Sample]:
+def _read_samples(
+    config: ScoreConfig, source: Source, convention: Convention, redrawing: Redrawing | None
+) -> Iterator[Sample]:
     """Yield the source's first rows, their images in the picture's size.
 
     Raises:
         ConfigError: an image cannot be used.
     """
+    drawing = redrawing.open() if redrawing and config.from_photo else None
+    name = redrawing.annotator.name if redrawing else None
+    kind: Kind = "image" if drawing else "conditioning_image"
     for number, row in enumerate(source.rows(range(min(config.num_samples, len(source))))):
         try:
-            conditioning = images.decode(source.read(number, "conditioning_image"))
-            size = convention.picture_size(conditioning)
-            fitted = images.fit(conditioning, size)
-            yield Sample(number, str(row.prompt), fitted, _read_target(source, number, size))
+            image = images.decode(source.read(number, kind))
+            size = convention.picture_size(image)
+            if drawing:
+                (control,) = draw_controls(drawing, [(f"--source, {row.where}", image)], size)
+            else:
+                control = images.fit(image, size)
+            target = _read_target(source, number, size)
+            yield Sample(number, str(row.prompt), control, target, name)
         except (ValueError, OSError) as error:
             raise ConfigError(f"--source, {row.where}: {error}.") from error
 

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
+import cv2
 import numpy as np
 import pytest
 from PIL import Image, ImageDraw
@@ -16,6 +17,7 @@ from common.errors import ConfigError
 from infer.config import GenerateConfig, ServeConfig
 from infer.drawing import metadata
 from infer.drawing.generate import generate
+from sd3.images import fit
 from tests.conftest import PROMPTS, RESOLUTION_PX, Outcome, flags, free_port
 
 pytestmark = pytest.mark.extras
@@ -46,6 +48,19 @@ def page(config: ServeConfig) -> Iterator[str]:
     blocks.close()
 
 
+@pytest.fixture
+def page_of_canny(config: ServeConfig) -> Iterator[str]:
+    """Address of the page of a ControlNet whose controls Canny draws."""
+    from infer.serve import serve
+
+    blocks = serve(
+        replace(config, conditioning_from="canny", conditioning_args=("low_threshold=30",)),
+        block_thread=False,
+    )
+    yield f"http://{config.host}:{config.port}"
+    blocks.close()
+
+
 def ring() -> Image.Image:
     image = Image.new("RGB", (200, 200))
     ImageDraw.Draw(image).ellipse((40, 50, 140, 150), outline="white", width=4)
@@ -65,6 +80,7 @@ def ask(page: str, image: Path | None, **changes: object) -> list[dict[str, obje
         "steps": 2,
         "guidance": 4.0,
         "scale": 0.5,
+        "from_photo": False,
         "shown": None,
     } | changes
     if arguments["title"] is None:
@@ -154,8 +170,30 @@ def test_images_of_many_pixels_are_turned_away(config: ServeConfig) -> None:
         service.draw(Image.new("RGB", (64, 64)), "a", "", "other", **arguments)
     # Numbers go on from what is there.
     service.draw(Image.new("RGB", (64, 64)), "a", "", title, **arguments)
-    again = DrawService(config).draw(Image.new("RGB", (64, 64)), "b", "", title, **arguments)
+    again, _ = DrawService(config).draw(Image.new("RGB", (64, 64)), "b", "", title, **arguments)
     assert again.name == "00002.png"
+
+
+def test_a_photograph_is_drawn_from_and_the_control_shown(
+    page_of_canny: str, config: ServeConfig, circles: Path
+) -> None:
+    photograph = circles / "target" / "3.png"
+    picture, control = ask(page_of_canny, photograph, from_photo=True)
+    assert picture["caption"].startswith(PROMPTS[0])
+    assert control["caption"].startswith("drawn from the photograph, for controlnet")
+    fitted = fit(Image.open(photograph).convert("RGB"), RESOLUTION_PX)
+    expected = cv2.Canny(np.asarray(fitted), 30, 200)
+    kept = Image.open(config.output_dir / "00001-conditioning.png")
+    assert (np.asarray(kept) == expected[..., None]).all()
+    with Image.open(str(control["image"])) as sent:
+        assert (np.asarray(sent.convert("RGB")) == expected[..., None]).all()
+    (as_it_is,) = ask(page_of_canny, photograph)
+    assert not str(as_it_is["caption"]).startswith("drawn")
+
+
+def test_without_an_annotator_a_photograph_is_refused(page: str, circles: Path) -> None:
+    with pytest.raises(Exception, match="What draws controls from photographs is not known"):
+        ask(page, circles / "target" / "3.png", from_photo=True)
 
 
 def test_a_port_that_is_taken_ends_in_one_line(

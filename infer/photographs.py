@@ -1,0 +1,106 @@
+"""Controls drawn from photographs, by the code that drew those of the ControlNet's training."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import click
+from PIL import Image
+
+from common.device import pick_device
+from common.errors import ConfigError
+from infer.config import PipelineConfig
+from infer.convention import Convention
+from precompute.fingerprints.annotator_spec import annotator_spec
+from precompute.fingerprints.digest_cache import DigestCache
+from sd3.annotators.annotator import Annotator
+from sd3.annotators.arguments import parse_arguments
+from sd3.annotators.drawing import Drawing
+from sd3.annotators.registry import find_annotator
+from sd3.images import BadImage, fit
+
+
+@dataclass(frozen=True)
+class Redrawing:
+    """What draws a ControlNet's controls from pictures.
+
+    Attributes:
+        annotator: as in training, unless the settings name another.
+        digest: of all that its drawings depend on.
+        device: where it draws.
+    """
+
+    annotator: Annotator
+    digest: str
+    device: str
+
+    def open(self) -> Drawing:
+        """Return the annotator at work, its network on the device."""
+        return Drawing(self.annotator, self.device)
+
+
+def find_redrawing(
+    config: PipelineConfig, name: str, convention: Convention, *, quiet: bool = False
+) -> Redrawing:
+    """Return what draws a ControlNet's controls: as the settings say, or else its configuration.
+
+    Args:
+        config: settings of the run.
+        name: folder or hub id of the ControlNet, as the user gave it.
+        convention: the ControlNet's.
+        quiet: whether not to say where it differs from training.
+
+    Raises:
+        ConfigError: neither says what draws them, or it is not to be had.
+    """
+    saved = convention.annotator
+    given = parse_arguments(config.conditioning_args)
+    if config.conditioning_from is not None:
+        annotator = find_annotator(config.conditioning_from, given, cache_dir=config.cache_dir)
+    elif saved is not None:
+        try:
+            arguments = saved.arguments | given
+            annotator = find_annotator(saved.name, arguments, cache_dir=config.cache_dir)
+        except ConfigError as error:
+            raise ConfigError(
+                f"--controlnet {name}: its controls were drawn by {saved.name}, which is not to be "
+                f"had here: {error} --conditioning-from and --conditioning-args say where it lies."
+            ) from error
+    else:
+        raise ConfigError(
+            f"--controlnet {name}: its configuration does not say what draws its controls from "
+            "photographs; give --conditioning-from, for instance canny."
+        )
+    spec = annotator_spec(annotator, DigestCache(config.output_dir / "none", keep=False))
+    if saved is not None and spec.digest != saved.digest and not quiet:
+        click.echo(
+            f"{name}: {annotator.name} does not draw as in its training: other code, arguments or "
+            "weights.",
+            err=True,
+        )
+    return Redrawing(annotator, spec.digest, str(pick_device(config.device)))
+
+
+def draw_controls(
+    drawing: Drawing, photographs: Sequence[tuple[str, Image.Image]], size: tuple[int, int]
+) -> list[Image.Image]:
+    """Return the controls of photographs, fitted to a size as in training.
+
+    Args:
+        drawing: the annotator at work.
+        photographs: each with its name for errors.
+        size: width and height of the pictures.
+
+    Raises:
+        ConfigError: from one nothing can be drawn.
+        RunError: the device's memory is full.
+    """
+    try:
+        fitted = [fit(image, size) for _, image in photographs]
+    except BadImage as error:
+        raise ConfigError(f"{photographs[0][0]}: {error}.") from error
+    controls = []
+    for (name, _), drawn in zip(photographs, drawing.draw(fitted), strict=True):
+        if isinstance(drawn, BadImage):
+            raise ConfigError(f"{name}: {drawn}.")
+        controls.append(drawn)
+    return controls
