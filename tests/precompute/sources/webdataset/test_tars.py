@@ -9,6 +9,7 @@ import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import webdataset
 
 from common.errors import ConfigError, RunError
 from precompute.sources.webdataset import tars
@@ -445,3 +446,20 @@ def test_one_caption_for_all_needs_no_member(tmp_path: Path) -> None:
     rows = list(source.rows(range(3)))
     assert [row.prompt for row in rows] == [f"my 000{number}" for number in range(3)]
     assert [row.fault for row in rows] == [""] * 3
+
+
+def test_samples_are_those_of_the_webdataset_library(tmp_path: Path) -> None:
+    members = []
+    for number in range(6):
+        key = f"folder {number % 2}/{number:04d}"
+        members += [*sample(number, key), (f"{key}.Depth.PNG", b"more"), (f"{key}.json", b"{}")]
+    path = write_tar(tmp_path / "a.tar", members)
+    library = webdataset.WebDataset(str(path), shardshuffle=False, empty_check=False)
+    expected = [(one["jpg"], one["png"], one["txt"].decode()) for one in library]
+    source = open_tars(tmp_path)
+    found = [
+        (source.read(index, "image"), source.read(index, "conditioning_image"), row.prompt)
+        for index, row in enumerate(source.rows(range(len(source))))
+    ]
+    assert found == expected
+    assert len(found) == 6
