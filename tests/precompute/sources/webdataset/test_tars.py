@@ -100,9 +100,10 @@ def test_of_several_endings_the_first_that_is_there_is_taken(tmp_path: Path) -> 
     for number, ending in enumerate(["jpg", "jpeg", "png", "webp"]):
         members += renamed(number, {"jpg": ending, "png": "depth.png"})
     members += [*renamed(4, {"png": "depth.png"}), ("0004.webp", b"another")]
+    members += [("0005.webp", b"another"), *renamed(5, {"png": "depth.png"})]
     write_tar(tmp_path / "a.tar", members)
     columns = {"image_column": "jpg;png;jpeg;webp", "conditioning_image_column": "depth.png"}
-    assert_rows(open_tars(tmp_path, **columns), range(5))
+    assert_rows(open_tars(tmp_path, **columns), range(6))
 
 
 @pytest.mark.parametrize("odd", [3, 7])
@@ -364,6 +365,13 @@ def test_a_tar_that_names_no_split_is_never_left_out(tmp_path: Path) -> None:
     assert (
         source.remarks[0]
         == "left out: 8 rows of files that name no split (cars.tar, test-drive.tar)"
+    )
+    write_tar(tmp_path / "train" / "0.tar", samples([13]))
+    assert_rows(open_tars(tmp_path), [*range(8), 13])
+    source = open_tars(tmp_path, split="train")
+    assert_rows(source, [13])
+    assert (
+        "left out: 8 rows of files that name no split (cars.tar, test-drive.tar)" in source.remarks
     )
 
 
