@@ -4,7 +4,8 @@ from pathlib import Path
 
 from common.errors import ConfigError
 from precompute.sources import tables
-from precompute.sources.files.open_files import open_files, refuse_options_of_pairs
+from precompute.sources.files.open_files import open_files
+from precompute.sources.files.open_tables import refuse_options_of_pairs
 from precompute.sources.local import is_saved, names_configurations
 from precompute.sources.one_caption import OneCaption
 from precompute.sources.parquet.parquet_table import open_parquet

@@ -34,6 +34,10 @@ DECODER = msgspec.json.Decoder(Entry)
 class StoredRows:
     """Rows of one table or several, in a temporary file.
 
+    Attributes:
+        folders: which the file names of each table are relative to; at first the table's own.
+        num_names: how many file names the rows have.
+
     Args:
         tables: names of the tables.
         unit: what a row's number counts.
@@ -42,6 +46,8 @@ class StoredRows:
     def __init__(self, tables: Sequence[str], unit: Literal["line", "row"] = "line") -> None:
         self.tables = tables
         self.unit = unit
+        self.folders = [posixpath.dirname(table) for table in tables]
+        self.num_names = 0
         self.ends = array("Q")  # number of rows up to the end of each table
         self.starts = array("Q")
         self.numbers = array("I")
@@ -64,6 +70,7 @@ class StoredRows:
             line = msgspec.json.encode(entry)
         except UnicodeEncodeError:  # half of a surrogate pair, which json writes as an escape
             line = json.dumps(msgspec.to_builtins(entry)).encode()
+        self.num_names += bool(entry.image) + bool(entry.conditioning_image)
         self._file.write(line)
         self.starts.append(self._size)
         self.numbers.append(number)
@@ -92,8 +99,8 @@ class StoredRows:
         return self.tables[bisect_right(self.ends, index)]
 
     def folder(self, index: int) -> str:
-        """Return the folder of a row's table, which the row's file names are relative to."""
-        return posixpath.dirname(self.table(index))
+        """Return the folder that a row's file names are relative to."""
+        return self.folders[bisect_right(self.ends, index)]
 
     def where(self, index: int) -> str:
         """Return the place of a row, in words."""

@@ -79,7 +79,7 @@ class Finder:
 
         Args:
             written: its name as the table has it.
-            folder: the table's folder in the tree.
+            folder: of the tree, that the name is relative to.
 
         Raises:
             OSError: it is missing, unreadable or no file.
@@ -109,19 +109,17 @@ class Finder:
 def spellings(written: str, folder: str) -> Iterator[str]:
     r"""Yield the names under which a file may lie in a tree, the likeliest first.
 
-    Tables name files relative to their own folder, or to the data set's, or to the one above it.
-    They write `\`, and letters with accents as one character or as two, and endings in either case.
+    Tables write `\`, letters with accents as one character or as two, and endings in either case.
 
     Args:
-        written: the name that the table has.
-        folder: the table's folder in the tree.
+        written: the name that a table has.
+        folder: that it is relative to.
     """
     seen = set()
     for form in _forms(written):
-        for name in (posixpath.join(folder, form), form, posixpath.join("..", form)):
-            if name not in seen:
-                seen.add(name)
-                yield name
+        if form not in seen:
+            seen.add(form)
+            yield posixpath.join(folder, form)
 
 
 def _forms(written: str) -> Iterator[str]:

@@ -426,3 +426,40 @@ def test_prompt_json_in_folders(tmp_path: Path) -> None:
         "left out: 1 row of split 'test'",
         "tables and tars that are not read: 1 (a/old.tar)",
     ]
+
+
+def test_a_missing_file_is_never_replaced_by_another_of_its_name(tmp_path: Path) -> None:
+    write_image(tmp_path / "3.png", 9)
+    for name, inside in (("a", range(4)), ("b", range(4, 6))):
+        for number in inside:
+            write_image(tmp_path / name / f"{number}.png", number)
+        records = [{"file_name": f"{n}.png", "text": caption(n)} for n in inside]
+        write(tmp_path / name / "metadata.jsonl", lines(records))
+    (tmp_path / "a" / "3.png").unlink()
+    source = photographs(tmp_path)
+    with pytest.raises(OSError, match="No such file"):
+        source.read(3, "image")
+    assert source.version(3, "image") is None
+
+
+def test_each_table_has_its_own_way_to_name_files(tmp_path: Path) -> None:
+    for name, start in (("a", 0), ("b", 2)):
+        for number in range(start, start + 2):
+            write_image(tmp_path / name / f"{number}.png", number)
+    texts = {"a": "{}.png", "b": "b/{}.png"}
+    for name, numbers_of in (("a", (0, 1)), ("b", (2, 3))):
+        records = [{"file_name": texts[name].format(n), "text": caption(n)} for n in numbers_of]
+        write(tmp_path / name / "metadata.jsonl", lines(records))
+    assert numbers(photographs(tmp_path)) == [0, 1, 2, 3]
+    (tmp_path / "lists").mkdir()
+    table = write(tmp_path / "lists" / "c.csv", "image,text\na/0.png,number 0\n")
+    assert numbers(photographs(table)) == [0]
+
+
+def test_pictures_that_no_row_names_are_counted(tmp_path: Path) -> None:
+    with_pairs(tmp_path)
+    write(tmp_path / "metadata.jsonl", lines(RECORDS[:3]))
+    assert opened(tmp_path).remarks == ["pictures that no row names, or no option asks for: 2 of 8"]
+    assert photographs(tmp_path).remarks == [
+        "pictures that no row names, or no option asks for: 5 of 8"
+    ]

@@ -1,0 +1,108 @@
+"""Rows from tables of text, and the folder, tree or zip that the tables' file names mean."""
+
+import posixpath
+from pathlib import Path
+
+from common.errors import ConfigError
+from precompute.sources.files.counted_names import CountedNames
+from precompute.sources.files.listed import Listed
+from precompute.sources.files.stored_rows import StoredRows
+from precompute.sources.files.text_tables import (
+    PROMPTS,
+    column_names,
+    prompt_json_names,
+    read_tables,
+)
+from precompute.sources.files.tree import Finder, Tree, ending
+from precompute.sources.files.zips import Zips
+from precompute.sources.source import SourceSettings
+from precompute.sources.splits import first_few
+
+# So many rows of a table tell where its files lie.
+NUM_TRIED = 100
+
+
+def refuse_options_of_pairs(settings: SourceSettings, where: str) -> None:
+    """Refuse options that would have no effect, since names of files do not tell what is a pair.
+
+    Raises:
+        ConfigError: naming the option to give instead.
+    """
+    for option, instead in (
+        ("conditioning_data_dir", "--conditioning-image-column"),
+        ("caption_extension", "--caption-column"),
+    ):
+        if getattr(settings, option) is not None:
+            flag = f"--{option.replace('_', '-')}"
+            raise ConfigError(
+                f"{where}: {flag} goes with files that belong together by their names, and these "
+                f"rows say what belongs to them: see {instead}."
+            )
+
+
+def open_tables(
+    settings: SourceSettings, tree: Tree, tables: list[str], where: str, folder: Path | None
+) -> Listed:
+    """Return the rows of tables of text.
+
+    Args:
+        settings: what the rows need.
+        tree: the files.
+        tables: names in it.
+        where: the data set as the user gave it, for errors.
+        folder: of the tree, in which zips may lie; None if it lies in a zip itself.
+
+    Raises:
+        ConfigError: there are no rows, all are broken, or a column is missing.
+        OSError: a table cannot be read.
+    """
+    is_prompts = posixpath.basename(tables[0]) == PROMPTS
+    refuse_options_of_pairs(settings, f"{where}, {tables[0]}")
+    names = prompt_json_names(settings) if is_prompts else column_names(settings)
+    rows = read_tables(tree, tables, names, where)
+    trees, zips = [tree], list[str]()
+    if folder is not None:
+        zips = sorted(one.name for one in folder.iterdir() if ending(one.name) == "zip")
+    if not _find_folders(rows, Finder(trees)) and zips:
+        trees.append(Zips([folder / name for name in zips], where))  # type: ignore[operator]
+        _find_folders(rows, Finder(trees))
+    layout = f"ControlNet's {PROMPTS}" if is_prompts else f"table {tables[0]}"
+    if len(tables) > 1:
+        layout = f"{len(tables)} tables ({first_few(tables)})"
+    if len(trees) > 1:
+        layout += f", and files in {first_few(zips)}"
+    unread = CountedNames()
+    unread.add("", zips if len(trees) == 1 else [])
+    finder = Finder(trees)
+    return Listed(
+        rows,
+        {"image": finder, "conditioning_image": finder},
+        layout,
+        unread.remark("zips that are not read"),
+        has_conditioning_images=settings.wants_conditioning,
+    )
+
+
+def _find_folders(rows: StoredRows, finder: Finder) -> bool:
+    """Find what each table's file names are relative to, and tell whether all tried files exist.
+
+    It is the table's folder, the data set's or the one above it: the one in which most of the
+    table's first files exist. All names of a table are relative to the same, so that a missing file
+    is never replaced by another of its name elsewhere.
+    """
+    all_exist, start = True, 0
+    for number, (table, end) in enumerate(zip(rows.tables, rows.ends, strict=True)):
+        own = posixpath.dirname(table)
+        tried = range(start, min(end, start + NUM_TRIED))
+        entries = [rows[index] for index in tried]
+        names = [name for one in entries for name in (one.image, one.conditioning_image) if name]
+        most = -1
+        for folder in dict.fromkeys([own, "", ".."]):
+            found = sum(finder.has(name, folder) for name in names)
+            if found > most:
+                rows.folders[number], most = folder, found
+            if most == len(names):
+                break
+        all_exist = all_exist and most == len(names)
+        start = end
+    return all_exist
