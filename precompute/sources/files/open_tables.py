@@ -13,13 +13,10 @@ from precompute.sources.files.text_tables import (
     prompt_json_names,
     read_tables,
 )
-from precompute.sources.files.tree import Finder, Tree, ending
+from precompute.sources.files.tree import NUM_TRIED, Finder, Tree, ending, folder_of_names
 from precompute.sources.files.zips import Zips
 from precompute.sources.source import SourceSettings
 from precompute.sources.splits import first_few
-
-# So many rows of a table tell where its files lie.
-NUM_TRIED = 100
 
 
 def refuse_options_of_pairs(settings: SourceSettings, where: str) -> None:
@@ -84,25 +81,13 @@ def open_tables(
 
 
 def _find_folders(rows: StoredRows, finder: Finder) -> bool:
-    """Find what each table's file names are relative to, and tell whether all tried files exist.
-
-    It is the table's folder, the data set's or the one above it: the one in which most of the
-    table's first files exist. All names of a table are relative to the same, so that a missing file
-    is never replaced by another of its name elsewhere.
-    """
+    """Find what each table's file names are relative to, and tell whether the first files exist."""
     all_exist, start = True, 0
     for number, (table, end) in enumerate(zip(rows.tables, rows.ends, strict=True)):
-        own = posixpath.dirname(table)
-        tried = range(start, min(end, start + NUM_TRIED))
-        entries = [rows[index] for index in tried]
+        entries = [rows[index] for index in range(start, min(end, start + NUM_TRIED // 2))]
         names = [name for one in entries for name in (one.image, one.conditioning_image) if name]
-        most = -1
-        for folder in dict.fromkeys([own, "", ".."]):
-            found = sum(finder.has(name, folder) for name in names)
-            if found > most:
-                rows.folders[number], most = folder, found
-            if most == len(names):
-                break
-        all_exist = all_exist and most == len(names)
+        own = posixpath.dirname(table)
+        rows.folders[number], found = folder_of_names(finder, own, names)
+        all_exist = all_exist and found == len(names)
         start = end
     return all_exist

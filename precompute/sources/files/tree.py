@@ -11,6 +11,8 @@ PICTURES = frozenset({
     "heif", "jp2", "j2k", "jxl", "tga", "ppm", "pgm", "pbm", "pnm", "pfm", "npy", "exr", "hdr",
 })
 # fmt: on
+# So many names of a table tell where its files lie.
+NUM_TRIED = 200
 # What systems and editors leave beside people's files. Hidden ones are passed over as well.
 JUNK = {"thumbs.db", "desktop.ini", "__macosx"}
 
@@ -104,6 +106,28 @@ class Finder:
     def has(self, written: str, folder: str) -> bool:
         """Tell whether there is anything of this name."""
         return any(tree.has(name) for tree in self.trees for name in spellings(written, folder))
+
+
+def folder_of_names(finder: Finder, own: str, names: Sequence[str]) -> tuple[str, int]:
+    """Return the folder that a table's file names are relative to, and how many exist in it.
+
+    It is the table's folder, the data set's or the one above it: the one in which most of the files
+    exist. All names of a table are relative to the same, so that a missing file is never replaced
+    by another of its name elsewhere.
+
+    Args:
+        finder: finds files.
+        own: the table's folder.
+        names: the first of the table's.
+    """
+    best, most = own, -1
+    for folder in dict.fromkeys([own, "", ".."]):
+        found = sum(finder.has(name, folder) for name in names)
+        if found > most:
+            best, most = folder, found
+        if most == len(names):
+            break
+    return best, most
 
 
 def spellings(written: str, folder: str) -> Iterator[str]:

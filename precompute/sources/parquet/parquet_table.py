@@ -10,7 +10,7 @@ from common.errors import ConfigError
 from precompute.sources.columns import Columns, find_columns, image_columns, lacks
 from precompute.sources.file_versions import file_version, names_version
 from precompute.sources.files.folder import Folder
-from precompute.sources.files.tree import Finder
+from precompute.sources.files.tree import NUM_TRIED, Finder, folder_of_names
 from precompute.sources.files_below import files_below
 from precompute.sources.parquet.stored_images import StoredImages, only_column
 from precompute.sources.source import Kind, Row, Source, SourceSettings
@@ -24,7 +24,7 @@ class ParquetFile:
 
     Args:
         path: of the file.
-        folder: that it lies in, relative to the data set's.
+        folder: that its file names are relative to, at first the one that it lies in.
         columns: which are read, by their names in the file.
     """
 
@@ -61,6 +61,12 @@ class ParquetFile:
         """Return the name of a row's image; empty if it has none."""
         names = self.names.get(kind)
         return "" if names is None else names[at].as_py() or ""
+
+    def first_names(self, count: int) -> list[str]:
+        """Return the names of the first rows' images, as far as they have any."""
+        rows = range(min(count // 2, len(self)))
+        names = [self.name(at, kind) for at in rows for kind in self.images]
+        return list(filter(None, names))
 
     def caption(self, at: int) -> tuple[Any, str]:
         """Return a row's caption, as found, and why it has none."""
@@ -172,9 +178,11 @@ def open_parquet(settings: SourceSettings, path: Path, where: str) -> Source | N
     folder = Folder(path if path.is_dir() else path.parent)
     if num_others and all(one.all_embedded for file in files for one in file.images.values()):
         remarks.append(f"not read: {num_others} other files beside the Parquet files")
-    return ParquetTable(
-        files, Finder([folder]), remarks, has_conditioning_images=settings.wants_conditioning
-    )
+    finder = Finder([folder])
+    for file in files:
+        if not all(images.all_embedded for images in file.images.values()):
+            file.folder, _ = folder_of_names(finder, file.folder, file.first_names(NUM_TRIED))
+    return ParquetTable(files, finder, remarks, has_conditioning_images=settings.wants_conditioning)
 
 
 def _read(path: Path, inside: PurePath, settings: SourceSettings, where: str) -> ParquetFile:

@@ -7,6 +7,7 @@ import os
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -292,3 +293,24 @@ def test_bad_rows_are_judged_all_together() -> None:
     bad.add(first)
     with pytest.raises(ShardError, match="3 of 100 rows cannot be used"):
         bad.add(second)
+
+
+@pytest.mark.parametrize(
+    ("row", "wording"),
+    [
+        ({"target": "none.png", "prompt": "a"}, "none.png: No such file or directory"),
+        ({"target": "a b.png ", "prompt": "a"}, "a b.png : No such file or directory"),
+        ({"target": "none.png", "prompt": None}, "the prompt is not text but NoneType"),
+        ({"prompt": "a"}, "the row has no image"),
+    ],
+)
+def test_a_bad_row_is_known_by_the_first_wording_of_its_fault(
+    tmp_path: Path, row: dict[str, Any], wording: str
+) -> None:
+    """Caches of former versions know it so, and keep its place."""
+    (tmp_path / "source").mkdir()
+    write_lines(tmp_path / "source", [row | {"source": "a.png"}, {"target": "a.png"}])
+    source = open_source(SourceSettings(source=str(tmp_path / "source")))
+    found = taken(source, DigestCache(tmp_path / "hashes.npy"))
+    expected = xxh3_128_digest(f"cannot be used: {wording}".encode())
+    assert b"".join(int(half).to_bytes(8, "big") for half in found.images[0]) == expected

@@ -100,7 +100,7 @@ def test_file_names_and_bytes_in_one_column(
     now = file_versions.time.time_ns
     monkeypatch.setattr(file_versions.time, "time_ns", lambda: now() + 60 * 10**9)
     (tmp_path / "tables").mkdir()
-    (tmp_path / "tables" / "1.png").write_bytes(image(1))
+    (tmp_path / "1.png").write_bytes(image(1))
     (tmp_path / "2.png").write_bytes(image(2))
     columns = {
         "image": structs([image(0), None, None, None], [None, "1.png", "2.png", None]),
