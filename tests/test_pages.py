@@ -57,6 +57,7 @@ max_sequence_length = {TOKENS}
 text_dtype = "float32"
 cache_dtype = "float32"
 device = "cpu"
+overwrite = true  # of the caches that are there for the tests, and of no reader
 
 [train]
 pretrained_model_name_or_path = "BASE"
