@@ -103,6 +103,7 @@ class _Grouping:
             if role != "caption":
                 found[role] = candidates[0][1:]
             self._note_oddities(role, candidates)
+        self._note_image_for_both(found)
         caption = None
         if "caption" in samples.wanted.columns:
             try:
@@ -127,6 +128,16 @@ class _Grouping:
                 )
         if fault:
             samples.faults[len(samples.roles)] = fault
+
+    def _note_image_for_both(self, found: dict[Role, tuple[Member, str]]) -> None:
+        """Note a conditioning image that would be the image too, where that one is missing."""
+        samples, columns = self.samples, self.samples.wanted.columns
+        image, control = found.get("image"), found.get("conditioning_image")
+        if image and image == control and columns["image"] != columns["conditioning_image"]:
+            samples.faults.setdefault(
+                len(samples.roles),
+                f"no image: {samples.tar}/{image[0].name} is the conditioning image already",
+            )
 
     def _caption(self, candidates: list[Candidate]) -> tuple[Any, Member, str]:
         """Return the first caption that there is, its member and that's ending.

@@ -106,6 +106,18 @@ def test_of_several_endings_the_first_that_is_there_is_taken(tmp_path: Path) -> 
     assert_rows(open_tars(tmp_path, **columns), range(6))
 
 
+def test_a_conditioning_image_never_stands_in_for_the_image(tmp_path: Path) -> None:
+    members = [*samples(range(2)), *renamed(2, {"jpg": ""}), *samples([3])]
+    write_tar(tmp_path / "a.tar", members)
+    source = open_tars(tmp_path, image_column="jpg;png")
+    assert_rows(source, [0, 1, None, 3])
+    (row,) = source.rows([2])
+    assert row.fault == "no image: a.tar/0002.png is the conditioning image already"
+    # Unless that is what the user says.
+    source = open_tars(tmp_path, image_column="png")
+    assert source.read(2, "image") == source.read(2, "conditioning_image") == control(2)
+
+
 @pytest.mark.parametrize("odd", [3, 7])
 def test_case_does_not_matter(tmp_path: Path, odd: int) -> None:
     members = []
