@@ -1,7 +1,7 @@
 """A cache of random numbers in the true format, of any size, for measurements and tests."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -12,7 +12,7 @@ from shards.format.keys import record_key
 from shards.format.manifest import Manifest
 from shards.format.product import captions_digest, product_of
 from shards.format.records import Record
-from shards.format.specs import Bucket, LatentSpec, TextSpec
+from shards.format.specs import Bucket, ConditioningSpec, LatentSpec, TextSpec
 from shards.format.tensor_spec import TensorSpec
 from shards.format.writer import write_shard
 from shards.reading.tensors import torch_dtype
@@ -105,7 +105,7 @@ def write_cache(
             latents=product_of(folder / "latents", latents, shard_buckets),
             latent_spec=shape.latent_spec(),
             conditioning={"conditioning": product_of(controls, conditioning, shard_buckets)},
-            conditioning_specs={"conditioning": shape.latent_spec()},
+            conditioning_specs={"conditioning": ConditioningSpec(**asdict(shape.latent_spec()))},
             validation={"conditioning": product_of(folder, [])},
             captions=captions_digest(latents),
             num_skipped=0,

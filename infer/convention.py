@@ -18,8 +18,10 @@ from torch import Tensor
 from common.errors import ConfigError
 from infer.config import PipelineConfig
 from sd3.buckets import nearest_buckets
+from sd3.images import BACKGROUND
 from sd3.pixels import to_pixels, to_uint8
 from sd3.pretrained import DATA_KEY, largest_side, read_config, vae_factor
+from sd3.value_scale import AS_IS
 from shards.format.specs import AnnotatorSpec
 
 Sizes = tuple[tuple[int, int], ...]  # width and height in pixels
@@ -40,6 +42,8 @@ class Convention:
             the one whose shape is nearest the conditioning image's.
         max_sequence_length: T5 tokens.
         pixel_range: range of conditioning images before the VAE; `-1_1` is the stock pipeline's.
+        background: colour behind transparent pixels of conditioning images, for Pillow.
+        scale: which of their numbers become black and white; see `sd3.value_scale`.
         annotator: what drew the conditioning images; None if they came with the data, or if its
             configuration does not say.
     """
@@ -47,6 +51,8 @@ class Convention:
     sizes: Sizes
     max_sequence_length: int
     pixel_range: str
+    background: str = BACKGROUND
+    scale: str = AS_IS
     annotator: AnnotatorSpec | None = None
 
     def picture_size(self, conditioning: Image.Image) -> tuple[int, int]:
@@ -80,6 +86,8 @@ def find_convention(config: PipelineConfig, base: Path, name: str, controlnet: P
         sizes=_given_sizes(config) or trained or _native_sizes(base),
         max_sequence_length=config.max_sequence_length or tokens,
         pixel_range=pixel_range,
+        background=_background(data),
+        scale=str(data.get("conditioning_scale", AS_IS)),
         annotator=_annotator(name, data),
     )
     _check_positions(found.sizes, base, saved)
@@ -101,6 +109,13 @@ def _annotator(name: str, data: dict[str, Any]) -> AnnotatorSpec | None:
         return msgspec.convert(entry, AnnotatorSpec)
     except msgspec.ValidationError as error:
         raise ConfigError(f"--controlnet {name}: annotator in its config.json: {error}.") from error
+
+
+def _background(data: dict[str, Any]) -> str:
+    if "background" not in data:
+        return BACKGROUND
+    red, green, blue = data["background"]
+    return f"#{red:02x}{green:02x}{blue:02x}"
 
 
 def _given_sizes(config: PipelineConfig) -> Sizes:

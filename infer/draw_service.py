@@ -15,7 +15,6 @@ from typing import Any
 import click
 import torch
 from PIL import Image
-from xxhash import xxh3_128_hexdigest
 
 from common.device import pick_device, use_device
 from common.errors import ConfigError, RunError
@@ -102,7 +101,7 @@ class DrawService:
             number = next(self._numbers)
             drawing = self.config.output_dir / f"{number:05d}-conditioning.png"
             save_png(drawing, conditioning)
-            control = Control(drawing, xxh3_128_hexdigest(drawing.read_bytes()), conditioning)
+            control = Control(drawing, drawing.read_bytes(), is_ready=True)
             config = GenerateConfig(
                 **_pipeline_settings(self.config)
                 | {

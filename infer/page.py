@@ -11,6 +11,7 @@ from common.errors import ConfigError, RunError, ShardError
 from infer.config import ServeConfig
 from infer.convention import Convention
 from infer.draw_service import DrawService
+from sd3.images import BACKGROUND
 
 SMALLEST_CANVAS_PX = 512
 UPLOADS_KEPT_S = 24 * 60 * 60  # gradio's own copies of pictures
@@ -65,7 +66,7 @@ def _add_editor(width: int, height: int) -> gr.ImageEditor:
     return gr.ImageEditor(
         value={"background": black, "layers": [], "composite": black},
         type="pil",
-        image_mode="RGB",
+        image_mode="RGBA",  # what is transparent in an uploaded picture stays so
         sources=("upload", "clipboard"),
         label="Conditioning image",
         brush=gr.Brush(
@@ -142,7 +143,7 @@ class _DrawAction:
         """
         try:
             path, control = self.service.draw(
-                flatten(editor),
+                flatten(editor, self._background(title)),
                 prompt,
                 negative_prompt,
                 title,
@@ -165,6 +166,10 @@ class _DrawAction:
             new.append((_pixels(control), f"drawn from the photograph, for {title}"))
         return [*new, *(shown or [])]
 
+    def _background(self, title: str) -> str:
+        controlnet = self.service.controlnets.get(title)
+        return controlnet.convention.background if controlnet else BACKGROUND
+
 
 def _pixels(path: Path) -> Image.Image:
     """Return a file's pixels alone: its settings hold paths of this machine."""
@@ -172,8 +177,8 @@ def _pixels(path: Path) -> Image.Image:
         return Image.fromarray(np.asarray(picture))
 
 
-def flatten(editor: dict[str, Any] | None) -> Image.Image:
-    """Return the image in the editor, RGB, transparent parts black.
+def flatten(editor: dict[str, Any] | None, background: str = BACKGROUND) -> Image.Image:
+    """Return the image in the editor, RGB, transparent parts in the colour of a background.
 
     Raises:
         ConfigError: the editor is empty.
@@ -182,4 +187,4 @@ def flatten(editor: dict[str, Any] | None) -> Image.Image:
     if image is None:
         raise ConfigError("Draw or upload a conditioning image.")
     layer = image.convert("RGBA")
-    return Image.alpha_composite(Image.new("RGBA", layer.size, "black"), layer).convert("RGB")
+    return Image.alpha_composite(Image.new("RGBA", layer.size, background), layer).convert("RGB")

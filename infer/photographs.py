@@ -16,7 +16,8 @@ from sd3.annotators.annotator import Annotator
 from sd3.annotators.arguments import parse_arguments
 from sd3.annotators.drawing import Drawing
 from sd3.annotators.registry import find_annotator
-from sd3.images import BadImage, fit
+from sd3.image_files import BadImage
+from sd3.images import fit
 
 
 @dataclass(frozen=True)

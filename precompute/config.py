@@ -15,6 +15,7 @@ from precompute.sources.source import SourceSettings
 from sd3.annotators.arguments import parse_arguments
 from sd3.buckets import STEP_PX
 from sd3.images import BACKGROUND
+from sd3.value_scale import AS_IS, parse_scale
 from shards.format.manifest import CONTROL_NAME, DEFAULT_CONDITIONING
 
 
@@ -131,6 +132,15 @@ class PrecomputeConfig:
     background: str = option(
         BACKGROUND, help="Colour behind transparent pixels, by name or as #rrggbb."
     )
+    conditioning_scale: str = option(
+        AS_IS,
+        help="Which numbers of conditioning images become black and white: as-is takes 8 bit as "
+        "they are and of 16 bit the upper 8; LOW:HIGH, e.g. 0:5000, the same two for all images; "
+        "auto, each image's own lowest and highest.",
+    )
+    min_image_px: int = option(
+        1, help="Leave out rows whose image has a shorter side than this, in pixels."
+    )
     conditioning_range: Literal["-1_1", "0_1"] = option(
         "-1_1",
         help="Range of conditioning pixels before the VAE. -1_1 is what the stock pipeline does "
@@ -213,6 +223,7 @@ class PrecomputeConfig:
             raise ConfigError(
                 f"--background {self.background}: no colour; try white, or #ffffff."
             ) from error
+        self._check_scale()
         for name in ("vae_batch_size", "text_batch_size", "dataloader_num_workers"):
             value = getattr(self, name)
             if value != "auto" and value < 1:
@@ -231,6 +242,8 @@ class PrecomputeConfig:
         find_part(self.part, {})
         if self.max_train_samples is not None and self.max_train_samples < 1:
             raise ConfigError(f"--max-train-samples {self.max_train_samples}: must be at least 1.")
+        if self.min_image_px < 1:
+            raise ConfigError(f"--min-image-px {self.min_image_px}: must be at least 1.")
         if self.validation_rows < 0:
             raise ConfigError(f"--validation-rows {self.validation_rows}: must be at least 0.")
         if self.shard_mb <= 0:
@@ -251,6 +264,20 @@ class PrecomputeConfig:
                 "images are conditioning images anyway. Leave it out."
             )
         self.validation_pairs()
+
+    def _check_scale(self) -> None:
+        try:
+            parse_scale(self.conditioning_scale)
+        except ValueError as error:
+            raise ConfigError(
+                f"--conditioning-scale {self.conditioning_scale}: expected as-is, auto, or "
+                "LOW:HIGH with the lower number first, such as 0:5000."
+            ) from error
+        if self.conditioning_from is not None and self.conditioning_scale != AS_IS:
+            raise ConfigError(
+                f"--conditioning-scale {self.conditioning_scale}: is for conditioning images of "
+                "the data set, and --conditioning-from draws them; leave one out."
+            )
 
     def source_settings(self) -> SourceSettings:
         """Return where the rows come from."""

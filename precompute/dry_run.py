@@ -16,9 +16,12 @@ from common.device import AsyncHostCopy
 from precompute.discarded import describe_discarded
 from precompute.encoding import image_pass, text_pass
 from precompute.encoding.batch_size import BatchSize
+from precompute.encoding.control_values import look_at_controls
 from precompute.encoding.text_encoders import TextEncoders
+from precompute.encoding.text_pass import look_at_prompts
 from precompute.encoding.vae_encoder import VaeEncoder
 from precompute.planning.context import Context
+from precompute.planning.oddities import describe_oddities
 from precompute.planning.plan import ProductPlan
 from precompute.source_changes import source_changes
 
@@ -29,11 +32,14 @@ def dry_run(context: Context) -> None:
     """Print the plan, with times from encoding a few batches; write nothing into the cache."""
     rows, captions = len(context.inventory), len(context.prompts.numbers)
     click.echo(f"{rows} rows, {captions} captions, {len(context.prompts)} distinct prompts")
-    if context.bad_rows:
-        count = len(context.bad_rows)
-        click.echo(f"{count} rows would be left out:\n{context.bad_rows.table()}")
+    if count := len(context.bad_rows):
+        table = context.bad_rows.table()
+        click.echo(f"{count} rows would be left out, {rows - count} pairs kept:\n{table}")
     if changes := source_changes(context):
         click.echo(f"the source since the last run: {changes}")
+    odd = [*describe_oddities(context), *look_at_controls(context), *look_at_prompts(context)]
+    for line in odd:
+        click.echo(f"  {line}")
     _print_products(context)
     if discarded := describe_discarded(context):
         click.echo(f"{discarded}\n  it needs --overwrite")

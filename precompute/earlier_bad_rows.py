@@ -24,6 +24,7 @@ def count_earlier_bad_rows(context: Context, finished: Mapping[Path, list[Summar
         ShardError: too many rows are bad.
     """
     inventory, bad_rows = context.inventory, context.bad_rows
+    without_latent = set(inventory.faults)
     for product in (context.products.latents, context.products.conditioning):
         is_latents = product is context.products.latents
         faults = inventory.faults if is_latents else inventory.conditioning_faults
@@ -31,9 +32,10 @@ def count_earlier_bad_rows(context: Context, finished: Mapping[Path, list[Summar
             if summary is None or not summary.skipped:
                 continue
             rows = list(map(context.row_of, items_left_out(product, shard)))
-            if not is_latents:  # those without a latent are listed there
-                others = bad_rows.rows.keys() - faults.keys()
-                rows = [row for row in rows if row not in others]
+            if is_latents:
+                without_latent.update(rows)
+            else:  # those without a latent are listed there
+                rows = [row for row in rows if row not in without_latent]
             reasons = reasons_before(rows, faults, summary.skipped)
             bad_rows.add(named(context.source, inventory, reasons))
 
@@ -83,7 +85,7 @@ def mark_unfinished(shards: Iterable[tuple[ProductPlan, int]]) -> None:
 def _may_be_retried(context: Context, product: ProductPlan, shard: int) -> bool:
     if product.finished(shard) is None:
         return False
-    faults = set(context.inventory.faults)
+    faults = context.inventory.faults.keys() | context.inventory.unreadable.keys()
     if product is context.products.conditioning:
         faults |= context.inventory.conditioning_faults.keys()
     return any(context.row_of(item) not in faults for item in items_left_out(product, shard))

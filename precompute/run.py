@@ -22,18 +22,21 @@ from precompute.earlier_bad_rows import (
     retry_bad_rows,
 )
 from precompute.encoding.control_pass import draw_controls
+from precompute.encoding.control_values import look_at_controls
 from precompute.encoding.encoder_clock import EncoderClock
 from precompute.encoding.image_pass import encode_images
 from precompute.encoding.text_pass import encode_text
 from precompute.leftovers import abandoned_files, surplus_files
 from precompute.planning.context import Context
 from precompute.planning.existing_layout import layout_arrays
+from precompute.planning.oddities import describe_oddities
 from precompute.planning.prepare import prepare
 from precompute.source_changes import changes_to_remember, source_changes
 from shards.format import manifest, seal, sidecar
 from shards.format.expected_cache import ExpectedCache, write_expected
 from shards.format.manifest import Manifest
 from shards.format.writer import write_sidecar
+from shards.info import num_pairs
 
 
 def precompute(config: PrecomputeConfig) -> None:
@@ -59,6 +62,8 @@ def precompute(config: PrecomputeConfig) -> None:
     todo = {folder: context.shards_to_build(product) for folder, product in products.items()}
     if changes := source_changes(context):
         context.print(f"  the source since the last run: {changes}")
+    for line in [*describe_oddities(context), *look_at_controls(context)]:
+        context.print(f"  {line}")
     _print_todo(context, todo)
     if retried:
         judge_as_before(context)
@@ -214,10 +219,9 @@ def _report(context: Context, sealed: Manifest, previous: Manifest | None) -> No
         count = len(context.bad_rows)
         click.echo(f"{count} rows were left out:\n{context.bad_rows.table()}")
     size = sum(product.num_bytes for _, product in sealed.products())
-    per_prompt = sealed.latents.num_records / max(sealed.text.num_records - 1, 1)
-    num_held_out = sum(sealed.latents.shard_records[shard] for shard in sealed.held_out)
-    held_out = f" ({num_held_out} held out of training)" if num_held_out else ""
+    pairs = num_pairs(sealed, context.config.conditioning_name)
+    left_out = f", {sealed.num_skipped} rows left out" if sealed.num_skipped else ""
     click.echo(
-        f"{context.config.cache}: complete, {sealed.latents.num_records} images{held_out}, "
-        f"{sealed.text.num_records} prompts ({per_prompt:.1f} images each), {size / 1e6:.1f} MB"
+        f"{context.config.cache}: complete, {pairs}{left_out}, "
+        f"{sealed.text.num_records} prompts, {size / 1e6:.1f} MB"
     )

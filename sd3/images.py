@@ -1,87 +1,88 @@
 """From image files to fitted RGB images; stage 1 and inference use the same code."""
 
-import io
 from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
-from PIL import ExifTags, Image, ImageOps
+from PIL import Image, ImageOps
 
-BACKGROUND = "white"
+from sd3.color_profile import to_srgb
+from sd3.image_files import BadImage, opened, read_file
+from sd3.value_scale import AS_IS, is_map, map_to_grey, stretch
+
+BACKGROUND, WHITE = "white", (255, 255, 255)
 LARGEST_ASPECT_DIFFERENCE = 0.01
+# Annotators round their drawings' sides to multiples of these, and others to whole pixels.
+ROUNDED_TO_PX = (64, 8)
+LARGEST_ROUNDING = 1 / 8
 # 0.4 GB in RGB; an image at 1024 pixels reaches it if it is 128 times as long as wide.
 LARGEST_RESIZED_PX = 1 << 27
 
 
-class BadImage(ValueError):
-    """An image cannot be used; says why."""
-
-
 def decode(data: bytes, background: str = BACKGROUND) -> Image.Image:
-    """Return an encoded image in RGB, upright.
+    """Return an encoded image in RGB, upright, its colours in sRGB.
 
     Args:
-        data: a file that Pillow reads, of any mode; EXIF orientation is applied.
+        data: a file that Pillow reads, of any mode; EXIF orientation and a colour profile are
+            applied.
         background: colour behind transparent pixels, in a form of Pillow's ImageColor.
 
     Raises:
         BadImage: the data is empty, truncated, too large, or no image.
     """
-    if not data:
-        raise BadImage("the file is empty")
-    try:
-        with Image.open(io.BytesIO(data)) as image:
-            return _to_rgb(ImageOps.exif_transpose(image), background)
-    except (BadImage, MemoryError):
-        raise
-    except Exception as error:
-        raise _unreadable(error) from error
+    with opened(data) as image:
+        return _to_rgb(to_srgb(ImageOps.exif_transpose(image)), background)
 
 
-def size(data: bytes) -> tuple[int, int]:
-    """Return width and height of an encoded image, upright, without decoding its pixels.
+def decode_conditioning(
+    data: bytes, background: str = BACKGROUND, scale: str = AS_IS
+) -> Image.Image:
+    """Return an encoded conditioning image in RGB, upright.
+
+    Its pixels are data, not colours: a colour profile is not applied.
+
+    Args:
+        data: a file that Pillow reads, of any mode; EXIF orientation is applied.
+        background: colour behind transparent pixels, in a form of Pillow's ImageColor.
+        scale: which of its numbers become black and white; see `value_scale`.
 
     Raises:
-        BadImage: the data is no image.
+        BadImage: the data is empty, truncated, too large, or no image; or its numbers do not go
+            with the scale.
     """
-    try:
-        with Image.open(io.BytesIO(data)) as image:
-            turned = image.getexif().get(ExifTags.Base.Orientation, 1) in range(5, 9)
-            # For TIFF alone, Pillow reports the size after rotation.
-            return image.size[::-1] if turned and image.format != "TIFF" else image.size
-    except MemoryError:
-        raise
-    except Exception as error:
-        raise _unreadable(error) from error
+    return at_scale(conditioning_numbers(data, background), scale)
 
 
-def has_transparency(data: bytes) -> bool:
-    """Tell whether an encoded image may have transparent pixels, without decoding them."""
-    try:
-        with Image.open(io.BytesIO(data)) as image:
-            return bool(image.has_transparency_data)
-    except MemoryError:
-        raise
-    except Exception:
-        return False  # no image
+def conditioning_numbers(data: bytes, background: str = BACKGROUND) -> Image.Image:
+    """Return an encoded conditioning image with its own numbers, upright; see `at_scale`.
+
+    Returns:
+        Mode I, I;16 or F if it holds numbers of more than 8 bit, otherwise RGB.
+
+    Raises:
+        BadImage: the data is empty, truncated, too large, or no image.
+    """
+    with opened(data) as image:
+        return _over(ImageOps.exif_transpose(image), background)
 
 
-def _unreadable(error: Exception) -> BadImage:
-    """Return the error for an image on which Pillow fails, with any exception."""
-    # Pillow's message names the BytesIO, which means nothing to a user.
-    reason = str(error).partition(" <_io.BytesIO")[0]
-    return BadImage(f"not a readable image ({reason or type(error).__name__})")
+def at_scale(image: Image.Image, scale: str) -> Image.Image:
+    """Return an image of numbers in RGB; of 16 bit as they are, the upper 8 bits.
+
+    Raises:
+        BadImage: its numbers do not go with the scale.
+    """
+    return map_to_grey(image, scale).convert("RGB") if is_map(image) else stretch(image, scale)
 
 
 def _to_rgb(image: Image.Image, background: str) -> Image.Image:
-    """Return an image in RGB; of 16 bit images, such as depth maps, the upper 8 bits."""
-    if image.mode.startswith("I"):
-        values = np.asarray(image).astype(np.int64)
-        if values.size and (values.min() < 0 or values.max() >> 16):
-            raise BadImage(f"its values reach from {values.min()} to {values.max()}, not 16 bit")
-        image = Image.fromarray((values >> 8).astype(np.uint8))
-    elif image.mode == "F":
-        raise BadImage("it holds floating point numbers, of unknown range; save it in 8 or 16 bit")
+    return at_scale(_over(image, background), AS_IS)
+
+
+def _over(image: Image.Image, background: str) -> Image.Image:
+    """Return an image in RGB over a background, or a map as it is."""
+    if is_map(image):
+        image.load()
+        return image
     if image.has_transparency_data:
         layers = Image.new("RGBA", image.size, background), image.convert("RGBA")
         image = Image.alpha_composite(*layers)
@@ -98,10 +99,7 @@ def load(path: Path, background: str = BACKGROUND) -> tuple[Image.Image, bytes]:
     Raises:
         BadImage: the file is missing, or no image that can be used.
     """
-    try:
-        data = path.read_bytes()
-    except OSError as error:
-        raise BadImage(error.strerror or str(error)) from error
+    data = read_file(path)
     return decode(data, background), data
 
 
@@ -124,12 +122,8 @@ def fit(
             it would fill the memory.
     """
     width, height = like or image.size
-    wide, high = image.width * height, image.height * width
-    if abs(wide - high) > LARGEST_ASPECT_DIFFERENCE * min(wide, high):
-        raise BadImage(
-            f"{image.width} x {image.height} pixels, of another shape than its image's "
-            f"{width} x {height}"
-        )
+    if fault := shape_fault(image.size, (width, height)):
+        raise BadImage(fault)
     to_width, to_height = (size_px, size_px) if isinstance(size_px, int) else size_px
     if width * to_height <= height * to_width:
         resized = to_width, int(to_width * height / width)
@@ -142,6 +136,41 @@ def fit(
     left = round((resized[0] - to_width) / 2)
     top = round((resized[1] - to_height) / 2)
     return image.crop((left, top, left + to_width, top + to_height))
+
+
+def shape_fault(size: tuple[int, int], like: tuple[int, int]) -> str:
+    """Return why a conditioning image cannot be laid over its image; empty if it can.
+
+    Args:
+        size: width and height of the conditioning image.
+        like: width and height of its image.
+    """
+    if has_shape_of(size, like) or is_rounded(size, like):
+        return ""
+    wrong, right = ("{} x {}".format(*sides) for sides in (size, like))
+    return f"{wrong} pixels, of another shape than its image's {right}"
+
+
+def has_shape_of(size: tuple[int, int], like: tuple[int, int]) -> bool:
+    """Tell whether two images have one aspect ratio, to 1 %."""
+    wide, high = size[0] * like[1], size[1] * like[0]
+    return abs(wide - high) <= LARGEST_ASPECT_DIFFERENCE * min(wide, high)
+
+
+def is_rounded(size: tuple[int, int], like: tuple[int, int]) -> bool:
+    """Tell whether rounding alone gave a conditioning image another aspect ratio than its image's.
+
+    That is if its image, at some scale, has sides that round to it: to multiples of 64 or 8 if
+    both sides are such, or else to within a pixel. The ratios then differ by an eighth at most.
+    """
+    step = next((px for px in ROUNDED_TO_PX if size[0] % px == size[1] % px == 0), 2)
+    reach, (width, height) = step // 2, size
+    wide, high = width * like[1], height * like[0]
+    return (
+        (width - reach) * like[1] <= (height + reach) * like[0]
+        and (height - reach) * like[0] <= (width + reach) * like[1]
+        and abs(wide - high) <= LARGEST_ROUNDING * min(wide, high)
+    )
 
 
 def annotated(image: Image.Image, annotator: Callable[[Image.Image], Image.Image]) -> Image.Image:

@@ -52,7 +52,8 @@ def seal_command(cache: Path) -> None:
     with user_errors():
         expected, _ = read_expected(cache)
         sealed = seal.seal(cache, expected)
-    click.echo(f"{cache}: complete, {sealed.latents.num_records} images")
+    pairs = info.num_pairs(sealed, expected.conditioning_name)
+    click.echo(f"{cache}: complete, {pairs}, {sealed.num_skipped} rows left out")
 
 
 @main.command("verify")

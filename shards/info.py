@@ -5,9 +5,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from shards.format.json_files import plain
 from shards.format.manifest import Manifest
 from shards.format.sidecar import tar_path
-from shards.format.specs import describe_annotator
+from shards.format.specs import ConditioningSpec, describe_annotator
 
 
 def describe(manifest: Manifest, *, by_shard: bool) -> Iterator[str]:
@@ -25,7 +26,8 @@ def describe(manifest: Manifest, *, by_shard: bool) -> Iterator[str]:
         drawn = ""
         if annotator := manifest.annotators.get(name):
             drawn = f", drawn by {describe_annotator(annotator.name, annotator.arguments)}"
-        yield f"conditioning {name!r}: pixels encoded in {spec.pixel_range}{drawn}"
+        pairs = num_pairs(manifest, name)
+        yield f"conditioning {name!r}: {pairs}, {_made_from(spec)}{drawn}"
     yield f"rows skipped: {manifest.num_skipped}"
     for key, value in manifest.made_by.items():
         if key == "changes":
@@ -38,6 +40,23 @@ def describe(manifest: Manifest, *, by_shard: bool) -> Iterator[str]:
                 f"{shard['shard']:36s} {shard['records']:8d} records "
                 f"{shard['bytes'] / 1e6:10.1f} MB   sha256 {shard['sha256']}"
             )
+
+
+def num_pairs(manifest: Manifest, name: str) -> str:
+    """Return how many pairs of image and conditioning image a control has, in words."""
+    records = manifest.conditioning[name].shard_records
+    held_out = sum(records[shard] for shard in manifest.held_out)
+    note = f" ({held_out} held out of training)" if held_out else ""
+    return f"{sum(records)} pairs{note}"
+
+
+def _made_from(spec: ConditioningSpec) -> str:
+    parts = [f"pixels encoded in {spec.pixel_range}"]
+    if spec.background is not None:
+        parts.append("over #{:02x}{:02x}{:02x}".format(*spec.background))
+    if spec.scale is not None:
+        parts.append(f"scale {spec.scale}")
+    return ", ".join(parts)
 
 
 def _describe_tensors(manifest: Manifest) -> Iterator[str]:
@@ -77,7 +96,7 @@ def summary(manifest: Manifest, *, by_shard: bool) -> dict[str, Any]:
         ],
         "latent_spec": dataclasses.asdict(manifest.latent_spec),
         "conditioning_specs": {
-            name: dataclasses.asdict(spec) for name, spec in manifest.conditioning_specs.items()
+            name: plain(spec) for name, spec in manifest.conditioning_specs.items()
         },
         "annotators": {
             name: dataclasses.asdict(spec) for name, spec in manifest.annotators.items()

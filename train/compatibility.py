@@ -17,6 +17,7 @@ from sd3.pretrained import (
     largest_side,
     read_config,
 )
+from sd3.value_scale import AS_IS
 from shards.format.manifest import Manifest, data_digest
 from shards.format.specs import LatentSpec, describe_annotator
 from shards.reading.cache import Cache
@@ -181,6 +182,12 @@ def check_convention(name: str, config: Mapping[str, Any], cache: Cache) -> str 
         notes.append(f"was trained with {trained} T5 tokens, and goes on with the cache's {tokens}")
     if (drawn := _drawn_by(data)) and drawn != (now := _cache_drawn_by(cache)):
         notes.append(f"was trained on controls drawn by {drawn}, and goes on with those of {now}")
+    scale, trained_scale = cache.conditioning_spec.scale or AS_IS, data.get("conditioning_scale")
+    if trained_scale not in (None, scale):
+        notes.append(
+            f"was trained on conditioning images of scale {trained_scale}, and the cache's are of "
+            f"scale {scale}"
+        )
     return f"{what}: {'; '.join(notes)}" if notes else None
 
 

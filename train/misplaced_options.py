@@ -27,6 +27,8 @@ PRECOMPUTE_OPTIONS = (
     "--buckets",
     "--background",
     "--conditioning-range",
+    "--conditioning-scale",
+    "--min-image-px",
     "--max-sequence-length",
     "--validation-prompt",
     "--validation-image",

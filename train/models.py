@@ -13,8 +13,10 @@ from torch import Tensor, nn
 
 from common.errors import ConfigError
 from sd3.finite import check_finite
+from sd3.images import WHITE
 from sd3.pretrained import component_variant, read_config
 from sd3.quantized import quantize
+from sd3.value_scale import AS_IS
 from shards.format.manifest import Manifest
 from train.config import TrainConfig
 
@@ -223,6 +225,8 @@ def data_entry(manifest: Manifest, conditioning_name: str) -> dict[str, Any]:
     return {
         "max_sequence_length": manifest.text_spec.max_sequence_length,
         "conditioning_range": conditioning.pixel_range,
+        "background": conditioning.background or WHITE,
+        "conditioning_scale": conditioning.scale or AS_IS,
         "height": height,
         "width": width,
         "buckets": sizes,

@@ -34,7 +34,7 @@ class ControlNetSet:
 
     @property
     def convention(self) -> Convention:
-        """The first convention; the others may differ from it in the range of pixels alone."""
+        """The first convention; the others may differ from it in what becomes of controls alone."""
         return self.conventions[0]
 
 

@@ -11,13 +11,14 @@ from common.device import pick_device
 from common.errors import ConfigError
 from infer.batches import split_into_batches
 from infer.config import GenerateConfig
+from infer.convention import Convention
 from infer.drawing import metadata
 from infer.drawing.controlnet_set import ControlNetSet
 from infer.drawing.requests import Control, DrawRequest
 from infer.photographs import Redrawing, draw_controls
 from sd3 import images
 from sd3.annotators.drawing import Drawing
-from sd3.images import BadImage
+from sd3.image_files import BadImage
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,7 @@ class Picture:
         seed: seed of its noise.
         size: width and height in pixels.
         controls: conditioning images, one for each ControlNet of the set.
+        conventions: of these ControlNets.
     """
 
     path: Path
@@ -39,6 +41,7 @@ class Picture:
     seed: int
     size: tuple[int, int]
     controls: tuple[Control, ...]
+    conventions: tuple[Convention, ...]
 
     def fit_controls(self) -> list[Image.Image]:
         """Return the conditioning images in the picture's size.
@@ -47,11 +50,12 @@ class Picture:
             ConfigError: an image cannot be resized to it.
         """
         fitted = []
-        for control in self.controls:
+        for control, convention in zip(self.controls, self.conventions, strict=True):
+            image = control.image(convention)
             try:
-                fitted.append(images.fit(control.image, self.size))
+                fitted.append(images.fit(image, self.size))
             except BadImage as error:
-                raise ConfigError(f"--image {control.path}: {error}.") from error
+                raise ConfigError(f"{control.where} {control.path}: {error}.") from error
         return fitted
 
 
@@ -81,15 +85,22 @@ def plan_pictures(
     drawings = [redrawing.open() for redrawing in redrawings]
     for number, request in enumerate(requests):
         controls = _controls_of(request, len(controlnets.folders))
-        size = controlnets.convention.picture_size(controls[0].image)
+        convention = controlnets.convention
         if drawings:
-            controls = tuple(map(partial(_drawn, size), controls, drawings))
+            size = convention.picture_size(controls[0].photograph(convention))
+            controls = tuple(
+                map(partial(_drawn, size), controls, controlnets.conventions, drawings)
+            )
+        else:
+            size = convention.picture_size(controls[0].image(convention))
         for seed in request.seeds:
             name = f"{number:03d}"
             name += f"-seed{seed}" if several_seeds else ""
             name += f"-{controlnets.title}" if title_in_name else ""
             path = config.output_dir / f"{name}.png"
-            pictures.append(Picture(path, "", request, seed, size, controls))
+            pictures.append(
+                Picture(path, "", request, seed, size, controls, controlnets.conventions)
+            )
         pictures[-1].fit_controls()  # fails now, before anything is loaded
     annotators = [redrawing.digest for redrawing in redrawings]
     return [
@@ -122,11 +133,13 @@ def batch_pictures(pictures: Sequence[Picture], batch_size: int) -> list[list[Pi
     return split_into_batches(pictures, lambda picture: picture.size, batch_size)
 
 
-def _drawn(size: tuple[int, int], photograph: Control, drawing: Drawing) -> Control:
+def _drawn(
+    size: tuple[int, int], photograph: Control, convention: Convention, drawing: Drawing
+) -> Control:
     """Return the conditioning image that is drawn from a photograph."""
-    named = [(f"--image {photograph.path}", photograph.image)]
-    (control,) = draw_controls(drawing, named, size)
-    return replace(photograph, image=control)
+    name = f"{photograph.where} {photograph.path}"
+    (control,) = draw_controls(drawing, [(name, photograph.photograph(convention))], size)
+    return replace(photograph, drawn=control)
 
 
 def _describe(

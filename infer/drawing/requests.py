@@ -4,6 +4,7 @@ import json
 import tomllib
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +15,17 @@ from common.checks import pair_up
 from common.config_file import nearest
 from common.errors import ConfigError
 from infer.config import GenerateConfig
+from infer.convention import Convention
 from sd3 import images
 from sd3.contact_sheet import save_png
-from sd3.images import BadImage
+from sd3.image_files import BadImage, read_file
+from sd3.value_scale import AS_IS
 from shards.reading.cache import Cache
 
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff"}
 KEYS = ("prompt", "image", "negative_prompt", "seed")
+# Kept in memory; each is needed several times in a row.
+DECODED_IMAGES = 8
 
 
 @dataclass(frozen=True)
@@ -29,13 +34,53 @@ class Control:
 
     Attributes:
         path: the image's file.
-        digest: XXH3-128 of the file's bytes.
-        image: RGB, of any size.
+        data: the file's bytes.
+        where: the option that it comes from, for errors.
+        is_ready: whether its pixels are those of training; a file from elsewhere becomes so by the
+            ControlNet's background and scale.
+        drawn: what an annotator has drawn from it; None if it is a conditioning image itself.
     """
 
     path: Path
-    digest: str
-    image: Image.Image
+    data: bytes
+    where: str = "--image"
+    is_ready: bool = False
+    drawn: Image.Image | None = None
+
+    @property
+    def digest(self) -> str:
+        """XXH3-128 of the file's bytes."""
+        return xxh3_128_hexdigest(self.data)
+
+    def image(self, convention: Convention) -> Image.Image:
+        """Return the image as a ControlNet's training data had it: RGB, of any size.
+
+        Raises:
+            ConfigError: it cannot be decoded, or not at the ControlNet's scale.
+        """
+        if self.drawn is not None:
+            return self.drawn
+        scale = AS_IS if self.is_ready else convention.scale
+        try:
+            return _decode(self.data, convention.background, scale)
+        except BadImage as error:
+            raise ConfigError(f"{self.where} {self.path}: {error}.") from error
+
+    def photograph(self, convention: Convention) -> Image.Image:
+        """Return the file as a photograph, from which a conditioning image can be drawn: RGB.
+
+        Raises:
+            ConfigError: it cannot be decoded.
+        """
+        try:
+            return images.decode(self.data, convention.background)
+        except BadImage as error:
+            raise ConfigError(f"{self.where} {self.path}: {error}.") from error
+
+
+@lru_cache(maxsize=DECODED_IMAGES)
+def _decode(data: bytes, background: str, scale: str) -> Image.Image:
+    return images.decode_conditioning(data, background, scale)
 
 
 @dataclass(frozen=True)
@@ -90,6 +135,7 @@ class _Entry:
     images: tuple[Path, ...]
     negative_prompt: str | None = None
     seed: int | None = None
+    is_ready: bool = False
 
 
 def _to_request(entry: _Entry, config: GenerateConfig, loaded: dict[Path, Control]) -> DrawRequest:
@@ -102,10 +148,10 @@ def _to_request(entry: _Entry, config: GenerateConfig, loaded: dict[Path, Contro
     for path in entry.images:
         if path not in loaded:
             try:
-                image, data = images.load(path)
+                data = read_file(path)
             except BadImage as error:
                 raise ConfigError(f"{entry.where} {path}: {error}.") from error
-            loaded[path] = Control(path, xxh3_128_hexdigest(data), image)
+            loaded[path] = Control(path, data, entry.where, entry.is_ready)
         controls.append(loaded[path])
     negative = config.negative_prompt if entry.negative_prompt is None else entry.negative_prompt
     seeds = config.seed if entry.seed is None else (entry.seed,)
@@ -231,7 +277,7 @@ def _from_validation(config: GenerateConfig, cache: Cache) -> list[_Entry]:
         path.parent.mkdir(parents=True, exist_ok=True)
         save_png(path, Image.fromarray(pixels.permute(1, 2, 0).numpy()))
         prompt = str(reader.metadata(*location).get("prompt", ""))
-        entries.append(_Entry("--cache", prompt, (path,)))
+        entries.append(_Entry("--cache", prompt, (path,), is_ready=True))
     if not entries:
         raise ConfigError(
             f"--cache {config.cache}: it has no validation pairs; give --prompt and --image."

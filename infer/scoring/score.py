@@ -29,7 +29,7 @@ from infer.scoring.results import (
     to_table,
 )
 from precompute.sources.open_source import open_source
-from precompute.sources.source import Kind, Source, SourceSettings
+from precompute.sources.source import Kind, Row, Source, SourceSettings
 from sd3 import images
 from sd3.contact_sheet import save_png
 
@@ -53,7 +53,7 @@ def score(config: ScoreConfig) -> None:
         SourceSettings(source=str(config.source), wants_conditioning=wants_conditioning)
     )
     redrawing = find_redrawings(config, conventions)
-    samples = list(_read_samples(config, source, conventions[0], redrawing))
+    samples = list(_read_samples(config, source, conventions, redrawing))
     measures = [MEASURES[name] for name in _choose_measures(config, samples)]
     titles = [WITH] if len(folders) == 1 else short_titles(config.controlnet)
     for variant in (*titles, WITHOUT):
@@ -95,37 +95,75 @@ def _check_sizes(names: Sequence[str], conventions: Sequence[Convention]) -> Non
 
 
 def _read_samples(
-    config: ScoreConfig, source: Source, convention: Convention, redrawing: Redrawing | None
+    config: ScoreConfig,
+    source: Source,
+    conventions: Sequence[Convention],
+    redrawing: Redrawing | None,
 ) -> Iterator[Sample]:
     """Yield the source's first rows, their images in the picture's size.
 
     Raises:
-        ConfigError: an image cannot be used.
+        ConfigError: an image cannot be used, or is another to one of the ControlNets.
     """
+    convention, background = conventions[0], conventions[0].background
     drawing = redrawing.open() if redrawing and config.from_photo else None
     name = redrawing.annotator.name if redrawing else None
     kind: Kind = "image" if drawing else "conditioning_image"
     for number, row in enumerate(source.rows(range(min(config.num_samples, len(source))))):
         try:
-            image = images.decode(source.read(number, kind))
-            size = convention.picture_size(image)
+            data = source.read(number, kind)
             if drawing:
-                (control,) = draw_controls(drawing, [(f"--source, {row.where}", image)], size)
+                photograph = images.decode(data, background)
+                size = convention.picture_size(photograph)
+                (control,) = draw_controls(drawing, [(f"--source, {row.where}", photograph)], size)
             else:
-                control = images.fit(image, size)
-            target = _read_target(source, number, size)
-            yield Sample(number, str(row.prompt), control, target, name)
+                conditioning = _decode_for_all(data, conventions)
+                size = convention.picture_size(conditioning)
+                control = images.fit(conditioning, size)
+            target = _read_target(source, number, size, background)
+            yield Sample(number, _first_caption(row), control, target, name)
         except (ValueError, OSError) as error:
             raise ConfigError(f"--source, {row.where}: {error}.") from error
 
 
-def _read_target(source: Source, number: int, size: tuple[int, int]) -> Image.Image | None:
+def _decode_for_all(data: bytes, conventions: Sequence[Convention]) -> Image.Image:
+    """Return a conditioning image as all ControlNets take it.
+
+    Raises:
+        ValueError: it cannot be decoded, or they take it over other backgrounds or at other scales.
+    """
+    ways = dict.fromkeys((each.background, each.scale) for each in conventions)
+    first, *others = (images.decode_conditioning(data, *way) for way in ways)
+    if any(other.tobytes() != first.tobytes() for other in others):
+        listed = " and ".join(f"{background}, {scale}" for background, scale in ways)
+        raise ValueError(
+            "its conditioning image is another one over each ControlNet's background and at its "
+            f"scale ({listed}); score them one by one"
+        )
+    return first
+
+
+def _first_caption(row: Row) -> str:
+    """Return a row's caption, of several the first.
+
+    Raises:
+        ValueError: it is no text.
+    """
+    caption = next(iter(row.prompts), None)
+    if not isinstance(caption, str):
+        raise ValueError(f"its caption is not text but {type(caption).__name__}")
+    return caption
+
+
+def _read_target(
+    source: Source, number: int, size: tuple[int, int], background: str
+) -> Image.Image | None:
     """Return a row's image, or None where the source has none; `Measure.check` reports it."""
     try:
         data = source.read(number, "image")
     except OSError:
         return None
-    return images.fit(images.decode(data), size)
+    return images.fit(images.decode(data, background), size)
 
 
 def _choose_measures(config: ScoreConfig, samples: Sequence[Sample]) -> tuple[str, ...]:

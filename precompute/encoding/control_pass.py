@@ -24,7 +24,7 @@ from precompute.encoding.shard_build import ShardBuild, prepare_build
 from precompute.planning.context import Context
 from precompute.planning.validation_pairs import ValidationPair
 from sd3.annotators.drawing import BATCH, Drawing
-from sd3.images import BadImage
+from sd3.image_files import BadImage
 from sd3.pixels import to_image, to_uint8
 
 Loaded = tuple[int, Image.Image | BadImage]

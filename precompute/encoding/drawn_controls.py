@@ -16,7 +16,7 @@ from xxhash import xxh3_64_hexdigest
 from common.atomic_files import atomic_file
 from common.errors import ShardError
 from precompute.encoding.shard_build import ShardBuild
-from sd3.images import BadImage
+from sd3.image_files import BadImage
 from shards.format import sidecar
 
 SUFFIX = ".drawn.zip"

@@ -18,8 +18,9 @@ from precompute.encoding.shard_build import ShardBuild, prepare_build
 from precompute.encoding.vae_encoder import VaeEncoder, is_finite
 from precompute.planning.context import Context
 from precompute.sources.source import Kind
-from sd3.images import BadImage
+from sd3.image_files import BadImage
 from sd3.pixels import to_uint8
+from sd3.value_scale import AS_IS
 from shards.format import sidecar
 from shards.format.records import Record
 from shards.format.sidecar import Skipped
@@ -120,6 +121,7 @@ class ImagePass:
             try:
                 if drawn is not None:
                     image = drawn.image(position)
+                    self.source_images.note_values(item, image, AS_IS)
                 else:
                     image = self.source_images.load(item, (width, height), self.kind)
             except BadImage as error:
@@ -207,6 +209,8 @@ def encode_images(
                 check=check,
                 advance=bar.update,
             )
+    for line in source_images.control_values.describe_unseen(context):
+        context.print(f"  {line}")
     for shard in validation:
         records = _validation_records(context, encoder, shard, validation_embeds, size)
         plan = products.validation.shard(shard)

@@ -7,12 +7,14 @@ from PIL import Image, ImageOps
 from xxhash import xxh3_128_digest
 
 from common.errors import ShardError
+from precompute.encoding.control_values import ControlValues, used_values
 from precompute.planning.context import Context
 from precompute.planning.inventory import digest_hex
 from precompute.sources.patient_read import read_patiently
 from precompute.sources.source import Kind
 from sd3 import images
-from sd3.images import BadImage
+from sd3.image_files import BadImage
+from sd3.value_scale import AS_IS
 
 KINDS: tuple[Kind, ...] = get_args(Kind)
 # Bytes that are kept for the same image's mirror or drawn conditioning image.
@@ -24,6 +26,9 @@ class SourceImages:
 
     Args:
         context: of the run.
+
+    Attributes:
+        control_values: what the conditioning images hold that were decoded.
     """
 
     def __init__(self, context: Context) -> None:
@@ -31,6 +36,7 @@ class SourceImages:
         self.uses: dict[Kind, int] = dict.fromkeys(KINDS, context.images_per_row)
         if context.annotator is not None and not context.annotator.in_batches:
             self.uses["image"] *= 2
+        self.control_values = ControlValues()
         self._kept: dict[tuple[int, Kind], tuple[bytes, int]] = {}  # and how often it is still used
         self._num_bytes = 0
         self._lock = threading.Lock()
@@ -47,19 +53,24 @@ class SourceImages:
         draw = context.annotator.function if context.annotator else None
         draws_conditioning = kind == "conditioning_image" and draw is not None
         if kind == "image" or draws_conditioning:
-            picture = images.fit(self._decode(row, "image"), size_px)
+            picture = images.fit(self._decode_image(row), size_px)
         else:
-            picture = self._fit_conditioning_image(row, size_px)
+            picture = self._fit_conditioning_image(item, size_px)
         if context.is_mirrored(item):
             picture = ImageOps.mirror(picture)
         if kind == "conditioning_image" and draw is not None:
             picture = images.annotated(picture, draw)
+            self.note_values(item, picture, AS_IS)
         return picture
 
-    def _fit_conditioning_image(self, row: int, size_px: tuple[int, int]) -> Image.Image:
-        control = self._decode(row, "conditioning_image")
+    def _fit_conditioning_image(self, item: int, size_px: tuple[int, int]) -> Image.Image:
+        row, config = self.context.row_of(item), self.context.config
         width, height = map(int, self.context.inventory.sizes[row])
         try:
+            data = self._read(row, "conditioning_image")
+            numbers = images.conditioning_numbers(data, config.background)
+            control = images.at_scale(numbers, config.conditioning_scale)
+            self.note_values(item, numbers, config.conditioning_scale)
             if not width:
                 raise BadImage("its image has no size")
             return images.fit(control, size_px, (width, height))
@@ -67,11 +78,16 @@ class SourceImages:
             name = self.context.file_name(row, "conditioning_image")
             raise BadImage(f"{name}: {error}") from error
 
-    def _decode(self, row: int, kind: Kind) -> Image.Image:
+    def note_values(self, item: int, numbers: Image.Image, scale: str) -> None:
+        """Count what an item's conditioning image holds; each row once."""
+        if not self.context.is_mirrored(item):
+            self.control_values.add(self.context.row_of(item), used_values(numbers, scale))
+
+    def _decode_image(self, row: int) -> Image.Image:
         try:
-            return images.decode(self._read(row, kind), self.context.config.background)
+            return images.decode(self._read(row, "image"), self.context.config.background)
         except BadImage as error:
-            raise BadImage(f"{self.context.file_name(row, kind)}: {error}") from error
+            raise BadImage(f"{self.context.file_name(row, 'image')}: {error}") from error
 
     def _read(self, row: int, kind: Kind) -> bytes:
         """Return the bytes of an image, as the inventory has read them before."""

@@ -19,6 +19,8 @@ from precompute.encoding.batch_size import BatchSize, in_parts
 from precompute.fingerprints.encoder_spec import CLIP_COMPONENTS, T5_COMPONENTS, TextSettings
 from sd3.pretrained import component_variant
 
+LISTED_PROMPTS, SHOWN_CHARACTERS = 3, 60
+
 
 @dataclass(frozen=True)
 class Tokens:
@@ -27,12 +29,69 @@ class Tokens:
     Attributes:
         clip: ids for each CLIP encoder, [B, T].
         t5: ids for T5, [B, T].
+        clip_lengths: how many CLIP tokens each prompt has, start and end included, uncut.
         t5_lengths: how many T5 tokens each prompt has, the end token included, uncut.
     """
 
     clip: list[Tensor]
     t5: Tensor
+    clip_lengths: list[int]
     t5_lengths: list[int]
+
+
+class Tokenizers:
+    """The tokenizers of the text encoders, without which they need no device.
+
+    Args:
+        base: model folder with tokenizers.
+        max_sequence_length: T5 tokens a prompt.
+        pin_memory: whether tokens are to be copied to a GPU.
+
+    Attributes:
+        clip_length: CLIP tokens a prompt.
+    """
+
+    def __init__(self, base: Path, max_sequence_length: int, *, pin_memory: bool = False) -> None:
+        from transformers import CLIPTokenizer, T5TokenizerFast
+
+        self.clips = [
+            CLIPTokenizer.from_pretrained(base, subfolder=name) for name, _ in CLIP_COMPONENTS
+        ]
+        self.t5 = T5TokenizerFast.from_pretrained(base, subfolder=T5_COMPONENTS[0])
+        self.clip_length: int = self.clips[0].model_max_length
+        self.max_sequence_length = max_sequence_length
+        self.pin_memory = pin_memory
+
+    def tokenize(self, prompts: Sequence[str]) -> Tokens:
+        """Return the tokens of a batch of prompts; must not run in two threads at once."""
+        clip_lengths, t5_lengths = self.lengths(prompts)
+        return Tokens(
+            clip=[self._ids(tokenizer, prompts, self.clip_length) for tokenizer in self.clips],
+            t5=self._ids(self.t5, prompts, self.max_sequence_length),
+            clip_lengths=clip_lengths,
+            t5_lengths=t5_lengths,
+        )
+
+    def lengths(self, prompts: Sequence[str]) -> tuple[list[int], list[int]]:
+        """Return how many tokens of CLIP, and of T5, each prompt has, uncut."""
+        of_clips = [_lengths(tokenizer, prompts) for tokenizer in self.clips]
+        return [max(each) for each in zip(*of_clips, strict=True)], _lengths(self.t5, prompts)
+
+    def _ids(self, tokenizer: Any, prompts: Sequence[str], length: int) -> Tensor:
+        tokens = tokenizer(
+            list(prompts),
+            padding="max_length",
+            max_length=length,
+            truncation=True,
+            return_tensors="pt",
+        )
+        ids: Tensor = tokens.input_ids
+        return ids.pin_memory() if self.pin_memory else ids
+
+
+def _lengths(tokenizer: Any, prompts: Sequence[str]) -> list[int]:
+    uncut = tokenizer(list(prompts), truncation=False, verbose=False).input_ids
+    return [len(ids) for ids in uncut]
 
 
 class TextEncoders:
@@ -48,12 +107,7 @@ class TextEncoders:
     def __init__(
         self, base: Path, settings: TextSettings, device: torch.device, variant: str | None
     ) -> None:
-        from transformers import (
-            CLIPTextModelWithProjection,
-            CLIPTokenizer,
-            T5EncoderModel,
-            T5TokenizerFast,
-        )
+        from transformers import CLIPTextModelWithProjection, T5EncoderModel
 
         dtype = getattr(torch, settings.compute_dtype)
         self.settings = settings
@@ -71,22 +125,15 @@ class TextEncoders:
             )
             return model.eval()
 
-        self.tokenizers = [
-            CLIPTokenizer.from_pretrained(base, subfolder=name) for name, _ in CLIP_COMPONENTS
-        ]
+        self.tokenizers = Tokenizers(
+            base, settings.max_sequence_length, pin_memory=device.type == "cuda"
+        )
         self.clips = [load(CLIPTextModelWithProjection, name) for _, name in CLIP_COMPONENTS]
-        self.t5_tokenizer = T5TokenizerFast.from_pretrained(base, subfolder=T5_COMPONENTS[0])
         self.t5 = load(T5EncoderModel, T5_COMPONENTS[1])
 
     def tokenize(self, prompts: Sequence[str]) -> Tokens:
         """Return the tokens of a batch of prompts; must not run in two threads at once."""
-        length = self.tokenizers[0].model_max_length
-        uncut = self.t5_tokenizer(list(prompts), truncation=False, verbose=False).input_ids
-        return Tokens(
-            clip=[self._ids(tokenizer, prompts, length) for tokenizer in self.tokenizers],
-            t5=self._ids(self.t5_tokenizer, prompts, self.settings.max_sequence_length),
-            t5_lengths=[len(ids) for ids in uncut],
-        )
+        return self.tokenizers.tokenize(prompts)
 
     @torch.no_grad()
     def encode(self, tokens: Tokens, size: BatchSize) -> dict[str, Tensor]:
@@ -117,29 +164,38 @@ class TextEncoders:
             "pooled_embeds": torch.cat(pooled, dim=-1),
         }
 
-    def _ids(self, tokenizer: Any, prompts: Sequence[str], length: int) -> Tensor:
-        tokens = tokenizer(
-            list(prompts),
-            padding="max_length",
-            max_length=length,
-            truncation=True,
-            return_tensors="pt",
-        )
-        ids: Tensor = tokens.input_ids
-        return ids.pin_memory() if self.device.type == "cuda" else ids
 
-
-@dataclass
 class LongPrompts:
-    """How many prompts have more T5 tokens than are kept, and the length of the longest prompt."""
+    """The prompts that have more tokens than an encoder takes.
 
-    count: int = 0
-    most_tokens: int = 0
+    Args:
+        tokens: what are counted, in words.
+        limit: how many of them are kept.
+    """
 
-    def add(self, num_tokens: int, limit: int) -> None:
+    def __init__(self, tokens: str, limit: int) -> None:
+        self.tokens = tokens
+        self.limit = limit
+        self.count = self.most_tokens = 0
+        self.first: list[str] = []
+
+    def add(self, prompt: str, num_tokens: int) -> None:
         """Count a prompt if it has more tokens than the limit."""
-        self.count += num_tokens > limit
-        self.most_tokens = max(self.most_tokens, num_tokens)
+        if num_tokens > self.limit:
+            self.count += 1
+            self.most_tokens = max(self.most_tokens, num_tokens)
+            if len(self.first) < LISTED_PROMPTS:
+                self.first.append(repr(prompt[:SHOWN_CHARACTERS]))
+
+    def describe(self) -> list[str]:
+        """Return a line on the prompts, if there are any."""
+        if not self.count:
+            return []
+        more = ", …" if self.count > len(self.first) else ""
+        return [
+            f"{self.count} prompts have more {self.tokens} {self.limit} and are cut; the longest "
+            f"has {self.most_tokens}: {', '.join(self.first)}{more}"
+        ]
 
 
 def require_finite(tensors: dict[str, Tensor], prompt: str) -> None:

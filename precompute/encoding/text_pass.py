@@ -11,11 +11,18 @@ from precompute.encoding.batch_size import BatchSize, find_batch_size
 from precompute.encoding.encoder_clock import EncoderClock
 from precompute.encoding.pipeline import Batch, build_shards
 from precompute.encoding.shard_build import ShardBuild, prepare_build
-from precompute.encoding.text_encoders import LongPrompts, TextEncoders, Tokens, require_finite
+from precompute.encoding.text_encoders import (
+    LongPrompts,
+    TextEncoders,
+    Tokenizers,
+    Tokens,
+    require_finite,
+)
 from precompute.planning.context import Context
 from shards.format.records import Record
 
 USUAL_BATCH = 32
+PROMPTS_LOOKED_AT = 10_000  # by a dry run
 Embeddings = dict[str, Tensor]
 
 
@@ -27,6 +34,52 @@ class LoadedPrompts(NamedTuple):
 
     prompts: dict[int, str]
     tokens: Tokens | None
+
+
+class CutPrompts:
+    """The prompts that CLIP cuts, and those that T5 cuts.
+
+    Args:
+        tokenizers: of both.
+    """
+
+    def __init__(self, tokenizers: Tokenizers) -> None:
+        self.by_clip = LongPrompts("CLIP tokens than its", tokenizers.clip_length)
+        self.by_t5 = LongPrompts(
+            "T5 tokens than --max-sequence-length", tokenizers.max_sequence_length
+        )
+
+    def add(self, prompt: str, clip_length: int, t5_length: int) -> None:
+        """Count a prompt if one of them cuts it.
+
+        Args:
+            prompt: the prompt.
+            clip_length: how many CLIP tokens it has.
+            t5_length: how many T5 tokens it has.
+        """
+        self.by_clip.add(prompt, clip_length)
+        self.by_t5.add(prompt, t5_length)
+
+    def describe(self) -> list[str]:
+        """Return a line for each encoder that cuts prompts."""
+        return [*self.by_clip.describe(), *self.by_t5.describe()]
+
+
+def look_at_prompts(context: Context) -> list[str]:
+    """Return a line for each encoder that cuts prompts; of very many, some are looked at."""
+    count = len(context.prompts)
+    if not context.shards_to_build(context.products.text):
+        return []
+    step = -(-count // PROMPTS_LOOKED_AT)
+    tokenizers = Tokenizers(context.specs.base, context.config.max_sequence_length)
+    cut = CutPrompts(tokenizers)
+    for start in range(0, count, step * USUAL_BATCH):
+        items = range(start, min(count, start + step * USUAL_BATCH), step)
+        prompts = [context.prompt(item) for item in items]
+        for found in zip(prompts, *tokenizers.lengths(prompts), strict=True):
+            cut.add(*found)
+    of = f"of {-(-count // step)} looked at, " if step > 1 else ""
+    return [f"{of}{line}" for line in cut.describe()]
 
 
 class TextPass:
@@ -43,14 +96,13 @@ class TextPass:
         config, specs = context.config, context.specs
         self.context = context
         self.device = context.device
-        self.max_sequence_length = config.max_sequence_length
         self.encoders = TextEncoders(
             specs.base, specs.text_settings, context.device, config.variant
         )
         self.batch_size = find_batch_size(
             config.text_batch_size, USUAL_BATCH, context.device, self._encode_empty_prompts
         )
-        self.long_prompts = LongPrompts()
+        self.cut = CutPrompts(self.encoders.tokenizers)
 
     def _encode_empty_prompts(self, count: int) -> object:
         return self.encoders.encode(self.encoders.tokenize([""] * count), BatchSize(count))
@@ -86,7 +138,8 @@ class TextPass:
             prompt = loaded.prompts[position]
             require_finite(embeds, prompt)
             if loaded.tokens:
-                self.long_prompts.add(loaded.tokens.t5_lengths[index], self.max_sequence_length)
+                tokens = loaded.tokens
+                self.cut.add(prompt, tokens.clip_lengths[index], tokens.t5_lengths[index])
             yield Record(batch.build.keys[position], embeds, {"prompt": prompt})
 
     def encode_prompt(self, prompt: str) -> Embeddings:
@@ -129,11 +182,6 @@ def encode_text(context: Context, check: StopCheck, clock: EncoderClock) -> dict
             check=check,
             advance=bar.update,
         )
-    long_prompts = text_pass.long_prompts
-    if long_prompts.count:
-        context.print(
-            f"  {long_prompts.count} prompts have more T5 tokens than --max-sequence-length "
-            f"{context.config.max_sequence_length} and were cut; "
-            f"the longest has {long_prompts.most_tokens}"
-        )
+    for line in text_pass.cut.describe():
+        context.print(f"  {line}")
     return {pair.prompt: text_pass.encode_prompt(pair.prompt) for pair in pairs}

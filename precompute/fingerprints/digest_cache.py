@@ -16,11 +16,14 @@ from numpy.typing import NDArray
 from common.atomic_files import atomic_file
 
 SAVE_EVERY_S = 60.0
-FORMER_ENTRY = np.dtype(
-    [("version", "<u8", 2), ("digest", "<u8", 2), ("width", "<u4"), ("height", "<u4")]
-)
-ENTRY = np.dtype([*FORMER_ENTRY.descr, ("transparency", "u1")])
-UNKNOWN, OPAQUE, TRANSPARENT = range(3)
+# What each version of this program kept of a file, the present one last.
+ENTRIES = [
+    np.dtype([("version", "<u8", 2), ("digest", "<u8", 2), ("width", "<u4"), ("height", "<u4")])
+]
+for _field in ("transparency", "profile"):
+    ENTRIES.append(np.dtype([*ENTRIES[-1].descr, (_field, "u1")]))
+ENTRY = ENTRIES[-1]
+UNKNOWN, NO, YES = range(3)
 
 
 class Content(NamedTuple):
@@ -31,12 +34,16 @@ class Content(NamedTuple):
         width: of an image, upright, in pixels; 0 if the file is no image.
         height: of an image, upright, in pixels; 0 if the file is no image.
         transparency: whether an image may have transparent pixels; former versions did not look.
+        profile: whether an image has a colour profile that changes its colours; likewise.
+        fault: why an image cannot be used, by its header; such a content is not kept.
     """
 
     digest: bytes
     width: int = 0
     height: int = 0
     transparency: int = UNKNOWN
+    profile: int = UNKNOWN
+    fault: str = ""
 
 
 class DigestCache:
@@ -61,9 +68,9 @@ class DigestCache:
             loaded = np.load(self.path, mmap_mode="r", allow_pickle=False)
             if loaded.dtype == ENTRY and loaded.ndim == 1:
                 self._entries = loaded
-            elif loaded.dtype == FORMER_ENTRY and loaded.ndim == 1:
+            elif loaded.dtype in ENTRIES and loaded.ndim == 1:
                 self._entries = np.zeros(len(loaded), ENTRY)
-                for name in FORMER_ENTRY.names or ():
+                for name in loaded.dtype.names or ():
                     self._entries[name] = loaded[name]
         self._first_halves = np.ascontiguousarray(self._entries["version"][:, 0], np.uint64)
 
@@ -78,15 +85,15 @@ class DigestCache:
             entries = self._entries[np.minimum(positions, len(self._entries) - 1)]
             same = (entries["version"] == wanted).all(axis=1)
             digests = entries["digest"].astype(">u8").tobytes()
-            kinds = entries[["width", "height", "transparency"]].tolist()
+            kinds = entries[["width", "height", "transparency", "profile"]].tolist()
             for number, (at, kind) in enumerate(zip(unknown, kinds, strict=True)):
                 if same[number]:
                     contents[at] = Content(digests[16 * number : 16 * number + 16], *kind)
         return contents
 
     def add(self, version: bytes | None, content: Content) -> None:
-        """Remember the content of a version; nothing is remembered where the version is None."""
-        if version is not None:
+        """Remember the content of a version, if it has one and is not at fault."""
+        if version is not None and not content.fault:
             self._new[version] = content
             if time.monotonic() - self._saved_at > SAVE_EVERY_S:
                 self.save()
@@ -100,7 +107,7 @@ class DigestCache:
         new = np.empty(len(self._new), ENTRY)
         for at, (version, content) in enumerate(self._new.items()):
             halves = np.frombuffer(version + content.digest, ">u8")
-            new[at] = (halves[:2], halves[2:], *content[1:])
+            new[at] = (halves[:2], halves[2:], *content[1:-1])
         merged = np.concatenate([np.asarray(self._entries), new])
         # The sort is stable: of two entries with one version the newer is last, and is kept.
         order = np.lexsort((merged["version"][:, 1], merged["version"][:, 0]))

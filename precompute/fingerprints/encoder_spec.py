@@ -1,6 +1,6 @@
 """What the encoders compute, and what their results depend on, from the base model's files."""
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,8 @@ from precompute.fingerprints.fingerprint import hash_component
 from sd3.buckets import bucket_shapes
 from sd3.images import BACKGROUND
 from sd3.pretrained import has_component, largest_side, read_config, vae_factor
-from shards.format.specs import LatentSpec, TextSpec
+from sd3.value_scale import AS_IS
+from shards.format.specs import ConditioningSpec, LatentSpec, TextSpec
 
 # Above this the activations of a whole image take more memory than many GPUs have.
 TILED_ABOVE_PX = 1024
@@ -206,7 +207,7 @@ class EncoderSpecs:
     latent_settings: LatentSettings
     text: TextSpec
     latents: LatentSpec
-    conditioning: LatentSpec
+    conditioning: ConditioningSpec
 
     @property
     def grids(self) -> list[tuple[int, int]]:
@@ -245,7 +246,21 @@ def read_specs(base: Path, config: PrecomputeConfig) -> EncoderSpecs:
         latent_settings,
         text_spec(base, text_settings),
         latent_spec(base, latent_settings, "-1_1"),
-        latent_spec(base, latent_settings, config.conditioning_range),
+        _conditioning_spec(base, latent_settings, config),
+    )
+
+
+def _conditioning_spec(
+    base: Path, settings: LatentSettings, config: PrecomputeConfig
+) -> ConditioningSpec:
+    latents = latent_spec(base, settings, config.conditioning_range)
+    red, green, blue = ImageColor.getrgb(config.background)[:3]
+    is_white = config.background == BACKGROUND or (red, green, blue) == (255, 255, 255)
+    scale = config.conditioning_scale
+    return ConditioningSpec(
+        **asdict(latents),
+        background=None if is_white else (red, green, blue),
+        scale=None if scale == AS_IS else scale,
     )
 
 

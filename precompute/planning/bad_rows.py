@@ -50,7 +50,7 @@ class BadRows:
 
 def faulty_rows(source: Source, inventory: Inventory) -> dict[int, Skipped]:
     """Return the rows of an inventory that are known to be bad without decoding, and why."""
-    faults = inventory.conditioning_faults | inventory.faults
+    faults = inventory.unreadable | inventory.conditioning_faults | inventory.faults
     return named(source, inventory, {number: faults[number] for number in sorted(faults)})
 
 

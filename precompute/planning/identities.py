@@ -11,6 +11,7 @@ from precompute.fingerprints.encoder_spec import (
 from precompute.fingerprints.fingerprint import annotator_identity
 from precompute.planning.existing_layout import identities_in_use
 from sd3.annotators.annotator import Annotator
+from sd3.value_scale import AS_IS
 from shards.format.manifest import conditioning_folder
 
 
@@ -32,8 +33,11 @@ def find_identities(
     drawing = annotator_identity(annotator, digests) if annotator else []
     # What former versions did not know of may have changed since they made a cache.
     is_known = annotator is not None and len(drawing) == len(annotator.former)
+    # Absent where it changes no pixels, as it was before there was one.
+    scale = config.conditioning_scale
+    scaled = {} if scale == AS_IS else {"conditioning_scale": scale}
     control, control_formerly = (
-        {**images, "conditioning_range": config.conditioning_range, "drawn_by": by}
+        {**images, "conditioning_range": config.conditioning_range, "drawn_by": by, **scaled}
         for images, by in (
             (latents, drawing),
             (latents_formerly, annotator.former if annotator and is_known else drawing),

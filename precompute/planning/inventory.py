@@ -9,7 +9,7 @@ import contextlib
 from array import array
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -17,12 +17,12 @@ from numpy.typing import NDArray
 from xxhash import xxh3_64_intdigest, xxh3_128_digest
 
 from common.progress import Progress
-from precompute.fingerprints.digest_cache import OPAQUE, TRANSPARENT, Content, DigestCache
+from precompute.fingerprints.digest_cache import NO, YES, Content, DigestCache
 from precompute.planning.layout import Ids, Numbers
 from precompute.sources.patient_read import read_patiently
 from precompute.sources.source import Kind, Row, Source, printable
-from sd3 import images
-from sd3.images import BadImage
+from sd3.image_files import read_header
+from sd3.images import has_shape_of, shape_fault
 from shards.format.sidecar import LARGEST_CAPTIONS
 
 HASHING_THREADS = 8
@@ -34,6 +34,20 @@ FORMER_WORDING = {
     "no image": "the row has no image",
     "no conditioning image": "the row has no conditioning image",
 }
+LISTED_ROWS = 3
+
+
+@dataclass
+class Tally:
+    """How many rows are odd in some way, and which come first."""
+
+    count: int = 0
+    first: list[int] = field(default_factory=list)
+
+    def add(self, row: int) -> None:
+        """Count a row; rows may come in any order."""
+        self.count += 1
+        self.first = sorted([*self.first, row])[:LISTED_ROWS]
 
 
 @dataclass(frozen=True)
@@ -48,10 +62,14 @@ class Inventory:
         sizes: width and height of each image, in pixels, [N, 2]; 0 where there is no image.
         transparent: whether each image, and its conditioning image, may have transparent pixels,
             [N, 2]; False throughout where it was not asked for.
-        captions: digests of the captions, row by row, [P, 2]; a row that cannot be used has none.
+        has_profile: whether each image has a colour profile that changes its colours, [N].
+        captions: digests of the captions, row by row, [P, 2]; a row with a fault has none.
         caption_ends: number of each row's first caption, and P at the end, [N + 1].
-        faults: why a row cannot be used, as far as is known without decoding, by its number.
-        conditioning_faults: why a row's conditioning image cannot be used, by its number.
+        faults: why a row cannot be used, where its image or captions are missing, by its number.
+        conditioning_faults: the same of a row's conditioning image.
+        unreadable: why a row's images cannot be decoded, by its number. Only headers are known, so
+            its files and captions are planned as any, and left out when they are decoded.
+        rounded: conditioning images whose aspect ratio rounding has changed.
     """
 
     rows: Numbers
@@ -59,10 +77,13 @@ class Inventory:
     conditionings: Ids
     sizes: NDArray[np.int32]
     transparent: NDArray[np.bool_]
+    has_profile: NDArray[np.bool_]
     captions: Ids
     caption_ends: Numbers
     faults: dict[int, str]
     conditioning_faults: dict[int, str]
+    unreadable: dict[int, str] = field(default_factory=dict)
+    rounded: Tally = field(default_factory=Tally)
 
     def __len__(self) -> int:
         """Return N."""
@@ -89,6 +110,8 @@ def take_inventory(
     *,
     conditioning: bool,
     transparency: bool,
+    floats: bool = False,
+    min_image_px: int = 1,
 ) -> Inventory:
     """Read and hash the images and captions of rows, except images whose digest is known.
 
@@ -98,13 +121,15 @@ def take_inventory(
         digests: digests of files that were hashed before; new ones are added.
         conditioning: whether the source's conditioning images are read.
         transparency: whether it matters which images have transparent pixels.
+        floats: whether conditioning images may hold floating point numbers.
+        min_image_px: shorter side of an image, at least, in pixels.
 
     Raises:
         RunError: the source's disk fails again and again.
     """
-    builder = _InventoryBuilder()
+    builder = _InventoryBuilder(min_image_px)
     with (
-        _ImageHasher(source, digests, transparency) as hasher,
+        _ImageHasher(source, digests, transparency, floats) as hasher,
         Progress(len(rows), "row", "reading") as bar,
     ):
         for start in range(0, len(rows), CHUNK_ROWS):
@@ -124,9 +149,12 @@ class _ImageHasher:
     The first image to be hashed takes the lock, so that workers of one disk do not all hash it.
     """
 
-    def __init__(self, source: Source, digests: DigestCache, transparency: bool) -> None:
+    def __init__(
+        self, source: Source, digests: DigestCache, transparency: bool, floats: bool
+    ) -> None:
         self.source = source
         self.transparency = transparency
+        self.floats = floats
         self.digests = digests
         self.resources = contextlib.ExitStack()
         self.has_lock = False
@@ -147,7 +175,10 @@ class _ImageHasher:
             self.has_lock = True
             known = self._known(versions)  # another worker may have hashed them meanwhile
         unknown = [at for at, content in enumerate(known) if content is None]
-        hashed = self.pool.map(lambda at: _read_content(self.source, indices[at], kind), unknown)
+        floats = self.floats and kind == "conditioning_image"
+        hashed = self.pool.map(
+            lambda at: _read_content(self.source, indices[at], kind, floats), unknown
+        )
         contents: list[Content | str] = [content or "" for content in known]
         for at, content in zip(unknown, hashed, strict=True):
             contents[at] = content
@@ -158,7 +189,9 @@ class _ImageHasher:
     def _known(self, versions: Sequence[bytes | None]) -> list[Content | None]:
         """Return the contents that are known, as far as it matters."""
         return [
-            None if content and self.transparency and not content.transparency else content
+            content
+            if content and content.profile and (content.transparency or not self.transparency)
+            else None
             for content in self.digests.find(versions)
         ]
 
@@ -166,13 +199,16 @@ class _ImageHasher:
 class _InventoryBuilder:
     """The columns of an inventory, which grow row by row."""
 
-    def __init__(self) -> None:
+    def __init__(self, min_image_px: int) -> None:
+        self.min_image_px = min_image_px
         self.images, self.conditionings, self.captions = bytearray(), bytearray(), bytearray()
         self.sizes = array("i")
-        self.transparent = bytearray()
+        self.transparent, self.has_profile = bytearray(), bytearray()
         self.ends = array("q", [0])
         self.faults: dict[int, str] = {}
         self.conditioning_faults: dict[int, str] = {}
+        self.unreadable: dict[int, str] = {}
+        self.rounded = Tally()
 
     def add(self, row: Row, image: Content | str, control: Content | str) -> None:
         """Add a row.
@@ -185,15 +221,16 @@ class _InventoryBuilder:
         number = len(self.ends) - 1
         captions, fault = _hash_captions(row)
         known_by = fault
-        if not fault and isinstance(image, str):
-            fault = f"{printable(row.image)}: {image}" if row.image else image
-            known_by = f"{row.image}: {image}" if row.image else image
+        if not fault and (reason := self._reason_against(image)):
+            fault = _named(row.image, reason)
+            known_by = f"{row.image}: {reason}" if row.image else reason
         if fault:
             self.faults[number] = fault
             captions = b""
         elif isinstance(control, str):
-            name = printable(row.conditioning_image)
-            self.conditioning_faults[number] = f"{name}: {control}" if name else control
+            self.conditioning_faults[number] = _named(row.conditioning_image, control)
+        elif isinstance(image, Content):
+            self._compare(number, row, image, control)
         content = NO_CONTENT if isinstance(image, str) else image
         self.images += _fault_digest(known_by) if fault else content.digest
         if isinstance(control, str):
@@ -202,10 +239,32 @@ class _InventoryBuilder:
             self.conditionings += control.digest
         self.sizes.extend((content.width, content.height))
         for each in (image, control):
-            transparent = isinstance(each, Content) and each.transparency == TRANSPARENT
-            self.transparent.append(transparent)
+            self.transparent.append(isinstance(each, Content) and each.transparency == YES)
+        self.has_profile.append(content.profile == YES)
         self.captions += captions
         self.ends.append(len(self.captions) // 16)
+
+    def _reason_against(self, image: Content | str) -> str:
+        """Return why an image is missing or too small; empty if it is neither."""
+        if isinstance(image, str):
+            return image
+        if 0 < min(image.width, image.height) < self.min_image_px:
+            return f"{image.width} x {image.height} pixels, smaller than --min-image-px allows"
+        return ""
+
+    def _compare(self, number: int, row: Row, image: Content, control: Content) -> None:
+        """Note what the headers of a row's two images say against it."""
+        if image.fault:
+            self.unreadable[number] = _named(row.image, image.fault)
+            return
+        size, like = (control.width, control.height), (image.width, image.height)
+        fault = control.fault
+        if not fault and all((*size, *like)):
+            fault = shape_fault(size, like)
+            if not fault and not has_shape_of(size, like):
+                self.rounded.add(number)
+        if fault:
+            self.unreadable[number] = _named(row.conditioning_image, fault)
 
     def inventory(self, rows: Sequence[int]) -> Inventory:
         """Return the inventory of all added rows."""
@@ -215,10 +274,13 @@ class _InventoryBuilder:
             conditionings=_digests(self.conditionings),
             sizes=np.frombuffer(self.sizes, np.int32).reshape(-1, 2),
             transparent=np.frombuffer(self.transparent, bool).reshape(-1, 2),
+            has_profile=np.frombuffer(self.has_profile, bool),
             captions=_digests(self.captions),
             caption_ends=np.frombuffer(self.ends, np.int64),
             faults=self.faults,
             conditioning_faults=self.conditioning_faults,
+            unreadable=self.unreadable,
+            rounded=self.rounded,
         )
 
 
@@ -239,6 +301,10 @@ def digests_of(prompts: Iterator[str]) -> Ids:
 
 def _digests(data: bytes | bytearray) -> Ids:
     return np.frombuffer(data, ">u8").reshape(-1, 2).astype(np.uint64)
+
+
+def _named(file: str, reason: str) -> str:
+    return f"{printable(file)}: {reason}" if file else reason
 
 
 def _fault_digest(fault: str) -> bytes:
@@ -262,14 +328,18 @@ def _hash_captions(row: Row) -> tuple[bytes, str]:
         return b"", "the prompt is not valid text: half of a surrogate pair"
 
 
-def _read_content(source: Source, index: int, kind: Kind) -> Content | str:
+def _read_content(source: Source, index: int, kind: Kind, floats: bool) -> Content | str:
     """Return the content of a row's image, or why it cannot be read."""
     try:
         data = read_patiently(source, index, kind)
     except OSError as error:
         return error.strerror or str(error)
-    width, height = 0, 0
-    with contextlib.suppress(BadImage):
-        width, height = images.size(data)
-    transparency = TRANSPARENT if images.has_transparency(data) else OPAQUE
-    return Content(xxh3_128_digest(data), width, height, transparency)
+    header = read_header(data, takes_floats=floats)
+    return Content(
+        xxh3_128_digest(data),
+        header.width,
+        header.height,
+        YES if header.is_transparent else NO,
+        YES if header.has_profile else NO,
+        header.fault,
+    )

@@ -32,6 +32,7 @@ from precompute.planning.products import (
     Prompts,
     distinct_prompts,
     image_contents,
+    in_srgb,
     over_background,
     plan_conditioning,
     plan_latents,
@@ -51,6 +52,7 @@ from sd3.annotators.annotator import Annotator
 from sd3.annotators.registry import find_annotator
 from sd3.buckets import nearest_buckets
 from sd3.pretrained import find_base
+from sd3.value_scale import AS_IS
 from shards.format import manifest
 from shards.format.expected_cache import PLAN
 from shards.format.manifest import conditioning_folder, validation_folder
@@ -103,6 +105,8 @@ def prepare(config: PrecomputeConfig) -> Context:
         digests,
         conditioning=annotator is None,
         transparency=any(colour != identity["background"] for identity in identities[1:]),
+        floats=config.conditioning_scale != AS_IS,
+        min_image_px=config.min_image_px,
     )
     bad = BadRows(len(rows), 0.0 if config.strict else config.max_bad_fraction)
     bad.add(faulty_rows(source, inventory))
@@ -216,7 +220,10 @@ def _plan_latents(
 ) -> ProductPlan:
     images_per_row = 2 if config.random_flip else 1
     images = over_background(
-        inventory.images, inventory.transparent[:, 0], identity, config.background
+        in_srgb(inventory.images, inventory.has_profile),
+        inventory.transparent[:, 0],
+        identity,
+        config.background,
     )
     return plan_latents(
         config.cache / "latents",

@@ -36,6 +36,8 @@ LARGE_SHARD, WHOLE_BATCHES = 64, 32
 MOST_RECORDS = LARGEST_FILE_BYTES // (SIDECAR_BYTES_A_RECORD + SIDECAR_BYTES_A_PROMPT)
 # The digest of a mirrored image is the digest of the image with these bits flipped.
 MIRROR = np.frombuffer(xxh3_128_digest(b"mirrored"), ">u8").astype(np.uint64)
+# The same of an image whose colours were brought to sRGB, which former versions did not do.
+TO_SRGB = np.frombuffer(xxh3_128_digest(b"to sRGB"), ">u8").astype(np.uint64)
 
 
 @dataclass(frozen=True)
@@ -109,6 +111,16 @@ def over_background(
         return digests
     bits = np.frombuffer(xxh3_128_digest(f"background {background}".encode()), ">u8")
     return np.where(transparent[:, None], digests ^ bits.astype(np.uint64), digests)
+
+
+def in_srgb(digests: Ids, has_profile: NDArray[np.bool_]) -> Ids:
+    """Return the digests of images, [N, 2]; those whose colours are converted have their own.
+
+    Args:
+        digests: of the images' files, [N, 2].
+        has_profile: which images have a colour profile that changes their colours, [N].
+    """
+    return np.where(has_profile[:, None], digests ^ TO_SRGB, digests)
 
 
 def image_contents(images: Ids, held_out: NDArray[np.bool_], *, mirrored: bool) -> Ids:

@@ -18,7 +18,7 @@ from precompute.planning.plan import ProductPlan
 from sd3 import images
 from sd3.annotators.annotator import Annotator
 from sd3.buckets import nearest_buckets
-from sd3.images import BadImage
+from sd3.image_files import BadImage, read_file, read_header
 from sd3.pixels import to_uint8
 
 
@@ -63,7 +63,12 @@ def find_pairs(
     draws = annotator is not None and not config.validation_image_as_is
     for prompt, path in config.validation_pairs():
         try:
-            image, data = images.load(path, config.background)
+            data = read_file(path)
+            if draws:
+                image = images.decode(data, config.background)
+            else:
+                scale = config.conditioning_scale
+                image = images.decode_conditioning(data, config.background, scale)
             bucket = int(nearest_buckets(np.array([image.size], np.int32), shapes)[0])
             fitted = images.fit(image, shapes[bucket])
             if draws and annotator and annotator.function:
@@ -74,7 +79,7 @@ def find_pairs(
             path=path,
             prompt=prompt,
             image_hash=hash_bytes(data) + (" drawn from" if draws else ""),
-            transparent=images.has_transparency(data),
+            transparent=read_header(data).is_transparent,
             bucket=bucket,
             conditioning_image=to_uint8(fitted),
             is_photograph=bool(draws and annotator and annotator.in_batches),

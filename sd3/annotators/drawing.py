@@ -6,7 +6,8 @@ from PIL import Image
 
 from common.errors import ConfigError, RunError
 from sd3.annotators.annotator import Annotator, DrawBatch
-from sd3.images import BadImage, annotated, as_drawn, not_drawn
+from sd3.image_files import BadImage
+from sd3.images import annotated, as_drawn, not_drawn
 
 # Pictures that are handed to an annotator at a time.
 BATCH = 8

@@ -5,7 +5,6 @@ every shard as expected seals the cache; see `shards.format.seal`.
 """
 
 import contextlib
-import dataclasses
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -19,9 +18,9 @@ from safetensors import SafetensorError, safe_open
 
 from common.atomic_files import atomic_file
 from common.errors import ShardError
-from shards.format.json_files import FORMAT_VERSION, Count, decode
+from shards.format.json_files import FORMAT_VERSION, Count, decode, plain
 from shards.format.sidecar import load_summary
-from shards.format.specs import AnnotatorSpec, LatentSpec, TextSpec
+from shards.format.specs import AnnotatorSpec, ConditioningSpec, LatentSpec, TextSpec
 
 PLAN = "plan.safetensors"
 LISTED_SHARDS = 8
@@ -79,7 +78,7 @@ class ExpectedCache:
     conditioning_name: str
     text_spec: TextSpec
     latent_spec: LatentSpec
-    conditioning_spec: LatentSpec
+    conditioning_spec: ConditioningSpec
     buckets: list[tuple[int, int]]
     held_out: list[Count]
     made_by: dict[str, Any]
@@ -114,7 +113,7 @@ def write_expected(
 
     `arrays` are stage 1's own; `read_expected` returns them as they are.
     """
-    text = json.dumps(dataclasses.asdict(expected), ensure_ascii=False)
+    text = json.dumps(plain(expected), ensure_ascii=False)
     data = safetensors.numpy.save(dict(arrays), metadata={"plan": text})
     path = cache / PLAN
     with contextlib.suppress(OSError):

@@ -1,5 +1,6 @@
 """Reading the cache's JSON files: strictly typed, of bounded size, and never code."""
 
+import dataclasses
 import hashlib
 import json
 from pathlib import Path
@@ -28,6 +29,16 @@ def digest(value: Any) -> str:
     """Return a short, stable digest of plain JSON values."""
     text = json.dumps(value, ensure_ascii=False, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:32]
+
+
+def plain(value: Any) -> dict[str, Any]:
+    """Return a dataclass as plain JSON values, without the fields of it that are None.
+
+    So a field that came later changes no file that does not need it.
+    """
+    return dataclasses.asdict(
+        value, dict_factory=lambda items: {key: item for key, item in items if item is not None}
+    )
 
 
 def read_file(path: Path) -> bytes:

@@ -1,6 +1,5 @@
 """The manifest: written last, so that its presence means the cache is complete."""
 
-import dataclasses
 import hashlib
 import json
 import math
@@ -15,9 +14,9 @@ from msgspec import Meta
 from common.atomic_files import write_text
 from common.errors import ShardError
 from shards.format.incomplete import explain_missing_manifest
-from shards.format.json_files import FORMAT_VERSION, Count, Digest, decode, read_file
+from shards.format.json_files import FORMAT_VERSION, Count, Digest, decode, plain, read_file
 from shards.format.product import Product
-from shards.format.specs import AnnotatorSpec, Bucket, LatentSpec, TextSpec
+from shards.format.specs import AnnotatorSpec, Bucket, ConditioningSpec, LatentSpec, TextSpec
 from shards.format.tensor_spec import TensorSpec, record_bytes
 
 MANIFEST = "manifest.json"
@@ -67,7 +66,7 @@ class Manifest:
     latents: Product
     latent_spec: LatentSpec
     conditioning: dict[Name, Product]
-    conditioning_specs: dict[Name, LatentSpec]
+    conditioning_specs: dict[Name, ConditioningSpec]
     validation: dict[Name, Product]
     captions: str
     num_skipped: Count
@@ -206,10 +205,10 @@ def validation_folder(name: str) -> str:
 
 def write(cache: Path, manifest: Manifest) -> None:
     """Write, or replace, the cache's manifest."""
-    plain = {"digest": NO_DIGEST.decode(), **dataclasses.asdict(manifest)}
+    values = {"digest": NO_DIGEST.decode(), **plain(manifest)}
     if not manifest.annotators:
-        del plain["annotators"]
-    text = json.dumps(plain, ensure_ascii=False, indent=1) + "\n"
+        del values["annotators"]
+    text = json.dumps(values, ensure_ascii=False, indent=1) + "\n"
     own_digest = hashlib.sha256(text.encode()).hexdigest()
     write_text(cache / MANIFEST, text.replace(NO_DIGEST.decode(), own_digest, 1))
 

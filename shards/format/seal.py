@@ -17,7 +17,7 @@ from shards.format.json_files import digest
 from shards.format.manifest import Manifest, conditioning_folder, validation_folder
 from shards.format.product import Product, captions_digest, product_of
 from shards.format.sidecar import Sidecar, Skipped
-from shards.format.specs import AnnotatorSpec, LatentSpec
+from shards.format.specs import AnnotatorSpec, ConditioningSpec
 
 # Who made this file may change the manifest. It counts as a temporary file.
 CLAIM = f"{manifest.MANIFEST}.tmp-0"
@@ -106,7 +106,9 @@ def _alone(cache: Path) -> AbstractContextManager[None]:
 
 def _controls(
     expected: ExpectedCache, products: Mapping[str, Product], before: Manifest | None
-) -> tuple[dict[str, Product], dict[str, LatentSpec], dict[str, Product], dict[str, AnnotatorSpec]]:
+) -> tuple[
+    dict[str, Product], dict[str, ConditioningSpec], dict[str, Product], dict[str, AnnotatorSpec]
+]:
     """Return conditioning, its specs, validation pairs and annotators, by the control's name."""
     name = expected.conditioning_name
     conditioning = {name: products[conditioning_folder(name)]}

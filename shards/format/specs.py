@@ -13,6 +13,9 @@ Posterior = Annotated[str, Meta(pattern=r"^(mean|mean_std)\Z")]
 PixelRange = Annotated[str, Meta(pattern=r"^(-1_1|0_1)\Z")]
 # Of a tensor's axis.
 Size = Annotated[int, Meta(ge=1, le=1 << 16)]
+Channel = Annotated[int, Meta(ge=0, le=255)]
+# Red, green and blue, 0 to 255.
+Color = tuple[Channel, Channel, Channel]
 # Height and width of a latent grid.
 Bucket = tuple[Size, Size]
 
@@ -93,3 +96,17 @@ class LatentSpec:
         spec = TensorSpec((self.latent_channels, *bucket), self.dtype)
         names = [name, f"{name}_std"] if self.posterior == "mean_std" else [name]
         return dict.fromkeys(names, spec)
+
+
+@dataclass(frozen=True)
+class ConditioningSpec(LatentSpec):
+    """Meaning of a control's latents, and how its conditioning images became pixels.
+
+    Attributes:
+        background: colour behind transparent pixels; None for white.
+        scale: which numbers became black and white; None for 8 bits as they are. See
+            `sd3.value_scale`.
+    """
+
+    background: Color | None = None
+    scale: Annotated[str, Meta(max_length=100)] | None = None

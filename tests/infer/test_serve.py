@@ -18,6 +18,7 @@ from infer.config import GenerateConfig, ServeConfig
 from infer.drawing import metadata
 from infer.drawing.generate import generate
 from sd3.images import fit
+from sd3.pretrained import DATA_KEY
 from tests.conftest import PROMPTS, RESOLUTION_PX, Outcome, flags, free_port
 
 pytestmark = pytest.mark.extras
@@ -277,3 +278,22 @@ def test_a_circle_drawn_in_a_browser_becomes_a_picture(
         assert picture.size == (RESOLUTION_PX, RESOLUTION_PX)
     about = json.loads(Image.open(config.output_dir / "00001.png").info[metadata.KEY])
     assert about["settings"]["prompt"] == [PROMPTS[0]]
+
+
+def test_transparent_parts_have_the_controlnets_background(
+    config: ServeConfig, controlnet: Path, tmp_path: Path
+) -> None:
+    from infer.draw_service import DrawService
+    from infer.page import _DrawAction
+
+    black = tmp_path / "black"
+    shutil.copytree(controlnet, black)
+    values = json.loads((black / "config.json").read_text())
+    values[DATA_KEY]["background"] = [0, 0, 0]
+    (black / "config.json").write_text(json.dumps(values))
+    service = DrawService(replace(config, controlnet=(str(black), str(controlnet))))
+    clear = {"composite": Image.new("RGBA", (64, 64), (255, 0, 0, 0))}
+    for title, colour in (("black", 0), (controlnet.name, 255)):
+        _DrawAction(service).on_click(clear, "a prompt", "", title, 0, 1, 1.0, 1.0, None)
+        newest = sorted(config.output_dir.glob("*-conditioning.png"))[-1]
+        assert set(np.asarray(Image.open(newest)).flat) == {colour}

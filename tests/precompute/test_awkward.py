@@ -142,6 +142,7 @@ def image_cases() -> list[Case]:
             "thread.png",
             saved(Image.new("RGB", (40_000, 1))),
             reason="40000 x 1 pixels, too long and thin for 64 x 64",
+            conditioning=(40_000, 1),
         ),
         Case("empty.png", written(b""), reason="the file is empty"),
         Case("half.png", written(png(rgb)[:2000]), reason="not a readable image"),
@@ -158,7 +159,7 @@ def image_cases() -> list[Case]:
         Case("nul\0.png", None, reason="not a file name"),
         Case("half-\ud83d.png", None, reason="not a file name"),
         Case("shape.png", saved(one), one, reason="of another shape", conditioning=(100, 120)),
-        Case("over.png", saved(other), other, reason="of another shape", conditioning=(198, 200)),
+        Case("over.png", saved(other), other, reason="of another shape", conditioning=(197, 200)),
         Case("plain.png", None, rgb),  # a second time
     ]
 
@@ -335,8 +336,8 @@ def test_bad_rows_are_named_with_their_reasons(made: PrecomputeConfig, cases: li
     table = said[said.index(f"{len(bad)} rows were left out:") + 1 :]
     lines = 0
     for number, case in bad:
-        name = case.name.replace("\ud83d", r"\ud83d")
-        row = f"line {number + 1}, target/{name}"
+        name = "target/" + case.name.replace("\ud83d", r"\ud83d")
+        row = f"line {number + 1}, {name if name.isprintable() else repr(name)}"
         # Each row has a slot, so a shard's rows are those of its eight.
         reasons = {}
         for folder in ("latents", "conditioning/conditioning"):

@@ -29,14 +29,19 @@ def write_lines(source: Path, rows: list[dict[str, Any]]) -> None:
     (source / "prompt.json").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
+def spoil(path: Path) -> None:
+    """Damage an image so that only decoding notices it: a TIFF's header says nothing of its end."""
+    Image.effect_noise((64, 64), 50).save(path, "TIFF")  # each another
+    path.write_bytes(path.read_bytes()[:600])
+
+
 @pytest.fixture
 def spoilt(fresh: PrecomputeConfig, circles: Path, tmp_path: Path) -> PrecomputeConfig:
     """A source with two images and one conditioning image that cannot be decoded."""
     source = tmp_path / "source"
     shutil.copytree(circles, source)
     for name in ("target/1.png", "target/6.png", "source/8.png"):
-        path = source / name
-        path.write_bytes(path.read_bytes()[:600])
+        spoil(source / name)
     return replace(fresh, source=str(source), max_bad_fraction=0.3)
 
 
@@ -93,7 +98,7 @@ def test_the_bound_holds_over_all_workers(
     (Path(str(spoilt.source)) / "source" / "8.png").write_bytes(
         (Path(str(spoilt.source)) / "source" / "7.png").read_bytes()
     )
-    (Path(str(spoilt.source)) / "target" / "9.png").write_bytes(b"GIF89a")
+    spoil(Path(str(spoilt.source)) / "target" / "9.png")
     rows = lines(Path(str(spoilt.source)))
     del rows[6]
     write_lines(Path(str(spoilt.source)), rows)
@@ -189,7 +194,7 @@ def test_a_cache_without_images_is_refused(spoilt: PrecomputeConfig, when: str) 
         if when == "before":
             path.unlink()
         else:
-            path.write_bytes(path.read_bytes()[:600])
+            spoil(path)
     config = replace(spoilt, max_bad_fraction=1.0, validation_prompt=(), validation_image=())
     with pytest.raises(ShardError, match=r"none of the 10 rows can be used:\n.*target/0.png"):
         precompute(config)

@@ -5,8 +5,9 @@ import time
 from pathlib import Path
 
 import numpy as np
+import pytest
 
-from precompute.fingerprints.digest_cache import FORMER_ENTRY, Content, DigestCache
+from precompute.fingerprints.digest_cache import ENTRIES, Content, DigestCache
 
 
 def version(number: int) -> bytes:
@@ -38,7 +39,7 @@ def test_what_was_added_is_found_again(tmp_path: Path) -> None:
     found = DigestCache(path).find([version(1), version(3), version(5)])
     assert found == [content(1), content(3), content(6)]
     entries = np.load(path, allow_pickle=False)
-    assert (len(entries), entries.itemsize) == (4, 41)
+    assert (len(entries), entries.itemsize) == (4, 42)
 
 
 def test_a_damaged_file_is_as_good_as_none(tmp_path: Path) -> None:
@@ -105,17 +106,26 @@ def test_workers_of_one_disk_hash_once(tmp_path: Path) -> None:
     assert (tmp_path / "counter").read_text() == "hashed\n"
 
 
-def test_what_a_former_version_has_kept_is_found(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("entry", "num_bytes"), zip(ENTRIES[:-1], (40, 41), strict=True))
+def test_what_a_former_version_has_kept_is_found(
+    entry: np.dtype, num_bytes: int, tmp_path: Path
+) -> None:
     path = tmp_path / "hashes.npy"
     digests = DigestCache(path)
     digests.add(version(1), content(1))
     digests.save()
-    np.save(path, np.load(path)[list(FORMER_ENTRY.names or ())].astype(FORMER_ENTRY))
-    assert np.load(path).itemsize == 40
+    np.save(path, np.load(path)[list(entry.names or ())].astype(entry))
+    assert np.load(path).itemsize == num_bytes
     former = DigestCache(path)
     assert former.find([version(1)]) == [content(1)]
-    former.add(version(2), content(2)._replace(transparency=2))
+    known = content(2)._replace(transparency=2, profile=1)
+    former.add(version(2), known)
     former.save()
-    assert DigestCache(path).find([version(1), version(2)])[1] == content(2)._replace(
-        transparency=2
-    )
+    assert DigestCache(path).find([version(1), version(2)])[1] == known
+
+
+def test_what_is_at_fault_is_not_kept(tmp_path: Path) -> None:
+    digests = DigestCache(tmp_path / "hashes.npy")
+    digests.add(version(1), content(1)._replace(fault="a package is missing"))
+    digests.add(version(2), content(2))
+    assert digests.find([version(1), version(2)]) == [None, content(2)]

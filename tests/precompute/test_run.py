@@ -14,7 +14,12 @@ import torch
 from diffusers import AutoencoderKL, StableDiffusion3Pipeline
 from diffusers.image_processor import VaeImageProcessor
 from PIL import Image
-from transformers import CLIPTextModelWithProjection, T5EncoderModel, T5TokenizerFast
+from transformers import (
+    CLIPTextModelWithProjection,
+    CLIPTokenizer,
+    T5EncoderModel,
+    T5TokenizerFast,
+)
 
 from common.errors import ConfigError, ShardError
 from precompute.config import PrecomputeConfig
@@ -328,6 +333,7 @@ def test_prompts_that_are_cut_are_counted(
     def edit(lines: list[dict[str, object]]) -> None:
         lines[1]["prompt"] = "circle " * 300
         lines[3]["prompt"] = "a circle " * 40
+        lines[5]["prompt"] = "circle " * 21
 
     precompute(replace(fresh, source=copy_of(circles, tmp_path / "long", edit)))
     output = capsys.readouterr().out
@@ -340,8 +346,17 @@ def test_prompts_that_are_cut_are_counted(
     long = [one for one in prompts if len(tokenizer(one).input_ids) > fresh.max_sequence_length]
     assert len(long) >= 2
     assert (
-        f"{len(long)} prompts have more T5 tokens than --max-sequence-length 20 and were cut; "
-        f"the longest has {longest}"
+        f"{len(long)} prompts have more T5 tokens than --max-sequence-length 20 and are cut; "
+        f"the longest has {longest}: "
+    ) in output
+    # The miniature's CLIP takes 24 tokens, start and end included.
+    clip = CLIPTokenizer.from_pretrained(fresh.pretrained_model_name_or_path, subfolder="tokenizer")
+    lengths = [len(clip(one, verbose=False).input_ids) for one in prompts]
+    cut = sum(length > clip.model_max_length for length in lengths)
+    assert 2 <= cut < len(long)
+    assert (
+        f"{cut} prompts have more CLIP tokens than its {clip.model_max_length} and are cut; "
+        f"the longest has {max(lengths)}: "
     ) in output
 
 

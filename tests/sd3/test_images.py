@@ -1,6 +1,7 @@
 """From image bytes to VAE input, as diffusers does it."""
 
 import io
+import re
 
 import numpy as np
 import pytest
@@ -9,7 +10,8 @@ from diffusers.image_processor import VaeImageProcessor
 from PIL import Image, ImageDraw
 
 from sd3 import images
-from sd3.images import BadImage, decode, fit
+from sd3.image_files import BadImage, read_header
+from sd3.images import decode, fit
 from sd3.pixels import to_pixels, to_uint8
 
 
@@ -43,9 +45,10 @@ def test_whatever_pillow_raises_is_a_bad_image() -> None:
     data[80:84] = bytes(4)  # flags that tell the format of the pixels
     with pytest.raises(NotImplementedError):
         Image.open(io.BytesIO(data))
-    for read in (decode, images.size):
-        with pytest.raises(BadImage, match=r"^not a readable image \(Unknown pixel format flags 0"):
-            read(bytes(data))
+    message = "not a readable image (Unknown pixel format flags 0"
+    with pytest.raises(BadImage, match="^" + re.escape(message)):
+        decode(bytes(data))
+    assert read_header(bytes(data)).fault.startswith(message)
 
 
 def test_sixteen_bits_become_eight() -> None:
@@ -151,7 +154,7 @@ def test_photographs_are_turned_upright(orientation: int, kind: str) -> None:
     buffer = io.BytesIO()
     stored.save(buffer, kind, exif=exif)
     assert np.array_equal(np.array(decode(buffer.getvalue())), np.array(upright))
-    assert images.size(buffer.getvalue()) == upright.size
+    assert read_header(buffer.getvalue())[:2] == upright.size
 
 
 def test_inks_become_colours() -> None:
@@ -197,7 +200,44 @@ def test_what_a_drawing_leaves_out_is_black() -> None:
     assert pixels.sum() == 3 * 255
 
 
+@pytest.mark.parametrize(
+    ("control", "image", "fits"),
+    [
+        ((704, 512), (1000, 700), True),  # rounded to 64
+        ((1024, 704), (1000, 700), True),
+        ((33, 21), (33, 22), True),  # one pixel off
+        ((32, 22), (33, 22), True),
+        ((31, 22), (33, 22), True),  # 32 x 21.33, a pixel more or less
+        ((30, 22), (33, 22), False),
+        # An eighth is the most, though 544 x 480 rounds to it too.
+        ((512, 512), (900, 800), True),
+        ((512, 512), (901, 800), False),
+        ((64, 64), (72, 64), True),
+        ((64, 64), (73, 64), False),
+        # Of multiples of 8, four pixels: 1012 to 1020 wide, 404 to 412 high.
+        ((1016, 408), (1020, 404), True),
+        ((1016, 408), (1021, 404), False),
+        ((513, 512), (544, 512), False),
+        ((512, 704), (700, 1000), True),
+    ],
+)
+def test_rounded_sides_are_stretched_back(
+    control: tuple[int, int], image: tuple[int, int], fits: bool
+) -> None:
+    drawn = Image.effect_noise(control, 50).convert("RGB")
+    if not fits:
+        with pytest.raises(BadImage, match="of another shape than its image's"):
+            fit(drawn, 64, image)
+        return
+    # In one step to the size that the image itself is resized to, then cropped as the image.
+    wide, high = (64 * side // min(image) for side in image)
+    resized = drawn.resize((wide, high), Image.Resampling.BILINEAR)
+    left, top = (round((side - 64) / 2) for side in resized.size)
+    expected = resized.crop((left, top, left + 64, top + 64))
+    assert fit(drawn, 64, image).tobytes() == expected.tobytes()
+
+
 def test_a_pair_of_two_shapes_is_refused() -> None:
     fit(Image.new("RGB", (100, 101)), 64, (512, 512))
-    with pytest.raises(BadImage, match="100 x 102 pixels, of another shape than its image's 51"):
-        fit(Image.new("RGB", (100, 102)), 64, (512, 512))
+    with pytest.raises(BadImage, match="100 x 103 pixels, of another shape than its image's 51"):
+        fit(Image.new("RGB", (100, 103)), 64, (512, 512))

@@ -184,6 +184,8 @@ commit {commit() or "unknown"} of the training code.
 
 - latents: `{data["latents_fingerprint"]}`
 - prompts: `{data["text_fingerprint"]}`
+- conditioning images: scale {data["conditioning_scale"]}, transparent ones over \
+{tuple(data["background"])}
 {_annotator_line(data)}
 {settings}"""
 

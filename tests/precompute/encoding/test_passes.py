@@ -30,6 +30,7 @@ from shards.format import sidecar
 from shards.format.members import Members
 from shards.format.writer import write_shard
 from tests.precompute.test_again import again, edit  # noqa: F401  (a fixture)
+from tests.precompute.test_bad_rows import spoil
 
 CPU = torch.device("cpu")
 
@@ -78,7 +79,7 @@ def test_a_shard_with_too_many_bad_rows_is_finished_before_the_run_ends(
 ) -> None:
     source = shutil.copytree(circles, tmp_path / "source")
     path = source / "target" / "3.png"
-    path.write_bytes(path.read_bytes()[:600])
+    spoil(path)
     context = prepare(
         replace(fresh, source=source, strict=True, validation_prompt=(), validation_image=())
     )
@@ -134,10 +135,14 @@ def test_embeddings_that_are_not_finite_end_the_run(
 
 
 def test_prompts_of_just_the_limit_are_not_cut() -> None:
-    found = LongPrompts()
-    for num_tokens in (20, 21, 7, 30):
-        found.add(num_tokens, 20)
-    assert (found.count, found.most_tokens) == (2, 30)
+    found = LongPrompts("tokens than", 20)
+    assert found.describe() == []
+    for num_tokens in (20, 21, 7, 30, 22, 23):
+        found.add(f"of {num_tokens}", num_tokens)
+    assert found.describe() == [
+        "4 prompts have more tokens than 20 and are cut; the longest has 30: "
+        "'of 21', 'of 30', 'of 22', …"
+    ]
 
 
 def test_the_variant_that_is_asked_for_is_loaded(base: Path, tmp_path: Path) -> None:

@@ -54,7 +54,8 @@ def test_parts_without_a_common_disk_are_copied_together_and_sealed(
     assert "(000002, 000005" in outcome.output
     shutil.copytree(parts[2], together, dirs_exist_ok=True)
     outcome = command("shards", "seal", together)
-    assert (outcome.exit_code, outcome.output) == (0, f"{together}: complete, 10 images\n")
+    said = f"{together}: complete, 10 pairs, 0 rows left out\n"
+    assert (outcome.exit_code, outcome.output) == (0, said)
     assert files(together) == files(cache)
     assert command("shards", "seal", together).exit_code == 0
     assert files(together) == files(cache)

@@ -1,0 +1,68 @@
+"""Odd pictures, as far as headers tell: they are used, and what becomes of them is said."""
+
+from collections.abc import Callable, Iterable
+
+import numpy as np
+
+from precompute.planning.context import Context
+from precompute.planning.inventory import LISTED_ROWS, Tally
+from precompute.sources.source import Kind
+from sd3.buckets import nearest_buckets
+
+LARGEST_ENLARGEMENT = 2
+
+
+def describe_oddities(context: Context) -> list[str]:
+    """Return a line for each kind of odd picture: how many there are, and the first of them."""
+
+    def file_name(kind: Kind) -> Callable[[int], str]:
+        return lambda row: context.file_name(row, kind)
+
+    def name_and_size(row: int) -> str:
+        width, height = context.inventory.sizes[row]
+        return f"{context.file_name(row, 'image')} ({width} x {height} px)"
+
+    kinds = (
+        (
+            _enlarged(context),
+            "images are enlarged more than twofold; --min-image-px N leaves smaller ones out",
+            name_and_size,
+        ),
+        (
+            _used(context, np.flatnonzero(context.inventory.has_profile)),
+            "images have a colour profile other than sRGB, and are converted to sRGB",
+            file_name("image"),
+        ),
+        (
+            context.inventory.rounded,
+            "conditioning images have rounded sides, and are stretched back to their images' shape",
+            file_name("conditioning_image"),
+        ),
+    )
+    return [
+        f"{tally.count} {what}: {listed(map(name, tally.first), tally.count)}"
+        for tally, what, name in kinds
+        if tally.count
+    ]
+
+
+def listed(names: Iterable[str], count: int) -> str:
+    """Return the first names of `count` things, and whether there are more."""
+    first = list(names)[:LISTED_ROWS]
+    return ", ".join([*first, "…"] if count > len(first) else first)
+
+
+def _enlarged(context: Context) -> Tally:
+    """Return the rows whose image is smaller than half of what it is resized to, either way."""
+    sizes, shapes = context.inventory.sizes, context.specs.latent_settings.shapes
+    wanted = np.array(shapes)[nearest_buckets(sizes, shapes)]
+    small = (wanted > LARGEST_ENLARGEMENT * sizes).any(axis=1) & (sizes > 0).all(axis=1)
+    return _used(context, np.flatnonzero(small))
+
+
+def _used(context: Context, rows: Iterable[int]) -> Tally:
+    tally = Tally()
+    for row in rows:
+        if int(row) not in context.bad_rows.rows:
+            tally.add(int(row))
+    return tally
