@@ -36,8 +36,6 @@ def find_own(name: str, given: Mapping[str, Any]) -> Annotator:
     if not callable(code):
         raise ConfigError(f"{where}: {place} has no such function.")
     is_class = inspect.isclass(code)
-    if is_class and not callable(getattr(code, "batch", None)):
-        raise ConfigError(f"{where}: the class has no batch(images); give one, or a function.")
     try:
         source = Path(inspect.getfile(module)).resolve()
         trees = {source: ast.parse(source.read_bytes())}
@@ -48,6 +46,8 @@ def find_own(name: str, given: Mapping[str, Any]) -> Annotator:
             f"{where}: the source of {place} cannot be read, which is needed to notice changes "
             "of it."
         ) from error
+    if is_class and not callable(getattr(code, "batch", None)):
+        raise ConfigError(f"{where}: the class has no batch(images); give one, or a function.")
     arguments = bind_arguments(name, code, given, num_images=0 if is_class else 1)
     defaults = _defaults(name, code, is_class)
     changed = {key: arguments[key] for key in given if arguments[key] != defaults.get(key)}

@@ -294,6 +294,9 @@ def test_anyones_annotator(
     precompute(small)
     assert len(samples(small)) == len(SIZES)
     nothing = replace(mine, conditioning_from="annotating.mine:nothing", conditioning_name="none")
+    with pytest.raises(ConfigError, match=r"--validation-image .*0c\.png: the .* is str, no image"):
+        precompute(nothing)
+    nothing = replace(nothing, validation_prompt=(), validation_image=())
     with pytest.raises(
         ShardError, match=r"none of the 6 rows .*\n.*drawn from it is str, no image"
     ):
@@ -360,7 +363,7 @@ def test_a_changed_annotator_leaves_other_controls_alone(
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("edges", "expected canny, or package.module:function"),
+        ("edges", "none of canny, softedge, lineart, blur, grey, superres, jpeg, mask, depth, nor"),
         ("no_such_module:function", "no_such_module cannot be imported (ModuleNotFoundError"),
         ("json:no_such_function", "json has no such function"),
         ("itertools:chain", "the source of itertools cannot be read"),
