@@ -18,6 +18,7 @@ from tests.conftest import run_python
 
 CONVERSION = "refs/convert/parquet"
 SCRIPT, SEVERAL, LONELY, GATED = "fusing/fill50k", "some/several", "some/lonely", "some/gated"
+SPLITS = "some/splits"
 OPEN = """
 import json, sys
 from precompute.sources.open_source import open_source
@@ -31,6 +32,8 @@ else:
     for index, row in enumerate(source.rows(range(len(source)))):
         kinds = "image", "conditioning_image"
         print(json.dumps([row.prompt, *(source.read(index, kind).hex() for kind in kinds)]))
+    for remark in source.remarks:
+        print(remark)
 """
 
 
@@ -68,6 +71,13 @@ REPOSITORIES = {
         CONVERSION: {
             "big/train/0000.parquet": parquet(ROWS),
             "small/train/0000.parquet": parquet(ROWS[:1]),
+        },
+    },
+    SPLITS: {
+        "main": {
+            "README.md": b"# two splits",
+            "data/train-00000-of-00001.parquet": parquet(ROWS),
+            "data/test-00000-of-00001.parquet": parquet(ROWS[1:]),
         },
     },
     LONELY: {"main": {"lonely.py": b"raise SystemExit('was run')"}},
@@ -199,14 +209,26 @@ def open_in_a_process(
 def test_of_a_script_data_set_the_hubs_conversion_is_read(endpoint: str, tmp_path: Path) -> None:
     expected = [[text, image.hex(), conditioning.hex()] for text, image, conditioning in ROWS]
     for _ in range(2):  # from the hub, and then with a cache
-        lines = open_in_a_process(endpoint, tmp_path, dataset_name=SCRIPT)
+        *lines, copied = open_in_a_process(endpoint, tmp_path, dataset_name=SCRIPT)
+        assert copied.startswith("copied by the datasets library: 0.0 MB of Arrow files in ")
         assert [json.loads(line) for line in lines] == expected
 
 
 def test_of_several_configurations_the_named_one_is_read(endpoint: str, tmp_path: Path) -> None:
     settings = {"dataset_name": SEVERAL, "dataset_config_name": "small"}
-    (line,) = open_in_a_process(endpoint, tmp_path, **settings)
+    line, _ = open_in_a_process(endpoint, tmp_path, **settings)
     assert json.loads(line)[0] == "a red circle"
+
+
+def test_of_several_splits_one_is_read_and_the_others_are_counted(
+    endpoint: str, tmp_path: Path
+) -> None:
+    red, blue, left_out, _ = open_in_a_process(endpoint, tmp_path, dataset_name=SPLITS)
+    assert [json.loads(line)[0] for line in (red, blue)] == ["a red circle", "a blue circle"]
+    assert left_out == "left out: 1 row of split 'test'"
+    line, left_out, _ = open_in_a_process(endpoint, tmp_path, dataset_name=SPLITS, split="test")
+    assert json.loads(line)[0] == "a blue circle"
+    assert left_out == "left out: 2 rows of split 'train'"
 
 
 @pytest.mark.parametrize(
