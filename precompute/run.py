@@ -48,7 +48,6 @@ def precompute(config: PrecomputeConfig) -> None:
         OSError: the cache cannot be written, or does not fit the disk; finished shards are kept.
     """
     context = prepare(config)
-    context.print_source()
     keep_freed_memory(context.device)
     torch.backends.cuda.matmul.allow_tf32 = config.allow_tf32
     torch.backends.cudnn.allow_tf32 = config.allow_tf32

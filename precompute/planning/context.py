@@ -154,12 +154,6 @@ class Context:
         if not self.quiet:
             click.echo(text)
 
-    def print_source(self) -> None:
-        """Print how the data set lies on the disk, and what of it is left out or not read."""
-        self.print(f"layout: {self.source.layout}")
-        for remark in self.source.remarks:
-            self.print(f"  {remark}")
-
     # From items to rows and records. An item of the latents is an image, or its mirror.
 
     @property

@@ -4,6 +4,7 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
+import click
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -48,6 +49,7 @@ from precompute.planning.validation_pairs import (
 )
 from precompute.planning.workers import find_part
 from precompute.sources.open_source import open_source
+from precompute.sources.source import Source
 from sd3.annotators.annotator import Annotator
 from sd3.annotators.registry import find_annotator
 from sd3.buckets import nearest_buckets
@@ -85,6 +87,8 @@ def prepare(config: PrecomputeConfig) -> Context:
     device = pick_device(config.device or _device_of_this_process())
     annotator = _find_annotator(config)
     source = open_source(config.source_settings())
+    if part.leads or config.part is not None:
+        _print_source(source)
     base = find_base(
         config.pretrained_model_name_or_path,
         (*COMPONENTS, "vae"),
@@ -137,6 +141,16 @@ def _find_annotator(config: PrecomputeConfig) -> Annotator | None:
     return find_annotator(
         config.conditioning_from, config.conditioning_args, cache_dir=config.cache_dir
     )
+
+
+def _print_source(source: Source) -> None:
+    """Print how the data set lies on the disk, and what of it is left out or not read.
+
+    Before it is read: where too many rows are bad, this tells why.
+    """
+    click.echo(f"layout: {source.layout}")
+    for remark in source.remarks:
+        click.echo(f"  {remark}")
 
 
 def _refuse_other_files(cache: Path) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from common.errors import ConfigError
+from common.errors import ConfigError, ShardError
 from precompute.config import PrecomputeConfig
 from precompute.run import precompute
 from shards.format import manifest
@@ -58,6 +58,9 @@ def test_a_row_without_a_control_is_one_bad_row(
         write(folder / "images" / f"{number}.txt", caption(number))
         if number != 5:
             write_control(folder / "conditioning" / f"{number}.png", number)
+    with pytest.raises(ShardError, match=r"row 5, images/5\.png: no conditioning image"):
+        precompute(replace(fresh, source=str(folder)))
+    assert "images of their names in conditioning/" in capsys.readouterr().out
     precompute(replace(fresh, source=str(folder), max_bad_fraction=0.2))
     assert "row 5, images/5.png: no conditioning image" in capsys.readouterr().out
     assert manifest.load(fresh.cache).conditioning["conditioning"].num_records == NUM_ROWS - 1
