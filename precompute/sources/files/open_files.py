@@ -14,6 +14,7 @@ from precompute.sources.files.records import TABLES
 from precompute.sources.files.survey import Survey, caption_endings, of_split, take_survey
 from precompute.sources.files.text_tables import (
     PROMPTS,
+    columns_of,
     count_records,
     has_images,
 )
@@ -126,8 +127,9 @@ def _open_tree(
                 f"{first_few(elsewhere)}: give one as the path."
             )
         return None
-    if others and not can_pair:
-        open_tables(settings, tree, others[:1], where, folder)  # says which column is missing
+    readable = [] if can_pair else [name for name in others if columns_of(tree, name)]
+    if readable or (others and not survey.picture_folders):  # this says what is missing in it
+        return open_tables(settings, tree, (readable or others)[:1], where, folder)
     if not survey.picture_folders:
         return None
     pairs = open_pairs(settings, tree, survey, where)

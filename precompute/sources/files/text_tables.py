@@ -1,13 +1,15 @@
 """Rows from tables of text."""
 
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 from common.errors import ConfigError
 from precompute.sources.files.records import Record, read_records
 from precompute.sources.files.stored_rows import Entry, StoredRows
-from precompute.sources.files.tree import Tree
+from precompute.sources.files.tree import NUM_TRIED, Tree
 from precompute.sources.source import SourceSettings
 
 FILE_NAME = "file_name"
@@ -52,20 +54,26 @@ def prompt_json_names(settings: SourceSettings) -> Names:
     )
 
 
-def has_images(tree: Tree, table: str, settings: SourceSettings) -> bool:
-    """Tell whether the first records of a table, as far as they can be read, name images.
+def columns_of(tree: Tree, table: str) -> list[str]:
+    """Return the names of a table's columns, by its first record that can be read; else none.
 
     Raises:
         OSError: it cannot be read.
     """
-    names = column_names(settings).image
-    with tree.open(table) as stream:
-        for number, (_, record) in enumerate(read_records(stream, table, table)):
+    with suppress(ConfigError), tree.open(table) as stream:
+        for _, record in islice(read_records(stream, table, table), NUM_TRIED):
             if isinstance(record, dict):
-                return any(name in record for name in names)
-            if number == 100:
-                break
-    return False
+                return list(record)
+    return []
+
+
+def has_images(tree: Tree, table: str, settings: SourceSettings) -> bool:
+    """Tell whether a table has a column of images.
+
+    Raises:
+        OSError: it cannot be read.
+    """
+    return bool(set(column_names(settings).image) & set(columns_of(tree, table)))
 
 
 def read_tables(tree: Tree, tables: Sequence[str], names: Names, where: str) -> StoredRows:

@@ -463,3 +463,13 @@ def test_pictures_that_no_row_names_are_counted(tmp_path: Path) -> None:
     assert photographs(tmp_path).remarks == [
         "pictures that no row names, or no option asks for: 5 of 8"
     ]
+
+
+def test_a_file_that_is_no_table_does_not_hide_what_is_missing(tmp_path: Path) -> None:
+    write_image(tmp_path / "0.png", 0)
+    write(tmp_path / "package.json", json.dumps({"a": 1}, indent=2))
+    with pytest.raises(ConfigError, match="1 images and no captions"):
+        photographs(tmp_path)
+    (tmp_path / "0.png").unlink()
+    with pytest.raises(ConfigError, match=r"package\.json, line 1: not JSON"):
+        photographs(tmp_path)
