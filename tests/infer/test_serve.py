@@ -294,6 +294,6 @@ def test_transparent_parts_have_the_controlnets_background(
     service = DrawService(replace(config, controlnet=(str(black), str(controlnet))))
     clear = {"composite": Image.new("RGBA", (64, 64), (255, 0, 0, 0))}
     for title, colour in (("black", 0), (controlnet.name, 255)):
-        _DrawAction(service).on_click(clear, "a prompt", "", title, 0, 1, 1.0, 1.0, None)
+        _DrawAction(service).on_click(clear, "a prompt", "", title, 0, 1, 1.0, 1.0, False, None)
         newest = sorted(config.output_dir.glob("*-conditioning.png"))[-1]
         assert set(np.asarray(Image.open(newest)).flat) == {colour}
