@@ -66,6 +66,11 @@ def pytest_configure(config: pytest.Config) -> None:
         config.pluginmanager.register(skips)
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with the slow tests, so that at the end no worker waits for another's."""
+    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
+
+
 @pytest.fixture(autouse=True)
 def one_accelerator_a_test() -> None:
     """Forget the precision that an earlier test's Accelerator settled for the process."""
