@@ -93,7 +93,7 @@ $(SERVE_STAMP): $(STAMP)
 	@touch $@
 
 $(CHECK_STAMP): $(STAMP)
-	$(INSTALL) -e ".[bitsandbytes,browser,deepspeed,serve]"
+	$(INSTALL) -e ".[bitsandbytes,browser,deepspeed,notebook,serve]"
 	@touch $@
 
 $(GPU_STAMP): $(STAMP)

@@ -2,6 +2,7 @@
 
 import contextlib
 import hashlib
+import importlib
 import json
 import os
 import socket
@@ -10,8 +11,9 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
+import click
 import numpy as np
 import psutil
 import pytest
@@ -257,14 +259,23 @@ class Outcome:
     output: str
 
 
+def main_of(module: str) -> click.Command:
+    """Return what `python -m <module>` runs."""
+    found = importlib.import_module(module)
+    if hasattr(found, "__path__"):
+        found = importlib.import_module(f"{module}.__main__")
+    return cast(click.Command, found.main)
+
+
 @pytest.fixture
 def command() -> Callable[..., Outcome]:
     """Run `python -m <package> <arguments>` in this process."""
 
     def call(package: str, *arguments: object) -> Outcome:
-        module = __import__(f"{package}.__main__", fromlist=["main"])
         result: Result = CliRunner().invoke(
-            module.main, [str(argument) for argument in arguments], prog_name=f"python -m {package}"
+            main_of(package),
+            [str(argument) for argument in arguments],
+            prog_name=f"python -m {package}",
         )
         if result.exception is not None and not isinstance(result.exception, SystemExit):
             raise result.exception

@@ -15,7 +15,11 @@ NOTEBOOK = "first-run.ipynb"
 
 def copy_of_the_project(folder: Path) -> Path:
     """The files that git knows, so that a run writes nothing into the project."""
-    listed = subprocess.check_output(["git", "ls-files", "-z"], cwd=REPOSITORY, text=True)
+    listed = subprocess.check_output(
+        ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
+        cwd=REPOSITORY,
+        text=True,
+    )
     for name in filter(None, listed.split("\0")):
         if (REPOSITORY / name).is_file():
             (folder / name).parent.mkdir(parents=True, exist_ok=True)

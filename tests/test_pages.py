@@ -24,7 +24,7 @@ import pytest
 from accelerate.state import AcceleratorState
 
 from precompute.config import PrecomputeConfig
-from tests.conftest import REPOSITORY, RESOLUTION_PX, TOKENS, run_python
+from tests.conftest import REPOSITORY, RESOLUTION_PX, TOKENS, main_of, run_python
 from train.config import TrainConfig
 from train.run import train
 
@@ -112,7 +112,7 @@ def commands(page: str) -> list[Line]:
 
 def parser(module: str, arguments: list[str]) -> tuple[click.Command, list[str]]:
     """Return the click command of `python -m <module> <arguments>`, and what is left for it."""
-    command = __import__(f"{module}.__main__", fromlist=["main"]).main
+    command = main_of(module)
     if isinstance(command, click.Group):
         return command.commands[arguments[0]], arguments[1:]
     return command, arguments
@@ -249,7 +249,7 @@ def test_the_commands_of_a_page_run(page: str, reader: Path, command: Callable[.
         if words[0] == "make":
             if " ".join(words[:2]) in NOT_HERE:
                 continue
-            words = [] if line.is_marked else made_by_make(line.text)
+            words = [] if line.is_marked else made_by_make(os.path.expandvars(line.text))
         arguments = python_arguments(words)
         if line.is_marked or not words:
             continue

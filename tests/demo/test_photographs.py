@@ -1,18 +1,20 @@
 """The photographs to try one's own data with."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import skimage.data
-from click.testing import CliRunner
 from PIL import Image
 
-from demo.photographs import main
+from tests.conftest import Outcome
 
 
-def test_thirty_photographs_with_captions_are_written(tmp_path: Path) -> None:
+def test_thirty_photographs_with_captions_are_written(
+    tmp_path: Path, command: Callable[..., Outcome]
+) -> None:
     folder = tmp_path / "photos"
-    outcome = CliRunner().invoke(main, ["--output-dir", str(folder)])
+    outcome = command("demo.photographs", "--output-dir", folder)
     assert outcome.exit_code == 0, outcome.output
     assert "30 photographs with captions written" in outcome.output
     pictures, captions = sorted(folder.glob("*.png")), sorted(folder.glob("*.txt"))
@@ -25,9 +27,11 @@ def test_thirty_photographs_with_captions_are_written(tmp_path: Path) -> None:
     assert (folder / "chelsea-right.txt").read_text() == "the face of a tabby cat, right half\n"
 
 
-def test_a_folder_that_holds_something_is_left_alone(tmp_path: Path) -> None:
+def test_a_folder_that_holds_something_is_left_alone(
+    tmp_path: Path, command: Callable[..., Outcome]
+) -> None:
     (tmp_path / "mine.png").touch()
-    outcome = CliRunner().invoke(main, ["--output-dir", str(tmp_path)])
+    outcome = command("demo.photographs", "--output-dir", tmp_path)
     assert outcome.exit_code == 2
     assert "give a new or an empty folder" in outcome.output
     assert [path.name for path in tmp_path.iterdir()] == ["mine.png"]
