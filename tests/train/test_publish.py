@@ -159,11 +159,12 @@ def test_what_is_uploaded(hub: Hub, config: TrainConfig) -> None:
 
 
 def test_the_card_of_an_upload_names_what_others_can_load(
-    hub: Hub, quick: TrainConfig, tmp_path: Path
+    hub: Hub, quick: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     base = tmp_path / "my-base"
     shutil.copytree(quick.pretrained_model_name_or_path, base)
-    quick = replace(quick, pretrained_model_name_or_path=str(base))
+    monkeypatch.chdir(tmp_path)
+    quick = replace(quick, pretrained_model_name_or_path="my-base")
     train(quick)
     text = (quick.output_dir / "README.md").read_text()
     assert 'SD3ControlNetModel.from_pretrained("me/out", dtype=torch.float16)' in text
@@ -174,11 +175,14 @@ def test_the_card_of_an_upload_names_what_others_can_load(
     index["_name_or_path"] = "stabilityai/stable-diffusion-3.5-medium"
     (base / "model_index.json").write_text(json.dumps(index))
     hub.add("models/lab/circles", {"earlier.txt": b"there before"})
-    train(replace(quick, hub_model_id="lab/circles", output_dir=tmp_path / "again"))
+    before = str(quick.output_dir)
+    again = replace(quick, controlnet_model_name_or_path=before, output_dir=tmp_path / "again")
+    train(replace(again, hub_model_id="lab/circles"))
     card = ModelCard(hub.files("models/lab/circles")["README.md"].decode())
     assert card.data.base_model == "stabilityai/stable-diffusion-3.5-medium"
     assert 'from_pretrained("lab/circles", dtype=torch.float16)' in card.content
     assert '    "stabilityai/stable-diffusion-3.5-medium", controlnet' in card.content
+    assert before not in card.content
     assert str(tmp_path) not in card.content
 
 

@@ -13,7 +13,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
+from huggingface_hub.errors import RepositoryNotFoundError
 
 from common.errors import ConfigError, ShardError
 from shards import verify
@@ -280,6 +282,15 @@ def test_a_repository_that_goes_away_is_no_missing_file(hub: Hub, cache: Path) -
     hub.misbehave = lambda handler, *_: handler.refuse(401, "RepoNotFound") is None
     with pytest.raises(ShardError, match="no such repository or revision on the hub"):
         remote.size("latents/000000.tar")
+
+
+def test_what_fsspec_says_of_a_repository_that_is_not_there_is_no_missing_file() -> None:
+    """It raises the same error for both; what it was raised from tells."""
+    missing, gone = FileNotFoundError("a path"), FileNotFoundError("a path")
+    answer = httpx.Response(404, request=httpx.Request("GET", "https://hub"))
+    gone.__cause__ = RepositoryNotFoundError("404", response=answer)
+    assert retry.is_missing(missing)
+    assert not retry.is_missing(gone)
 
 
 def test_a_damaged_cache_is_not_pushed(hub: Hub, cache: Path, tmp_path: Path) -> None:
