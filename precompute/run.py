@@ -55,12 +55,12 @@ def precompute(config: PrecomputeConfig) -> None:
     if config.dry_run:
         dry_run(context)
         return
+    if changes := source_changes(context):
+        context.print(f"  the source since the last run: {changes}")
     refuse_to_discard(context)
     previous = seal.previous_manifest(config.cache)
     products = context.products_by_folder()
     todo = {folder: context.shards_to_build(product) for folder, product in products.items()}
-    if changes := source_changes(context):
-        context.print(f"  the source since the last run: {changes}")
     for line in [*describe_oddities(context), *look_at_controls(context)]:
         context.print(f"  {line}")
     _print_todo(context, todo)

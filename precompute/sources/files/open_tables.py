@@ -13,7 +13,7 @@ from precompute.sources.files.text_tables import (
     prompt_json_names,
     read_tables,
 )
-from precompute.sources.files.tree import NUM_TRIED, Finder, Tree, ending, folder_of_names
+from precompute.sources.files.tree import NUM_TRIED, Finder, Tree, ending, folder_of_names, is_junk
 from precompute.sources.files.zips import Zips
 from precompute.sources.source import SourceSettings
 from precompute.sources.splits import first_few
@@ -57,20 +57,19 @@ def open_tables(
     refuse_options_of_pairs(settings, f"{where}, {tables[0]}")
     names = prompt_json_names(settings) if is_prompts else column_names(settings)
     rows = read_tables(tree, tables, names, where)
-    trees, zips = [tree], list[str]()
-    if folder is not None:
-        zips = sorted(one.name for one in folder.iterdir() if ending(one.name) == "zip")
-    if not _find_folders(rows, Finder(trees)) and zips:
-        trees.append(Zips([folder / name for name in zips], where))  # type: ignore[operator]
-        _find_folders(rows, Finder(trees))
+    finder, zips = Finder([tree]), _zips_in(folder)
+    in_zips = not _find_folders(rows, finder) and bool(zips)
+    if in_zips:  # all of them: for a file that is missing, a zip may have another of its name
+        finder = Finder([Zips([path for _, path in zips], where)])
+        _find_folders(rows, finder)
     layout = f"ControlNet's {PROMPTS}" if is_prompts else f"table {tables[0]}"
     if len(tables) > 1:
         layout = f"{len(tables)} tables ({first_few(tables)})"
-    if len(trees) > 1:
-        layout += f", and files in {first_few(zips)}"
+    names_of_zips = [name for name, _ in zips]
+    if in_zips:
+        layout += f", and files in {first_few(names_of_zips)}"
     unread = CountedNames()
-    unread.add("", zips if len(trees) == 1 else [])
-    finder = Finder(trees)
+    unread.add("", [] if in_zips else names_of_zips)
     return Listed(
         rows,
         {"image": finder, "conditioning_image": finder},
@@ -80,14 +79,24 @@ def open_tables(
     )
 
 
-def _find_folders(rows: StoredRows, finder: Finder) -> bool:
-    """Find what each table's file names are relative to, and tell whether the first files exist."""
-    all_exist, start = True, 0
+def _zips_in(folder: Path | None) -> list[tuple[str, Path]]:
+    """Return names and paths of the zips in a folder, sorted."""
+    entries = sorted(folder.iterdir()) if folder is not None else []
+    return [
+        (path.name, path)
+        for path in entries
+        if ending(path.name) == "zip" and not is_junk(path.name) and path.is_file()
+    ]
+
+
+def _find_folders(rows: StoredRows, finder: Finder) -> int:
+    """Find what each table's file names are relative to, and count the first files that exist."""
+    num_found, start = 0, 0
     for number, (table, end) in enumerate(zip(rows.tables, rows.ends, strict=True)):
         entries = [rows[index] for index in range(start, min(end, start + NUM_TRIED // 2))]
         names = [name for one in entries for name in (one.image, one.conditioning_image) if name]
         own = posixpath.dirname(table)
         rows.folders[number], found = folder_of_names(finder, own, names)
-        all_exist = all_exist and found == len(names)
+        num_found += found
         start = end
-    return all_exist
+    return num_found

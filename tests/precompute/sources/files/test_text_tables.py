@@ -360,6 +360,33 @@ def test_zips_beside_a_table_are_not_read_where_its_files_are_there(tmp_path: Pa
     assert source.remarks == ["zips that are not read: 1 (broken.zip)"]
 
 
+def test_a_missing_picture_is_not_taken_from_a_zip_that_has_one_of_its_name(tmp_path: Path) -> None:
+    with_pairs(tmp_path)
+    write(tmp_path / "metadata.jsonl", lines(RECORDS))
+    missing = tmp_path / RECORDS[3]["file_name"]
+    with zipfile.ZipFile(tmp_path / "backup.zip", "w") as packed:
+        packed.writestr(f"old/{RECORDS[3]['file_name']}", missing.read_bytes())
+    missing.unlink()
+    source = opened(tmp_path)
+    with pytest.raises(FileNotFoundError):
+        source.read(3, "image")
+    assert source.remarks == ["zips that are not read: 1 (backup.zip)"]
+
+
+def test_what_only_looks_like_a_zip_is_no_zip(tmp_path: Path) -> None:
+    write_clone(tmp_path, "")
+    (tmp_path / "._images.zip").write_bytes(b"of a Mac")
+    (tmp_path / "folder.zip").mkdir()
+    assert numbers(opened(tmp_path)) == [0, 1, 2, 3]
+
+
+def test_a_link_to_itself_is_passed_over(tmp_path: Path) -> None:
+    with_pairs(tmp_path)
+    write(tmp_path / "metadata.jsonl", lines(RECORDS))
+    (tmp_path / "self").symlink_to("self")
+    assert numbers(opened(tmp_path)) == [0, 1, 2, 3]
+
+
 def test_a_name_in_two_zips_is_a_bad_row(tmp_path: Path) -> None:
     write_clone(tmp_path, "")
     rows = [record(n, f"{n}.png", f"{n}.png") for n in range(4)]
