@@ -26,7 +26,7 @@ def find_redrawings(config: ScoreConfig, conventions: Sequence[Convention]) -> R
             try:
                 found.append(find_redrawing(config, name, convention))
             except ConfigError as error:  # a package or a file that this machine lacks
-                if needs_it:
+                if needs_it or config.conditioning_from is not None:
                     raise
                 click.echo(f"controls are not drawn again to be measured: {error}", err=True)
                 return None

@@ -29,7 +29,7 @@ from infer.scoring.results import (
     to_table,
 )
 from precompute.sources.open_source import open_source
-from precompute.sources.source import Kind, Row, Source, SourceSettings
+from precompute.sources.source import Row, Source, SourceSettings
 from sd3 import images
 from sd3.contact_sheet import save_png
 
@@ -108,19 +108,21 @@ def _read_samples(
     convention, background = conventions[0], conventions[0].background
     drawing = redrawing.open() if redrawing and config.from_photo else None
     name = redrawing.annotator.name if redrawing else None
-    kind: Kind = "image" if drawing else "conditioning_image"
     for number, row in enumerate(source.rows(range(min(config.num_samples, len(source))))):
         try:
-            data = source.read(number, kind)
+            image: Image.Image | None
             if drawing:
-                photograph = images.decode(data, background)
-                size = convention.picture_size(photograph)
-                (control,) = draw_controls(drawing, [(f"--source, {row.where}", photograph)], size)
+                image = leading = images.decode(source.read(number, "image"), background)
+                size = convention.picture_size(leading)
+                (control,) = draw_controls(drawing, [(f"--source, {row.where}", leading)], size)
             else:
+                data = source.read(number, "conditioning_image")
                 conditioning = _decode_for_all(data, conventions)
-                size = convention.picture_size(conditioning)
-                control = images.fit(conditioning, size)
-            target = _read_target(source, number, size, background)
+                image = _read_image(source, number, background)
+                leading = image or conditioning  # as in training, where controls follow images
+                size = convention.picture_size(leading)
+                control = images.fit(conditioning, size, like=leading.size)
+            target = None if image is None else images.fit(image, size)
             yield Sample(number, _first_caption(row), control, target, name)
         except (ValueError, OSError) as error:
             raise ConfigError(f"--source, {row.where}: {error}.") from error
@@ -155,15 +157,13 @@ def _first_caption(row: Row) -> str:
     return caption
 
 
-def _read_target(
-    source: Source, number: int, size: tuple[int, int], background: str
-) -> Image.Image | None:
+def _read_image(source: Source, number: int, background: str) -> Image.Image | None:
     """Return a row's image, or None where the source has none; `Measure.check` reports it."""
     try:
         data = source.read(number, "image")
     except OSError:
         return None
-    return images.fit(images.decode(data, background), size)
+    return images.decode(data, background)
 
 
 def _choose_measures(config: ScoreConfig, samples: Sequence[Sample]) -> tuple[str, ...]:

@@ -21,6 +21,8 @@ def annotator_spec(annotator: Annotator, digests: DigestCache) -> AnnotatorSpec:
 
 def _published(value: Any) -> Any:
     """Return a value without the folders of this machine: caches and ControlNets are published."""
+    if isinstance(value, list):
+        return [_published(one) for one in value]
     if isinstance(value, str) and Path(value).is_absolute():
         here = Path.cwd()
         path = Path(value)

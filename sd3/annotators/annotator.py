@@ -18,7 +18,8 @@ class Annotator:
 
     Attributes:
         name: as the user gives it.
-        arguments: all that change what it draws, with those that were not given.
+        arguments: all that change what it draws: of ours with those that were not given, of the
+            user's own only those that are not the code's defaults.
         function: draws one picture, in any thread; None if `load` is there.
         load: returns what draws a batch on a device, e.g. `cuda:0`, once the network is there.
         identity: what the drawings depend on, files aside: the name of its code, hashes, arguments.

@@ -53,12 +53,12 @@ def find_own(name: str, given: Mapping[str, Any]) -> Annotator:
     changed = {key: arguments[key] for key in given if arguments[key] != defaults.get(key)}
     files = [file for value in changed.values() for file in _named_by(value)]
     # A file counts by its bytes, not by its name.
-    counted = {key: A_FILE if _named_by(value) else value for key, value in changed.items()}
+    counted = {key: _without_names(value) for key, value in changed.items()}
     qualified = str(getattr(code, "__qualname__", ""))
     is_its_name = getattr(module, qualified, None) is code
     return Annotator(
         name=name,
-        arguments=arguments,
+        arguments=changed,  # the others stand in the code
         function=None if is_class else partial(code, **given) if given else code,
         load=partial(_load, code, dict(given)) if is_class else None,
         identity=[
@@ -130,5 +130,14 @@ def _from_file(where: str, path: Path) -> ModuleType:
 
 
 def _named_by(value: Any) -> list[Path]:
-    """Return the files that an argument names, if it is text that names some."""
+    """Return the files that an argument names: as text, or in a list."""
+    if isinstance(value, list):
+        return [file for one in value for file in _named_by(one)]
     return files_of(Path(value)) if isinstance(value, str) and value else []
+
+
+def _without_names(value: Any) -> Any:
+    """Return an argument without the names of files."""
+    if isinstance(value, list):
+        return [_without_names(one) for one in value]
+    return A_FILE if _named_by(value) else value

@@ -180,6 +180,20 @@ def test_score_takes_the_first_caption_and_the_controlnets_background(rows: Path
     assert (np.asarray(sample.conditioning)[:, 30:] == 0).all()
 
 
+def test_score_lays_a_rounded_control_over_its_image_as_training_does(rows: Path) -> None:
+    """Annotators round sides to multiples of 64; the same line is to stay in the same column."""
+    for name, (width, height) in {"t.png": (1000, 700), "c.png": (704, 512)}.items():
+        pixels = np.zeros((height, width, 3), np.uint8)
+        pixels[:, width // 5 : width // 5 + width // 50] = 255
+        Image.fromarray(pixels).save(rows / name)
+    (sample,) = samples(rows, [Convention(((512, 512),), 77, "-1_1")])
+    line, control = (
+        np.average(np.arange(512), weights=np.asarray(image)[:, :, 0].mean(0))
+        for image in (sample.target, sample.conditioning)
+    )
+    assert control == pytest.approx(line, abs=1)
+
+
 def test_score_refuses_controls_that_differ_between_controlnets(rows: Path) -> None:
     white, black = (
         Convention(SIZES, 77, "-1_1", background=colour) for colour in ("white", "#000000")

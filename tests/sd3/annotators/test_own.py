@@ -1,5 +1,6 @@
 """The user's own annotators: modules, files, classes, and what they are known by."""
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -104,6 +105,23 @@ def test_arguments_of_ones_own_count_if_they_are_not_the_defaults(
         found.append(find_annotator("inverted_b:drawn", [f"weights={name}"]))
     assert found[0].identity == found[1].identity != plain.identity
     assert [one.files for one in found] == [[folder / "one.bin"], [folder / "two.bin"]]
+    (folder / "listed_b.py").write_text("def drawn(image, weights=None):\n    return image\n")
+    listed = find_annotator("listed_b:drawn", ['weights=["one.bin", "a word"]'])
+    assert listed.files == [folder / "one.bin"]
+    other_word = find_annotator("listed_b:drawn", ['weights=["one.bin", "another"]'])
+    assert listed.identity != other_word.identity
+
+
+def test_what_a_code_takes_by_default_is_not_recorded(folder: Path) -> None:
+    """It would come back from JSON as something else."""
+    (folder / "defaults_b.py").write_text(
+        "def draw(image, mask=None, sides=(3, 3), level=1):\n"
+        "    assert mask is None and sides == (3, 3)\n    return image\n"
+    )
+    recorded = find_annotator("defaults_b:draw", ["level=2"]).arguments
+    assert recorded == {"level": 2}
+    again = find_annotator("defaults_b:draw", json.loads(json.dumps(recorded)))
+    assert same(*draw(again, [picture_of(1)]), picture_of(1))
 
 
 def test_a_class_draws_batches_on_the_device(folder: Path) -> None:
