@@ -24,7 +24,7 @@ from benchmarks.synthetic import Shape
 from common.atomic_files import write_text
 from common.command import CONTEXT
 from common.provenance import commit, machine, versions
-from precompute.fingerprints.digest_cache import ENTRY, DigestCache
+from precompute.fingerprints.digest_cache import ENTRY, NO, DigestCache
 from precompute.planning import products as plans
 from precompute.planning.existing_layout import layout_arrays
 from precompute.planning.inventory import take_inventory
@@ -88,6 +88,7 @@ def write_digests(path: Path, source: InventedRows) -> None:
     entries["version"] = np.frombuffer(b"".join(versions), ">u8").reshape(-1, 2)
     entries["digest"] = entries["version"] ^ np.uint64(0x5555555555555555)
     entries["width"] = entries["height"] = 1024
+    entries["transparency"] = entries["profile"] = NO
     np.save(path, entries[np.lexsort((entries["version"][:, 1], entries["version"][:, 0]))])
 
 

@@ -259,6 +259,12 @@ class Outcome:
     output: str
 
 
+def without_make() -> dict[str, str]:
+    """Return the environment for a `make` of its own: that of these tests may come from make."""
+    ours = {"MAKEFLAGS", "MFLAGS", "MAKELEVEL", "MAKEOVERRIDES", "ARGS"}
+    return {name: value for name, value in os.environ.items() if name not in ours}
+
+
 def main_of(module: str) -> click.Command:
     """Return what `python -m <module>` runs."""
     found = importlib.import_module(module)

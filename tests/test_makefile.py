@@ -4,7 +4,7 @@ import subprocess
 
 import pytest
 
-from tests.conftest import REPOSITORY
+from tests.conftest import REPOSITORY, without_make
 
 FAST = "FAST=1 is configs/demo-fast.toml; give it or CONFIG=configs/demo.toml, not both"
 CARD = "CARD=12gb is for make train alone; leave it out"
@@ -13,7 +13,9 @@ CARD = "CARD=12gb is for make train alone; leave it out"
 def make(*words: str) -> tuple[int, str]:
     """Return exit code and complaints of make, which only prints what it would do."""
     command = ["make", "--dry-run", *words]
-    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        command, cwd=REPOSITORY, capture_output=True, text=True, check=False, env=without_make()
+    )
     return done.returncode, done.stderr
 
 
@@ -91,6 +93,7 @@ def test_own_data_gets_no_settings_of_the_demo(stage: str, command: str) -> None
         capture_output=True,
         text=True,
         check=True,
+        env=without_make(),
     )
     line = done.stdout.splitlines()[-1]
     assert " ".join(line.split()).endswith(f"python -m {command}")

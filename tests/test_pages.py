@@ -24,7 +24,7 @@ import pytest
 from accelerate.state import AcceleratorState
 
 from precompute.config import PrecomputeConfig
-from tests.conftest import REPOSITORY, RESOLUTION_PX, TOKENS, main_of, run_python
+from tests.conftest import REPOSITORY, RESOLUTION_PX, TOKENS, main_of, run_python, without_make
 from train.config import TrainConfig
 from train.run import train
 
@@ -46,6 +46,7 @@ NOT_HERE = {
 SMALLER_NEXT = {"--validation-steps": "2"}
 SMALLER = {
     "--resolution=1024": f"--resolution={RESOLUTION_PX}",
+    "--cache=cache": "--cache=a-new-one",  # the one that is there was made at other settings
     "--max_train_steps=15000": "--max_train_steps=2",
     "--validation_steps=100": "--validation_steps=2",
 }
@@ -126,7 +127,11 @@ def python_arguments(words: list[str]) -> list[str]:
 def made_by_make(command: str) -> list[str]:
     """Return the `python -m` command that a `make` command runs, as words."""
     shown = subprocess.run(
-        ["make", "-n", *shlex.split(command)[1:]], capture_output=True, text=True, check=True
+        ["make", "-n", *shlex.split(command)[1:]],
+        capture_output=True,
+        text=True,
+        check=True,
+        env=without_make(),
     ).stdout
     (line,) = [line for line in shown.splitlines() if "python -m" in line]
     return shlex.split(line.partition("&& ")[2])

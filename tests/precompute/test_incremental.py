@@ -86,7 +86,9 @@ def test_every_image_is_read_to_be_hashed_and_once_more_to_be_encoded(
 ) -> None:
     precompute(replace(fresh, **settings))
     kinds = ["image"] if "conditioning_from" in settings else ["image", "conditioning_image"]
-    assert reads == {(row, kind): 2 for row in range(NUM_ROWS) for kind in kinds}
+    # And of the first hundred conditioning images each is looked at before.
+    times = {"image": 2, "conditioning_image": 3}
+    assert reads == {(row, kind): times[kind] for row in range(NUM_ROWS) for kind in kinds}
 
 
 @pytest.mark.slow
@@ -99,7 +101,8 @@ def test_images_that_do_not_fit_the_memory_are_read_again(
     reads.clear()
     monkeypatch.setattr("precompute.encoding.load_image.LARGEST_KEPT_BYTES", 0)
     precompute(replace(fresh, random_flip=True))
-    assert set(reads.values()) == {3}
+    times = {"image": 3, "conditioning_image": 4}  # one of them to look at it
+    assert all(count == times[kind] for (_, kind), count in reads.items())
     assert tars(fresh) == expected
 
 
@@ -133,8 +136,9 @@ def test_a_file_edited_during_a_run_leaves_the_other_digests(
     assert [row for row, content in enumerate(known) if content is None] == [9]
     reads.clear()
     precompute(config)
-    once = {key: count for key, count in reads.items() if key[0] < 8 and count > 1}
-    assert once == {}
+    times = {"image": 1, "conditioning_image": 2}  # once to look at it
+    more = {key: count for key, count in reads.items() if key[0] < 8 and count > times[key[1]]}
+    assert more == {}
     assert reads[9, "image"] == 2
     assert edited.exists()
 

@@ -68,9 +68,21 @@ def test_whole_pictures_with_or_without_more_behind_them_are_good(kind: str, tai
 
 
 def test_a_picture_that_lacks_only_its_end_is_decoded_and_good() -> None:
-    data = encoded(noise(), "JPEG")[:-2]
+    data = encoded(noise(), "GIF")[:-1]
     decode(data)
     assert not read_header(data).fault
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "GIF", "WEBP"])
+@pytest.mark.parametrize("num_missing", [1, 2, 4, 12, 40])
+def test_the_header_says_of_a_cut_picture_what_decoding_does(kind: str, num_missing: int) -> None:
+    data = encoded(noise(), kind)[:-num_missing]
+    try:
+        decode(data)
+    except BadImage as error:
+        assert read_header(data).fault == str(error)
+    else:
+        assert not read_header(data).fault
 
 
 @pytest.mark.parametrize("data", [FLOAT_TIFF, FLOAT_PFM])

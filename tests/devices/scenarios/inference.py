@@ -94,7 +94,7 @@ def test_a_thread_of_the_page_draws_on_the_chosen_device(
     found: list[Any] = []
 
     def draw() -> None:
-        path = service.draw(
+        path, _ = service.draw(
             Image.open(config.image[0]).convert("RGB"),
             PROMPTS[0],
             "",
