@@ -77,12 +77,12 @@ def test_a_picture_that_lacks_only_its_end_is_decoded_and_good() -> None:
 @pytest.mark.parametrize("num_missing", [1, 2, 4, 12, 40])
 def test_the_header_says_of_a_cut_picture_what_decoding_does(kind: str, num_missing: int) -> None:
     data = encoded(noise(), kind)[:-num_missing]
+    fault = ""
     try:
         decode(data)
     except BadImage as error:
-        assert read_header(data).fault == str(error)
-    else:
-        assert not read_header(data).fault
+        fault = str(error)
+    assert read_header(data).fault == fault
 
 
 @pytest.mark.parametrize("data", [FLOAT_TIFF, FLOAT_PFM])
