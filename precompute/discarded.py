@@ -79,9 +79,10 @@ def find_discarded(context: Context) -> list[Discarded]:
     was interrupted, has been told to.
     """
     seconds = seconds_a_record(context.config.cache)
+    decided = _decided(context.config.cache)
     found = []
     for folder, product in context.products_by_folder().items():
-        if product is context.products.validation or _is_decided(context, folder, product):
+        if product is context.products.validation or decided.get(folder) == product.fingerprints:
             continue
         going, standing = _count(context, product)
         if going:
@@ -102,11 +103,12 @@ def seconds_a_record(cache: Path) -> dict[str, float]:
     return {}
 
 
-def _is_decided(context: Context, folder: str, product: ProductPlan) -> bool:
+def _decided(cache: Path) -> dict[str, list[str]]:
+    """Return the fingerprints of the shards in the cache's plan, by product."""
     with suppress(ShardError):
-        planned = read_expected(context.config.cache)[0].products.get(folder)
-        return planned is not None and planned.fingerprints == product.fingerprints
-    return False
+        products = read_expected(cache)[0].products
+        return {folder: product.fingerprints for folder, product in products.items()}
+    return {}
 
 
 def _count(context: Context, product: ProductPlan) -> tuple[int, int]:

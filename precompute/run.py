@@ -69,7 +69,7 @@ def precompute(config: PrecomputeConfig) -> None:
     count_earlier_bad_rows(context, context.finished)
     config.cache.mkdir(parents=True, exist_ok=True)
     require_space(config.cache, context.bytes_needed())
-    expected = _expected_cache(context)
+    expected = _expected_cache(context, changes)
     write_expected(
         config.cache,
         expected,
@@ -83,11 +83,11 @@ def precompute(config: PrecomputeConfig) -> None:
     _finish(context, expected, previous, rates)
 
 
-def _expected_cache(context: Context) -> ExpectedCache:
+def _expected_cache(context: Context, changes: str) -> ExpectedCache:
     """Return what the cache must hold, with its changes so far."""
     expected = context.expected_cache()
-    if changes := changes_to_remember(context):
-        return dataclasses.replace(expected, made_by=expected.made_by | {"changes": changes})
+    if remembered := changes_to_remember(context, changes):
+        return dataclasses.replace(expected, made_by=expected.made_by | {"changes": remembered})
     return expected
 
 

@@ -43,18 +43,22 @@ def source_changes(context: Context) -> str:
     )
 
 
-def changes_to_remember(context: Context) -> list[dict[str, Any]]:
+def changes_to_remember(context: Context, what: str) -> list[dict[str, Any]]:
     """Return the changes of a cache, the present one at the end; a training run that is resumed
     finds there what changed since its checkpoint.
 
     Each says in words `what` changed, and `since` which data, as `manifest.data_digest`.
+
+    Args:
+        context: of the run.
+        what: changed now, from `source_changes`.
     """
     cache = context.config.cache
     remembered: list[dict[str, Any]] = []
     with suppress(ShardError):
         remembered = read_expected(cache)[0].made_by.get("changes", [])
     before = seal.previous_manifest(cache)
-    if before is not None and (what := source_changes(context)):
+    if before is not None and what:
         since = data_digest(before.fingerprints(next(iter(before.conditioning))))
         remembered = [*remembered, {"since": since, "what": what}]
     return remembered[-MOST_CHANGES:]
@@ -63,7 +67,9 @@ def changes_to_remember(context: Context) -> list[dict[str, Any]]:
 def _changed_captions(context: Context) -> int:
     """Return how many rows that stay have other captions."""
     latents, changed = context.products.latents, 0
-    for shard in range(latents.num_shards):
+    for shard, summary in enumerate(context.finished[latents.folder]):
+        if summary is not None and summary.captions == latents.captions[shard]:
+            continue  # most shards; whole sidecars are large
         card = None
         with suppress(ShardError, OSError):
             card = sidecar.load(latents.folder, shard)

@@ -1,30 +1,14 @@
 """The notebook of a first run, from top to bottom."""
 
 import os
-import shutil
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from tests.conftest import REPOSITORY
+from tests.mutation.__main__ import copy_repository
 
 NOTEBOOK = "first-run.ipynb"
-
-
-def copy_of_the_project(folder: Path) -> Path:
-    """The files that git knows, so that a run writes nothing into the project."""
-    listed = subprocess.check_output(
-        ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
-        cwd=REPOSITORY,
-        text=True,
-    )
-    for name in filter(None, listed.split("\0")):
-        if (REPOSITORY / name).is_file():
-            (folder / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy2(REPOSITORY / name, folder / name)
-    return folder
 
 
 @pytest.mark.slow
@@ -35,7 +19,8 @@ def test_the_notebook_runs_from_top_to_bottom(
     import nbformat
     from nbclient import NotebookClient
 
-    project = copy_of_the_project(tmp_path / "project")
+    project = tmp_path / "project"
+    copy_repository(project)
     monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}:{os.environ['PATH']}")
     monkeypatch.setenv("PYTHONPATH", str(project))
     for name in ("HOME", "JUPYTER_DATA_DIR", "IPYTHONDIR"):

@@ -4,8 +4,7 @@ import os
 from collections.abc import Sequence
 from pathlib import Path, PurePath
 
-JUNK_FILES = {"Thumbs.db", "desktop.ini"}
-JUNK_FOLDERS = {"__MACOSX"}
+from precompute.sources.files.tree import is_junk
 
 
 def files_below(path: Path, endings: Sequence[str]) -> tuple[dict[Path, PurePath], int]:
@@ -31,8 +30,8 @@ def files_below(path: Path, endings: Sequence[str]) -> tuple[dict[Path, PurePath
             folders.clear()
             continue
         seen.add(real)
-        folders[:] = [one for one in folders if one[0] != "." and one not in JUNK_FOLDERS]
-        names = [one for one in names if one[0] != "." and one not in JUNK_FILES]
+        folders[:] = [one for one in folders if not is_junk(one)]
+        names = [one for one in names if not is_junk(one)]
         matching = [one for one in names if one.lower().endswith(tuple(endings))]
         found += [Path(folder, one) for one in matching]
         num_others += len(names) - len(matching)
