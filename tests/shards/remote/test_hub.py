@@ -13,8 +13,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import httpx
 import pytest
+from huggingface_hub import HfApi
 from huggingface_hub.errors import RepositoryNotFoundError
 
 from common.errors import ConfigError, ShardError
@@ -284,11 +284,13 @@ def test_a_repository_that_goes_away_is_no_missing_file(hub: Hub, cache: Path) -
         remote.size("latents/000000.tar")
 
 
-def test_what_fsspec_says_of_a_repository_that_is_not_there_is_no_missing_file() -> None:
+def test_what_fsspec_says_of_a_repository_that_is_not_there_is_no_missing_file(hub: Hub) -> None:
     """It raises the same error for both; what it was raised from tells."""
     missing, gone = FileNotFoundError("a path"), FileNotFoundError("a path")
-    answer = httpx.Response(404, request=httpx.Request("GET", "https://hub"))
-    gone.__cause__ = RepositoryNotFoundError("404", response=answer)
+    hub.misbehave = lambda handler, *_: handler.refuse(401, "RepoNotFound") is None
+    with pytest.raises(RepositoryNotFoundError) as raised:
+        HfApi().repo_info(REPO.removeprefix("datasets/"), repo_type="dataset")
+    gone.__cause__ = raised.value
     assert retry.is_missing(missing)
     assert not retry.is_missing(gone)
 
