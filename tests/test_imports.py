@@ -36,7 +36,7 @@ ALLOWED = {
     "shards.reading": {"common", "sd3", "shards.format"},
     "shards.remote": {"common", "sd3", "shards.format", "shards.reading"},
     "shards": CACHE,
-    "precompute.sources.webdataset": STAGE | {"precompute.sources"},
+    "precompute.sources.webdataset": STAGE | {"precompute.sources", "precompute.sources.files"},
     "precompute.sources.parquet": STAGE | {"precompute.sources", "precompute.sources.files"},
     "precompute.sources.files": STAGE
     | {

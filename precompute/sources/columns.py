@@ -78,7 +78,7 @@ def find_columns(types: Mapping[str, Any], settings: SourceSettings, where: str)
             if not any(map(_holds_text, types.values())):
                 hint = METADATA_HINT
             raise ConfigError(f"{where}: no column {name!r}; it has {', '.join(types)}. {hint}")
-        if holds is _holds_images and not holds(types[name]):
+        if holds is _holds_images and not (holds(types[name]) or _holds_nothing(types[name])):
             raise ConfigError(
                 f"{where}: column {name!r} holds {types[name]}; {flag} needs images or file names."
             )
@@ -102,6 +102,13 @@ def _holds_images(type_: Any) -> bool:
     from pyarrow import types
 
     return bool(_holds_bytes(type_) or types.is_string(type_) or types.is_large_string(type_))
+
+
+def _holds_nothing(type_: Any) -> bool:
+    """Tell whether an Arrow type is that of a column in which nothing stands: all rows are bad."""
+    from pyarrow import types
+
+    return bool(types.is_null(type_))
 
 
 def _holds_bytes(type_: Any) -> bool:

@@ -1,6 +1,5 @@
 """Data sets of plain files, recognised by what lies where."""
 
-import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -19,7 +18,7 @@ from precompute.sources.files.text_tables import (
     has_images,
 )
 from precompute.sources.files.tree import Tree, ending
-from precompute.sources.files.zips import Zips
+from precompute.sources.files.zips import Zips, is_zip
 from precompute.sources.source import Source, SourceSettings
 from precompute.sources.splits import first_few, left_out_remark
 
@@ -44,7 +43,7 @@ def open_files(settings: SourceSettings, path: Path, where: str) -> Source | Non
         if ending(path.name) in TABLES:
             kept, _ = of_split([path.name], settings.split, where)
             return open_tables(settings, Folder(path.parent), kept, where, path.parent)
-        if ending(path.name) == "zip" or zipfile.is_zipfile(path):
+        if is_zip(path):
             return _open_zips(settings, [path], where)
     except OSError as error:
         raise ConfigError(f"{where}: cannot be read ({error}).") from error

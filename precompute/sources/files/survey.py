@@ -6,7 +6,7 @@ from pathlib import Path, PurePath
 from precompute.sources.files.counted_names import CountedNames
 from precompute.sources.files.records import TABLES
 from precompute.sources.files.text_tables import PROMPTS
-from precompute.sources.files.tree import Tree, ending, is_picture, stem
+from precompute.sources.files.tree import TAR, Tree, ending, is_picture, stem
 from precompute.sources.source import SourceSettings
 from precompute.sources.splits import files_of_split
 
@@ -15,7 +15,6 @@ METADATA = ("metadata.jsonl", "metadata.csv")
 NO_TABLES = ("dataset_infos.json", "dataset_info.json")
 CAPTIONS = ("txt", "caption")
 BINARY_TABLES = {"parquet", "arrow"}
-TARS = {"tar", "tgz", "gz"}
 
 
 @dataclass
@@ -75,7 +74,7 @@ def take_survey(tree: Tree, endings: tuple[str, ...]) -> Survey:
                 survey.metadata.append(path)
             elif kind in BINARY_TABLES:
                 survey.binary_tables.append(path)
-            elif kind in TARS:
+            elif name.lower().endswith(TAR):
                 survey.tars.append(path)
             elif kind == "zip" and folder in tree.tops:
                 survey.zips.append(path)

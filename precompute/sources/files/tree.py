@@ -11,6 +11,10 @@ PICTURES = frozenset({
     "heif", "jp2", "j2k", "jxl", "tga", "ppm", "pgm", "pbm", "pnm", "pfm", "npy", "exr", "hdr",
 })
 # fmt: on
+# How the names of tars end. Those that are compressed cannot be read: where they are all that there
+# is, it is said to unpack them.
+TAR = ".tar"
+TARS = (TAR, ".tgz", ".tar.gz", ".tar.bz2", ".tar.xz", ".tar.zst")
 # So many names of a table tell where its files lie.
 NUM_TRIED = 200
 # What systems and editors leave beside people's files. Hidden ones are passed over as well.

@@ -10,10 +10,25 @@ from typing import IO
 
 from common.errors import ConfigError
 from precompute.sources.file_versions import stat_version
-from precompute.sources.files.tree import is_junk
+from precompute.sources.files.tree import ending, is_junk
 
 # Damaged, encrypted or compressed in a way that Python does not know.
 ZIP_ERRORS = (zipfile.BadZipFile, zlib.error, RuntimeError, NotImplementedError, EOFError)
+FIRST_BYTES = (b"PK\x03\x04", b"PK\x05\x06")  # of a member, or of the end if there are none
+
+
+def is_zip(path: Path) -> bool:
+    """Tell whether a file is a zip, by its ending or its first bytes.
+
+    `zipfile.is_zipfile` looks near the file's end, where a tar may hold an .npz, which is a zip.
+
+    Raises:
+        OSError: it cannot be read.
+    """
+    if ending(path.name) == "zip":
+        return True
+    with path.open("rb") as file:
+        return file.read(4) in FIRST_BYTES
 
 
 class Archive:

@@ -167,10 +167,18 @@ def open_parquet(settings: SourceSettings, path: Path, where: str) -> Source | N
         return None
     kept, left_out = files_of_split(found, settings.split, where)
     names = {one: where if one == path else f"{where}, {inside}" for one, inside in found.items()}
-    files = [_read(one, found[one], settings, names[one]) for one in kept]
-    if not sum(map(len, files)):
+    files, empty = [], []
+    for one in kept:
+        schema, num_rows = _schema_and_rows(one, names[one])
+        if num_rows:
+            files.append(_read(one, found[one], schema, settings, names[one]))
+        else:  # its columns may be of no type
+            empty.append(str(found[one]))
+    if not files:
         raise ConfigError(f"{where}: holds no rows.")
     remarks = []
+    if empty:
+        remarks.append(f"Parquet files without rows: {len(empty)} ({first_few(empty)})")
     for split, others in left_out.items():
         num_rows = sum(_schema_and_rows(one, names[one])[1] for one in others)
         few = first_few([str(found[one]) for one in others])
@@ -185,8 +193,9 @@ def open_parquet(settings: SourceSettings, path: Path, where: str) -> Source | N
     return ParquetTable(files, finder, remarks, has_conditioning_images=settings.wants_conditioning)
 
 
-def _read(path: Path, inside: PurePath, settings: SourceSettings, where: str) -> ParquetFile:
-    schema, _ = _schema_and_rows(path, where)
+def _read(
+    path: Path, inside: PurePath, schema: Any, settings: SourceSettings, where: str
+) -> ParquetFile:
     in_file = image_columns(schema.names)
     types = {name: schema.field(old).type for name, old in in_file.items()}
     columns = find_columns(types, settings, where)

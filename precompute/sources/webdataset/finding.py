@@ -6,11 +6,11 @@ from collections.abc import Iterable
 from pathlib import Path, PurePath
 
 from common.errors import ConfigError
+from precompute.sources.files.tree import TARS
 from precompute.sources.files_below import files_below
 from precompute.sources.source import SourceSettings
 from precompute.sources.splits import first_few
 
-TARS = (".tar", ".tgz", ".tar.gz", ".tar.bz2", ".tar.xz", ".tar.zst")
 PARQUET = ".parquet"
 TABLES = (".jsonl", ".json", ".csv", ".tsv", PARQUET)
 SNIFFED_BYTES = 1 << 20

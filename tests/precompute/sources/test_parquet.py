@@ -1,11 +1,14 @@
 """Parquet files, read from where they are; splits of theirs and of saved data sets."""
 
+import io
+import zipfile
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import datasets
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -179,6 +182,44 @@ def test_files_that_do_not_go_together(tmp_path: Path) -> None:
     }
     pq.write_table(pa.table(reverse), tmp_path / "b.parquet")
     assert_rows(open_folder(tmp_path), range(4))
+
+
+def test_a_file_without_rows_is_named(tmp_path: Path) -> None:
+    """Without rows pandas knows of no types: all columns are null."""
+    write_rows(tmp_path / "a.parquet", range(3))
+    none = pa.table({"image": pa.nulls(0), "text": pa.nulls(0)})
+    pq.write_table(none, tmp_path / "b.parquet")
+    source = open_folder(tmp_path)
+    assert_rows(source, range(3))
+    assert source.layout == "Parquet, 1 file"
+    assert source.remarks == ["Parquet files without rows: 1 (b.parquet)"]
+    (tmp_path / "a.parquet").unlink()
+    with pytest.raises(ConfigError, match="holds no rows"):
+        open_folder(tmp_path)
+
+
+def test_a_file_of_rows_that_all_lack_something(tmp_path: Path) -> None:
+    """A column in which nothing stands has the type null."""
+    write_rows(tmp_path / "a.parquet", range(3))
+    columns = {"image": list(map(image, range(2))), "conditioning_image": pa.nulls(2)}
+    pq.write_table(pa.table(columns | {"text": pa.nulls(2)}), tmp_path / "b.parquet")
+    source = open_folder(tmp_path)
+    assert len(source) == 5
+    assert source.read(4, "image") == image(1)
+    with pytest.raises(OSError, match="no conditioning image: nothing in column 'conditioning_im"):
+        source.read(4, "conditioning_image")
+    (row,) = source.rows([4])
+    assert row.fault == "no caption: nothing in column 'text'"
+
+
+def test_a_file_is_no_zip_for_one_that_it_holds(tmp_path: Path) -> None:
+    packed = io.BytesIO()
+    np.savez(packed, depth=np.zeros(4))
+    columns = {"image": [image(0)], "conditioning_image": [control(0)], "text": [caption(0)]}
+    path = tmp_path / "a.parquet"
+    pq.write_table(pa.table(columns | {"depth": [packed.getvalue()]}), path)
+    assert zipfile.is_zipfile(path)
+    assert_rows(open_folder(path), range(1))
 
 
 def test_what_lies_beside_is_counted(tmp_path: Path) -> None:

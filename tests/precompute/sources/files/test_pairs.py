@@ -291,3 +291,13 @@ def test_a_zip_beside_pictures_is_named(tmp_path: Path) -> None:
     source = photographs(tmp_path)
     assert numbers(source) == [0, 1, 2, 3]
     assert source.remarks == ["zips that are not read: 1 (old.zip)"]
+
+
+@pytest.mark.parametrize("name", ["notes.gz", "photos.tar.gz", "old/photos.TGZ"])
+def test_what_is_compressed_is_one_more_file_beside_pictures(tmp_path: Path, name: str) -> None:
+    write_image(tmp_path / "0.png", 0)
+    write(tmp_path / "0.txt", caption(0))
+    write(tmp_path / name, b"\x1f\x8b")
+    source = photographs(tmp_path)
+    assert numbers(source) == [0]
+    assert source.remarks == [f"other files, not read: 1 ({name})"]

@@ -1,11 +1,14 @@
 """WebDataset tars as a data set: rows, columns, splits and all that may be odd in them."""
 
+import io
 import json
 import os
+import zipfile
 from pathlib import Path
 from typing import Any
 
 import datasets
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -483,3 +486,15 @@ def test_samples_are_those_of_the_webdataset_library(tmp_path: Path) -> None:
     ]
     assert found == expected
     assert len(found) == 6
+
+
+def test_a_tar_is_no_zip_for_one_that_it_holds(tmp_path: Path) -> None:
+    """`zipfile.is_zipfile` looks for the end of a zip anywhere in the last 64 KiB."""
+    packed = io.BytesIO()
+    np.savez(packed, depth=np.zeros(4))
+    members = [*samples(range(2)), ("0001.npz", packed.getvalue())]
+    path = write_tar(tmp_path / "a.tar", members)
+    assert zipfile.is_zipfile(path)
+    source = open_tars(path)
+    assert_rows(source, range(2))
+    assert source.remarks == ["not read: 1 members, .npz (1)"]
