@@ -40,6 +40,7 @@ ALLOWED = {
     "precompute.sources.parquet": STAGE | {"precompute.sources", "precompute.sources.files"},
     "precompute.sources.files": STAGE
     | {
+        "precompute.sources.caches",
         "precompute.sources.file_versions",
         "precompute.sources.patient_read",
         "precompute.sources.source",

@@ -12,7 +12,6 @@ from PIL import ImageColor
 
 from common.device import pick_device
 from common.errors import ConfigError
-from common.provenance import RUN
 from precompute.config import PrecomputeConfig
 from precompute.fingerprints.digest_cache import DigestCache
 from precompute.fingerprints.encoder_spec import (
@@ -48,6 +47,7 @@ from precompute.planning.validation_pairs import (
     plan_validation,
 )
 from precompute.planning.workers import find_part
+from precompute.sources.caches import HASHES, not_of_a_cache
 from precompute.sources.open_source import open_source
 from precompute.sources.source import Source
 from sd3.annotators.annotator import Annotator
@@ -55,24 +55,8 @@ from sd3.annotators.registry import find_annotator
 from sd3.buckets import nearest_buckets
 from sd3.pretrained import find_base
 from sd3.value_scale import AS_IS
-from shards.format import manifest
-from shards.format.expected_cache import PLAN
 from shards.format.manifest import conditioning_folder, validation_folder
 from shards.format.tensor_spec import record_bytes
-
-HASHES = "hashes.npy"
-CACHE_FILES = {
-    "text",
-    "latents",
-    "conditioning",
-    "validation",
-    RUN,
-    manifest.MANIFEST,
-    manifest.PREVIOUS,
-    PLAN,
-    HASHES,
-    f"{HASHES}.lock",
-}
 
 
 def prepare(config: PrecomputeConfig) -> Context:
@@ -158,9 +142,7 @@ def _refuse_other_files(cache: Path) -> None:
     if cache.exists() and not cache.is_dir():
         raise ConfigError(f"--cache {cache}: is a file; give a folder.")
     if cache.is_dir():
-        others = sorted(
-            path.name for path in cache.iterdir() if path.name.split(".tmp-")[0] not in CACHE_FILES
-        )
+        others = not_of_a_cache(path.name for path in cache.iterdir())
         if others:
             raise ConfigError(
                 f"--cache {cache}: not a cache, it holds {', '.join(others[:4])}; "

@@ -1,16 +1,15 @@
 """The files of a data set's folder."""
 
-import os
 from collections.abc import Sequence
 from pathlib import Path, PurePath
 
-from precompute.sources.files.tree import is_junk
+from precompute.sources.files.folder import Folder
 
 
 def files_below(path: Path, endings: Sequence[str]) -> tuple[dict[Path, PurePath], int]:
     """Return the files with certain endings in a folder and in those below it, sorted by path.
 
-    Links are followed. Hidden files and what systems leave behind are left out.
+    Links are followed. Caches, hidden files and what systems leave behind are left out.
 
     Args:
         path: of the folder; or of a file, which then is the only one.
@@ -18,21 +17,16 @@ def files_below(path: Path, endings: Sequence[str]) -> tuple[dict[Path, PurePath
 
     Returns:
         each file's path, and the same relative to the folder; and how many other files there are.
+
+    Raises:
+        OSError: a folder cannot be read.
     """
     if not path.is_dir():
         return {path: PurePath(path.name)}, 0
-    found: list[Path] = []
+    found: list[PurePath] = []
     num_others = 0
-    seen: set[str] = set()
-    for folder, folders, names in os.walk(path, followlinks=True):
-        real = os.path.realpath(folder)
-        if real in seen:  # a link to a folder above
-            folders.clear()
-            continue
-        seen.add(real)
-        folders[:] = [one for one in folders if not is_junk(one)]
-        names = [one for one in names if not is_junk(one)]
-        matching = [one for one in names if one.lower().endswith(tuple(endings))]
-        found += [Path(folder, one) for one in matching]
+    for folder, names in Folder(path).folders():
+        matching = [name for name in names if name.lower().endswith(tuple(endings))]
+        found += [PurePath(folder, name) for name in matching]
         num_others += len(names) - len(matching)
-    return {one: one.relative_to(path) for one in sorted(found, key=str)}, num_others
+    return {path / one: one for one in sorted(found, key=str)}, num_others

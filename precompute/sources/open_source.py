@@ -37,8 +37,14 @@ def _open(settings: SourceSettings, flag: str, name: str) -> Source:
             f"{where}: no such file or folder{hub}. Expected a folder or zip of pictures, a table "
             "that names them, or a folder that the datasets library can load."
         )
-    if source := open_files(settings, path, where):
-        return source
+    source, remarks = open_files(settings, path, where)
+    source = source or _open_others(settings, path, where)
+    source.remarks += remarks
+    return source
+
+
+def _open_others(settings: SourceSettings, path: Path, where: str) -> Source:
+    """Return a local data set that is none of plain files."""
     refuse_options_of_pairs(settings, where)
     tars, remarks = find_tars(settings, path, where)
     if tars:

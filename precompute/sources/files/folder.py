@@ -5,12 +5,17 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
 
+from precompute.sources.caches import is_cache
 from precompute.sources.file_versions import file_version, read_file
 from precompute.sources.files.tree import is_junk
 
 
 class Folder:
     """The files in a folder and below it. A name may also be absolute.
+
+    Attributes:
+        caches: the folders that are caches of precompute's, as far as it was walked. What lies in
+            them is no part of a data set, and is passed over.
 
     Args:
         path: of the folder.
@@ -19,6 +24,7 @@ class Folder:
     def __init__(self, path: Path) -> None:
         self.root = os.path.abspath(path)  # noqa: PTH100  (names with NUL are joined to it)
         self.tops: tuple[str, ...] = ("",)
+        self.caches: dict[str, None] = {}
 
     def folders(self) -> Iterator[tuple[str, list[str]]]:
         """Yield each folder's name, that of the root is empty, and the names of the files in it."""
@@ -62,6 +68,9 @@ class Folder:
         if itself in above:  # a link back
             return
         files, folders = self._list(folder)
+        if is_cache(files, folders):
+            self.caches[folder] = None
+            return
         yield folder, files
         for inner in folders:
             yield from self._walk(f"{folder}/{inner}" if folder else inner, above | {itself})

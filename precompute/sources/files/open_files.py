@@ -26,35 +26,41 @@ from precompute.sources.splits import first_few, left_out_remark
 SAVED = ("state.json", "dataset_dict.json")
 
 
-def open_files(settings: SourceSettings, path: Path, where: str) -> Source | None:
-    """Return a data set of plain files; None if there are others, such as tars or Parquet.
+def open_files(settings: SourceSettings, path: Path, where: str) -> tuple[Source | None, list[str]]:
+    """Return a data set of plain files, None if there are others, such as tars or Parquet.
 
     Args:
         settings: what the rows need.
         path: of a folder, a zip or a table of text.
         where: the path as the user gave it, for errors.
 
+    Returns:
+        the data set, and remarks on what is no part of it, however it is read.
+
     Raises:
         ConfigError: it cannot be read, holds two data sets, or lacks captions or images.
     """
     try:
         if path.is_dir():
-            return _open_folder(settings, path, where)
+            tree = Folder(path)
+            source = _open_folder(settings, tree, path, where)
+            return source, _remark("caches in this folder, not read", list(tree.caches))
         if ending(path.name) in TABLES:
             kept, _ = of_split([path.name], settings.split, where)
-            return open_tables(settings, Folder(path.parent), kept, where, path.parent)
+            return open_tables(settings, Folder(path.parent), kept, where, path.parent), []
         if is_zip(path):
-            return _open_zips(settings, [path], where)
+            return _open_zips(settings, [path], where), []
     except OSError as error:
         raise ConfigError(f"{where}: cannot be read ({error}).") from error
-    return None
+    return None, []
 
 
-def _open_folder(settings: SourceSettings, path: Path, where: str) -> Source | None:
+def _open_folder(settings: SourceSettings, tree: Folder, path: Path, where: str) -> Source | None:
     if settings.dataset_config_name is not None or any((path / name).is_file() for name in SAVED):
         return None
-    tree = Folder(path)
     survey = take_survey(tree, caption_endings(settings))
+    if "" in tree.caches:
+        raise ConfigError(f"{where}: is a cache that precompute made; give the data set.")
     if source := _open_tree(settings, tree, survey, where, path):
         return source
     if survey.zips and not survey.binary_tables and not survey.tars:
@@ -104,7 +110,7 @@ def _open_tree(
         _remark_pictures(source, tree, survey, left_out)
         others = [one for one in survey.prompts if one not in prompts]
         others += survey.metadata + survey.tables + elsewhere
-        _remark(source, "tables and tars that are not read", others)
+        source.remarks += _remark("tables and tars that are not read", others)
         return source
     if _counts(survey.metadata, elsewhere, tree, settings):
         return _open_metadata(settings, tree, survey, where, folder)
@@ -116,7 +122,7 @@ def _open_tree(
         kept, left_out = of_split(tables, settings.split, where)
         source = open_tables(settings, tree, kept, where, folder)
         _remark_pictures(source, tree, survey, left_out)
-        _remark(source, "tables without images, not read", others)
+        source.remarks += _remark("tables without images, not read", others)
         return source
     can_pair = settings.caption is not None or survey.num_captioned
     if elsewhere:
@@ -132,8 +138,8 @@ def _open_tree(
     if not survey.picture_folders:
         return None
     pairs = open_pairs(settings, tree, survey, where)
-    _remark(pairs, "tables without images, not read", others)
-    _remark(pairs, "zips that are not read", survey.zips)
+    pairs.remarks += _remark("tables without images, not read", others)
+    pairs.remarks += _remark("zips that are not read", survey.zips)
     return pairs
 
 
@@ -158,7 +164,7 @@ def _open_metadata(
         raise _two_tables(where, [*kept, *elsewhere])
     source = open_tables(settings, tree, kept, where, folder)
     _remark_pictures(source, tree, survey, left_out)
-    _remark(source, "tables that are not read", survey.tables)
+    source.remarks += _remark("tables that are not read", survey.tables)
     return source
 
 
@@ -166,11 +172,11 @@ def _two_tables(where: str, names: list[str]) -> ConfigError:
     return ConfigError(f"{where}: two tables or more, {first_few(names)}: give one as the path.")
 
 
-def _remark(source: Source, text: str, names: list[str]) -> None:
-    """Add a remark on files, if there are any."""
+def _remark(text: str, names: list[str]) -> list[str]:
+    """Return a remark on files, none if there are none."""
     counted = CountedNames()
     counted.add("", names)
-    source.remarks += counted.remark(text)
+    return counted.remark(text)
 
 
 def _remark_pictures(

@@ -33,7 +33,7 @@ class Tree(Protocol):
     def folders(self) -> Iterator[tuple[str, list[str]]]:
         """Yield each folder's name, that of the root is empty, and the names of the files in it.
 
-        Both are sorted. Links are followed, except in circles; junk is passed over.
+        Both are sorted. Links are followed, except in circles; junk and caches are passed over.
 
         Raises:
             OSError: a folder cannot be read.

@@ -51,6 +51,14 @@ def write_pair(folder: Path, number: int, name: str = "") -> None:
     write_control(folder / "edges" / f"{name or number}.png", number)
 
 
+def captioned(folder: Path, inside: range = range(4), ending: str = ".txt") -> Path:
+    """Pictures `n.png`, each with its caption in a file beside it."""
+    for number in inside:
+        write_image(folder / f"{number}.png", number)
+        write(folder / f"{number}{ending}", f"{caption(number)}\n")
+    return folder
+
+
 def record(number: int, image: str = "", control: str = "") -> dict[str, Any]:
     return {
         "file_name": image or f"images/{number}.png",

@@ -9,6 +9,7 @@ import pytest
 from common.errors import ConfigError
 from tests.precompute.sources.files.flat_pictures import (
     caption,
+    captioned,
     numbers,
     opened,
     photographs,
@@ -17,13 +18,6 @@ from tests.precompute.sources.files.flat_pictures import (
     write_image,
     zipped,
 )
-
-
-def captioned(folder: Path, numbers: range = range(4), ending: str = ".txt") -> Path:
-    for number in numbers:
-        write_image(folder / f"{number}.png", number)
-        write(folder / f"{number}{ending}", f"{caption(number)}\n")
-    return folder
 
 
 def in_two_folders(folder: Path, images: str = "images", controls: str = "conditioning") -> Path:
