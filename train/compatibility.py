@@ -9,6 +9,7 @@ from accelerate import Accelerator
 from diffusers import SD3ControlNetModel
 
 from common.errors import ConfigError
+from sd3.images import WHITE
 from sd3.pooled_convention import FORCE_ZEROS, takes_zeros
 from sd3.pretrained import (
     DATA_KEY,
@@ -139,7 +140,7 @@ def check_controlnet(controlnet: SD3ControlNetModel, base: Path, manifest: Manif
         raise ConfigError("the ControlNet does not fit the base model:\n" + "\n".join(wrong))
 
 
-def check_convention(name: str, config: Mapping[str, Any], cache: Cache) -> str | None:
+def check_convention(name: str, config: Mapping[str, Any], cache: Cache) -> list[str]:
     """Check that a ControlNet goes on with data made as that which it was trained on.
 
     Args:
@@ -148,7 +149,7 @@ def check_convention(name: str, config: Mapping[str, Any], cache: Cache) -> str 
         cache: opened for reading.
 
     Returns:
-        A line that says what changes or cannot be known, or None.
+        A line for each thing that changes or cannot be known.
 
     Raises:
         ConfigError: its conditioning images were in another range.
@@ -180,31 +181,42 @@ def check_convention(name: str, config: Mapping[str, Any], cache: Cache) -> str 
         )
     elif (trained := data.get("max_sequence_length")) not in (None, tokens):
         notes.append(f"was trained with {trained} T5 tokens, and goes on with the cache's {tokens}")
-    if (drawn := _drawn_by(data)) and drawn != (now := _cache_drawn_by(cache)):
-        notes.append(f"was trained on controls drawn by {drawn}, and goes on with those of {now}")
-    scale, trained_scale = cache.conditioning_spec.scale or AS_IS, data.get("conditioning_scale")
-    if trained_scale not in (None, scale):
-        notes.append(
-            f"was trained on conditioning images of scale {trained_scale}, and the cache's are of "
-            f"scale {scale}"
-        )
-    return f"{what}: {'; '.join(notes)}" if notes else None
+    if data:
+        notes += _other_controls(data, cache)
+    return [f"{what}: {note}" for note in notes]
 
 
-def _drawn_by(data: Mapping[str, Any]) -> str | None:
-    """Return the name and the arguments of the annotator in a ControlNet's entry, if it has one."""
+def _other_controls(data: Mapping[str, Any], cache: Cache) -> list[str]:
+    """Return how a ControlNet's conditioning images were made otherwise than the cache's.
+
+    Args:
+        data: what its configuration says of its training data.
+        cache: opened for reading.
+    """
+    notes = []
+    were, spec = "the conditioning images of its training were", cache.conditioning_spec
     entry = data.get("annotator")
-    if not isinstance(entry, Mapping):
-        return None
-    return describe_annotator(str(entry.get("name")), entry.get("arguments") or {})
-
-
-def _cache_drawn_by(cache: Cache) -> str:
-    """Return the same for a cache's control."""
+    trained = entry if isinstance(entry, Mapping) else {}
     annotator = cache.manifest.annotators.get(cache.conditioning_name)
-    if annotator is None:
-        return "the data set itself"
-    return describe_annotator(annotator.name, annotator.arguments)
+    if trained.get("digest") != (annotator.digest if annotator else None):
+        drawn = "nothing that its config.json names"
+        if trained:
+            drawn = describe_annotator(str(trained.get("name")), trained.get("arguments") or {})
+        now = "came with its data"
+        if annotator:
+            now = f"are drawn by {describe_annotator(annotator.name, annotator.arguments)}"
+        if now == f"are drawn by {drawn}":
+            notes.append(f"{were} drawn by {drawn} of other code or weights than the cache's")
+        else:
+            notes.append(f"{were} drawn by {drawn}, and the cache's {now}")
+    scale, trained_scale = spec.scale or AS_IS, data.get("conditioning_scale", AS_IS)
+    if trained_scale != scale:
+        notes.append(f"{were} of scale {trained_scale}, and the cache's are of scale {scale}")
+    background = list(spec.background or WHITE)
+    behind = list(data.get("background") or background)
+    if behind != background:
+        notes.append(f"{were} put over {behind} if transparent, and the cache's over {background}")
+    return notes
 
 
 def check_same_distribution(checkpoint: Path, state: TrainState, accelerator: Accelerator) -> None:

@@ -149,9 +149,10 @@ def _find_controlnet(name: str, config: TrainConfig, cache: Cache) -> Path:
             f"--num-controlnet-layers {config.num_controlnet_layers}: is for a new ControlNet; "
             f"{flag} {name} has {controlnet.get('num_layers')}. Leave one out."
         )
-    note = check_convention(name, controlnet, cache)
-    if note and PartialState().is_main_process:
-        click.echo(f"train: {note}")
+    notes = check_convention(name, controlnet, cache)
+    if PartialState().is_main_process:
+        for note in notes:
+            click.echo(f"train: {note}")
     return folder
 
 

@@ -3,7 +3,7 @@
 import json
 import shutil
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +15,15 @@ from torch import Tensor
 
 from common.errors import ConfigError, RunError
 from sd3.finite import nonfinite_weight
+from sd3.pooled_convention import FORCE_ZEROS
 from sd3.pretrained import DATA_KEY, read_config
+from shards.format.specs import AnnotatorSpec
+from shards.reading.cache import Cache
 from tests.conftest import Outcome, Spoil, flags
 from tests.train.test_run import WEIGHTS, same, weights
+from train.compatibility import check_convention
 from train.config import TrainConfig
+from train.models import data_entry
 from train.run import train
 from train.saving import checkpoints
 
@@ -37,7 +42,9 @@ def edit_config(folder: Path, edit: dict[str, Any], without: tuple[str, ...] = (
     path.write_text(json.dumps({name: config[name] for name in config if name not in without}))
 
 
-BLUR = {"name": "blur", "arguments": {"radius": 2}}
+BLUR = {"name": "blur", "arguments": {"radius": 2}, "digest": "12"}
+CONVERTED = {FORCE_ZEROS: False}
+CANNY = AnnotatorSpec("canny", {"low_threshold": 100}, "34")
 
 
 @pytest.fixture
@@ -168,10 +175,10 @@ def test_a_controlnet_of_another_conditioning_range_is_refused(
         (
             {
                 "conditioning_range": "-1_1",
-                "annotator": {"name": "blur", "arguments": {"radius": 2}},
+                "annotator": BLUR,
             },
-            "was trained on controls drawn by blur (radius=2), and goes on with those of the data "
-            "set itself",
+            "the conditioning images of its training were drawn by blur (radius=2), and the "
+            "cache's came with its data",
         ),
         (None, "does not say how its data was made; it goes on with conditioning images in -1_1"),
     ],
@@ -191,6 +198,74 @@ def test_what_changes_is_said(
     assert same(start, going_on.output_dir)
     saved = SD3ControlNetModel.load_config(going_on.output_dir)
     assert saved[DATA_KEY]["max_sequence_length"] == 20
+
+
+def data_of(cache: Cache, **changes: Any) -> dict[str, Any]:
+    """The entry of a ControlNet that was trained on a cache, with changes; None removes one."""
+    entry = data_entry(cache.manifest, cache.conditioning_name) | changes
+    return {DATA_KEY: {name: value for name, value in entry.items() if value is not None}}
+
+
+@pytest.mark.parametrize(
+    ("trained", "annotator", "scale", "lines"),
+    [
+        ({}, None, None, []),
+        ({}, CANNY, "0:5000", []),
+        ({"annotator": {**asdict(CANNY), "name": "renamed.py:canny"}}, CANNY, None, []),
+        (
+            {"annotator": BLUR},
+            CANNY,
+            None,
+            ["were drawn by blur (radius=2), and the cache's are drawn by canny (low_thr"],
+        ),
+        ({"annotator": BLUR}, None, None, ["blur (radius=2), and the cache's came with its data"]),
+        (
+            {"annotator": None},
+            CANNY,
+            None,
+            ["by nothing that its config.json names, and the cache's are drawn by canny (low_th"],
+        ),
+        (
+            {"annotator": asdict(replace(CANNY, digest="56"))},
+            CANNY,
+            None,
+            ["drawn by canny (low_threshold=100) of other code or weights than the cache's"],
+        ),
+        (
+            {"conditioning_scale": "auto", "background": [0, 0, 0]},
+            None,
+            "0:5000",
+            [
+                "scale auto, and the cache's are of scale 0:5000",
+                "over [0, 0, 0] if transparent, and",
+            ],
+        ),
+        # As versions of this program wrote it that knew no scale.
+        ({"conditioning_scale": None}, None, "auto", ["scale as-is, and the cache's are of scale"]),
+        (
+            {"annotator": BLUR, "conditioning_scale": None},
+            None,
+            "auto",
+            ["blur (radius=2), and the cache's", "scale as-is, and the cache's are of scale auto"],
+        ),
+    ],
+)
+def test_each_difference_of_the_controls_is_a_line(
+    cache: Path,
+    trained: dict[str, Any],
+    annotator: AnnotatorSpec | None,
+    scale: str | None,
+    lines: list[str],
+) -> None:
+    now = Cache(cache)
+    now.manifest.annotators.update({} if annotator is None else {"conditioning": annotator})
+    now.conditioning_spec = replace(now.conditioning_spec, scale=scale)
+    now.manifest.conditioning_specs["conditioning"] = now.conditioning_spec
+    said = check_convention("it", data_of(now, **trained) | CONVERTED, now)
+    assert len(said) == len(lines)
+    for line, part in zip(said, lines, strict=True):
+        assert line.startswith("--controlnet-model-name-or-path it: ")
+        assert part in line
 
 
 @pytest.mark.parametrize("says_so", [True, False])
