@@ -23,8 +23,8 @@ from infer.drawing import metadata
 from infer.drawing.controlnet_set import ControlNetSet, find_controlnet_sets
 from infer.drawing.generate import draw
 from infer.drawing.pictures import plan_pictures
-from infer.drawing.requests import Control, DrawRequest
-from infer.photographs import Redrawing, draw_controls, find_redrawing
+from infer.drawing.requests import DrawRequest, load_control
+from infer.photographs import Photograph, Redrawing, draw_controls, find_redrawing
 from infer.pipeline import load_pipeline
 from sd3.annotators.drawing import Drawing
 from sd3.contact_sheet import save_png
@@ -101,7 +101,7 @@ class DrawService:
             number = next(self._numbers)
             drawing = self.config.output_dir / f"{number:05d}-conditioning.png"
             save_png(drawing, conditioning)
-            control = Control(drawing, drawing.read_bytes(), is_ready=True)
+            control = load_control(drawing, is_ready=True)
             config = GenerateConfig(
                 **_pipeline_settings(self.config)
                 | {
@@ -131,7 +131,8 @@ class DrawService:
         if title not in self._drawings:
             self._drawings[title] = self.redrawings[title].open()
         size = controlnet.convention.picture_size(photograph)
-        (control,) = draw_controls(self._drawings[title], [("The photograph", photograph)], size)
+        named = Photograph("The photograph", photograph, size)
+        (control,) = draw_controls(self._drawings[title], [named])
         return control
 
     def _check(self, conditioning: Image.Image, prompt: str, seed: int, num_steps: int) -> None:

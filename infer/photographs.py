@@ -1,7 +1,9 @@
 """Controls drawn from photographs, by the code that drew those of the ControlNet's training."""
 
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import click
 from PIL import Image
@@ -81,27 +83,41 @@ def find_redrawing(
     return Redrawing(annotator, spec.digest, str(pick_device(config.device)))
 
 
-def draw_controls(
-    drawing: Drawing, photographs: Sequence[tuple[str, Image.Image]], size: tuple[int, int]
-) -> list[Image.Image]:
-    """Return the controls of photographs, fitted to a size as in training.
+class Photograph(NamedTuple):
+    """A picture that a control is drawn from: RGB, of any size.
 
-    Args:
-        drawing: the annotator at work.
-        photographs: each with its name for errors.
-        size: width and height of the pictures.
+    Attributes:
+        name: for errors.
+        image: its pixels.
+        size: width and height of the picture that is to follow the control.
+    """
+
+    name: str
+    image: Image.Image
+    size: tuple[int, int]
+
+
+def draw_controls(drawing: Drawing, photographs: Iterable[Photograph]) -> Iterator[Image.Image]:
+    """Yield the controls of photographs in order, each fitted as in training.
+
+    Photographs are taken as they are needed, a batch at a time.
 
     Raises:
         ConfigError: from one nothing can be drawn.
         RunError: the device's memory is full.
     """
-    try:
-        fitted = [fit(image, size) for _, image in photographs]
-    except BadImage as error:
-        raise ConfigError(f"{photographs[0][0]}: {error}.") from error
-    controls = []
-    for (name, _), drawn in zip(photographs, drawing.draw(fitted), strict=True):
+    names: deque[str] = deque()
+
+    def fitted() -> Iterator[Image.Image]:
+        for name, image, size in photographs:
+            names.append(name)
+            try:
+                yield fit(image, size)
+            except BadImage as error:
+                raise ConfigError(f"{name}: {error}.") from error
+
+    for drawn in drawing.draw_all(fitted()):
+        name = names.popleft()
         if isinstance(drawn, BadImage):
             raise ConfigError(f"{name}: {drawn}.")
-        controls.append(drawn)
-    return controls
+        yield drawn

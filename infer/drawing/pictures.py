@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 
 from PIL import Image
@@ -14,10 +13,10 @@ from infer.config import GenerateConfig
 from infer.convention import Convention
 from infer.drawing import metadata
 from infer.drawing.controlnet_set import ControlNetSet
+from infer.drawing.from_photographs import draw_from_photographs
 from infer.drawing.requests import Control, DrawRequest
-from infer.photographs import Redrawing, draw_controls
+from infer.photographs import Redrawing
 from sd3 import images
-from sd3.annotators.drawing import Drawing
 from sd3.image_files import BadImage
 
 
@@ -75,29 +74,26 @@ def plan_pictures(
         requests: what to draw.
         title_in_name: whether files are named for the set; needed where several sets draw.
         redrawings: for each ControlNet of the set what draws its controls from the requests'
-            images, which are photographs then; empty if these are conditioning images.
+            images, which are photographs then; empty if these are conditioning images. What is
+            drawn is saved beside the pictures.
 
     Raises:
         ConfigError: a conditioning image cannot be used, or is one too many or too few.
     """
     several_seeds = any(len(request.seeds) > 1 for request in requests)
+    title = f"-{controlnets.title}" if title_in_name else ""
+    convention = controlnets.convention
+    controls_of = [_controls_of(request, len(controlnets.folders)) for request in requests]
+    if redrawings:
+        folder = config.output_dir
+        controls_of = draw_from_photographs(controlnets, controls_of, redrawings, folder, title)
     pictures = []
-    drawings = [redrawing.open() for redrawing in redrawings]
-    for number, request in enumerate(requests):
-        controls = _controls_of(request, len(controlnets.folders))
-        convention = controlnets.convention
-        if drawings:
-            size = convention.picture_size(controls[0].photograph(convention))
-            controls = tuple(
-                map(partial(_drawn, size), controls, controlnets.conventions, drawings)
-            )
-        else:
-            size = convention.picture_size(controls[0].image(convention))
+    for number, (request, controls) in enumerate(zip(requests, controls_of, strict=True)):
+        size = convention.picture_size(controls[0].image(convention))
         for seed in request.seeds:
             name = f"{number:03d}"
             name += f"-seed{seed}" if several_seeds else ""
-            name += f"-{controlnets.title}" if title_in_name else ""
-            path = config.output_dir / f"{name}.png"
+            path = config.output_dir / f"{name}{title}.png"
             pictures.append(
                 Picture(path, "", request, seed, size, controls, controlnets.conventions)
             )
@@ -131,15 +127,6 @@ def _controls_of(request: DrawRequest, count: int) -> tuple[Control, ...]:
 def batch_pictures(pictures: Sequence[Picture], batch_size: int) -> list[list[Picture]]:
     """Return the pictures that are drawn together, in order."""
     return split_into_batches(pictures, lambda picture: picture.size, batch_size)
-
-
-def _drawn(
-    size: tuple[int, int], photograph: Control, convention: Convention, drawing: Drawing
-) -> Control:
-    """Return the conditioning image that is drawn from a photograph."""
-    name = f"{photograph.where} {photograph.path}"
-    (control,) = draw_controls(drawing, [(name, photograph.photograph(convention))], size)
-    return replace(photograph, drawn=control)
 
 
 def _describe(

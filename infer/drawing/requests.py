@@ -3,6 +3,7 @@
 import json
 import tomllib
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -30,27 +31,20 @@ DECODED_IMAGES = 8
 
 @dataclass(frozen=True)
 class Control:
-    """A conditioning image.
+    """A conditioning image, or the photograph that one is drawn from; read when it is needed.
 
     Attributes:
         path: the image's file.
-        data: the file's bytes.
+        digest: XXH3-128 of the file's bytes.
         where: the option that it comes from, for errors.
         is_ready: whether its pixels are those of training; a file from elsewhere becomes so by the
             ControlNet's background and scale.
-        drawn: what an annotator has drawn from it; None if it is a conditioning image itself.
     """
 
     path: Path
-    data: bytes
+    digest: str
     where: str = "--image"
     is_ready: bool = False
-    drawn: Image.Image | None = None
-
-    @property
-    def digest(self) -> str:
-        """XXH3-128 of the file's bytes."""
-        return xxh3_128_hexdigest(self.data)
 
     def image(self, convention: Convention) -> Image.Image:
         """Return the image as a ControlNet's training data had it: RGB, of any size.
@@ -58,13 +52,8 @@ class Control:
         Raises:
             ConfigError: it cannot be decoded, or not at the ControlNet's scale.
         """
-        if self.drawn is not None:
-            return self.drawn
         scale = AS_IS if self.is_ready else convention.scale
-        try:
-            return _decode(self.data, convention.background, scale)
-        except BadImage as error:
-            raise ConfigError(f"{self.where} {self.path}: {error}.") from error
+        return _decode_control(self, convention.background, scale)
 
     def photograph(self, convention: Convention) -> Image.Image:
         """Return the file as a photograph, from which a conditioning image can be drawn: RGB.
@@ -72,15 +61,44 @@ class Control:
         Raises:
             ConfigError: it cannot be decoded.
         """
-        try:
-            return images.decode(self.data, convention.background)
-        except BadImage as error:
-            raise ConfigError(f"{self.where} {self.path}: {error}.") from error
+        return _decode_photograph(self, convention.background)
+
+
+def load_control(path: Path, where: str = "--image", *, is_ready: bool = False) -> Control:
+    """Return a file as a control; see `Control`.
+
+    Raises:
+        ConfigError: it cannot be read.
+    """
+    with _named(where, path):
+        return Control(path, xxh3_128_hexdigest(read_file(path)), where, is_ready)
 
 
 @lru_cache(maxsize=DECODED_IMAGES)
-def _decode(data: bytes, background: str, scale: str) -> Image.Image:
-    return images.decode_conditioning(data, background, scale)
+def _decode_control(control: Control, background: str, scale: str) -> Image.Image:
+    with _named(control.where, control.path):
+        return images.decode_conditioning(_read_again(control), background, scale)
+
+
+@lru_cache(maxsize=DECODED_IMAGES)
+def _decode_photograph(control: Control, background: str) -> Image.Image:
+    with _named(control.where, control.path):
+        return images.decode(_read_again(control), background)
+
+
+def _read_again(control: Control) -> bytes:
+    data = read_file(control.path)
+    if xxh3_128_hexdigest(data) != control.digest:
+        raise BadImage("it was changed while pictures were drawn from it; start again")
+    return data
+
+
+@contextmanager
+def _named(where: str, path: Path) -> Iterator[None]:
+    try:
+        yield
+    except BadImage as error:
+        raise ConfigError(f"{where} {path}: {error}.") from error
 
 
 @dataclass(frozen=True)
@@ -139,7 +157,7 @@ class _Entry:
 
 
 def _to_request(entry: _Entry, config: GenerateConfig, loaded: dict[Path, Control]) -> DrawRequest:
-    """Return an entry with its images loaded, each file once.
+    """Return an entry with its images, each file read once.
 
     Raises:
         ConfigError: an image cannot be read.
@@ -147,11 +165,7 @@ def _to_request(entry: _Entry, config: GenerateConfig, loaded: dict[Path, Contro
     controls = []
     for path in entry.images:
         if path not in loaded:
-            try:
-                data = read_file(path)
-            except BadImage as error:
-                raise ConfigError(f"{entry.where} {path}: {error}.") from error
-            loaded[path] = Control(path, data, entry.where, entry.is_ready)
+            loaded[path] = load_control(path, entry.where, is_ready=entry.is_ready)
         controls.append(loaded[path])
     negative = config.negative_prompt if entry.negative_prompt is None else entry.negative_prompt
     seeds = config.seed if entry.seed is None else (entry.seed,)

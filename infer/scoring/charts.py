@@ -21,9 +21,17 @@ def worst_sheet(measure: Measure, results: Sequence[SampleResult]) -> Image.Imag
     variants = list(results[0].values)
     title = measure.titles[measure.chief]
 
+    def value_of(result: SampleResult) -> float | None:
+        return result.values[variants[0]][measure.chief]
+
     def goodness(result: SampleResult) -> float:
-        value = result.values[variants[0]][measure.chief]
-        return -1.0 if value is None else value
+        value = value_of(result)
+        return float("-inf") if value is None else value
+
+    def caption(result: SampleResult) -> str:
+        value = value_of(result)
+        shown = "none" if value is None else f"{value:.2f}"
+        return f"{result.sample.number}: {title} {shown}, {result.sample.prompt}"
 
     rows = [
         (
@@ -31,7 +39,7 @@ def worst_sheet(measure: Measure, results: Sequence[SampleResult]) -> Image.Imag
                 result.sample.conditioning,
                 *(thumbnail(result.pictures[variant]) for variant in variants),
             ],
-            f"{result.sample.number}: {title} {goodness(result):.2f}, {result.sample.prompt}",
+            caption(result),
         )
         for result in sorted(results, key=goodness)[:NUM_WORST]
     ]

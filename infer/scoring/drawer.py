@@ -59,12 +59,14 @@ class SampleDrawer:
                 path = self.config.output_dir / variant / f"{result.sample.number:03d}.png"
                 save_png(path, picture)
                 result.pictures[variant] = path
-                result.values[variant] = {
-                    name: value
-                    for measure in self.measures
-                    if not measure.of_redrawn
-                    for name, value in measure.of(picture, result.sample).items()
-                }
+                values = result.values[variant] = {}
+                for measure in self.measures:
+                    # Controls are drawn again, and compared, when all pictures are there.
+                    values |= (
+                        dict.fromkeys(measure.titles)
+                        if measure.of_redrawn
+                        else measure.of(picture, result.sample)
+                    )
             self.progress.update(len(batch))
 
 

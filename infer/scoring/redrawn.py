@@ -1,6 +1,7 @@
 """Measuring controls of any kind: they are drawn again, from the pictures, and compared."""
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import click
 from PIL import Image
@@ -8,9 +9,13 @@ from PIL import Image
 from common.errors import ConfigError
 from infer.config import ScoreConfig
 from infer.convention import Convention
-from infer.photographs import Redrawing, draw_controls, find_redrawing
+from infer.photographs import Redrawing, find_redrawing
 from infer.scoring.measures import Measure
 from infer.scoring.results import SampleResult
+from sd3.image_files import BadImage
+
+# Pictures without a control that are named.
+MOST_NAMED = 3
 
 
 def find_redrawings(config: ScoreConfig, conventions: Sequence[Convention]) -> Redrawing | None:
@@ -44,18 +49,34 @@ def measure_redrawn(
 ) -> None:
     """Add the values of the measures that compare controls to the results.
 
+    A picture from which nothing can be drawn keeps the value None; it is counted and named.
+
     Raises:
-        ConfigError: from a picture nothing can be drawn.
+        ConfigError: the annotator cannot be loaded.
         RunError: the device's memory is full.
     """
     measures = [measure for measure in measures if measure.of_redrawn]
     if not measures or redrawing is None:
         return
-    drawing = redrawing.open()
-    for result in results:
-        for variant, path in result.pictures.items():
-            with Image.open(path) as picture:
-                named = [(str(path), picture.convert("RGB"))]
-            (control,) = draw_controls(drawing, named, result.sample.conditioning.size)
-            for measure in measures:
-                result.values[variant] |= measure.of(control, result.sample)
+    drawn_from = [
+        (result, variant, path) for result in results for variant, path in result.pictures.items()
+    ]
+    controls = redrawing.open().draw_all(_open(path) for _, _, path in drawn_from)
+    failed = []
+    for (result, variant, path), control in zip(drawn_from, controls, strict=True):
+        if isinstance(control, BadImage):
+            failed.append(f"{path}: {control}")
+            continue
+        for measure in measures:
+            result.values[variant] |= measure.of(control, result.sample)
+    if failed:
+        first = "; ".join([*failed[:MOST_NAMED], *(["…"] if len(failed) > MOST_NAMED else [])])
+        click.echo(
+            f"{len(failed)} of {len(drawn_from)} pictures have no control to compare: {first}",
+            err=True,
+        )
+
+
+def _open(path: Path) -> Image.Image:
+    with Image.open(path) as picture:
+        return picture.convert("RGB")

@@ -1,11 +1,10 @@
 """Measures how well ControlNets follow their conditioning images, beside the base model alone."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import click
 import torch
 from diffusers import StableDiffusion3Pipeline
-from PIL import Image
 
 from common.atomic_files import atomic_file, write_text
 from common.errors import ConfigError
@@ -13,7 +12,6 @@ from common.progress import Progress
 from common.provenance import write_run
 from infer.config import ScoreConfig
 from infer.convention import Convention, find_convention
-from infer.photographs import Redrawing, draw_controls
 from infer.pipeline import COMPONENTS, find_models, load_pipeline, out_of_memory, short_titles
 from infer.scoring.charts import draw_curves, worst_sheet
 from infer.scoring.drawer import SampleDrawer
@@ -28,9 +26,9 @@ from infer.scoring.results import (
     to_json,
     to_table,
 )
+from infer.scoring.samples import read_samples
 from precompute.sources.open_source import open_source
-from precompute.sources.source import Row, Source, SourceSettings
-from sd3 import images
+from precompute.sources.source import SourceSettings
 from sd3.contact_sheet import save_png
 
 
@@ -53,7 +51,7 @@ def score(config: ScoreConfig) -> None:
         SourceSettings(source=str(config.source), wants_conditioning=wants_conditioning)
     )
     redrawing = find_redrawings(config, conventions)
-    samples = list(_read_samples(config, source, conventions, redrawing))
+    samples = list(read_samples(config, source, conventions, redrawing))
     measures = [MEASURES[name] for name in _choose_measures(config, samples)]
     titles = [WITH] if len(folders) == 1 else short_titles(config.controlnet)
     for variant in (*titles, WITHOUT):
@@ -74,10 +72,12 @@ def score(config: ScoreConfig) -> None:
             parts = {name: getattr(pipeline, name) for name in COMPONENTS}
             drawer.draw_all(WITHOUT, StableDiffusion3Pipeline(**parts), conventions[0])
             del drawer, pipeline, parts  # frees their memory for what draws the controls
-            measure_redrawn(measures, results, redrawing)
     except torch.OutOfMemoryError as error:
         raise out_of_memory(error) from error
-    _write_results(config, measures, results)
+    try:
+        measure_redrawn(measures, results, redrawing)
+    finally:  # whatever becomes of the annotator, the other measures' figures are there
+        _write_results(config, measures, results)
 
 
 def _check_sizes(names: Sequence[str], conventions: Sequence[Convention]) -> None:
@@ -92,78 +92,6 @@ def _check_sizes(names: Sequence[str], conventions: Sequence[Convention]) -> Non
                 f"--controlnet {name}: trained on other sizes than {names[0]}; give "
                 "--resolution, or --height and --width, for all."
             )
-
-
-def _read_samples(
-    config: ScoreConfig,
-    source: Source,
-    conventions: Sequence[Convention],
-    redrawing: Redrawing | None,
-) -> Iterator[Sample]:
-    """Yield the source's first rows, their images in the picture's size.
-
-    Raises:
-        ConfigError: an image cannot be used, or is another to one of the ControlNets.
-    """
-    convention, background = conventions[0], conventions[0].background
-    drawing = redrawing.open() if redrawing and config.from_photo else None
-    name = redrawing.annotator.name if redrawing else None
-    for number, row in enumerate(source.rows(range(min(config.num_samples, len(source))))):
-        try:
-            image: Image.Image | None
-            if drawing:
-                image = leading = images.decode(source.read(number, "image"), background)
-                size = convention.picture_size(leading)
-                (control,) = draw_controls(drawing, [(f"--source, {row.where}", leading)], size)
-            else:
-                data = source.read(number, "conditioning_image")
-                conditioning = _decode_for_all(data, conventions)
-                image = _read_image(source, number, background)
-                leading = image or conditioning  # as in training, where controls follow images
-                size = convention.picture_size(leading)
-                control = images.fit(conditioning, size, like=leading.size)
-            target = None if image is None else images.fit(image, size)
-            yield Sample(number, _first_caption(row), control, target, name)
-        except (ValueError, OSError) as error:
-            raise ConfigError(f"--source, {row.where}: {error}.") from error
-
-
-def _decode_for_all(data: bytes, conventions: Sequence[Convention]) -> Image.Image:
-    """Return a conditioning image as all ControlNets take it.
-
-    Raises:
-        ValueError: it cannot be decoded, or they take it over other backgrounds or at other scales.
-    """
-    ways = dict.fromkeys((each.background, each.scale) for each in conventions)
-    first, *others = (images.decode_conditioning(data, *way) for way in ways)
-    if any(other.tobytes() != first.tobytes() for other in others):
-        listed = " and ".join(f"{background}, {scale}" for background, scale in ways)
-        raise ValueError(
-            "its conditioning image is another one over each ControlNet's background and at its "
-            f"scale ({listed}); score them one by one"
-        )
-    return first
-
-
-def _first_caption(row: Row) -> str:
-    """Return a row's caption, of several the first.
-
-    Raises:
-        ValueError: it is no text.
-    """
-    caption = next(iter(row.prompts), None)
-    if not isinstance(caption, str):
-        raise ValueError(f"its caption is not text but {type(caption).__name__}")
-    return caption
-
-
-def _read_image(source: Source, number: int, background: str) -> Image.Image | None:
-    """Return a row's image, or None where the source has none; `Measure.check` reports it."""
-    try:
-        data = source.read(number, "image")
-    except OSError:
-        return None
-    return images.decode(data, background)
 
 
 def _choose_measures(config: ScoreConfig, samples: Sequence[Sample]) -> tuple[str, ...]:

@@ -1,6 +1,7 @@
 """Drawing conditioning images, one at a time or in batches; training and inference call this."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import groupby, islice
 
 from PIL import Image
 
@@ -38,6 +39,18 @@ class Drawing:
         if self._draw is not None:
             return draw_batch(self._draw, images)
         return [self._draw_one(image) for image in images]
+
+    def draw_all(self, images: Iterable[Image.Image]) -> Iterator[Image.Image | BadImage]:
+        """Yield what `draw` returns for any number of images, of any sizes, in order.
+
+        They are taken as they are needed; neighbours of one size make a batch.
+
+        Raises:
+            RunError: the device's memory is full.
+        """
+        for _, same_size in groupby(images, key=lambda image: image.size):
+            while batch := list(islice(same_size, BATCH)):
+                yield from self.draw(batch)
 
     def _draw_one(self, image: Image.Image) -> Image.Image | BadImage:
         assert self.annotator.function is not None

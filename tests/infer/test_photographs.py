@@ -2,9 +2,11 @@
 
 import csv
 import json
+import math
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,14 +23,21 @@ from common.errors import ConfigError
 from infer.config import GenerateConfig, ScoreConfig
 from infer.convention import Convention, find_convention
 from infer.drawing import metadata
+from infer.drawing.controlnet_set import find_controlnet_sets
 from infer.drawing.generate import generate
-from infer.photographs import draw_controls, find_redrawing
-from infer.scoring.measures import Sample, applicable_measures
-from infer.scoring.results import WITH, WITHOUT
+from infer.drawing.pictures import plan_pictures
+from infer.drawing.requests import find_requests, load_control
+from infer.photographs import Photograph, Redrawing, draw_controls, find_redrawing
+from infer.scoring.charts import worst_sheet
+from infer.scoring.measures import MEASURES, Sample, Values, applicable_measures
+from infer.scoring.redrawn import measure_redrawn
+from infer.scoring.results import WITH, WITHOUT, SampleResult, summarize_variants
 from infer.scoring.score import score
 from precompute.config import PrecomputeConfig
 from precompute.planning.prepare import prepare
 from precompute.run import precompute
+from sd3.annotators.annotator import Annotator
+from sd3.annotators.drawing import Drawing
 from sd3.images import fit
 from sd3.pretrained import DATA_KEY
 from shards.format import manifest
@@ -38,6 +47,15 @@ from tests.depth_model import save_depth_model
 from train.models import data_entry
 
 BLUR = {"name": "blur", "arguments": {"radius": 2.0}, "digest": "another"}
+SIZE = (RESOLUTION_PX, RESOLUTION_PX)
+UNLOADABLE = """
+class Unloadable:
+    def __init__(self):
+        raise OSError("no weights")
+
+    def batch(self, images):
+        return images
+"""
 
 
 def with_annotator(controlnet: Path, folder: Path, annotator: dict[str, Any] | None) -> Path:
@@ -83,8 +101,8 @@ def convention_of(config: GenerateConfig) -> Convention:
 def test_a_controlnet_says_what_draws_its_controls(config: GenerateConfig, circles: Path) -> None:
     redrawing = find_redrawing(config, config.controlnet[0], convention_of(config))
     with Image.open(circles / "target" / "3.png") as image:
-        named = [("3", image.convert("RGB"))]
-    (found,) = draw_controls(redrawing.open(), named, (RESOLUTION_PX, RESOLUTION_PX))
+        named = [Photograph("3", image.convert("RGB"), SIZE)]
+    (found,) = draw_controls(redrawing.open(), named)
     expected = photograph(circles, 3).filter(ImageFilter.GaussianBlur(2))
     assert found.tobytes() == expected.tobytes()
 
@@ -180,8 +198,8 @@ def test_a_control_drawn_again_has_the_latent_of_the_cache(
         for index in range(records):
             row = rows.index(cache.conditioning.metadata(shard, index)["image_hash"])
             with Image.open(circles / "target" / f"{row}.png") as image:
-                named = [(str(row), image.convert("RGB"))]
-            (control,) = draw_controls(drawing, named, (RESOLUTION_PX, RESOLUTION_PX))
+                named = [Photograph(str(row), image.convert("RGB"), SIZE)]
+            (control,) = draw_controls(drawing, named)
             _, tensors, _ = cache.sample(shard, index)
             assert (encode(vae, control) - tensors["conditioning_latent"]).abs().max() < 1e-5
             count += 1
@@ -261,6 +279,96 @@ def test_score_draws_controls_from_the_rows_images_and_again_from_the_pictures(
             ssim = structural_similarity(control, drawn, channel_axis=-1, data_range=255)
             assert rows[row][f"{variant}_control_psnr"] == f"{psnr:.4f}"
             assert rows[row][f"{variant}_control_ssim"] == f"{ssim:.4f}"
+
+
+@pytest.mark.slow
+def test_an_annotator_that_cannot_be_loaded_leaves_the_other_figures(
+    config: GenerateConfig, circles: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "unloadable.py").write_text(UNLOADABLE)
+    measured = ScoreConfig(
+        pretrained_model_name_or_path=config.pretrained_model_name_or_path,
+        controlnet=config.controlnet,
+        conditioning_from=f"{tmp_path / 'unloadable.py'}:Unloadable",
+        output_dir=tmp_path / "score",
+        source=circles,
+        measure=("redrawn", "targets"),
+        num_samples=1,
+        num_inference_steps=1,
+        device="cpu",
+    )
+    with pytest.raises(ConfigError, match=r"cannot be loaded \(OSError: no weights\)"):
+        score(measured)
+    (row,) = csv.DictReader((tmp_path / "score" / "samples.csv").open())
+    assert row[f"{WITH}_control_psnr"] == ""
+    assert float(row[f"{WITH}_psnr"]) > 0
+
+
+def test_a_picture_that_nothing_can_be_drawn_from_is_named_and_the_others_are_measured(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def half(image: Image.Image) -> Image.Image:
+        if image.getpixel((0, 0)) == (0, 0, 0):
+            raise ValueError("nothing to see")
+        return image.point(lambda value: value // 2)
+
+    results = []
+    for number, level in enumerate((200, 0, 100)):
+        path = tmp_path / f"{number}.png"
+        Image.new("RGB", (16, 16), (level,) * 3).save(path)
+        sample = Sample(number, "a house", Image.new("RGB", (16, 16), (100,) * 3))
+        nothing: Values = {"control_psnr": None, "control_ssim": None}
+        results.append(SampleResult(sample, {WITH: path}, {WITH: nothing}))
+    own = Redrawing(Annotator("half", {}, [], half), "", "cpu")
+    measure_redrawn([MEASURES["redrawn"]], results, own)
+    found = [result.values[WITH]["control_psnr"] for result in results]
+    assert found == [100.0, None, pytest.approx(20 * math.log10(255 / 50))]
+    assert capsys.readouterr().err == (
+        f"1 of 3 pictures have no control to compare: {tmp_path / '1.png'}: no conditioning image "
+        "from it (ValueError: nothing to see)\n"
+    )
+    figures = summarize_variants([MEASURES["redrawn"]], results)
+    assert figures[WITH]["control_psnr"].count == 2
+    assert worst_sheet(MEASURES["redrawn"], results).size[0] > 0
+
+
+def test_photographs_are_drawn_from_once_in_batches_and_kept_as_files(
+    config: GenerateConfig, circles: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes: list[int] = []
+    original = Drawing.draw
+
+    def counting(self: Drawing, images: Sequence[Image.Image]) -> Any:
+        sizes.append(len(images))
+        return original(self, images)
+
+    monkeypatch.setattr(Drawing, "draw", counting)
+    photographs = tuple(circles / "target" / f"{row}.png" for row in range(10))
+    many = replace(config, image=photographs, prompt=PROMPTS[:1], seed=(0, 1))
+    _, (controlnet,) = find_controlnet_sets(many, with_text_encoders=True)
+    redrawing = find_redrawing(many, "it", controlnet.convention)
+    requests = find_requests(many, None)
+    plan = partial(plan_pictures, many, controlnet, title_in_name=False, redrawings=[redrawing])
+    pictures = plan([*requests, *requests])
+    assert sizes == [8, 2]
+    assert len(pictures) == 40
+    for row, picture in enumerate(pictures[::2]):
+        (control,) = picture.controls
+        assert control.path == many.output_dir / f"conditioning-{row % 10:03d}.png"
+        expected = photograph(circles, row % 10).filter(ImageFilter.GaussianBlur(2))
+        (found,) = picture.fit_controls()
+        assert found.tobytes() == expected.tobytes()
+
+
+def test_an_image_that_changes_while_pictures_are_drawn_is_noticed(
+    config: GenerateConfig, tmp_path: Path
+) -> None:
+    path = tmp_path / "changing.png"
+    Image.new("RGB", SIZE).save(path)
+    control = load_control(path)
+    Image.new("RGB", SIZE, "white").save(path)
+    with pytest.raises(ConfigError, match=r"--image .*changing.png: it was changed while pict"):
+        control.image(convention_of(config))
 
 
 def test_what_is_measured_by_default() -> None:

@@ -16,8 +16,8 @@ from infer.config import GenerateConfig, ScoreConfig
 from infer.convention import Convention, find_convention
 from infer.drawing.controlnet_set import find_controlnet_sets
 from infer.drawing.pictures import plan_pictures
-from infer.drawing.requests import Control, find_requests
-from infer.scoring.score import _read_samples
+from infer.drawing.requests import find_requests, load_control
+from infer.scoring.samples import read_samples
 from precompute.config import PrecomputeConfig
 from precompute.run import precompute
 from precompute.sources.open_source import open_source
@@ -129,14 +129,12 @@ def test_maps_are_at_the_scale_of_training(
         fitted(replace(config, controlnet=(str(tmp_path / "0to5000"),)))
 
 
-def test_a_validation_image_of_the_cache_is_ready() -> None:
+def test_a_validation_image_of_the_cache_is_ready(tmp_path: Path) -> None:
     """It is at the scale already, and so is what is drawn on the page."""
     convention = Convention(SIZES, 77, "-1_1", scale="auto")
-    half = png(Image.fromarray(np.array([[0, 100]], np.uint8)))
-    ready, raw = (
-        Control(Path("x.png"), half, is_ready=is_ready).image(convention)
-        for is_ready in (True, False)
-    )
+    path = tmp_path / "x.png"
+    path.write_bytes(png(Image.fromarray(np.array([[0, 100]], np.uint8))))
+    ready, raw = (load_control(path, is_ready=is_ready).image(convention) for is_ready in (1, 0))
     assert np.asarray(ready)[0, :, 0].tolist() == [0, 100]
     assert np.asarray(raw)[0, :, 0].tolist() == [0, 255]
 
@@ -171,7 +169,7 @@ def samples(rows: Path, conventions: list[Convention]) -> list[Any]:
         controlnet=("a",), pretrained_model_name_or_path="b", output_dir=Path("c"), source=rows
     )
     source = open_source(SourceSettings(source=str(rows)))
-    return list(_read_samples(config, source, conventions, None))
+    return list(read_samples(config, source, conventions, None))
 
 
 def test_score_takes_the_first_caption_and_the_controlnets_background(rows: Path) -> None:

@@ -139,6 +139,18 @@ def test_a_class_draws_batches_on_the_device(folder: Path) -> None:
         assert same(found, ImageOps.invert(image))
 
 
+def test_any_number_of_pictures_is_drawn_in_batches_of_one_size(folder: Path) -> None:
+    (folder / "batches_h.py").write_text(BATCHES)
+    drawing = Drawing(find_annotator("batches_h:Inverted"), "cpu")
+    images = [picture_of(seed) for seed in range(9)]
+    images += [picture_of(seed, (64, 96)) for seed in range(2)] + [picture_of(9)]
+    for image, found in zip(images, drawing.draw_all(iter(images)), strict=True):
+        assert same(found, ImageOps.invert(image))
+    assert drawing._draw is not None
+    one: Any = drawing._draw.__self__  # type: ignore[attr-defined]
+    assert one.sizes == [8, 1, 2, 1]
+
+
 def test_one_picture_that_fails_does_not_take_the_batch_with_it(folder: Path) -> None:
     (folder / "batches_d.py").write_text(BATCHES)
     images = [picture_of(seed) for seed in range(3)]
