@@ -178,6 +178,13 @@ class GenerateConfig(PipelineConfig):
                 "--from-photo: the cache's validation pairs have conditioning images; give --image "
                 "or --pairs, or leave it out."
             )
+        if not self.from_photo:
+            for name in ("conditioning_from", "conditioning_args"):
+                if getattr(self, name):
+                    raise ConfigError(
+                        f"{flag(name)}: says how controls are drawn from photographs; add "
+                        "--from-photo, or leave it out if the images are conditioning images."
+                    )
         if not self.seed:
             raise ConfigError("--seed: give at least one.")
         if self.batch_size < 1:

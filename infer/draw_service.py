@@ -106,6 +106,9 @@ class DrawService:
                 **_pipeline_settings(self.config)
                 | {
                     "controlnet": controlnet.names,
+                    # The control is there, drawn by hand or from a photograph.
+                    "conditioning_from": None,
+                    "conditioning_args": (),
                     "prompt": (prompt,),
                     "negative_prompt": negative_prompt,
                     "image": (drawing,),

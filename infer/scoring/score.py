@@ -1,6 +1,7 @@
 """Measures how well ControlNets follow their conditioning images, beside the base model alone."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import click
 import torch
@@ -28,7 +29,7 @@ from infer.scoring.results import (
 )
 from infer.scoring.samples import read_samples
 from precompute.sources.open_source import open_source
-from precompute.sources.source import SourceSettings
+from precompute.sources.source import Source, SourceSettings
 from sd3.contact_sheet import save_png
 
 
@@ -46,10 +47,7 @@ def score(config: ScoreConfig) -> None:
         for name, folder in zip(config.controlnet, folders, strict=True)
     ]
     _check_sizes(config.controlnet, conventions)
-    wants_conditioning = not config.from_photo
-    source = open_source(
-        SourceSettings(source=str(config.source), wants_conditioning=wants_conditioning)
-    )
+    source = _open_source(config)
     redrawing = find_redrawings(config, conventions)
     samples = list(read_samples(config, source, conventions, redrawing))
     measures = [MEASURES[name] for name in _choose_measures(config, samples)]
@@ -78,6 +76,30 @@ def score(config: ScoreConfig) -> None:
         measure_redrawn(measures, results, redrawing)
     finally:  # whatever becomes of the annotator, the other measures' figures are there
         _write_results(config, measures, results)
+
+
+def _open_source(config: ScoreConfig) -> Source:
+    """Return the data set to measure.
+
+    Raises:
+        ConfigError: it cannot be read; or it has no conditioning images, and says what draws them.
+    """
+    settings = SourceSettings(source=str(config.source), wants_conditioning=not config.from_photo)
+    try:
+        return open_source(settings)
+    except ConfigError:
+        if not settings.wants_conditioning:
+            raise
+        try:
+            open_source(replace(settings, wants_conditioning=False))
+        except ConfigError:
+            pass
+        else:
+            raise ConfigError(
+                f"--source {config.source}: no conditioning images under their usual names; add "
+                "--from-photo to have them drawn from its images, as for the ControlNet's training."
+            ) from None
+        raise
 
 
 def _check_sizes(names: Sequence[str], conventions: Sequence[Convention]) -> None:

@@ -64,6 +64,8 @@ def _cv2() -> Any:
 
 
 def _smooth(image: Image.Image, sigma: float) -> Grey:
+    if sigma <= 0:
+        raise ValueError("sigma must be above 0")
     grey = np.asarray(image.convert("L"), np.float32)
     smooth: Grey = _cv2().GaussianBlur(grey, (0, 0), sigma)
     return smooth

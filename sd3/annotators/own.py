@@ -31,6 +31,8 @@ def find_own(name: str, given: Mapping[str, Any]) -> Annotator:
     where = f"--conditioning-from {name}"
     place, _, attribute = name.rpartition(":")
     is_file = place.endswith(".py")
+    if not place or not attribute or (place.startswith(".") and not is_file):
+        raise ConfigError(f"{where}: expected package.module:name or path/to/file.py:name.")
     module = _from_file(where, Path(place)) if is_file else _from_path(where, place)
     code = getattr(module, attribute, None)
     if not callable(code):

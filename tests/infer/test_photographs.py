@@ -384,6 +384,41 @@ def test_what_is_measured_by_default() -> None:
     assert applicable_measures(canny) == ("edges", "targets")
 
 
+@pytest.mark.parametrize(
+    "given", [{"conditioning_from": "canny"}, {"conditioning_args": ("radius=3",)}]
+)
+def test_what_draws_from_photographs_is_refused_without_any(
+    config: GenerateConfig, given: dict[str, Any]
+) -> None:
+    (name,) = given
+    flag = f"--{name.replace('_', '-')}"
+    with pytest.raises(ConfigError, match=rf"^{flag}: says how .*; add --from-photo, or leave it"):
+        replace(config, from_photo=False, **given)
+
+
+@pytest.mark.parametrize("layout", ["images", "table"])
+def test_photographs_to_measure_on_need_from_photo(
+    config: GenerateConfig, circles: Path, tmp_path: Path, layout: str
+) -> None:
+    unseen = tmp_path / "unseen"
+    unseen.mkdir()
+    shutil.copy(circles / "target" / "0.png", unseen / "0.png")
+    if layout == "images":
+        (unseen / "0.txt").write_text(PROMPTS[0])
+    else:
+        row = {"file_name": "0.png", "text": PROMPTS[0]}
+        (unseen / "metadata.jsonl").write_text(json.dumps(row) + "\n")
+    measured = ScoreConfig(
+        pretrained_model_name_or_path=config.pretrained_model_name_or_path,
+        controlnet=config.controlnet,
+        output_dir=tmp_path / "score",
+        source=unseen,
+        device="cpu",
+    )
+    with pytest.raises(ConfigError, match=r"^--source .*unseen: no cond.*; add --from-photo to"):
+        score(measured)
+
+
 def test_validation_pairs_are_no_photographs(
     config: GenerateConfig, command: Callable[..., Outcome], cache: Path
 ) -> None:

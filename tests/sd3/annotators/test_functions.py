@@ -106,6 +106,8 @@ def test_the_smallest_picture_can_be_drawn_from(name: str) -> None:
         ("blur", "radius=wide", "--conditioning-args radius=wide: blur expects float."),
         ("jpeg", "quality=true", "quality=True: jpeg expects int."),
         ("jpeg", "quality=900", "quality=900: jpeg fails (quality must be in 1 to 95)."),
+        ("softedge", "sigma=0", "sigma=0: softedge fails (sigma must be above 0)."),
+        ("lineart", "sigma=-1", "sigma=-1: lineart fails (sigma must be above 0)."),
         ("blur", "radius=-1", "blur fails (radius must be at least 0)."),
         ("mask", "colour=nocolour", "colour=nocolour: mask fails (unknown color specifier"),
         ("canny", "low_threshold", "low_threshold: expected key=value, for instance radius=4."),

@@ -184,7 +184,19 @@ def test_a_function_that_fails_is_a_reason(folder: Path) -> None:
         ("inverted_f:needing", [], "inverted_f:needing: needs --conditioning-args level=…."),
         ("inverted_f:nothing", [], "inverted_f has no such function."),
         ("inverted_f.py:drawn", [], "--conditioning-from inverted_f.py:drawn: no such file."),
+        ("./nowhere_f.py:drawn", [], "--conditioning-from ./nowhere_f.py:drawn: no such file."),
         ("nowhere_f:drawn", [], "nowhere_f cannot be imported (ModuleNotFoundError"),
+        (
+            ":drawn",
+            [],
+            "--conditioning-from :drawn: expected package.module:name or path/to/file.py",
+        ),
+        (
+            "inverted_f:",
+            [],
+            "--conditioning-from inverted_f:: expected package.module:name or path",
+        ),
+        (".inverted_f:drawn", [], "expected package.module:name or path/to/file.py:name."),
         ("batches_f:Idle", [], "the class has no batch(images); give one, or a function."),
     ],
 )
