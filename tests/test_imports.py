@@ -41,6 +41,7 @@ ALLOWED = {
     "precompute.sources.files": STAGE
     | {
         "precompute.sources.caches",
+        "precompute.sources.counted",
         "precompute.sources.file_versions",
         "precompute.sources.patient_read",
         "precompute.sources.source",

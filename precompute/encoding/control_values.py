@@ -7,8 +7,7 @@ from dataclasses import dataclass, field
 from PIL import Image
 
 from precompute.planning.context import Context
-from precompute.planning.inventory import Tally
-from precompute.planning.oddities import listed
+from precompute.sources.counted import Counted
 from precompute.sources.patient_read import read_patiently
 from precompute.sources.source import Kind
 from sd3 import images
@@ -24,7 +23,7 @@ THREADS = 4
 class Slivers:
     """Conditioning images of one format that use a small part of its range, and which part."""
 
-    tally: Tally = field(default_factory=Tally)
+    rows: Counted[int] = field(default_factory=Counted)
     low: float = float("inf")
     high: float = float("-inf")
 
@@ -40,7 +39,7 @@ class ControlValues:
 
     def __init__(self) -> None:
         self.num_rows = 0
-        self.blank = Tally()
+        self.blank = Counted[int]()
         self.slivers: dict[float, Slivers] = {}
         self._lock = threading.Lock()
 
@@ -49,10 +48,10 @@ class ControlValues:
         with self._lock:
             self.num_rows += 1
             if values.is_one_colour:
-                self.blank.add(row)
+                self.blank.add([row])
             elif values.is_sliver:
                 found = self.slivers.setdefault(values.full, Slivers())
-                found.tally.add(row)
+                found.rows.add([row])
                 found.low, found.high = min(found.low, values.low), max(found.high, values.high)
 
     def describe_unseen(self, context: Context) -> list[str]:
@@ -71,13 +70,12 @@ class ControlValues:
 
         lines = []
         if self.blank.count:
-            names = listed(map(name_of, self.blank.first), self.blank.count)
             cause = "" if drawn else "; transparent ones may be drawn in --background's own colour"
             lines.append(
-                f"{self.blank.count} conditioning images are of one colour: {names}{cause}"
+                f"{self.blank.count} conditioning images are of one colour: "
+                f"{self.blank.named(name_of)}{cause}"
             )
         for full, found in sorted(self.slivers.items()):
-            names = listed(map(name_of, found.tally.first), found.tally.count)
             low, high = (int(number * 256 / (full + 1)) for number in (found.low, found.high))
             eighths = "" if full == LARGEST_8_BIT else f", which become {low} to {high} of 255"
             way_out = (
@@ -85,8 +83,8 @@ class ControlValues:
                 "and auto each image's own"
             )
             lines.append(
-                f"{found.tally.count} conditioning images use little of their range, "
-                f"{found.low:g} to {found.high:g} of {full:g}{eighths}: {names}"
+                f"{found.rows.count} conditioning images use little of their range, "
+                f"{found.low:g} to {found.high:g} of {full:g}{eighths}: {found.rows.named(name_of)}"
                 f"{'' if drawn or scale != AS_IS else way_out}"
             )
         return lines

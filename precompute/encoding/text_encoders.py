@@ -17,9 +17,10 @@ from torch import Tensor
 from common.errors import ShardError
 from precompute.encoding.batch_size import BatchSize, in_parts
 from precompute.fingerprints.encoder_spec import CLIP_COMPONENTS, T5_COMPONENTS, TextSettings
+from precompute.sources.counted import Counted
 from sd3.pretrained import component_variant
 
-LISTED_PROMPTS, SHOWN_CHARACTERS = 3, 60
+SHOWN_CHARACTERS = 60
 
 
 @dataclass(frozen=True)
@@ -176,25 +177,22 @@ class LongPrompts:
     def __init__(self, tokens: str, limit: int) -> None:
         self.tokens = tokens
         self.limit = limit
-        self.count = self.most_tokens = 0
-        self.first: list[str] = []
+        self.most_tokens = 0
+        self.prompts = Counted[str]()
 
     def add(self, prompt: str, num_tokens: int) -> None:
         """Count a prompt if it has more tokens than the limit."""
         if num_tokens > self.limit:
-            self.count += 1
             self.most_tokens = max(self.most_tokens, num_tokens)
-            if len(self.first) < LISTED_PROMPTS:
-                self.first.append(repr(prompt[:SHOWN_CHARACTERS]))
+            self.prompts.add([repr(prompt[:SHOWN_CHARACTERS])])
 
     def describe(self) -> list[str]:
         """Return a line on the prompts, if there are any."""
-        if not self.count:
+        if not self.prompts.count:
             return []
-        more = ", …" if self.count > len(self.first) else ""
         return [
-            f"{self.count} prompts have more {self.tokens} {self.limit} and are cut; the longest "
-            f"has {self.most_tokens}: {', '.join(self.first)}{more}"
+            f"{self.prompts.count} prompts have more {self.tokens} {self.limit} and are cut; the "
+            f"longest has {self.most_tokens}: {self.prompts.named()}"
         ]
 
 

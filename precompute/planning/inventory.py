@@ -19,6 +19,7 @@ from xxhash import xxh3_64_intdigest, xxh3_128_digest
 from common.progress import Progress
 from precompute.fingerprints.digest_cache import NO, YES, Content, DigestCache
 from precompute.planning.layout import Ids, Numbers
+from precompute.sources.counted import Counted
 from precompute.sources.patient_read import read_patiently
 from precompute.sources.source import Kind, Row, Source, printable
 from sd3.image_files import read_header
@@ -34,20 +35,6 @@ FORMER_WORDING = {
     "no image": "the row has no image",
     "no conditioning image": "the row has no conditioning image",
 }
-LISTED_ROWS = 3
-
-
-@dataclass
-class Tally:
-    """How many rows are odd in some way, and which come first."""
-
-    count: int = 0
-    first: list[int] = field(default_factory=list)
-
-    def add(self, row: int) -> None:
-        """Count a row; rows may come in any order."""
-        self.count += 1
-        self.first = sorted([*self.first, row])[:LISTED_ROWS]
 
 
 @dataclass(frozen=True)
@@ -69,7 +56,9 @@ class Inventory:
         conditioning_faults: the same of a row's conditioning image.
         unreadable: why a row's images cannot be decoded, by its number. Only headers are known, so
             its files and captions are planned as any, and left out when they are decoded.
-        rounded: conditioning images whose aspect ratio rounding has changed.
+        rounded: rows whose conditioning image has an aspect ratio that rounding has changed.
+        too_small: rows whose image is smaller than was asked for, by their index in the source;
+            they are not in here.
     """
 
     rows: Numbers
@@ -83,7 +72,8 @@ class Inventory:
     faults: dict[int, str]
     conditioning_faults: dict[int, str]
     unreadable: dict[int, str] = field(default_factory=dict)
-    rounded: Tally = field(default_factory=Tally)
+    rounded: Counted[int] = field(default_factory=Counted)
+    too_small: Counted[int] = field(default_factory=Counted)
 
     def __len__(self) -> int:
         """Return N."""
@@ -122,7 +112,7 @@ def take_inventory(
         conditioning: whether the source's conditioning images are read.
         transparency: whether it matters which images have transparent pixels.
         floats: whether conditioning images may hold floating point numbers.
-        min_image_px: shorter side of an image, at least, in pixels.
+        min_image_px: rows whose image has a shorter side than this, in pixels, are not taken.
 
     Raises:
         RunError: the source's disk fails again and again.
@@ -136,11 +126,11 @@ def take_inventory(
             indices = rows[start : start + CHUNK_ROWS]
             contents = hasher.contents(indices, "image")
             controls = hasher.contents(indices, "conditioning_image") if conditioning else contents
-            for row, image, control in zip(source.rows(indices), contents, controls, strict=True):
-                builder.add(row, image, control)
+            for found in zip(indices, source.rows(indices), contents, controls, strict=True):
+                builder.add(*found)
             bar.update(len(indices))
         digests.save()
-    return builder.inventory(rows)
+    return builder.inventory()
 
 
 class _ImageHasher:
@@ -201,6 +191,7 @@ class _InventoryBuilder:
 
     def __init__(self, min_image_px: int) -> None:
         self.min_image_px = min_image_px
+        self.rows = array("q")
         self.images, self.conditionings, self.captions = bytearray(), bytearray(), bytearray()
         self.sizes = array("i")
         self.transparent, self.has_profile = bytearray(), bytearray()
@@ -208,22 +199,28 @@ class _InventoryBuilder:
         self.faults: dict[int, str] = {}
         self.conditioning_faults: dict[int, str] = {}
         self.unreadable: dict[int, str] = {}
-        self.rounded = Tally()
+        self.rounded, self.too_small = Counted[int](), Counted[int]()
 
-    def add(self, row: Row, image: Content | str, control: Content | str) -> None:
-        """Add a row.
+    def add(self, index: int, row: Row, image: Content | str, control: Content | str) -> None:
+        """Add a row, unless its image is too small.
 
         Args:
+            index: of the row in the source.
             row: the row.
             image: content of its image, or why it cannot be read.
             control: content of its conditioning image, or why it cannot be read.
         """
-        number = len(self.ends) - 1
+        content = NO_CONTENT if isinstance(image, str) else image
+        if 0 < min(content.width, content.height) < self.min_image_px:
+            self.too_small.add([index])
+            return
+        number = len(self.rows)
+        self.rows.append(index)
         captions, fault = _hash_captions(row)
         known_by = fault
-        if not fault and (reason := self._reason_against(image)):
-            fault = _named(row.image, reason)
-            known_by = f"{row.image}: {reason}" if row.image else reason
+        if not fault and isinstance(image, str):
+            fault = _named(row.image, image)
+            known_by = f"{row.image}: {image}" if row.image else image
         if fault:
             self.faults[number] = fault
             captions = b""
@@ -231,7 +228,6 @@ class _InventoryBuilder:
             self.conditioning_faults[number] = _named(row.conditioning_image, control)
         elif isinstance(image, Content):
             self._compare(number, row, image, control)
-        content = NO_CONTENT if isinstance(image, str) else image
         self.images += _fault_digest(known_by) if fault else content.digest
         if isinstance(control, str):
             self.conditionings += _fault_digest(control)
@@ -244,14 +240,6 @@ class _InventoryBuilder:
         self.captions += captions
         self.ends.append(len(self.captions) // 16)
 
-    def _reason_against(self, image: Content | str) -> str:
-        """Return why an image is missing or too small; empty if it is neither."""
-        if isinstance(image, str):
-            return image
-        if 0 < min(image.width, image.height) < self.min_image_px:
-            return f"{image.width} x {image.height} pixels, smaller than --min-image-px allows"
-        return ""
-
     def _compare(self, number: int, row: Row, image: Content, control: Content) -> None:
         """Note what the headers of a row's two images say against it."""
         if image.fault:
@@ -262,14 +250,14 @@ class _InventoryBuilder:
         if not fault and all((*size, *like)):
             fault = shape_fault(size, like)
             if not fault and not has_shape_of(size, like):
-                self.rounded.add(number)
+                self.rounded.add([number])
         if fault:
             self.unreadable[number] = _named(row.conditioning_image, fault)
 
-    def inventory(self, rows: Sequence[int]) -> Inventory:
+    def inventory(self) -> Inventory:
         """Return the inventory of all added rows."""
         return Inventory(
-            rows=np.asarray(rows, np.int64),
+            rows=np.frombuffer(self.rows, np.int64),
             images=_digests(self.images),
             conditionings=_digests(self.conditionings),
             sizes=np.frombuffer(self.sizes, np.int32).reshape(-1, 2),
@@ -281,6 +269,7 @@ class _InventoryBuilder:
             conditioning_faults=self.conditioning_faults,
             unreadable=self.unreadable,
             rounded=self.rounded,
+            too_small=self.too_small,
         )
 
 

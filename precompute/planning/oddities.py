@@ -1,11 +1,11 @@
-"""Odd pictures, as far as headers tell: they are used, and what becomes of them is said."""
+"""Odd pictures, as far as headers tell: what becomes of them is said."""
 
 from collections.abc import Callable, Iterable
 
 import numpy as np
 
 from precompute.planning.context import Context
-from precompute.planning.inventory import LISTED_ROWS, Tally
+from precompute.sources.counted import Counted
 from precompute.sources.source import Kind
 from sd3.buckets import nearest_buckets
 
@@ -22,7 +22,17 @@ def describe_oddities(context: Context) -> list[str]:
         width, height = context.inventory.sizes[row]
         return f"{context.file_name(row, 'image')} ({width} x {height} px)"
 
+    def name_in_source(index: int) -> str:
+        (row,) = context.source.rows([index])
+        return row.image
+
     kinds = (
+        (
+            context.inventory.too_small,
+            f"images are smaller than --min-image-px {context.config.min_image_px}, and their rows "
+            "are left out",
+            name_in_source,
+        ),
         (
             _enlarged(context),
             "images are enlarged more than twofold; --min-image-px N leaves smaller ones out",
@@ -40,19 +50,11 @@ def describe_oddities(context: Context) -> list[str]:
         ),
     )
     return [
-        f"{tally.count} {what}: {listed(map(name, tally.first), tally.count)}"
-        for tally, what, name in kinds
-        if tally.count
+        f"{found.count} {what}: {found.named(name)}" for found, what, name in kinds if found.count
     ]
 
 
-def listed(names: Iterable[str], count: int) -> str:
-    """Return the first names of `count` things, and whether there are more."""
-    first = list(names)[:LISTED_ROWS]
-    return ", ".join([*first, "…"] if count > len(first) else first)
-
-
-def _enlarged(context: Context) -> Tally:
+def _enlarged(context: Context) -> Counted[int]:
     """Return the rows whose image is smaller than half of what it is resized to, either way."""
     sizes, shapes = context.inventory.sizes, context.specs.latent_settings.shapes
     wanted = np.array(shapes)[nearest_buckets(sizes, shapes)]
@@ -60,9 +62,7 @@ def _enlarged(context: Context) -> Tally:
     return _used(context, np.flatnonzero(small))
 
 
-def _used(context: Context, rows: Iterable[int]) -> Tally:
-    tally = Tally()
-    for row in rows:
-        if int(row) not in context.bad_rows.rows:
-            tally.add(int(row))
-    return tally
+def _used(context: Context, rows: Iterable[int]) -> Counted[int]:
+    counted = Counted[int]()
+    counted.add([int(row) for row in rows if int(row) not in context.bad_rows.rows])
+    return counted

@@ -96,7 +96,12 @@ def prepare(config: PrecomputeConfig) -> Context:
         floats=config.conditioning_scale != AS_IS,
         min_image_px=config.min_image_px,
     )
-    bad = BadRows(len(rows), 0.0 if config.strict else config.max_bad_fraction)
+    if not len(inventory):
+        raise ConfigError(
+            f"--min-image-px {config.min_image_px}: the images of all {len(rows)} rows are "
+            "smaller; give less."
+        )
+    bad = BadRows(len(inventory), 0.0 if config.strict else config.max_bad_fraction)
     bad.add(faulty_rows(source, inventory))
     held_out = held_out_rows(inventory, config.validation_rows, config.seed)
     prompts = distinct_prompts(inventory)

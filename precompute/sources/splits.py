@@ -1,7 +1,7 @@
 """Which split of a data set a file belongs to, as its name says, and which split is read."""
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from pathlib import Path, PurePath
 
 from common.errors import ConfigError
@@ -20,7 +20,6 @@ NAMES = {"train", "validation", "test", *SYNONYMS}
 NUMBERED = re.compile(r"(.*?)[-_. ]?\d*")
 # What the hub itself calls the files of a split.
 OF_SEVERAL = re.compile(r"(?:.*[-_.])?([a-z]+)-\d{5}-of-\d{5}(?:-[0-9a-f]+)?")
-LONGEST_LIST = 3
 
 
 def claimed_split(path: PurePath) -> str | None:
@@ -114,8 +113,3 @@ def left_out_remark(count: int, split: str) -> str:
     """Return the remark on rows of a split that is not read; an empty name is that of none."""
     of = f"split {split!r}" if split else "files that name no split"
     return f"left out: {count} {'row' if count == 1 else 'rows'} of {of}"
-
-
-def first_few(names: Sequence[str]) -> str:
-    """Return the first names of a list, and a mark that there are more."""
-    return ", ".join([*names[:LONGEST_LIST], *(["…"] if len(names) > LONGEST_LIST else [])])

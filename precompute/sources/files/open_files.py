@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from common.errors import ConfigError
-from precompute.sources.files.counted_names import CountedNames
+from precompute.sources.counted import first_few, remark
 from precompute.sources.files.folder import Folder
 from precompute.sources.files.listed import Listed
 from precompute.sources.files.open_tables import open_tables
@@ -20,7 +20,7 @@ from precompute.sources.files.text_tables import (
 from precompute.sources.files.tree import Tree, ending
 from precompute.sources.files.zips import Zips, is_zip
 from precompute.sources.source import Source, SourceSettings
-from precompute.sources.splits import first_few, left_out_remark
+from precompute.sources.splits import left_out_remark
 
 # What `save_to_disk` of the datasets library leaves.
 SAVED = ("state.json", "dataset_dict.json")
@@ -44,7 +44,7 @@ def open_files(settings: SourceSettings, path: Path, where: str) -> tuple[Source
         if path.is_dir():
             tree = Folder(path)
             source = _open_folder(settings, tree, path, where)
-            return source, _remark("caches in this folder, not read", list(tree.caches))
+            return source, remark("caches in this folder, not read", list(tree.caches))
         if ending(path.name) in TABLES:
             kept, _ = of_split([path.name], settings.split, where)
             return open_tables(settings, Folder(path.parent), kept, where, path.parent), []
@@ -110,7 +110,7 @@ def _open_tree(
         _remark_pictures(source, tree, survey, left_out)
         others = [one for one in survey.prompts if one not in prompts]
         others += survey.metadata + survey.tables + elsewhere
-        source.remarks += _remark("tables and tars that are not read", others)
+        source.remarks += remark("tables and tars that are not read", others)
         return source
     if _counts(survey.metadata, elsewhere, tree, settings):
         return _open_metadata(settings, tree, survey, where, folder)
@@ -122,7 +122,7 @@ def _open_tree(
         kept, left_out = of_split(tables, settings.split, where)
         source = open_tables(settings, tree, kept, where, folder)
         _remark_pictures(source, tree, survey, left_out)
-        source.remarks += _remark("tables without images, not read", others)
+        source.remarks += remark("tables without images, not read", others)
         return source
     can_pair = settings.caption is not None or survey.num_captioned
     if elsewhere:
@@ -138,8 +138,8 @@ def _open_tree(
     if not survey.picture_folders:
         return None
     pairs = open_pairs(settings, tree, survey, where)
-    pairs.remarks += _remark("tables without images, not read", others)
-    pairs.remarks += _remark("zips that are not read", survey.zips)
+    pairs.remarks += remark("tables without images, not read", others)
+    pairs.remarks += remark("zips that are not read", survey.zips)
     return pairs
 
 
@@ -164,19 +164,12 @@ def _open_metadata(
         raise _two_tables(where, [*kept, *elsewhere])
     source = open_tables(settings, tree, kept, where, folder)
     _remark_pictures(source, tree, survey, left_out)
-    source.remarks += _remark("tables that are not read", survey.tables)
+    source.remarks += remark("tables that are not read", survey.tables)
     return source
 
 
 def _two_tables(where: str, names: list[str]) -> ConfigError:
     return ConfigError(f"{where}: two tables or more, {first_few(names)}: give one as the path.")
-
-
-def _remark(text: str, names: list[str]) -> list[str]:
-    """Return a remark on files, none if there are none."""
-    counted = CountedNames()
-    counted.add("", names)
-    return counted.remark(text)
 
 
 def _remark_pictures(

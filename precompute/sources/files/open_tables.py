@@ -4,7 +4,7 @@ import posixpath
 from pathlib import Path
 
 from common.errors import ConfigError
-from precompute.sources.files.counted_names import CountedNames
+from precompute.sources.counted import first_few, remark
 from precompute.sources.files.listed import Listed
 from precompute.sources.files.stored_rows import StoredRows
 from precompute.sources.files.text_tables import (
@@ -16,7 +16,6 @@ from precompute.sources.files.text_tables import (
 from precompute.sources.files.tree import NUM_TRIED, Finder, Tree, ending, folder_of_names, is_junk
 from precompute.sources.files.zips import Zips
 from precompute.sources.source import SourceSettings
-from precompute.sources.splits import first_few
 
 
 def refuse_options_of_pairs(settings: SourceSettings, where: str) -> None:
@@ -68,13 +67,11 @@ def open_tables(
     names_of_zips = [name for name, _ in zips]
     if in_zips:
         layout += f", and files in {first_few(names_of_zips)}"
-    unread = CountedNames()
-    unread.add("", [] if in_zips else names_of_zips)
     return Listed(
         rows,
         {"image": finder, "conditioning_image": finder},
         layout,
-        unread.remark("zips that are not read"),
+        remark("zips that are not read", [] if in_zips else names_of_zips),
         has_conditioning_images=settings.wants_conditioning,
     )
 

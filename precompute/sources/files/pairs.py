@@ -6,12 +6,12 @@ from dataclasses import dataclass, field
 from pathlib import PurePosixPath
 
 from common.errors import ConfigError
+from precompute.sources.counted import Counted, first_few
 from precompute.sources.files.controls import (
     ControlFolders,
     given_control_folders,
     named_control_folders,
 )
-from precompute.sources.files.counted_names import CountedNames
 from precompute.sources.files.listed import Listed, WithCaptionFiles
 from precompute.sources.files.stored_rows import Entry, StoredRows
 from precompute.sources.files.survey import (
@@ -23,7 +23,7 @@ from precompute.sources.files.survey import (
 )
 from precompute.sources.files.tree import Finder, Tree, is_picture, stem
 from precompute.sources.source import Source, SourceSettings
-from precompute.sources.splits import claimed_split, first_few, left_out_remark
+from precompute.sources.splits import claimed_split, left_out_remark
 
 NO_CAPTIONS = (
     "Put each into a text file beside its image (1.txt for 1.png), or list them in metadata.jsonl, "
@@ -41,10 +41,10 @@ class _Tally:
     """How many files of the folders are read, and which are not."""
 
     num_controls: int = 0
-    captions: CountedNames = field(default_factory=CountedNames)
-    second_captions: CountedNames = field(default_factory=CountedNames)
-    controls: CountedNames = field(default_factory=CountedNames)
-    others: CountedNames = field(default_factory=CountedNames)
+    captions: Counted[str] = field(default_factory=Counted)
+    second_captions: Counted[str] = field(default_factory=Counted)
+    controls: Counted[str] = field(default_factory=Counted)
+    others: Counted[str] = field(default_factory=Counted)
 
     def remarks(self, settings: SourceSettings) -> list[str]:
         """Return a line for each kind of files that are not read."""
@@ -96,12 +96,12 @@ class _Folder:
         tally.num_controls += len(stems & self.controls.keys())
         for own, names in self.captions.items():
             if own in stems and captions:
-                tally.second_captions.add(self.path, names[1:])
+                tally.second_captions.add(_in(self.path, names[1:]))
             else:
-                tally.captions.add(self.path, names)
+                tally.captions.add(_in(self.path, names))
         for own in self.controls.keys() - stems:
-            tally.controls.add(self.control_path, self.controls[own])
-        tally.others.add(self.path, self.others)
+            tally.controls.add(_in(self.control_path, self.controls[own]))
+        tally.others.add(_in(self.path, self.others))
 
 
 @dataclass(frozen=True)
@@ -191,7 +191,7 @@ def open_pairs(settings: SourceSettings, tree: Tree, survey: Survey, where: str)
         unread = unread - used if controls.tree is tree else unread - controls.read
     for path in sorted(unread):
         if claimed_split(PurePosixPath(path)) not in left_out:
-            tally.controls.add(path, _pictures(tree, path))
+            tally.controls.add(_in(path, _pictures(tree, path)))
     source = Listed if settings.caption is not None else WithCaptionFiles
     return source(
         rows,
@@ -212,6 +212,10 @@ def _control_folders(
     if settings.wants_conditioning and not named.by_images:
         raise ConfigError(f"{where}: no conditioning images. {NO_CONTROLS}")
     return named
+
+
+def _in(folder: str, names: list[str]) -> list[str]:
+    return [posixpath.join(folder, name) for name in names]
 
 
 def _by_stem(names: Iterable[tuple[str, str]]) -> dict[str, list[str]]:

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from pathlib import Path, PurePath
 
-from precompute.sources.files.counted_names import CountedNames
+from precompute.sources.counted import Counted
 from precompute.sources.files.records import TABLES
 from precompute.sources.files.text_tables import PROMPTS
 from precompute.sources.files.tree import TAR, Tree, ending, is_picture, stem
@@ -43,7 +43,7 @@ class Survey:
     binary_tables: list[str] = field(default_factory=list)
     tars: list[str] = field(default_factory=list)
     zips: list[str] = field(default_factory=list)
-    elsewhere: CountedNames = field(default_factory=CountedNames)
+    elsewhere: Counted[str] = field(default_factory=Counted)
 
 
 def take_survey(tree: Tree, endings: tuple[str, ...]) -> Survey:
@@ -82,7 +82,7 @@ def take_survey(tree: Tree, endings: tuple[str, ...]) -> Survey:
             elif folder in tree.tops and _is_table(name) and stem(name) not in stems:
                 survey.tables.append(path)
             elif not pictures:
-                survey.elsewhere.add(folder, [name])
+                survey.elsewhere.add([path])
     return survey
 
 

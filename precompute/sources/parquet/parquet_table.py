@@ -8,13 +8,14 @@ from typing import Any
 
 from common.errors import ConfigError
 from precompute.sources.columns import Columns, find_columns, image_columns, lacks
+from precompute.sources.counted import first_few, remark
 from precompute.sources.file_versions import file_version, names_version
 from precompute.sources.files.folder import Folder
 from precompute.sources.files.tree import NUM_TRIED, Finder, folder_of_names
 from precompute.sources.files_below import files_below
 from precompute.sources.parquet.stored_images import StoredImages, only_column
 from precompute.sources.source import Kind, Row, Source, SourceSettings
-from precompute.sources.splits import files_of_split, first_few, left_out_remark
+from precompute.sources.splits import files_of_split, left_out_remark
 
 PARQUET = ".parquet"
 
@@ -176,9 +177,7 @@ def open_parquet(settings: SourceSettings, path: Path, where: str) -> Source | N
             empty.append(str(found[one]))
     if not files:
         raise ConfigError(f"{where}: holds no rows.")
-    remarks = []
-    if empty:
-        remarks.append(f"Parquet files without rows: {len(empty)} ({first_few(empty)})")
+    remarks = remark("Parquet files without rows", empty)
     for split, others in left_out.items():
         num_rows = sum(_schema_and_rows(one, names[one])[1] for one in others)
         few = first_few([str(found[one]) for one in others])

@@ -6,10 +6,10 @@ from collections.abc import Iterable
 from pathlib import Path, PurePath
 
 from common.errors import ConfigError
+from precompute.sources.counted import first_few
 from precompute.sources.files.tree import TARS
 from precompute.sources.files_below import files_below
 from precompute.sources.source import SourceSettings
-from precompute.sources.splits import first_few
 
 PARQUET = ".parquet"
 TABLES = (".jsonl", ".json", ".csv", ".tsv", PARQUET)

@@ -4,8 +4,8 @@ from collections import Counter
 from collections.abc import Sequence
 
 from common.errors import ConfigError
+from precompute.sources.counted import first_few
 from precompute.sources.source import printable
-from precompute.sources.splits import first_few
 from precompute.sources.webdataset.samples import Samples
 from precompute.sources.webdataset.wanted import IMAGES, IN_WORDS, Role, Wanted, flag_of
 

@@ -11,9 +11,10 @@ from typing import IO
 
 from common.errors import ConfigError, RunError
 from common.progress import Progress
+from precompute.sources.counted import first_few
 from precompute.sources.file_versions import names_version, stat_version
 from precompute.sources.source import Kind, Row, Source, SourceSettings
-from precompute.sources.splits import files_of_split, first_few, left_out_remark
+from precompute.sources.splits import files_of_split, left_out_remark
 from precompute.sources.webdataset.grouping import read_samples
 from precompute.sources.webdataset.remarks import refuse_useless, unread_remarks
 from precompute.sources.webdataset.samples import Samples

@@ -141,7 +141,7 @@ def test_prompts_of_just_the_limit_are_not_cut() -> None:
         found.add(f"of {num_tokens}", num_tokens)
     assert found.describe() == [
         "4 prompts have more tokens than 20 and are cut; the longest has 30: "
-        "'of 21', 'of 30', 'of 22', …"
+        "'of 21', 'of 22', 'of 23', …"
     ]
 
 

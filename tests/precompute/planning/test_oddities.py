@@ -78,12 +78,17 @@ def test_enlarged_images_are_named_and_may_be_left_out(
     for output in said(config, command):
         assert line in output
     assert manifest.load(config.cache).num_skipped == 0
-    options = ("--min-image-px", 31, "--max-bad-fraction", 0.5, "--overwrite")
-    for output in said(config, command, *options):
-        assert "line 1, 0.png: 0.png: 20 x 20 pixels, smaller than --min-image-px allows" in output
+    for output in said(config, command, "--min-image-px", 31, "--strict", "--overwrite"):
+        assert (
+            "  1 images are smaller than --min-image-px 31, and their rows are left out: 0.png\n"
+        ) in output
         assert "  1 images are enlarged more than twofold" in output
+        assert "cannot be used" not in output
     found = manifest.load(config.cache)
-    assert (found.num_skipped, found.latents.num_records) == (1, 3)
+    assert (found.num_skipped, found.latents.num_records) == (0, 3)
+    outcome = command("precompute", *flags(config), "--min-image-px", 97)
+    assert outcome.exit_code == 2
+    assert "--min-image-px 97: the images of all 4 rows are smaller; give less" in outcome.output
 
 
 def test_a_display_p3_photograph_is_encoded_in_srgb(
