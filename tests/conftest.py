@@ -75,7 +75,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_collection_finish() -> None:
-    """Spare the collector what lives as long as the process; the product calls it three times a run."""
+    """Spare the collector what lives as long as the process; each run calls it three times."""
     gc.collect()
     gc.freeze()
 
