@@ -13,6 +13,7 @@ import xxhash
 from precompute.fingerprints.digest_cache import Content, DigestCache
 from precompute.sources.file_versions import file_version
 from sd3.annotators.annotator import Annotator
+from sd3.annotators.own_sources import files_below
 from sd3.pretrained import component_variant
 
 CHUNK_BYTES = 1 << 22
@@ -56,8 +57,18 @@ def hash_component(
 def annotator_identity(annotator: Annotator, digests: DigestCache) -> list[str]:
     """Return what an annotator's drawings depend on: code, arguments, files and models."""
     files = sorted(_hash_file(path, digests).hex() for path in annotator.files)
+    folders = sorted(_hash_folder(folder, digests) for folder in annotator.folders)
     models = [hash_component(folder, None, digests) for folder in annotator.models]
-    return [*annotator.identity, *files, *models]
+    return [*annotator.identity, *files, *folders, *models]
+
+
+def _hash_folder(folder: Path, digests: DigestCache) -> str:
+    """Return a digest of the files below a folder, by their names in it and their bytes."""
+    digest = xxhash.xxh3_128()
+    for path in files_below(folder):
+        digest.update(f"{path.relative_to(folder).as_posix()}\0".encode())
+        digest.update(_hash_file(path, digests))
+    return digest.hexdigest()
 
 
 def _json_content(path: Path) -> bytes | None:

@@ -24,7 +24,8 @@ class Annotator:
         load: returns what draws a batch on a device, e.g. `cuda:0`, once the network is there.
         identity: what the drawings depend on, files aside: the name of its code, hashes, arguments.
         files: on whose bytes the drawings depend, too.
-        models: folders of models, likewise.
+        folders: on whose files they depend, at any depth, with their names in the folder.
+        models: folders of models, on whose weights and configuration they depend.
         former: how former versions of this program identified it.
     """
 
@@ -34,6 +35,7 @@ class Annotator:
     function: Draw | None = None
     load: Callable[[str], DrawBatch] | None = None
     files: list[Path] = field(default_factory=list)
+    folders: list[Path] = field(default_factory=list)
     models: list[Path] = field(default_factory=list)
     former: list[str] = field(default_factory=list)
 

@@ -3,23 +3,20 @@
 import ast
 import hashlib
 import importlib
-import importlib.util
 import inspect
-import sys
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from xxhash import xxh3_64_hexdigest
-
 from common.errors import ConfigError
 from sd3.annotators.annotator import Annotator, DrawBatch
 from sd3.annotators.arguments import arguments_text, bind_arguments, takes
-from sd3.annotators.own_sources import files_of, named_files, own_sources
+from sd3.annotators.own_files import import_file
+from sd3.annotators.own_sources import named_files, own_sources
 
-A_FILE = "a file"
+A_FILE, A_FOLDER = "a file", "a folder"
 
 
 def find_own(name: str, given: Mapping[str, Any]) -> Annotator:
@@ -53,8 +50,8 @@ def find_own(name: str, given: Mapping[str, Any]) -> Annotator:
     arguments = bind_arguments(name, code, given, num_images=0 if is_class else 1)
     defaults = _defaults(name, code, is_class)
     changed = {key: arguments[key] for key in given if arguments[key] != defaults.get(key)}
-    files = [file for value in changed.values() for file in _named_by(value)]
-    # A file counts by its bytes, not by its name.
+    paths = [path for value in changed.values() for path in _named_by(value)]
+    # A file counts by its bytes, and a folder by its files, not by its name.
     counted = {key: _without_names(value) for key, value in changed.items()}
     qualified = str(getattr(code, "__qualname__", ""))
     is_its_name = getattr(module, qualified, None) is code
@@ -69,7 +66,8 @@ def find_own(name: str, given: Mapping[str, Any]) -> Annotator:
             *sorted(hashes[1:]),
             *([arguments_text(counted)] if changed else []),
         ],
-        files=sorted({*named_files(trees), *files}),
+        files=sorted({*named_files(trees), *(path for path in paths if path.is_file())}),
+        folders=sorted({path for path in paths if path.is_dir()}),
         former=[name, hashes[0]],
     )
 
@@ -112,34 +110,32 @@ def _from_file(where: str, path: Path) -> ModuleType:
     """
     if not path.is_file():
         raise ConfigError(f"{where}: no such file.")
-    path = path.resolve()
-    name = f"annotator_{path.stem}_{xxh3_64_hexdigest(str(path).encode())}"
-    if name in sys.modules:
-        return sys.modules[name]
-    if str(path.parent) not in sys.path:
-        sys.path.append(str(path.parent))  # last: nothing of ours or of a library is replaced
-    spec = importlib.util.spec_from_file_location(name, path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
     try:
-        spec.loader.exec_module(module)
+        return import_file(path.resolve())
     except Exception as error:  # whatever the user's own code raises
-        del sys.modules[name]
         raise ConfigError(f"{where}: fails ({type(error).__name__}: {error}).") from error
-    return module
 
 
 def _named_by(value: Any) -> list[Path]:
-    """Return the files that an argument names: as text, or in a list."""
+    """Return the files and folders that an argument names: as text, or in a list.
+
+    A folder around the present one names no files: there is no end of them.
+    """
     if isinstance(value, list):
-        return [file for one in value for file in _named_by(one)]
-    return files_of(Path(value)) if isinstance(value, str) and value else []
+        return [path for one in value for path in _named_by(one)]
+    if not isinstance(value, str) or not value:
+        return []
+    try:
+        path = Path(value).resolve()
+        is_folder = path.is_dir() and not Path.cwd().is_relative_to(path)
+        return [path] if path.is_file() or is_folder else []
+    except (OSError, ValueError):  # no name of a file
+        return []
 
 
 def _without_names(value: Any) -> Any:
-    """Return an argument without the names of files."""
+    """Return an argument without the names of files and folders."""
     if isinstance(value, list):
         return [_without_names(one) for one in value]
-    return A_FILE if _named_by(value) else value
+    named = _named_by(value)
+    return (A_FILE if named[0].is_file() else A_FOLDER) if named else value

@@ -7,6 +7,8 @@ import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
 
+from sd3.annotators.own_files import is_beside
+
 STANDARD_LIBRARY = [Path(sysconfig.get_path(name)).resolve() for name in ("stdlib", "platstdlib")]
 # Of any Python: another's may be on the path, as Debian's is in some environments.
 INSTALLED = {"site-packages", "dist-packages"}
@@ -33,16 +35,17 @@ def own_sources(module_name: str, file: Path | None = None) -> dict[Path, ast.Mo
         OSError: a source cannot be read.
     """
     package = module_name.partition(".")[0]
-    own_folders = [Path.cwd(), *(location.parent for location in _locations(package))]
+    beside = file.parent if file is not None and not module_name else None
+    own_folders = [Path.cwd(), *(location.parent for location in _locations(package, beside))]
     found: dict[Path, ast.Module] = {}
     waiting = list(_with_packages(module_name))
-    if not module_name and file is not None:
-        own_folders.append(file.parent)
+    if beside is not None and file is not None:
+        own_folders.append(beside)
         found[file] = _parse(file)
         waiting = list(_imported(found[file], ""))
     while waiting:
         name = waiting.pop()
-        path = _source(name)
+        path = _source(name, beside)
         if path is None or path in found:
             continue
         if name.partition(".")[0] != package and not _is_own(path, own_folders):
@@ -64,14 +67,21 @@ def named_files(sources: dict[Path, ast.Module]) -> list[Path]:
     for source, tree in sources.items():
         for name in set(_names(tree)):
             for folder in (Path(), source.parent):
-                found.update(files_of(folder / name))
+                found.update(_files_of(folder / name))
     return sorted(path for path in found - sources.keys() if path.suffix not in WRITTEN)
 
 
-def _locations(top: str) -> list[Path]:
-    """Return where a topmost module or package lies, without importing it."""
+def _locations(top: str, beside: Path | None) -> list[Path]:
+    """Return where a topmost module or package lies, without importing it.
+
+    Args:
+        top: its name.
+        beside: the folder of the file that imports it, unless that is part of a package.
+    """
     if not top:
         return []
+    if beside is not None and is_beside(beside, top):
+        return [beside / top]
     try:
         spec = importlib.util.find_spec(top)
     except Exception:  # whatever the finders of other libraries raise
@@ -84,10 +94,10 @@ def _locations(top: str) -> list[Path]:
     return [Path(str(spec.origin)).resolve()] if is_source else []
 
 
-def _source(name: str) -> Path | None:
+def _source(name: str, beside: Path | None) -> Path | None:
     """Return the source file of a module, or None if it has none."""
     top, *below = name.split(".")
-    for location in _locations(top):
+    for location in _locations(top, beside):
         module = location.joinpath(*below)
         for path in (module, module.with_name(f"{module.name}.py"), module / "__init__.py"):
             if path.suffix == ".py" and path.is_file():
@@ -155,7 +165,24 @@ def _operands(node: ast.expr) -> Iterator[ast.expr]:
         yield node
 
 
-def files_of(path: Path) -> list[Path]:
+def files_below(folder: Path) -> list[Path]:
+    """Return the files below a folder, ascending, but hidden ones and those that programs write.
+
+    Raises:
+        OSError: a folder cannot be read.
+    """
+    return sorted(
+        path
+        for path in folder.rglob("*")
+        if path.suffix not in WRITTEN
+        and not any(
+            part.startswith(".") or part == "__pycache__" for part in path.relative_to(folder).parts
+        )
+        and path.is_file()
+    )
+
+
+def _files_of(path: Path) -> list[Path]:
     """Return the file of this name, or the files of the model's folder of this name; or none."""
     try:
         if path.is_file():

@@ -124,6 +124,37 @@ def test_no_folder_of_this_machine_is_published(
     assert near.digest == far.digest
 
 
+def test_a_folder_counts_by_its_files_and_not_by_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "lines.py").write_text("def drawn(image, weights=''):\n    return image\n")
+    monkeypatch.chdir(tmp_path)
+
+    def digest_of(weights: str) -> str:
+        annotator = find_annotator("lines.py:drawn", [f"weights={weights}"])
+        return annotator_spec(annotator, DigestCache(tmp_path / "hashes.npy", keep=False)).digest
+
+    for name in ("one", "two"):
+        (tmp_path / name / "deep").mkdir(parents=True)
+        (tmp_path / name / "deep" / "a.bin").write_bytes(b"a")
+        (tmp_path / name / "b.bin").write_bytes(b"b")
+    first = digest_of("one")
+    assert first == digest_of("two")
+    for name in ("run.log", ".hidden", "__pycache__/a.pyc"):
+        (tmp_path / "two" / name).parent.mkdir(exist_ok=True)
+        (tmp_path / "two" / name).write_bytes(b"written")
+    assert digest_of("two") == first
+    (tmp_path / "two" / "b.bin").rename(tmp_path / "two" / "c.bin")
+    renamed = digest_of("two")
+    (tmp_path / "two" / "c.bin").write_bytes(b"a")
+    (tmp_path / "two" / "deep" / "a.bin").write_bytes(b"b")
+    swapped = digest_of("two")
+    (tmp_path / "two" / "config.json").write_text("{}")
+    assert len({first, renamed, swapped, digest_of("two")}) == 4
+    # Of the folder that one works in, and of those around it, the name alone counts.
+    assert digest_of(".") != digest_of("..") != first
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

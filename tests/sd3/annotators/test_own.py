@@ -87,6 +87,56 @@ def test_what_lies_beside_a_file_is_imported_and_counts(tmp_path: Path, folder: 
     assert identity[2] != first[2]
 
 
+HELPED = """
+import helper_of_both
+from helpers_of_both.deep import level as deep
+from numpy import uint8
+
+
+def drawn(image):
+    import helpers_of_both.lazy as lazy
+
+    return image.point(lambda value: helper_of_both.level() + deep + lazy.level)
+"""
+
+
+def test_helpers_of_one_name_are_each_files_own(tmp_path: Path, folder: Path) -> None:
+    found = []
+    for level in (1, 2):
+        place = tmp_path / str(level)
+        (place / "helpers_of_both").mkdir(parents=True)
+        for name, text in (
+            ("helped.py", HELPED),
+            ("helper_of_both.py", "import other_of_both\nlevel = lambda: other_of_both.level\n"),
+            ("other_of_both.py", f"level = {level}\n"),
+            ("helpers_of_both/__init__.py", ""),
+            ("helpers_of_both/deep.py", f"level = {10 * level}\n"),
+            ("helpers_of_both/lazy.py", f"level = {100 * level}\n"),
+        ):
+            (place / name).write_text(text)
+        found.append(find_annotator(f"{place / 'helped.py'}:drawn"))
+    levels = [draw(annotator, [picture_of(0)])[0].getpixel((0, 0)) for annotator in found]
+    assert levels == [(111,) * 3, (222,) * 3]
+    # Its own and five more files; the helper, the helpers' first file and its own text are alike.
+    first, second = (annotator.identity for annotator in found)
+    assert len(first) == len(second) == 1 + 6
+    assert len(set(first) & set(second)) == 1 + 3
+
+
+def test_what_lies_beside_a_file_replaces_no_library(tmp_path: Path, folder: Path) -> None:
+    (tmp_path / "numpy.py").write_text("raise RuntimeError('taken')\n")
+    (tmp_path / "careful.py").write_text("import numpy\n\ndef drawn(image):\n    return image\n")
+    assert len(find_annotator(f"{tmp_path / 'careful.py'}:drawn").identity) == 2
+
+
+def test_a_file_that_fails_is_one_line(tmp_path: Path, folder: Path) -> None:
+    (tmp_path / "failing_i.py").write_text("import beside_i\n")
+    (tmp_path / "beside_i.py").write_text("raise RuntimeError('no weights')\n")
+    for _ in range(2):
+        with pytest.raises(ConfigError, match=r"py:drawn: fails \(RuntimeError: no weights\)"):
+            find_annotator(f"{tmp_path / 'failing_i.py'}:drawn")
+
+
 def test_arguments_of_ones_own_count_if_they_are_not_the_defaults(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
