@@ -34,6 +34,7 @@ FORMER_WORDING = {
     "no caption": "the prompt is not text but NoneType",
     "no image": "the row has no image",
     "no conditioning image": "the row has no conditioning image",
+    "the caption is not UTF-8": "the prompt is not valid text: half of a surrogate pair",
 }
 
 

@@ -31,6 +31,12 @@ def refusal(
 
 def table(skipped: Sequence[Skipped], limit: int = 20) -> str:
     """Return one line for each of the first `limit` rows, and how many more there are."""
-    lines = [f"  {one.row}: {one.reason}" for one in skipped[:limit]]
+    lines = [f"  {one.row}: {_without_name(one)}" for one in skipped[:limit]]
     more = len(skipped) - limit
     return "\n".join([*lines, f"  … and {more} more"] if more > 0 else lines)
+
+
+def _without_name(skipped: Skipped) -> str:
+    """Return why a row was left out, without its image's name, which the row's ends in."""
+    name, _, reason = skipped.reason.partition(": ")
+    return reason if reason and skipped.row.endswith(f", {name}") else skipped.reason

@@ -69,15 +69,13 @@ def test_rows_whose_lines_have_moved_are_counted_once(
     precompute(replace(spoilt, max_bad_fraction=0.4))
     write_lines(source, lines(source)[::-1])
     said = capsys.readouterr().out
-    assert (
-        "4 rows were left out:\n  line 1, target/nowhere.png: target/nowhere.png: No such" in said
-    )
+    assert "4 rows were left out:\n  line 1, target/nowhere.png: No such" in said
     for line, name, fault in (
-        (2, "target/8.png", "source/8.png"),
-        (4, "target/6.png", "target/6.png"),
-        (9, "target/1.png", "target/1.png"),
+        (2, "target/8.png", "source/8.png: "),
+        (4, "target/6.png", ""),
+        (9, "target/1.png", ""),
     ):
-        assert f"  line {line}, {name}: {fault}: not a readable image" in said
+        assert f"  line {line}, {name}: {fault}not a readable image" in said
 
 
 @pytest.mark.slow
@@ -115,7 +113,7 @@ def test_the_bound_holds_over_all_workers(
         outcome = command("shards", "seal", spoilt.cache)
         assert outcome.exit_code == 2
         assert "2 of 9 rows cannot be used, more than --max-bad-fraction 0.12" in outcome.output
-        assert "  line 2, target/1.png: target/1.png: not a readable image" in outcome.output
+        assert "  line 2, target/1.png: not a readable image" in outcome.output
     assert not (spoilt.cache / "manifest.json").exists()
     precompute(replace(config, max_bad_fraction=0.23))
     assert manifest.load(spoilt.cache).num_skipped == 2

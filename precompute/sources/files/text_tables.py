@@ -1,5 +1,6 @@
 """Rows from tables of text."""
 
+import re
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -7,13 +8,18 @@ from itertools import islice
 from typing import Any
 
 from common.errors import ConfigError
-from precompute.sources.files.records import Record, read_records
+from precompute.sources.files.records import FILE_NAME, SEPARATED, Record, read_records
 from precompute.sources.files.stored_rows import Entry, StoredRows
-from precompute.sources.files.tree import NUM_TRIED, Tree
+from precompute.sources.files.tree import NUM_TRIED, Tree, ending
 from precompute.sources.source import SourceSettings
 
-FILE_NAME = "file_name"
 PROMPTS = "prompt.json"
+# Bytes that are no UTF-8, as Python keeps them.
+NO_UTF8 = re.compile("[\udc80-\udcff]")
+NOT_UTF8 = (
+    "the caption is not UTF-8: perhaps Latin-1, as Windows writes it; convert the table, "
+    "iconv -f WINDOWS-1252 -t UTF-8 old.csv > new.csv"
+)
 
 
 @dataclass(frozen=True)
@@ -93,14 +99,14 @@ def read_tables(tree: Tree, tables: Sequence[str], names: Names, where: str) -> 
     found: dict[str, None] = {}  # the columns, in order
     first_fault = ""
     for table in tables:
-        place = f"{where}, {table}"
+        place, is_csv = f"{where}, {table}", ending(table) in SEPARATED
         with tree.open(table) as stream:
             for number, record in read_records(stream, table, place):
                 if isinstance(record, dict):
                     found |= dict.fromkeys(record)
                 elif not first_fault:
                     first_fault = f"{place}, line {number}: {record}."
-                rows.append(number, _entry(record, names))
+                rows.append(number, _entry(record, names, is_csv=is_csv))
         rows.end_table()
     if not len(rows):
         raise ConfigError(f"{where}, {tables[0]}: holds no rows.")
@@ -121,12 +127,15 @@ def count_records(tree: Tree, table: str) -> int:
         return sum(1 for _ in read_records(stream, table, table))
 
 
-def _entry(record: Record, names: Names) -> Entry:
+def _entry(record: Record, names: Names, *, is_csv: bool) -> Entry:
     if not isinstance(record, dict):
         return Entry("", "", None, record)
     image, fault = _file_name(record, names.image)
     control, control_fault = _file_name(record, names.conditioning_image)
-    return Entry(image, control, _value(record, names.caption), fault or control_fault)
+    caption = _value(record, names.caption)
+    if is_csv and isinstance(caption, str) and NO_UTF8.search(caption):
+        fault = fault or NOT_UTF8
+    return Entry(image, control, caption, fault or control_fault)
 
 
 def _value(record: dict[str, Any], names: Iterable[str]) -> Any:

@@ -224,13 +224,97 @@ def test_a_broken_line_of_csv_is_one_bad_row(tmp_path: Path) -> None:
     assert rows[2].fault == "2 values, 3 expected as in the first line"
     assert rows[3].fault.startswith("not CSV (',' expected after")
     assert [row.where for row in rows] == [f"line {n}" for n in (2, 3, 4, 5, 7, 8)]
-    write(
-        tmp_path / "metadata.csv", comma_separated(RECORDS) + 'a.png,b.png,"never closed\r\n1,2,3'
-    )
-    with pytest.raises(
-        ConfigError, match=r"metadata\.csv, line 6: a quotation mark is opened here"
-    ):
-        opened(tmp_path)
+
+
+NEVER = "a quotation mark is opened here and never closed"
+BEFORE = "a quotation mark is opened here and not closed before the next row"
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ('1.png,"a\n2.png,b\n3.png,"c"\n4.png,d\n', [BEFORE, "b", "c", "d"]),
+        ('1.png,"a\n2.png,b\n3.png,c"\n4.png,d\n', [BEFORE, "b", 'c"', "d"]),
+        ('1.png,"a\n2.png,"b\n3.png,c\n', [BEFORE, BEFORE, "c"]),
+        ('1.png,"a\n2.png,""\n3.png,"c, d"\n', [BEFORE, "", "c, d"]),
+        ('1.png,a\n2.png,"b\nx\n', ["a", NEVER, "1 values, 2 expected as in the first line"]),
+        ('1.png,"a\nb, c\n""d"", e"\n2.png,b\n', ['a\nb, c\n"d", e', "b"]),
+        ('1.png,a,"b\n2.png,c"\n3.png,d\n', ["3 values, 2 exp", 'c"', "d"]),
+        ('1.png,12" by 9"\n2.png,b\n', ['12" by 9"', "b"]),
+    ],
+)
+def test_a_stray_quotation_mark_makes_a_bad_row_of_its_line_alone(
+    tmp_path: Path, text: str, expected: list[str]
+) -> None:
+    write(tmp_path / "rows.csv", f"file_name,text\n{text}")
+    source = photographs(tmp_path / "rows.csv")
+    rows = list(source.rows(range(len(source))))
+    for row, one in zip(rows, expected, strict=True):
+        assert (row.fault or row.prompt).startswith(one)
+    starts = [n for n, line in enumerate(text.splitlines(), 2) if ".png" in line or line == "x"]
+    assert [row.where for row in rows] == [f"line {number}" for number in starts]
+
+
+def test_a_value_over_several_lines_may_end_beside_a_file_name(tmp_path: Path) -> None:
+    write(tmp_path / "rows.csv", 'text,file_name\n"a,\nb",1.png\nc,2.png\n')
+    rows = list(photographs(tmp_path / "rows.csv").rows(range(2)))
+    assert [(row.image, row.prompt) for row in rows] == [("1.png", "a,\nb"), ("2.png", "c")]
+
+
+def test_where_quotation_marks_are_never_closed_the_table_is_read_once(tmp_path: Path) -> None:
+    rows = [f'{n}.png,"stray' if n % 2 else f'{n}.png,""' for n in range(20_000)]
+    write(tmp_path / "rows.csv", "\n".join(["file_name,text", *rows]))
+    source = photographs(tmp_path / "rows.csv")
+    assert sum(bool(row.fault) for row in source.rows(range(20_000))) == 10_000
+
+
+@pytest.mark.parametrize(
+    ("start", "separator"),
+    [
+        ("", ","),
+        ("\n\r\n  \n", ","),
+        ("", ";"),
+        ("sep=;\r\n", ";"),
+        ("\nsep=;\n", ";"),
+        ("sep=|\n", "|"),
+        ("", "\t"),
+    ],
+)
+def test_what_spreadsheets_write_before_and_between_the_values(
+    tmp_path: Path, start: str, separator: str
+) -> None:
+    with_pairs(tmp_path)
+    write(tmp_path / "rows.csv", start + comma_separated(RECORDS, separator))
+    source = opened(tmp_path)
+    assert numbers(source) == [0, 1, 2, 3]
+    first = 2 + start.count("\n")
+    assert [row.where for row in source.rows([0])] == [f"line {first}"]
+
+
+def test_a_header_with_a_comma_in_a_name_may_have_semicolons(tmp_path: Path) -> None:
+    write(tmp_path / "rows.csv", "file_name;text;width, height\n1.png;a, b;4\n")
+    assert [row.prompt for row in photographs(tmp_path / "rows.csv").rows([0])] == ["a, b"]
+
+
+def test_a_table_that_is_not_utf8_says_how_to_convert_it(tmp_path: Path) -> None:
+    write(tmp_path / "rows.csv", "file_name,text\n1.png,café\n2.png,tea\n".encode("latin-1"))
+    one, two = photographs(tmp_path / "rows.csv").rows(range(2))
+    assert one.fault.startswith("the caption is not UTF-8: perhaps Latin-1")
+    assert "iconv -f WINDOWS-1252 -t UTF-8" in one.fault
+    assert (two.prompt, two.fault) == ("tea", "")
+
+
+@pytest.mark.parametrize("indent", [None, 2])
+@pytest.mark.parametrize("inner", [None, "text"])
+def test_a_json_object_of_captions_by_file_names(
+    tmp_path: Path, indent: int | None, inner: str | None
+) -> None:
+    with_pairs(tmp_path)
+    rows = {f"images/{n}.png": {inner: caption(n)} if inner else caption(n) for n in range(4)}
+    write(tmp_path / "captions.json", "\n" + json.dumps(rows, indent=indent))
+    source = photographs(tmp_path)
+    assert numbers(source) == [0, 1, 2, 3]
+    assert source.layout == "table captions.json"
 
 
 def test_nothing_but_broken_lines_is_refused(tmp_path: Path) -> None:
