@@ -79,6 +79,7 @@ class DrawnShard:
 
     def __init__(self, build: ShardBuild) -> None:
         self.build = build
+        self._archive: zipfile.ZipFile | None = None
         self._lock = threading.Lock()
 
     def image(self, position: int) -> Image.Image:
@@ -90,10 +91,13 @@ class DrawnShard:
         """
         path, name = drawn_path(self.build), _name(self.build, position)
         try:
-            with self._lock, zipfile.ZipFile(path) as archive:
-                if f"{name}{REASON}" in archive.namelist():
-                    raise BadImage(archive.read(f"{name}{REASON}").decode())
-                data = archive.read(f"{name}{IMAGE}")
+            with self._lock:
+                # Opened once: its directory is read whole, which takes longer than a picture.
+                archive = self._archive = self._archive or zipfile.ZipFile(path)
+                is_image = f"{name}{IMAGE}" in archive.NameToInfo
+                data = archive.read(f"{name}{IMAGE if is_image else REASON}")
+            if not is_image:
+                raise BadImage(data.decode())
             with Image.open(io.BytesIO(data)) as image:
                 return image.convert("RGB")
         except (OSError, KeyError, zipfile.BadZipFile) as error:

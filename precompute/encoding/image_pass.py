@@ -1,5 +1,6 @@
 """The image pass: images and conditioning images through the VAE, then the validation pairs."""
 
+import threading
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -68,6 +69,8 @@ class ImagePass:
         self.num_loaders = context.config.dataloader_num_workers
         in_batches = context.annotator is not None and context.annotator.in_batches
         self.is_drawn = in_batches and kind == "conditioning_image"
+        self._drawn: DrawnShard | None = None  # of the shard that is loaded
+        self._lock = threading.Lock()
         if kind == "image":
             self.product, self.faults = products.latents, inventory.faults
             self.name, self.tensor_name, self.pixel_range = "latents", "latent", "-1_1"
@@ -115,7 +118,7 @@ class ImagePass:
         plan = batch.build.plan
         width, height = self.context.specs.latent_settings.shapes[plan.bucket]
         pixels, reasons = None, {}
-        drawn = DrawnShard(batch.build) if self.is_drawn else None
+        drawn = self._drawn_shard(batch.build) if self.is_drawn else None
         for position, index in batch.to_encode.items():
             item = int(plan.items[position])
             try:
@@ -135,6 +138,13 @@ class ImagePass:
                 )
             pixels[index] = to_uint8(image)
         return LoadedImages(pixels, reasons)
+
+    def _drawn_shard(self, build: ShardBuild) -> DrawnShard:
+        """Return what reads the drawn images of a shard, the same for all its batches."""
+        with self._lock:
+            if self._drawn is None or self._drawn.build is not build:
+                self._drawn = DrawnShard(build)
+            return self._drawn
 
     def encode(self, loaded: LoadedImages) -> dict[str, Tensor] | None:
         """Return the latents of a batch."""

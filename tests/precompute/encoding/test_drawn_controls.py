@@ -2,9 +2,11 @@
 
 import shutil
 import threading
+import zipfile
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -18,11 +20,12 @@ from transformers import pipeline
 import precompute.run
 from common.errors import ConfigError, ShardError
 from precompute.config import PrecomputeConfig
-from precompute.encoding import control_pass
+from precompute.encoding import control_pass, drawn_controls
 from precompute.encoding.text_encoders import TextEncoders
 from precompute.encoding.vae_encoder import VaeEncoder
 from precompute.planning.prepare import prepare
 from sd3.annotators.drawing import Drawing
+from sd3.image_files import BadImage
 from sd3.images import fit
 from shards.format import sidecar
 from shards.reading.cache import Cache
@@ -89,11 +92,51 @@ def encode(vae: AutoencoderKL, image: Image.Image) -> Tensor:
     return latent
 
 
+@pytest.fixture
+def opened(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
+    """The files of drawn images that were opened for reading."""
+    paths: list[Path] = []
+
+    class Counted(zipfile.ZipFile):
+        def __init__(self, file: Any, mode: Any = "r", *args: Any) -> None:
+            super().__init__(file, mode, *args)
+            paths.extend([file] if mode == "r" else [])
+
+    monkeypatch.setattr(drawn_controls.zipfile, "ZipFile", Counted)
+    return paths
+
+
+def test_a_shards_drawings_are_opened_once(tmp_path: Path, opened: list[Path]) -> None:
+    product = SimpleNamespace(folder=tmp_path, identity_digest="1234")
+    build: Any = SimpleNamespace(
+        product=product, plan=SimpleNamespace(shard=3), keys=["a", "b", "c"], metadata=[b""] * 3
+    )
+    images = [Image.new("RGB", (4, 4), (level, 1, 2)) for level in range(2)]
+    results = [images[0], BadImage("nothing to see"), images[1]]
+    pngs = map(drawn_controls.encode_png, results)
+    drawn_controls.write_drawn(build, [(at, at != 1, png) for at, png in enumerate(pngs)])
+    shard = drawn_controls.DrawnShard(build)
+    for at, image in ((0, images[0]), (2, images[1]), (0, images[0])):
+        assert shard.image(at).tobytes() == image.tobytes()
+    with pytest.raises(BadImage, match=r"^nothing to see$"):
+        shard.image(1)
+    assert opened == [tmp_path / "000003.drawn.zip"]
+    build.keys[0] = "another"
+    with pytest.raises(ShardError, match=r"drawn\.zip: changed while precompute was running"):
+        shard.image(0)
+
+
 @pytest.mark.slow
 def test_what_is_encoded_is_the_librarys_depth(
-    config: PrecomputeConfig, model: Path, circles: Path, base: Path, drawn: list[int]
+    config: PrecomputeConfig,
+    model: Path,
+    circles: Path,
+    base: Path,
+    drawn: list[int],
+    opened: list[Path],
 ) -> None:
-    precompute.run.precompute(config)
+    precompute.run.precompute(replace(config, dataloader_num_workers=1, vae_batch_size=2))
+    assert len(opened) == len(set(opened)) == 2
     assert sum(drawn) == NUM_ROWS + 2
     assert max(drawn) == 8
     depth = depth_by_stock_libraries(model, circles)
