@@ -8,6 +8,7 @@ from common.checks import check_resolution, check_sequence_length
 from common.errors import ConfigError
 from common.options import flag, option
 from sd3.annotators.arguments import parse_arguments
+from sd3.images import OtherShape
 from shards.format.manifest import DEFAULT_CONDITIONING
 
 
@@ -215,6 +216,11 @@ class ScoreConfig(PipelineConfig):
         False,
         help="Draw the conditioning images from the rows' images, as for the ControlNet's "
         "training.",
+    )
+    conditioning_fit: OtherShape = option(
+        "refuse",
+        help="What becomes of a conditioning image of another shape than its image's, as in "
+        "precompute: refuse, stretch or crop.",
     )
     measure: tuple[Literal["circles", "edges", "targets", "redrawn"], ...] = option(
         (), help="What to measure; by default what suits the first row. Repeatable."

@@ -14,7 +14,7 @@ from precompute.planning.workers import find_part
 from precompute.sources.source import SourceSettings
 from sd3.annotators.arguments import parse_arguments
 from sd3.buckets import STEP_PX
-from sd3.images import BACKGROUND
+from sd3.images import BACKGROUND, OtherShape
 from sd3.value_scale import AS_IS, parse_scale
 from shards.format.manifest import CONTROL_NAME, DEFAULT_CONDITIONING
 
@@ -137,6 +137,11 @@ class PrecomputeConfig:
         help="Which numbers of conditioning images become black and white: as-is takes 8 bit as "
         "they are and of 16 bit the upper 8; LOW:HIGH, e.g. 0:5000, the same two for all images; "
         "auto, each image's own lowest and highest.",
+    )
+    conditioning_fit: OtherShape = option(
+        "refuse",
+        help="What becomes of a conditioning image of another shape than its image's: refuse makes "
+        "a bad row; stretch gives it its image's shape; crop cuts it about its centre.",
     )
     min_image_px: int = option(
         1, help="Leave out rows whose image has a shorter side than this, in pixels."
@@ -273,11 +278,12 @@ class PrecomputeConfig:
                 f"--conditioning-scale {self.conditioning_scale}: expected as-is, auto, or "
                 "LOW:HIGH with the lower number first, such as 0:5000."
             ) from error
-        if self.conditioning_from is not None and self.conditioning_scale != AS_IS:
-            raise ConfigError(
-                f"--conditioning-scale {self.conditioning_scale}: is for conditioning images of "
-                "the data set, and --conditioning-from draws them; leave one out."
-            )
+        for name, default in (("conditioning_scale", AS_IS), ("conditioning_fit", "refuse")):
+            if self.conditioning_from is not None and getattr(self, name) != default:
+                raise ConfigError(
+                    f"{flag(name)} {getattr(self, name)}: is for conditioning images of the data "
+                    "set, and --conditioning-from draws them; leave one out."
+                )
 
     def source_settings(self) -> SourceSettings:
         """Return where the rows come from."""

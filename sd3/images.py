@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Literal
 
 from PIL import Image, ImageOps
 
@@ -13,7 +14,10 @@ BACKGROUND, WHITE = "white", (255, 255, 255)
 LARGEST_ASPECT_DIFFERENCE = 0.01
 # Annotators round their drawings' sides to multiples of these, and others to whole pixels.
 ROUNDED_TO_PX = (64, 8)
-LARGEST_ROUNDING = 1 / 8
+LARGEST_ROUNDING = 1 / 16
+# What becomes of conditioning images of another shape than their images'.
+OtherShape = Literal["refuse", "stretch", "crop"]
+OTHER_SHAPE_TAKEN = "; --conditioning-fit stretch or crop takes it"
 # 0.4 GB in RGB; an image at 1024 pixels reaches it if it is 128 times as long as wide.
 LARGEST_RESIZED_PX = 1 << 27
 
@@ -104,7 +108,10 @@ def load(path: Path, background: str = BACKGROUND) -> tuple[Image.Image, bytes]:
 
 
 def fit(
-    image: Image.Image, size_px: int | tuple[int, int], like: tuple[int, int] | None = None
+    image: Image.Image,
+    size_px: int | tuple[int, int],
+    like: tuple[int, int] | None = None,
+    other_shape: OtherShape = "refuse",
 ) -> Image.Image:
     """Return the image resized to just cover `size_px`, then centre-cropped to it.
 
@@ -116,14 +123,18 @@ def fit(
         size_px: width and height of the result, or the side of a square.
         like: for a conditioning image, width and height of its image. The result then matches
             that image's crop pixel for pixel.
+        other_shape: what becomes of an image whose aspect ratio is not that of `like`: it is
+            refused, or stretched to it, or cropped as if it were an image itself.
 
     Raises:
-        BadImage: the image's aspect ratio is not that of `like`, or it is so long and thin that
-            it would fill the memory.
+        BadImage: the image is refused, or so long and thin that it would fill the memory.
     """
     width, height = like or image.size
     if fault := shape_fault(image.size, (width, height)):
-        raise BadImage(fault)
+        if other_shape == "refuse":
+            raise BadImage(fault + OTHER_SHAPE_TAKEN)
+        if other_shape == "crop":
+            width, height = image.size
     to_width, to_height = (size_px, size_px) if isinstance(size_px, int) else size_px
     if width * to_height <= height * to_width:
         resized = to_width, int(to_width * height / width)
@@ -161,7 +172,12 @@ def is_rounded(size: tuple[int, int], like: tuple[int, int]) -> bool:
     """Tell whether rounding alone gave a conditioning image another aspect ratio than its image's.
 
     That is if its image, at some scale, has sides that round to it: to multiples of 64 or 8 if
-    both sides are such, or else to within a pixel. The ratios then differ by an eighth at most.
+    both sides are such, or else to within a pixel.
+
+    The ratios then differ by a sixteenth at most. `controlnet-aux` and ControlNet's own annotators
+    bring the shorter side to a multiple of 64, 512 unless told otherwise, and round the longer one
+    to such, by up to 32 of 512 px. Both sides rounded to multiples of 8 are off by up to 4 px each:
+    by 8 of 128 px.
     """
     step = next((px for px in ROUNDED_TO_PX if size[0] % px == size[1] % px == 0), 2)
     reach, (width, height) = step // 2, size
@@ -194,6 +210,8 @@ def as_drawn(drawn: object, size_px: tuple[int, int]) -> Image.Image:
     """
     if not isinstance(drawn, Image.Image):
         raise BadImage(f"the conditioning image drawn from it is {type(drawn).__name__}, no image")
+    if fault := shape_fault(drawn.size, size_px):
+        raise BadImage(fault)
     return fit(_to_rgb(drawn, "black"), size_px, like=size_px)
 
 

@@ -28,6 +28,7 @@ PRECOMPUTE_OPTIONS = (
     "--background",
     "--conditioning-range",
     "--conditioning-scale",
+    "--conditioning-fit",
     "--min-image-px",
     "--max-sequence-length",
     "--validation-prompt",

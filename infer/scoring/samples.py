@@ -48,7 +48,9 @@ def read_samples(
             image = _read_image(source, number, convention.background)
             leading = image or conditioning  # as in training, where controls follow images
             size = convention.picture_size(leading)
-            control = images.fit(conditioning, size, like=leading.size)
+            control = images.fit(
+                conditioning, size, like=leading.size, other_shape=config.conditioning_fit
+            )
             target = None if image is None else images.fit(image, size)
             sample = Sample(number, _first_caption(row), control, target, name)
         yield sample

@@ -73,7 +73,7 @@ class SourceImages:
             self.note_values(item, numbers, config.conditioning_scale)
             if not width:
                 raise BadImage("its image has no size")
-            return images.fit(control, size_px, (width, height))
+            return images.fit(control, size_px, (width, height), config.conditioning_fit)
         except BadImage as error:
             name = self.context.file_name(row, "conditioning_image")
             raise BadImage(f"{name}: {error}") from error

@@ -23,7 +23,7 @@ from precompute.sources.counted import Counted
 from precompute.sources.patient_read import read_patiently
 from precompute.sources.source import Kind, Row, Source, printable
 from sd3.image_files import read_header
-from sd3.images import has_shape_of, shape_fault
+from sd3.images import OTHER_SHAPE_TAKEN, has_shape_of, shape_fault
 from shards.format.sidecar import LARGEST_CAPTIONS
 
 HASHING_THREADS = 8
@@ -51,6 +51,8 @@ class Inventory:
         transparent: whether each image, and its conditioning image, may have transparent pixels,
             [N, 2]; False throughout where it was not asked for.
         has_profile: whether each image has a colour profile that changes its colours, [N].
+        other_shape: whether each conditioning image has another shape than its image, and is used
+            all the same, [N].
         captions: digests of the captions, row by row, [P, 2]; a row with a fault has none.
         caption_ends: number of each row's first caption, and P at the end, [N + 1].
         faults: why a row cannot be used, where its image or captions are missing, by its number.
@@ -68,6 +70,7 @@ class Inventory:
     sizes: NDArray[np.int32]
     transparent: NDArray[np.bool_]
     has_profile: NDArray[np.bool_]
+    other_shape: NDArray[np.bool_]
     captions: Ids
     caption_ends: Numbers
     faults: dict[int, str]
@@ -102,6 +105,7 @@ def take_inventory(
     conditioning: bool,
     transparency: bool,
     floats: bool = False,
+    any_shape: bool = False,
     min_image_px: int = 1,
 ) -> Inventory:
     """Read and hash the images and captions of rows, except images whose digest is known.
@@ -113,12 +117,13 @@ def take_inventory(
         conditioning: whether the source's conditioning images are read.
         transparency: whether it matters which images have transparent pixels.
         floats: whether conditioning images may hold floating point numbers.
+        any_shape: whether conditioning images may have another shape than their images.
         min_image_px: rows whose image has a shorter side than this, in pixels, are not taken.
 
     Raises:
         RunError: the source's disk fails again and again.
     """
-    builder = _InventoryBuilder(min_image_px)
+    builder = _InventoryBuilder(min_image_px, any_shape)
     with (
         _ImageHasher(source, digests, transparency, floats) as hasher,
         Progress(len(rows), "row", "reading") as bar,
@@ -190,12 +195,13 @@ class _ImageHasher:
 class _InventoryBuilder:
     """The columns of an inventory, which grow row by row."""
 
-    def __init__(self, min_image_px: int) -> None:
-        self.min_image_px = min_image_px
+    def __init__(self, min_image_px: int, any_shape: bool) -> None:
+        self.min_image_px, self.any_shape = min_image_px, any_shape
         self.rows = array("q")
         self.images, self.conditionings, self.captions = bytearray(), bytearray(), bytearray()
         self.sizes = array("i")
         self.transparent, self.has_profile = bytearray(), bytearray()
+        self.other_shape = bytearray()
         self.ends = array("q", [0])
         self.faults: dict[int, str] = {}
         self.conditioning_faults: dict[int, str] = {}
@@ -217,6 +223,7 @@ class _InventoryBuilder:
             return
         number = len(self.rows)
         self.rows.append(index)
+        other_shape = False
         captions, fault = _hash_captions(row)
         known_by = fault
         if not fault and isinstance(image, str):
@@ -228,7 +235,7 @@ class _InventoryBuilder:
         elif isinstance(control, str):
             self.conditioning_faults[number] = _named(row.conditioning_image, control)
         elif isinstance(image, Content):
-            self._compare(number, row, image, control)
+            other_shape = self._compare(number, row, image, control)
         self.images += _fault_digest(known_by) if fault else content.digest
         if isinstance(control, str):
             self.conditionings += _fault_digest(control)
@@ -238,22 +245,30 @@ class _InventoryBuilder:
         for each in (image, control):
             self.transparent.append(isinstance(each, Content) and each.transparency == YES)
         self.has_profile.append(content.profile == YES)
+        self.other_shape.append(other_shape)
         self.captions += captions
         self.ends.append(len(self.captions) // 16)
 
-    def _compare(self, number: int, row: Row, image: Content, control: Content) -> None:
-        """Note what the headers of a row's two images say against it."""
+    def _compare(self, number: int, row: Row, image: Content, control: Content) -> bool:
+        """Note what the headers of a row's two images say against it.
+
+        Returns:
+            Whether they have two shapes, and are used all the same.
+        """
         if image.fault:
             self.unreadable[number] = _named(row.image, image.fault)
-            return
+            return False
         size, like = (control.width, control.height), (image.width, image.height)
-        fault = control.fault
-        if not fault and all((*size, *like)):
-            fault = shape_fault(size, like)
-            if not fault and not has_shape_of(size, like):
+        other_shape = ""
+        if not control.fault and all((*size, *like)):
+            other_shape = shape_fault(size, like)
+            if not other_shape and not has_shape_of(size, like):
                 self.rounded.add([number])
-        if fault:
+        if other_shape and self.any_shape:
+            return True
+        if fault := control.fault or (other_shape and other_shape + OTHER_SHAPE_TAKEN):
             self.unreadable[number] = _named(row.conditioning_image, fault)
+        return False
 
     def inventory(self) -> Inventory:
         """Return the inventory of all added rows."""
@@ -264,6 +279,7 @@ class _InventoryBuilder:
             sizes=np.frombuffer(self.sizes, np.int32).reshape(-1, 2),
             transparent=np.frombuffer(self.transparent, bool).reshape(-1, 2),
             has_profile=np.frombuffer(self.has_profile, bool),
+            other_shape=np.frombuffer(self.other_shape, bool),
             captions=_digests(self.captions),
             caption_ends=np.frombuffer(self.ends, np.int64),
             faults=self.faults,

@@ -48,6 +48,12 @@ def describe_oddities(context: Context) -> list[str]:
             "conditioning images have rounded sides, and are stretched back to their images' shape",
             file_name("conditioning_image"),
         ),
+        (
+            _used(context, np.flatnonzero(context.inventory.other_shape)),
+            "conditioning images have another shape than their images; --conditioning-fit "
+            f"{context.config.conditioning_fit} is done to them",
+            file_name("conditioning_image"),
+        ),
     )
     return [
         f"{found.count} {what}: {found.named(name)}" for found, what, name in kinds if found.count

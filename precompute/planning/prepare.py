@@ -32,6 +32,7 @@ from precompute.planning.products import (
     Prompts,
     distinct_prompts,
     image_contents,
+    in_other_shape,
     in_srgb,
     over_background,
     plan_conditioning,
@@ -94,6 +95,7 @@ def prepare(config: PrecomputeConfig) -> Context:
         conditioning=annotator is None,
         transparency=any(colour != identity["background"] for identity in identities[1:]),
         floats=config.conditioning_scale != AS_IS,
+        any_shape=config.conditioning_fit != "refuse",
         min_image_px=config.min_image_px,
     )
     if not len(inventory):
@@ -194,7 +196,10 @@ def _plan_products(
         text,
     )
     conditionings = over_background(
-        inventory.conditionings, inventory.transparent[:, 1], control_id, config.background
+        in_other_shape(inventory.conditionings, inventory.other_shape, config.conditioning_fit),
+        inventory.transparent[:, 1],
+        control_id,
+        config.background,
     )
     conditioning = plan_conditioning(
         cache / conditioning_folder(name),

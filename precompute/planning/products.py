@@ -123,6 +123,18 @@ def in_srgb(digests: Ids, has_profile: NDArray[np.bool_]) -> Ids:
     return np.where(has_profile[:, None], digests ^ TO_SRGB, digests)
 
 
+def in_other_shape(digests: Ids, other_shape: NDArray[np.bool_], fit: str) -> Ids:
+    """Return the digests of conditioning images, [N, 2]; those of another shape have their own.
+
+    Args:
+        digests: of the conditioning images' files, [N, 2].
+        other_shape: which have another shape than their images, and are used all the same, [N].
+        fit: what becomes of these: "stretch" or "crop".
+    """
+    bits = np.frombuffer(xxh3_128_digest(f"other shape: {fit}".encode()), ">u8")
+    return np.where(other_shape[:, None], digests ^ bits.astype(np.uint64), digests)
+
+
 def image_contents(images: Ids, held_out: NDArray[np.bool_], *, mirrored: bool) -> Ids:
     """Return the digest of each latent's image, [N, 2]; mirrored and held-out ones have their own.
 

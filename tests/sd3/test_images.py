@@ -209,11 +209,12 @@ def test_what_a_drawing_leaves_out_is_black() -> None:
         ((32, 22), (33, 22), True),
         ((31, 22), (33, 22), True),  # 32 x 21.33, a pixel more or less
         ((30, 22), (33, 22), False),
-        # An eighth is the most, though 544 x 480 rounds to it too.
-        ((512, 512), (900, 800), True),
-        ((512, 512), (901, 800), False),
-        ((64, 64), (72, 64), True),
-        ((64, 64), (73, 64), False),
+        # 32 of 512 px are the most, a sixteenth, though 544 x 480 rounds to 512 x 512 too.
+        ((512, 512), (1088, 1024), True),
+        ((512, 512), (1089, 1024), False),
+        ((512, 512), (544, 480), False),
+        ((256, 256), (272, 256), True),
+        ((256, 256), (273, 256), False),
         # Of multiples of 8, four pixels: 1012 to 1020 wide, 404 to 412 high.
         ((1016, 408), (1020, 404), True),
         ((1016, 408), (1021, 404), False),
@@ -235,6 +236,19 @@ def test_rounded_sides_are_stretched_back(
     left, top = (round((side - 64) / 2) for side in resized.size)
     expected = resized.crop((left, top, left + 64, top + 64))
     assert fit(drawn, 64, image).tobytes() == expected.tobytes()
+
+
+def test_another_shape_is_stretched_or_cropped_where_that_is_asked_for() -> None:
+    """A control of 96 x 64 for an image of 64 x 64: a third of it goes, or it becomes narrower."""
+    columns = np.broadcast_to(np.arange(96, dtype=np.uint8)[None, :, None], (64, 96, 3))
+    control = Image.fromarray(columns.copy())
+    cropped = np.asarray(fit(control, 64, (64, 64), "crop"))
+    assert (cropped == columns[:, 16:80]).all()
+    stretched = fit(control, 64, (64, 64), "stretch")
+    assert stretched.tobytes() == control.resize((64, 64), Image.Resampling.BILINEAR).tobytes()
+    for other_shape in ("refuse", "stretch", "crop"):  # of its shape, it is its image's in any case
+        fits = fit(control, 64, (192, 128), other_shape)
+        assert fits.tobytes() == fit(control, 64).tobytes()
 
 
 def test_a_pair_of_two_shapes_is_refused() -> None:

@@ -36,6 +36,7 @@ def inventory(images: list[int], faults: tuple[int, ...] = ()) -> Inventory:
         sizes=np.ones((count, 2), np.int32),
         transparent=np.zeros((count, 2), bool),
         has_profile=np.zeros(count, bool),
+        other_shape=np.zeros(count, bool),
         captions=digests,
         caption_ends=np.arange(count + 1),
         faults=dict.fromkeys(faults, "broken"),

@@ -231,6 +231,31 @@ def test_what_cannot_be_read_is_refused_before_prompts_are_encoded(
             assert "  line 2, 1.png: " in outcome.output
 
 
+@pytest.mark.slow
+def test_controls_of_another_shape_are_refused_stretched_or_cropped(
+    config: PrecomputeConfig,
+    source: Path,
+    command: Callable[..., Outcome],
+    encoded: Encoded,  # noqa: F811
+) -> None:
+    grain(96).resize((96, 64)).save(source / "c" / "1.png")
+    allowed = replace(config, max_bad_fraction=0.5)
+    for output in said(allowed, command):
+        assert (
+            "line 2, 1.png: c/1.png: 96 x 64 pixels, of another shape than its image's 96 x 96; "
+            "--conditioning-fit stretch or crop takes it\n"
+        ) in output
+    encoded.taken()
+    for way in ("stretch", "crop", "stretch"):
+        for output in said(config, command, "--conditioning-fit", way, "--overwrite"):
+            assert (
+                "  1 conditioning images have another shape than their images; --conditioning-fit "
+                f"{way} is done to them: c/1.png\n"
+            ) in output
+        assert encoded.taken() == {"conditioning": 1}
+        assert manifest.load(config.cache).num_skipped == 0
+
+
 def test_pairs_are_what_counts(
     config: PrecomputeConfig, source: Path, command: Callable[..., Outcome]
 ) -> None:
@@ -253,6 +278,10 @@ def test_pairs_are_what_counts(
         (
             ["--conditioning-scale", "auto", "--conditioning-from", "canny"],
             "--conditioning-from draws them; leave one out",
+        ),
+        (
+            ["--conditioning-fit", "crop", "--conditioning-from", "canny"],
+            "--conditioning-fit crop: is for conditioning images of the data set",
         ),
         (["--min-image-px", "0"], "--min-image-px 0: must be at least 1"),
     ],

@@ -62,6 +62,7 @@ def inventory(captions: list[list[str]]) -> Inventory:
         sizes=np.ones((count, 2), np.int32),
         transparent=np.zeros((count, 2), bool),
         has_profile=np.zeros(count, bool),
+        other_shape=np.zeros(count, bool),
         captions=digests_of(*(caption for row in captions for caption in row)),
         caption_ends=np.cumsum([0, *map(len, captions)]),
         faults={},
