@@ -11,6 +11,8 @@ from infer.scoring.discs import caption_colors, measure_disc, outlined_disc
 from infer.scoring.edges import edge_agreement, has_lines
 
 Values = dict[str, float | None]
+# Annotators whose drawings of two pictures have nothing in common: seeded by their pixels.
+RANDOM = {"mask", "shuffle", "ContentShuffleDetector", "SamDetector"}
 # An equal picture would have an infinite ratio; noise of half an 8 bit step has 54 dB.
 LARGEST_PSNR_DB = 100.0
 
@@ -93,8 +95,10 @@ def _check_redrawn(sample: Sample) -> None:
             "the ControlNet does not say what draws its controls, and there is no "
             "--conditioning-from"
         )
-    if sample.annotator == "mask":
-        raise ValueError("masks are random: drawn again, another one comes out")
+    if sample.annotator in RANDOM:
+        raise ValueError(
+            f"what {sample.annotator} draws is random, and from another picture it is another"
+        )
 
 
 def _measure_redrawn(redrawn: Image.Image, sample: Sample) -> Values:

@@ -48,7 +48,12 @@ def _value(text: str, value: str) -> Any:
 
 
 def bind_arguments(
-    name: str, code: Callable[..., Any], given: Mapping[str, Any], num_images: int = 1
+    name: str,
+    code: Callable[..., Any],
+    given: Mapping[str, Any],
+    num_images: int = 1,
+    *,
+    takes_rest: bool = True,
 ) -> dict[str, Any]:
     """Return the arguments that code is called with: those given, and the others' defaults.
 
@@ -57,13 +62,14 @@ def bind_arguments(
         code: a function, or a class.
         given: values by name.
         num_images: how many of the first parameters are images; 0 for a class.
+        takes_rest: whether `**kwargs` take arguments of any name.
 
     Raises:
         ConfigError: one is unknown, is missing, or is of another type than its default.
     """
     parameters = _parameters(code, num_images)
     known = {key: one for key, one in parameters.items() if one.kind is not one.VAR_KEYWORD}
-    takes_any = len(known) < len(parameters)
+    takes_any = takes_rest and len(known) < len(parameters)
     for key, value in given.items():
         where = f"{FLAG} {key}={value}"
         if key not in known:

@@ -1,12 +1,15 @@
 """The annotators of the package controlnet-aux, by their classes' or processors' names."""
 
 import inspect
-from collections.abc import Mapping, Sequence
+import random
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
+import numpy as np
 from PIL import Image
-from xxhash import xxh3_128
+from xxhash import xxh3_64_intdigest, xxh3_128
 
 from common.config_file import nearest
 from common.errors import ConfigError
@@ -14,8 +17,6 @@ from sd3.annotators.annotator import Annotator, DrawBatch
 from sd3.annotators.arguments import arguments_text, bind_arguments, takes
 
 WEIGHTS = "lllyasviel/Annotators"
-# What a detector is made with; all other arguments are those of its call.
-MADE_WITH = ("pretrained_model_or_path", "filename", "cache_dir", "local_files_only")
 
 
 def find_detector(name: str, given: Mapping[str, Any], known: Sequence[str]) -> Annotator:
@@ -23,7 +24,8 @@ def find_detector(name: str, given: Mapping[str, Any], known: Sequence[str]) -> 
 
     Args:
         name: of its class, e.g. `HEDdetector`, or of a processor, e.g. `softedge_hed`.
-        given: arguments of its call, and `pretrained_model_or_path` and `filename` of its weights.
+        given: arguments that it is made with, such as `pretrained_model_or_path` and `filename` of
+            its weights, and those of its call.
         known: names of our own annotators, for the error.
 
     Raises:
@@ -43,17 +45,22 @@ def find_detector(name: str, given: Mapping[str, Any], known: Sequence[str]) -> 
     code = MODELS[name]["class"] if name in MODELS else getattr(controlnet_aux, name, None)
     if not inspect.isclass(code):
         raise ConfigError(f"{where}: unknown.{nearest(name, [*known, *MODELS])}")
-    made_with = {key: value for key, value in given.items() if key in MADE_WITH}
-    called_with = {key: value for key, value in given.items() if key not in MADE_WITH}
-    preset = MODEL_PARAMS.get(name, {})
-    defaults = bind_arguments(name, partial(code.__call__, None), {})
-    bind_arguments(name, partial(code.__call__, None), called_with)  # checks them
+    make, made_with = code, {}
+    if hasattr(code, "from_pretrained"):
+        make, made_with = code.from_pretrained, {"pretrained_model_or_path": WEIGHTS}
+    made_with |= {key: value for key, value in given.items() if takes(make, key)}
+    called_with = {key: value for key, value in given.items() if not takes(make, key)}
+    preset, call = MODEL_PARAMS.get(name, {}), partial(code.__call__, None)
+    bind_arguments(name, make, made_with, num_images=0)  # checks them
+    defaults = bind_arguments(name, call, {})
+    # The `**kwargs` of its call are for former names, and pass over all others.
+    bind_arguments(name, call, called_with, takes_rest=False)
     changed = {
         key: value
         for key, value in (preset | called_with).items()
         if key not in defaults or value != defaults[key]
     }
-    load = partial(_make, where, code, made_with)
+    load = partial(_make, where, make, made_with)
     return Annotator(
         name=name,
         arguments=preset | dict(given),
@@ -62,25 +69,25 @@ def find_detector(name: str, given: Mapping[str, Any], known: Sequence[str]) -> 
     )
 
 
-def _make(where: str, code: Any, made_with: Mapping[str, Any]) -> Any:
+def _make(where: str, make: Callable[..., Any], made_with: Mapping[str, Any]) -> Any:
     """Return a detector, its weights on the CPU.
 
     Raises:
         ConfigError: they cannot be had.
     """
     try:
-        if hasattr(code, "from_pretrained"):
-            return code.from_pretrained(**{"pretrained_model_or_path": WEIGHTS} | dict(made_with))
-        return code(**made_with)
+        return make(**made_with)
     except Exception as error:  # of the package, of the hub, of torch
         reason = str(error).splitlines() or [type(error).__name__]
         raise ConfigError(f"{where}: cannot be loaded ({reason[0]}).") from error
 
 
-def _load(make: Any, arguments: Mapping[str, Any], takes_size: bool, device: str) -> DrawBatch:
+def _load(
+    make: Callable[[], Any], arguments: Mapping[str, Any], takes_size: bool, device: str
+) -> DrawBatch:
     """Return what draws pictures, one after the other as the package does."""
     detector = make()
-    if takes(type(detector), "to") or hasattr(detector, "to"):
+    if hasattr(detector, "to"):
         detector = detector.to(device) or detector
 
     def draw(images: Sequence[Image.Image]) -> list[Image.Image]:
@@ -88,10 +95,29 @@ def _load(make: Any, arguments: Mapping[str, Any], takes_size: bool, device: str
         for image in images:
             # By default a detector returns 512 pixels, whatever it is given.
             size = {"image_resolution": min(image.size)} if takes_size else {}
-            drawn.append(detector(image, **(size | dict(arguments))))
+            with _seeded_by(image):
+                drawn.append(detector(image, **(size | dict(arguments))))
         return drawn
 
     return draw
+
+
+@contextmanager
+def _seeded_by(image: Image.Image) -> Iterator[None]:
+    """Seed the generators that some detectors draw from, such as shuffle, by a picture's pixels.
+
+    The same picture so gives the same drawing, in training and at inference. What others draw from
+    the generators stays as it is.
+    """
+    seed = xxh3_64_intdigest(image.tobytes())
+    states = random.getstate(), np.random.get_state()  # noqa: NPY002  (what the package uses)
+    random.seed(seed)
+    np.random.seed(seed % 2**32)  # noqa: NPY002
+    try:
+        yield
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])  # noqa: NPY002
 
 
 def _weights_digest(detector: Any) -> str:

@@ -379,7 +379,8 @@ def test_what_is_measured_by_default() -> None:
     assert applicable_measures(Sample(0, "a house", picture, picture)) == ("targets",)
     blurred = Sample(0, "a house", picture, picture, "blur")
     assert applicable_measures(blurred) == ("targets", "redrawn")
-    assert applicable_measures(replace(blurred, annotator="mask")) == ("targets",)
+    for name in ("mask", "shuffle"):
+        assert applicable_measures(replace(blurred, annotator=name)) == ("targets",)
     canny = Sample(0, "a house", lines, picture, "canny")
     assert applicable_measures(canny) == ("edges", "targets")
 

@@ -1,5 +1,6 @@
 """Pictures to draw from, a miniature that estimates depth, and a double of controlnet-aux."""
 
+import random
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -48,9 +49,13 @@ class DoubleDetector:
 
     @classmethod
     def from_pretrained(
-        cls, pretrained_model_or_path: str, filename: str | None = None
+        cls,
+        pretrained_model_or_path: str,
+        filename: str | None = None,
+        subfolder: str | None = None,
+        local_files_only: bool = False,
     ) -> "DoubleDetector":
-        path = Path(pretrained_model_or_path) / (filename or "weights.pth")
+        path = Path(pretrained_model_or_path) / (subfolder or "") / (filename or "weights.pth")
         if not path.is_file():
             raise OSError(f"no weights at {path}\nand more lines")
         network = torch.nn.Linear(1, 1)
@@ -74,13 +79,26 @@ class DoubleDetector:
         return grey.resize([round(side * ratio) for side in grey.size])
 
 
+class DoubleShuffle:
+    """As the package's shuffle: no weights, and random."""
+
+    def __call__(self, input_image: Image.Image, output_type: str = "pil") -> Image.Image:
+        pixels = np.asarray(input_image).copy()
+        np.random.shuffle(pixels)  # noqa: NPY002
+        turned: Image.Image = Image.fromarray(pixels)
+        return turned.rotate(random.choice([0, 180]))
+
+
 @pytest.fixture
 def controlnet_aux(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     """A package of that name with one detector; return the folder of its weights."""
     DoubleDetector.__module__ = "controlnet_aux.double"
     package, processor = ModuleType("controlnet_aux"), ModuleType("controlnet_aux.processor")
     package.DoubleDetector = DoubleDetector  # type: ignore[attr-defined]
-    processor.MODELS = {"scribble_double": {"class": DoubleDetector}}  # type: ignore[attr-defined]
+    processor.MODELS = {  # type: ignore[attr-defined]
+        "scribble_double": {"class": DoubleDetector, "checkpoint": True},
+        "shuffle": {"class": DoubleShuffle, "checkpoint": False},
+    }
     processor.MODEL_PARAMS = {"scribble_double": {"scribble": True}}  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "controlnet_aux", package)
     monkeypatch.setitem(sys.modules, "controlnet_aux.processor", processor)
