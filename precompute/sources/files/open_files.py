@@ -8,7 +8,7 @@ from precompute.sources.counted import first_few, remark
 from precompute.sources.files.folder import Folder
 from precompute.sources.files.listed import Listed
 from precompute.sources.files.open_tables import open_tables
-from precompute.sources.files.pairs import open_pairs
+from precompute.sources.files.pairs import has_controls, open_pairs
 from precompute.sources.files.records import TABLES
 from precompute.sources.files.survey import Survey, caption_endings, of_split, take_survey
 from precompute.sources.files.text_tables import (
@@ -16,6 +16,7 @@ from precompute.sources.files.text_tables import (
     columns_of,
     count_records,
     has_images,
+    names_pictures,
 )
 from precompute.sources.files.tree import Tree, ending
 from precompute.sources.files.zips import Zips, is_zip
@@ -112,6 +113,8 @@ def _open_tree(
         others += survey.metadata + survey.tables + elsewhere
         source.remarks += remark("tables and tars that are not read", others)
         return source
+    _set_aside(settings, tree, survey, where)
+    elsewhere = survey.binary_tables + survey.tars
     if _counts(survey.metadata, elsewhere, tree, settings):
         return _open_metadata(settings, tree, survey, where, folder)
     tables = [name for name in survey.tables if has_images(tree, name, settings)]
@@ -138,9 +141,34 @@ def _open_tree(
     if not survey.picture_folders:
         return None
     pairs = open_pairs(settings, tree, survey, where)
-    pairs.remarks += remark("tables without images, not read", others)
+    pairs.remarks += remark(
+        "tables that lack columns, or name no pictures here, not read", survey.aside
+    )
     pairs.remarks += remark("zips that are not read", survey.zips)
     return pairs
+
+
+def _set_aside(settings: SourceSettings, tree: Tree, survey: Survey, where: str) -> None:
+    """Set aside what only lies beside pictures that make a data set with files of their names.
+
+    These are Parquet files without a column of images, as of img2dataset; and tables, unless one
+    of them has all columns and names pictures, or options say how files belong together.
+    """
+    if not survey.picture_folders or not (survey.num_captioned or settings.caption is not None):
+        return
+    columns = {name: columns_of(tree, name) for name in survey.binary_tables}
+    survey.aside = [
+        name for name, found in columns.items() if found and not has_images(tree, name, settings)
+    ]
+    survey.binary_tables = [name for name in survey.binary_tables if name not in survey.aside]
+    tables = survey.metadata + survey.tables
+    by_names = settings.conditioning_data_dir or settings.caption_extension is not None
+    if by_names or (
+        has_controls(settings, tree, survey, where)
+        and not any(names_pictures(tree, name, settings) for name in tables)
+    ):
+        survey.aside += tables
+        survey.metadata, survey.tables = [], []
 
 
 def _counts(
@@ -179,6 +207,7 @@ def _remark_pictures(
     for split, tables in left_out.items():
         num_rows = sum(count_records(tree, table) for table in tables)
         source.remarks.append(left_out_remark(num_rows, split))
+    source.remarks += remark("tables in folders below that are not read", survey.inner_tables)
     unnamed = survey.num_pictures - source.stored.num_names
     if unnamed > 0 and not left_out:
         source.remarks.append(

@@ -52,7 +52,7 @@ def open_tables(
         ConfigError: there are no rows, all are broken, or a column is missing.
         OSError: a table cannot be read.
     """
-    is_prompts = posixpath.basename(tables[0]) == PROMPTS
+    is_prompts = posixpath.basename(tables[0]).lower() == PROMPTS
     refuse_options_of_pairs(settings, f"{where}, {tables[0]}")
     names = prompt_json_names(settings) if is_prompts else column_names(settings)
     rows = read_tables(tree, tables, names, where)

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import PurePosixPath
 
 from common.errors import ConfigError
-from precompute.sources.counted import Counted, first_few
+from precompute.sources.counted import Counted, first_few, remark
 from precompute.sources.files.controls import (
     ControlFolders,
     given_control_folders,
@@ -17,9 +17,9 @@ from precompute.sources.files.stored_rows import Entry, StoredRows
 from precompute.sources.files.survey import (
     Survey,
     caption_endings,
+    captioned_stem,
     has_ending,
     of_split,
-    stem_before,
 )
 from precompute.sources.files.tree import Finder, Tree, is_picture, stem
 from precompute.sources.source import Source, SourceSettings
@@ -31,9 +31,13 @@ NO_CAPTIONS = (
     "may be empty, and in which {name} stands for the file's name."
 )
 NO_CONTROLS = (
-    "Give their folder, --conditioning-data-dir, in which they have the images' names; or have "
-    "them drawn from the images, --conditioning-from canny."
+    "Put them into a folder of their own, conditioning/, in which they have the images' names; or "
+    "give that folder, --conditioning-data-dir; or have them drawn from the images, "
+    "--conditioning-from canny."
 )
+
+
+OWN_FOLDER = "Conditioning images belong into a folder of their own, such as conditioning/"
 
 
 @dataclass
@@ -65,34 +69,41 @@ class _Folder:
     Attributes:
         path: of the folder.
         control_path: of the folder of its conditioning images; empty also if there is none.
-        images: names of its pictures.
+        images: names of its pictures, in a good row one of a stem.
         captions: names of its caption files, of several with one stem in the endings' order.
         controls: names of its conditioning images.
         others: names of its other files.
+        control_others: the same of the folder of conditioning images, if it is another.
     """
 
     path: str
     control_path: str
-    images: list[str]
+    images: dict[str, list[str]]
     captions: dict[str, list[str]]
     controls: dict[str, list[str]]
     others: list[str]
+    control_others: list[str]
 
     def entries(self, *, captions: bool) -> Iterator[Entry]:
         """Yield the rows; their prompts are names of caption files, if these are wanted."""
-        for name in self.images:
-            controls = self.controls.get(stem(name), [])
-            own_captions = self.captions.get(stem(name), []) if captions else []
+        for own, names in self.images.items():
+            controls = self.controls.get(own, [])
+            own_captions = self.captions.get(own, []) if captions else []
+            fault = (
+                f"two conditioning images: {controls[0]} and {controls[1]}" if controls[1:] else ""
+            )
+            if names[1:]:
+                fault = f"two images of one name: {names[0]} and {names[1]}. {OWN_FOLDER}"
             yield Entry(
-                posixpath.join(self.path, name),
+                posixpath.join(self.path, names[0]),
                 posixpath.join(self.control_path, controls[0]) if controls else "",
                 posixpath.join(self.path, own_captions[0]) if own_captions else None,
-                f"two conditioning images: {controls[0]} and {controls[1]}" if controls[1:] else "",
+                fault,
             )
 
     def count(self, tally: _Tally, *, captions: bool) -> None:
         """Count what is read, and what is not."""
-        stems = set(map(stem, self.images))
+        stems = self.images.keys()
         tally.num_controls += len(stems & self.controls.keys())
         for own, names in self.captions.items():
             if own in stems and captions:
@@ -102,6 +113,7 @@ class _Folder:
         for own in self.controls.keys() - stems:
             tally.controls.add(_in(self.control_path, self.controls[own]))
         tally.others.add(_in(self.path, self.others))
+        tally.others.add(_in(self.control_path, self.control_others))
 
 
 @dataclass(frozen=True)
@@ -127,18 +139,22 @@ class _Lister:
         files = [
             one for one in self.tree.files(path) if posixpath.join(path, one) not in self.known
         ]
+        images = _by_stem((stem(name), name) for name in filter(is_picture, files))
         captions = [name for name in files if has_ending(name, self.endings)]
         captions.sort(key=lambda name: [has_ending(name, (one,)) for one in self.endings])
         wanted = self.settings.wants_conditioning
         control_path = self.controls.by_images.get(path) if wanted else None
-        controls = [] if control_path is None else _pictures(self.controls.tree, control_path)
+        control_files = [] if control_path is None else self.controls.tree.files(control_path)
         return _Folder(
             path,
             control_path or "",
-            list(filter(is_picture, files)),
-            _by_stem((stem_before(name, self.endings), name) for name in reversed(captions)),
-            _by_stem((stem(name), name) for name in controls),
+            images,
+            _by_stem(
+                (captioned_stem(name, self.endings, images), name) for name in reversed(captions)
+            ),
+            _by_stem((stem(name), name) for name in filter(is_picture, control_files)),
             [name for name in files if not is_picture(name) and not has_ending(name, self.endings)],
+            [name for name in control_files if not is_picture(name)],
         )
 
 
@@ -157,10 +173,11 @@ def open_pairs(settings: SourceSettings, tree: Tree, survey: Survey, where: str)
     """
     endings = caption_endings(settings)
     if settings.caption is None and not survey.num_captioned:
+        tables = remark(" Tables, each of which can be given", survey.inner_tables)
         looked = " or ".join(f".{one}" for one in endings)
         raise ConfigError(
             f"{where}: {survey.num_pictures} images and no captions; no {looked} file has the name "
-            f"of an image. {NO_CAPTIONS}"
+            f"of an image. {NO_CAPTIONS}{''.join(tables)}"
         )
     controls = _control_folders(settings, tree, survey, where)
     images = [one for one in survey.picture_folders if one not in controls.in_images_tree]
@@ -169,7 +186,7 @@ def open_pairs(settings: SourceSettings, tree: Tree, survey: Survey, where: str)
     kept, left_out = of_split(images, settings.split, where)
     tally = _Tally(others=survey.elsewhere)
     rows = StoredRows([""], "row")
-    lister = _Lister(tree, controls, endings, settings, frozenset(survey.tables + survey.zips))
+    lister = _Lister(tree, controls, endings, settings, frozenset(survey.aside + survey.zips))
     for path in kept:
         folder = lister.folder(path)
         folder.count(tally, captions=settings.caption is None)
@@ -191,7 +208,9 @@ def open_pairs(settings: SourceSettings, tree: Tree, survey: Survey, where: str)
         unread = unread - used if controls.tree is tree else unread - controls.read
     for path in sorted(unread):
         if claimed_split(PurePosixPath(path)) not in left_out:
-            tally.controls.add(_in(path, _pictures(tree, path)))
+            pictures = _pictures(tree, path)
+            tally.controls.add(_in(path, pictures))
+            tally.others.add(_in(path, [one for one in tree.files(path) if one not in pictures]))
     source = Listed if settings.caption is not None else WithCaptionFiles
     return source(
         rows,
@@ -200,6 +219,15 @@ def open_pairs(settings: SourceSettings, tree: Tree, survey: Survey, where: str)
         [*remarks, *tally.remarks(settings)],
         has_conditioning_images=settings.wants_conditioning,
     )
+
+
+def has_controls(settings: SourceSettings, tree: Tree, survey: Survey, where: str) -> bool:
+    """Tell whether pictures have conditioning images by their names, as far as they need any."""
+    try:
+        _control_folders(settings, tree, survey, where)
+    except ConfigError:
+        return False
+    return True
 
 
 def _control_folders(

@@ -1,5 +1,6 @@
 """What there is in a tree of files, before it is known how it is to be read."""
 
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from pathlib import Path, PurePath
 
@@ -31,6 +32,8 @@ class Survey:
         binary_tables: names of Parquet and Arrow files.
         tars: names of tars.
         zips: names of zips in the topmost folder.
+        inner_tables: names of other tables of text, in the folders below.
+        aside: names of tables that may lie beside the data set, but are not it.
         elsewhere: other files, in folders without pictures.
     """
 
@@ -43,6 +46,8 @@ class Survey:
     binary_tables: list[str] = field(default_factory=list)
     tars: list[str] = field(default_factory=list)
     zips: list[str] = field(default_factory=list)
+    inner_tables: list[str] = field(default_factory=list)
+    aside: list[str] = field(default_factory=list)
     elsewhere: Counted[str] = field(default_factory=Counted)
 
 
@@ -67,10 +72,10 @@ def take_survey(tree: Tree, endings: tuple[str, ...]) -> Survey:
             path = f"{folder}/{name}" if folder else name
             kind = ending(name)
             if pictures and has_ending(name, endings):
-                survey.num_captioned += stem_before(name, endings) in stems
-            elif name == PROMPTS:
+                survey.num_captioned += captioned_stem(name, endings, stems) in stems
+            elif name.lower() == PROMPTS:
                 survey.prompts.append(path)
-            elif name in METADATA:
+            elif name.lower() in METADATA:
                 survey.metadata.append(path)
             elif kind in BINARY_TABLES:
                 survey.binary_tables.append(path)
@@ -81,8 +86,11 @@ def take_survey(tree: Tree, endings: tuple[str, ...]) -> Survey:
             # A table beside each picture, as img2dataset writes, describes that picture alone.
             elif folder in tree.tops and _is_table(name) and stem(name) not in stems:
                 survey.tables.append(path)
-            elif not pictures:
-                survey.elsewhere.add([path])
+            else:
+                if _is_table(name) and stem(name) not in stems:
+                    survey.inner_tables.append(path)
+                if not pictures:
+                    survey.elsewhere.add([path])
     return survey
 
 
@@ -101,10 +109,17 @@ def has_ending(name: str, endings: tuple[str, ...]) -> bool:
     return name.lower().endswith(tuple(f".{one}" for one in endings))
 
 
-def stem_before(name: str, endings: tuple[str, ...]) -> str:
-    """Return a file's name without the ending that it has of these, which may have dots."""
+def captioned_stem(name: str, endings: tuple[str, ...], stems: Collection[str]) -> str:
+    """Return the stem of the picture that a caption file is of: `1`, of `1.txt` and `1.png.txt`.
+
+    Args:
+        name: of the caption file.
+        endings: that caption files have, which may have dots.
+        stems: of the pictures in its folder.
+    """
     found = max((one for one in endings if has_ending(name, (one,))), key=len)
-    return stem(f"{name[: -len(found) - 1]}.x")
+    own = stem(f"{name[: -len(found) - 1]}.x")
+    return own if own in stems or not is_picture(own) else stem(own)
 
 
 def of_split(

@@ -1,5 +1,6 @@
 """Rows from tables of text."""
 
+import posixpath
 import re
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
@@ -10,7 +11,7 @@ from typing import Any
 from common.errors import ConfigError
 from precompute.sources.files.records import FILE_NAME, SEPARATED, Record, read_records
 from precompute.sources.files.stored_rows import Entry, StoredRows
-from precompute.sources.files.tree import NUM_TRIED, Tree, ending
+from precompute.sources.files.tree import NUM_TRIED, Finder, Tree, ending, folder_of_names
 from precompute.sources.source import SourceSettings
 
 PROMPTS = "prompt.json"
@@ -63,10 +64,19 @@ def prompt_json_names(settings: SourceSettings) -> Names:
 def columns_of(tree: Tree, table: str) -> list[str]:
     """Return the names of a table's columns, by its first record that can be read; else none.
 
+    Args:
+        tree: the files.
+        table: name of a table of text, or of a Parquet file.
+
     Raises:
         OSError: it cannot be read.
     """
     with suppress(ConfigError), tree.open(table) as stream:
+        if ending(table) == "parquet":
+            import pyarrow.parquet
+
+            with suppress(ValueError):  # no Parquet: pyarrow's errors are ValueErrors
+                return list(pyarrow.parquet.read_schema(stream).names)
         for _, record in islice(read_records(stream, table, table), NUM_TRIED):
             if isinstance(record, dict):
                 return list(record)
@@ -80,6 +90,24 @@ def has_images(tree: Tree, table: str, settings: SourceSettings) -> bool:
         OSError: it cannot be read.
     """
     return bool(set(column_names(settings).image) & set(columns_of(tree, table)))
+
+
+def names_pictures(tree: Tree, table: str, settings: SourceSettings) -> bool:
+    """Tell whether a table has all columns that rows need, and names a file that is there.
+
+    Raises:
+        OSError: it cannot be read.
+    """
+    records: list[dict[str, Any]] = []
+    with suppress(ConfigError), tree.open(table) as stream:
+        first = islice(read_records(stream, table, table), NUM_TRIED // 2)
+        records = [record for _, record in first if isinstance(record, dict)]
+    names = column_names(settings)
+    wanted = [alternatives for alternatives in vars(names).values() if alternatives]
+    if not all(any(_value(one, each) is not None for one in records) for each in wanted):
+        return False
+    files = [name for one in records if (name := _file_name(one, names.image)[0])]
+    return folder_of_names(Finder([tree]), posixpath.dirname(table), files)[1] > 0
 
 
 def read_tables(tree: Tree, tables: Sequence[str], names: Names, where: str) -> StoredRows:
@@ -160,7 +188,7 @@ def _refuse_missing(found: dict[str, None], names: Names, where: str) -> None:
     used = {name for alternatives in vars(names).values() for name in alternatives}
     for option, alternatives in vars(names).items():
         if alternatives and not any(name in found for name in alternatives):
-            if where.endswith(PROMPTS):
+            if where.lower().endswith(PROMPTS):
                 form = ", ".join(f'"{one}": …' for (one,) in filter(None, vars(names).values()))
                 raise ConfigError(
                     f"{where}: no {alternatives[0]} in any line; expected {{{form}}}."

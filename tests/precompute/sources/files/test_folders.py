@@ -1,17 +1,23 @@
 """What lies in a folder beside the data set: caches, links, files and tables of other kinds."""
 
+import json
 import tarfile
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from common.errors import ConfigError
 from precompute.sources.files_below import files_below
 from tests.precompute.sources.files.flat_pictures import (
+    caption,
     captioned,
     numbers,
+    opened,
     photographs,
     write,
+    write_control,
     write_image,
 )
 
@@ -74,3 +80,93 @@ def test_a_link_to_a_folder_beside_it_is_followed_for_all_kinds_of_files(tmp_pat
     found, num_others = files_below(tmp_path, [".txt"])
     assert list(map(str, found.values())) == ["a/0.txt", "a/1.txt", "b/0.txt", "b/1.txt"]
     assert num_others == 4
+
+
+def test_what_img2dataset_writes_as_files(tmp_path: Path) -> None:
+    for shard in (0, 1):
+        folder = tmp_path / f"{shard:05d}"
+        captioned(folder, range(2 * shard, 2 * shard + 2))
+        for number in range(2 * shard, 2 * shard + 2):
+            write(folder / f"{number}.json", json.dumps({"url": "a", "caption": "b"}))
+        table = pa.table({"url": ["a"], "caption": ["b"], "status": ["success"]})
+        pq.write_table(table, tmp_path / f"{shard:05d}.parquet")
+        write(tmp_path / f"{shard:05d}_stats.json", json.dumps({"count": 2}))
+    source = photographs(tmp_path)
+    assert numbers(source) == [0, 1, 2, 3]
+    assert source.remarks == [
+        "other files, not read: 4 (00000/0.json, 00000/1.json, 00001/2.json, …)",
+        "tables that lack columns, or name no pictures here, not read: 4 "
+        "(00000.parquet, 00001.parquet, 00000_stats.json, …)",
+    ]
+    with pytest.raises(ConfigError, match=r"no conditioning images\. Put them"):
+        opened(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["data.parquet", "data.arrow"])
+def test_pictures_with_captions_beside_a_table_of_images_are_two_data_sets(
+    tmp_path: Path, name: str
+) -> None:
+    captioned(tmp_path)
+    pq.write_table(pa.table({"image": [b"a"], "text": ["b"]}), tmp_path / name)
+    with pytest.raises(ConfigError, match=rf"two data sets, 4 pictures with captions and {name}"):
+        photographs(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["metadata.jsonl", "rows.csv", "rows.jsonl"])
+@pytest.mark.parametrize(
+    "columns",
+    [
+        {"file_name": "images/0.png", "text": "a"},
+        {"file_name": "images/0.png", "conditioning_image_file_name": "conditioning/0.png"},
+        {"file_name": "none.png", "conditioning_image_file_name": "none.png", "text": "a"},
+        {"image": "0.png", "width": "4"},
+    ],
+)
+def test_pairs_win_over_a_table_without_their_columns_or_names(
+    tmp_path: Path, name: str, columns: dict[str, str]
+) -> None:
+    captioned(tmp_path / "images")
+    for number in range(4):
+        write_control(tmp_path / "conditioning" / f"{number}.png", number)
+    table = "\n".join(map(",".join, (columns.keys(), columns.values())))
+    write(tmp_path / name, table if name.endswith("csv") else json.dumps(columns))
+    source = opened(tmp_path)
+    assert numbers(source) == [0, 1, 2, 3]
+    assert source.remarks == [
+        f"tables that lack columns, or name no pictures here, not read: 1 ({name})"
+    ]
+    whole = {
+        "file_name": "images/2.png",
+        "conditioning_image_file_name": "conditioning/2.png",
+        "text": caption(2),
+    }
+    table = "\n".join(map(",".join, (whole.keys(), whole.values())))
+    write(tmp_path / name, table if name.endswith("csv") else json.dumps(whole))
+    assert numbers(opened(tmp_path)) == [2]
+    assert numbers(opened(tmp_path, caption_extension="txt")) == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize("name", ["Metadata.jsonl", "METADATA.CSV", "Prompt.JSON"])
+def test_names_of_tables_may_be_in_any_case(tmp_path: Path, name: str) -> None:
+    write_image(tmp_path / "a" / "0.png", 0)
+    row = {"target": "0.png", "prompt": caption(0)} if name == "Prompt.JSON" else None
+    row = row or {"file_name": "0.png", "text": caption(0)}
+    table = "\n".join(map(",".join, (row.keys(), row.values())))
+    write(tmp_path / "a" / name, table if name.endswith("CSV") else json.dumps(row))
+    assert numbers(photographs(tmp_path)) == [0]
+
+
+def test_tables_in_folders_below_are_named(tmp_path: Path) -> None:
+    write_image(tmp_path / "a" / "0.png", 0)
+    row = json.dumps({"file_name": "a/0.png", "text": caption(0)})
+    write(tmp_path / "a" / "rows.CSV", "file_name,text\n0.png,a")
+    write(tmp_path / "b" / "rows.jsonl", row)
+    write(tmp_path / "a" / "0.json", "{}")
+    with pytest.raises(ConfigError, match=r"no captions; .*Tables, each of which can be given: 2"):
+        photographs(tmp_path)
+    write(tmp_path / "metadata.jsonl", row)
+    source = photographs(tmp_path)
+    assert numbers(source) == [0]
+    assert source.remarks == [
+        "tables in folders below that are not read: 2 (a/rows.CSV, b/rows.jsonl)"
+    ]

@@ -151,6 +151,62 @@ def test_a_control_too_few_or_too_many_is_one_bad_row(tmp_path: Path) -> None:
     ]
 
 
+def test_two_images_of_one_name_are_one_bad_row(tmp_path: Path) -> None:
+    captioned(tmp_path)
+    write_control(tmp_path / "1.jpg", 1)
+    source = photographs(tmp_path)
+    rows = list(source.rows(range(len(source))))
+    assert [row.prompt for row in rows] == list(map(caption, range(4)))
+    assert [row.fault for row in rows] == [
+        "",
+        "two images of one name: 1.jpg and 1.png. Conditioning images belong into a folder of "
+        "their own, such as conditioning/",
+        "",
+        "",
+    ]
+    assert source.remarks == []
+    with pytest.raises(ConfigError, match=r"no conditioning images\. Put them into a folder of"):
+        opened(tmp_path)
+
+
+def test_a_caption_file_may_have_its_images_whole_name(tmp_path: Path) -> None:
+    captioned(tmp_path, range(2))
+    captioned(tmp_path, range(2, 4), ".png.txt")
+    for name in ("1.png.jpg", "4.webp.txt"):
+        write(tmp_path / name, "a")
+    write(tmp_path / "1.png.jpg.txt", "of another")
+    write(tmp_path / "0.png.txt", "second")
+    source = photographs(tmp_path)
+    rows = list(source.rows(range(5)))
+    assert [(row.image, row.prompt) for row in rows] == [
+        ("0.png", caption(0)),
+        ("1.png", caption(1)),
+        ("1.png.jpg", "of another"),
+        ("2.png", caption(2)),
+        ("3.png", caption(3)),
+    ]
+    assert source.remarks == [
+        "caption files that are not read, without an image: 1 (4.webp.txt)",
+        "second caption files of an image, not read: 1 (0.png.txt)",
+    ]
+
+
+@pytest.mark.parametrize("place", ["named", "given", "drawn"])
+def test_other_files_beside_conditioning_images_are_counted(tmp_path: Path, place: str) -> None:
+    folder = in_two_folders(tmp_path / "mine")
+    controls = folder / "conditioning"
+    for name in ("0.txt", "readme.md"):
+        write(controls / name, "a")
+    settings: dict[str, str] = {}
+    if place == "given":
+        controls = controls.rename(tmp_path / "edges")
+        settings["conditioning_data_dir"] = str(controls)
+    source = photographs(folder) if place == "drawn" else opened(folder, **settings)
+    assert numbers(source) == [0, 1, 2, 3]
+    names = "0.txt, readme.md" if place == "given" else "conditioning/0.txt, conditioning/readme.md"
+    assert source.remarks[-1] == f"other files, not read: 2 ({names})"
+
+
 def test_no_conditioning_images_at_all(tmp_path: Path) -> None:
     captioned(tmp_path / "images")
     with pytest.raises(ConfigError, match=r"no conditioning images\. .*--conditioning-data-dir"):
@@ -203,7 +259,7 @@ def test_odd_files_are_passed_over_or_named(tmp_path: Path) -> None:
     assert source.remarks == [
         "caption files that are not read, without an image: 1 (lone.txt)",
         "other files, not read: 2 (docs/readme.md, notes.pdf)",
-        "tables without images, not read: 1 (sizes.json)",
+        "tables that lack columns, or name no pictures here, not read: 1 (sizes.json)",
     ]
 
 
