@@ -16,6 +16,7 @@ from common.device import AsyncHostCopy
 from precompute.discarded import describe_discarded
 from precompute.encoding import image_pass, text_pass
 from precompute.encoding.batch_size import BatchSize
+from precompute.encoding.control_pass import pictures_to_draw, shards_to_draw
 from precompute.encoding.control_values import look_at_controls
 from precompute.encoding.text_encoders import TextEncoders
 from precompute.encoding.text_pass import look_at_prompts
@@ -24,6 +25,7 @@ from precompute.planning.context import Context
 from precompute.planning.oddities import describe_oddities
 from precompute.planning.plan import ProductPlan
 from precompute.source_changes import source_changes
+from sd3.annotators.drawing import BATCH, Drawing
 
 NUM_TRIALS = 3
 
@@ -102,6 +104,9 @@ def _print_trials(context: Context) -> None:
     count, device = context.part.count, context.device
     workers = f", on each of {count} workers" if count > 1 else ""
     click.echo(f"on {device}{workers}, from a short trial:")
+    if drawings := shards_to_draw(context):
+        count = sum(drawings.values())
+        _print_trial("drawing", count, "images", *_time_drawing(context, min(drawings)), device)
     if prompts:
         _print_trial("text", prompts, "prompts", *_time_text(context), device)
     if latents + conditioning:
@@ -132,7 +137,7 @@ def _time_text(context: Context) -> tuple[float, int]:
     size = text_pass.USUAL_BATCH if config.text_batch_size == "auto" else config.text_batch_size
     encoders = TextEncoders(specs.base, specs.text_settings, context.device, config.variant)
     prompts = [context.prompt(item % len(context.prompts)) for item in range(size)]
-    return _time(
+    return _time_encoding(
         context, size, lambda: encoders.encode(encoders.tokenize(prompts), BatchSize(size))
     )
 
@@ -144,20 +149,35 @@ def _time_images(context: Context) -> tuple[float, int]:
     encoder = VaeEncoder(specs.base, specs.latent_settings, context.device, config.variant)
     width, height = specs.latent_settings.largest_shape
     pixels = torch.zeros(size, 3, height, width, dtype=torch.uint8)
-    return _time(context, size, lambda: encoder.encode(pixels, "-1_1", "latent", BatchSize(size)))
+    return _time_encoding(
+        context, size, lambda: encoder.encode(pixels, "-1_1", "latent", BatchSize(size))
+    )
 
 
-def _time(
+def _time_drawing(context: Context, shard: int) -> tuple[float, int]:
+    """Return seconds a conditioning image and the peak of memory, in bytes."""
+    assert context.annotator is not None
+    pictures = pictures_to_draw(context, shard, BATCH)
+    drawing = Drawing(context.annotator, str(context.device))
+    return _time(context, max(1, len(pictures)), lambda: drawing.draw(pictures))
+
+
+def _time_encoding(
     context: Context, size: int, encode: Callable[[], dict[str, Tensor]]
 ) -> tuple[float, int]:
-    """Return seconds an item and the peak of memory, in bytes, of encoding batches."""
+    """Return what `_time` does for batches that are encoded and copied to the host."""
+    return _time(context, size, lambda: AsyncHostCopy(encode()).wait())
+
+
+def _time(context: Context, size: int, work: Callable[[], object]) -> tuple[float, int]:
+    """Return seconds an item and the peak of memory, in bytes, of work on batches."""
     cuda = context.device.type == "cuda"
     if cuda:
         torch.cuda.reset_peak_memory_stats(context.device)
-    AsyncHostCopy(encode()).wait()  # the first call includes what is set up once
+    work()  # the first call includes what is set up once
     start = time.perf_counter()
     for _ in range(NUM_TRIALS):
-        AsyncHostCopy(encode()).wait()
+        work()
     seconds = (time.perf_counter() - start) / NUM_TRIALS / size
     memory = torch.cuda.max_memory_allocated(context.device) if cuda else _peak_resident_bytes()
     gc.collect()

@@ -5,7 +5,7 @@ What it draws waits on disk for the VAE; see `drawn_controls`.
 
 import contextlib
 import itertools
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
@@ -49,13 +49,7 @@ def draw_controls(context: Context, check: StopCheck, clock: EncoderClock) -> Co
     annotator = context.annotator
     if annotator is None or not annotator.in_batches:
         return context
-    # Counts, and no builds: together these may fill the memory.
-    counts = {
-        shard: len(positions)
-        for shard in context.shards_to_build(context.products.conditioning)
-        for build, positions in [_to_draw(context, shard)]
-        if not is_drawn(build, positions)
-    }
+    counts = shards_to_draw(context)
     wants_pairs = bool(context.shards_to_build(context.products.validation))
     if not counts and not (wants_pairs and any(pair.is_photograph for pair in context.pairs)):
         return context
@@ -72,6 +66,28 @@ def draw_controls(context: Context, check: StopCheck, clock: EncoderClock) -> Co
                 write_drawn(build, _advance(batches, bar))
             check()
     return context
+
+
+def shards_to_draw(context: Context) -> dict[int, int]:
+    """Return how many images are to be drawn for each shard that is not drawn yet."""
+    if context.annotator is None or not context.annotator.in_batches:
+        return {}
+    # Counts, and no builds: together these may fill the memory.
+    return {
+        shard: len(positions)
+        for shard in context.shards_to_build(context.products.conditioning)
+        for build, positions in [_to_draw(context, shard)]
+        if not is_drawn(build, positions)
+    }
+
+
+def pictures_to_draw(context: Context, shard: int, count: int) -> list[Image.Image]:
+    """Return the first pictures that a shard's images are drawn from, at most `count`."""
+    build, positions = _to_draw(context, shard)
+    load = _loader(context, SourceImages(context), build)
+    loaded = (picture for _, picture in map(load, positions))
+    usable = (picture for picture in loaded if isinstance(picture, Image.Image))
+    return list(itertools.islice(usable, count))
 
 
 def _to_draw(context: Context, shard: int) -> tuple[ShardBuild, list[int]]:
@@ -103,15 +119,7 @@ def _draw_shard(
     clock: EncoderClock,
 ) -> Generator[list[tuple[int, bool, bytes]], None, None]:
     """Yield the drawn images of a shard in batches; loaded ahead and compressed in threads."""
-    size_px = context.specs.latent_settings.shapes[build.plan.bucket]
-
-    def load(position: int) -> Loaded:
-        try:
-            item = int(build.plan.items[position])
-            return position, source_images.load(item, size_px, "image")
-        except BadImage as error:
-            return position, error
-
+    load = _loader(context, source_images, build)
     num_threads = context.config.dataloader_num_workers
     set_up = partial(use_device, context.device)
     with (
@@ -132,16 +140,34 @@ def _draw_shard(
             ]
 
 
+def _loader(
+    context: Context, source_images: SourceImages, build: ShardBuild
+) -> Callable[[int], Loaded]:
+    """Return what loads the picture of a position of a shard, or the reason why it cannot."""
+    size_px = context.specs.latent_settings.shapes[build.plan.bucket]
+
+    def load(position: int) -> Loaded:
+        try:
+            item = int(build.plan.items[position])
+            return position, source_images.load(item, size_px, "image")
+        except BadImage as error:
+            return position, error
+
+    return load
+
+
 def _drawn_pairs(context: Context, drawing: Drawing) -> list[ValidationPair]:
     """Return the validation pairs with what is drawn from their photographs.
 
     Raises:
         ConfigError: from one nothing can be drawn.
     """
+    photographs = (pair for pair in context.pairs if pair.is_photograph)
+    all_drawn = drawing.draw_all(to_image(pair.conditioning_image) for pair in photographs)
     pairs = []
     for pair in context.pairs:
         if pair.is_photograph:
-            (drawn,) = drawing.draw([to_image(pair.conditioning_image)])
+            drawn = next(all_drawn)
             if isinstance(drawn, BadImage):
                 raise ConfigError(f"--validation-image {pair.path}: {drawn}.")
             pair = replace(pair, conditioning_image=to_uint8(drawn), is_photograph=False)

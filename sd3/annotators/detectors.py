@@ -110,14 +110,14 @@ def _seeded_by(image: Image.Image) -> Iterator[None]:
     the generators stays as it is.
     """
     seed = xxh3_64_intdigest(image.tobytes())
-    states = random.getstate(), np.random.get_state()  # noqa: NPY002  (what the package uses)
+    states = random.getstate(), np.random.get_state()  # what the package uses
     random.seed(seed)
-    np.random.seed(seed % 2**32)  # noqa: NPY002
+    np.random.seed(seed % 2**32)
     try:
         yield
     finally:
         random.setstate(states[0])
-        np.random.set_state(states[1])  # noqa: NPY002
+        np.random.set_state(states[1])
 
 
 def _weights_digest(detector: Any) -> str:

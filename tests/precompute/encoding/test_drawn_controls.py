@@ -1,5 +1,6 @@
 """Annotators that draw batches: before the encoders are loaded, each image once, and what stays."""
 
+import re
 import shutil
 import threading
 import zipfile
@@ -38,6 +39,15 @@ class Failing:
     def batch(self, images):
         if any(hash(image.tobytes()) == {hash} for image in images):
             raise ValueError("nothing to see")
+        return images
+"""
+SLOW = """
+import time
+
+
+class Slow:
+    def batch(self, images):
+        time.sleep(0.02 * len(images))
         return images
 """
 
@@ -197,7 +207,7 @@ def test_what_was_drawn_before_an_interruption_is_not_drawn_again(
     assert len(list(config.cache.rglob("*.drawn.zip"))) == 2
     drawn.clear()
     precompute.run.precompute(config)
-    assert drawn == [1, 1]  # the validation pairs, which are few
+    assert drawn == [2]  # the validation pairs, which are few
     assert tars(config) == tars(whole)
     assert not list(config.cache.rglob("*.drawn.zip"))
 
@@ -297,6 +307,24 @@ def test_validation_images_may_be_ready_ones(
             expected = np.asarray(fit(image.convert("RGB"), RESOLUTION_PX))
         pixels = cache.validation.tensors(*location)["conditioning_image"]
         assert (pixels.permute(1, 2, 0).numpy() == expected).all()
+
+
+def test_a_dry_run_times_what_is_drawn(
+    config: PrecomputeConfig,
+    tmp_path: Path,
+    drawn: list[int],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    (tmp_path / "slow.py").write_text(SLOW)
+    own = {"conditioning_from": f"{tmp_path / 'slow.py'}:Slow", "conditioning_args": ()}
+    precompute.run.precompute(replace(config, **own, dry_run=True))
+    (speed,) = re.findall(
+        rf"^  drawing: {NUM_ROWS} images at ([\d.]+)/s, \d+ s; [\d.]+ GB of memory",
+        capsys.readouterr().out,
+        re.MULTILINE,
+    )
+    assert 1 < float(speed) <= 50  # 20 ms each, and what else the machine does
+    assert set(drawn) == {8}
 
 
 def test_the_room_for_drawings_is_counted(config: PrecomputeConfig) -> None:

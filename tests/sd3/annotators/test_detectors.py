@@ -72,8 +72,8 @@ def test_what_is_random_is_seeded_by_the_picture(
     controlnet_aux: Path, picture: Image.Image
 ) -> None:
     random.seed(0)
-    np.random.seed(0)  # noqa: NPY002
-    before = random.getstate(), np.random.get_state()[1]  # noqa: NPY002
+    np.random.seed(0)
+    before = random.getstate(), np.random.get_state()[1]
     other = picture_of(9)
     images = [picture, other, picture, other]
     drawn = [pixels_of(one) for one in Drawing(find_annotator("shuffle"), "cpu").draw(images)]
@@ -82,12 +82,12 @@ def test_what_is_random_is_seeded_by_the_picture(
     # The rows of both stand in different orders.
     orders = [
         [list(map(bytes, np.asarray(image))).index(bytes(row)) for row in found]
-        for image, found in zip(images, drawn[:2])
+        for image, found in zip(images[:2], drawn[:2], strict=True)
     ]
     assert sorted(orders[0]) == sorted(orders[1]) == list(range(picture.height))
     assert orders[0] != orders[1]
     assert random.getstate() == before[0]
-    assert (np.random.get_state()[1] == before[1]).all()  # noqa: NPY002
+    assert (np.random.get_state()[1] == before[1]).all()
 
 
 def test_without_the_package_a_line_says_what_there_is() -> None:
