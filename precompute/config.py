@@ -275,7 +275,8 @@ class PrecomputeConfig:
             parse_scale(self.conditioning_scale)
         except ValueError as error:
             raise ConfigError(
-                f"--conditioning-scale {self.conditioning_scale}: expected as-is, auto, or "
+                f"--conditioning-scale {self.conditioning_scale}: expected as-is, which takes 8 "
+                "bit as they are and of 16 bit the upper 8; auto, each image's own range; or "
                 "LOW:HIGH with the lower number first, such as 0:5000."
             ) from error
         for name, default in (("conditioning_scale", AS_IS), ("conditioning_fit", "refuse")):

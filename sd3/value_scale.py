@@ -70,7 +70,10 @@ def map_to_grey(image: Image.Image, scale: str) -> Image.Image:
         raise BadImage(FLOATS)
     numbers = numbers.astype(np.int64)
     if numbers.size and (numbers.min() < 0 or numbers.max() > LARGEST_16_BIT):
-        raise BadImage(f"its values reach from {numbers.min()} to {numbers.max()}, not 16 bit")
+        raise BadImage(
+            f"its values reach from {numbers.min()} to {numbers.max()}, beyond 16 bit; "
+            "--conditioning-scale says which of them become black and white"
+        )
     return Image.fromarray((numbers >> 8).astype(np.uint8))
 
 

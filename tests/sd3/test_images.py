@@ -60,7 +60,7 @@ def test_sixteen_bits_become_eight() -> None:
 def test_numbers_of_unknown_range_are_refused() -> None:
     with pytest.raises(BadImage, match="floating point numbers"):
         decode(encoded(Image.fromarray(np.zeros((4, 4), np.float32)), "TIFF"))
-    with pytest.raises(BadImage, match="reach from -5 to 0, not 16 bit"):
+    with pytest.raises(BadImage, match="reach from -5 to 0, beyond 16 bit"):
         decode(encoded(Image.fromarray(np.array([[-5, 0]], np.int32)), "TIFF"))
 
 
@@ -207,8 +207,9 @@ def test_what_a_drawing_leaves_out_is_black() -> None:
         ((1024, 704), (1000, 700), True),
         ((33, 21), (33, 22), True),  # one pixel off
         ((32, 22), (33, 22), True),
-        ((31, 22), (33, 22), True),  # 32 x 21.33, a pixel more or less
-        ((30, 22), (33, 22), False),
+        ((31, 22), (33, 22), False),  # two pixels, which are more than a sixteenth
+        ((63, 44), (65, 44), True),  # 64 x 43.3, a pixel more or less
+        ((62, 44), (65, 44), False),
         # 32 of 512 px are the most, a sixteenth, though 544 x 480 rounds to 512 x 512 too.
         ((512, 512), (1088, 1024), True),
         ((512, 512), (1089, 1024), False),

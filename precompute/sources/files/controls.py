@@ -63,6 +63,30 @@ def named_control_folders(tree: Tree, folders: Iterable[str], where: str) -> Con
     return ControlFolders(tree, by_images, frozenset(of_controls), frozenset(of_controls))
 
 
+def open_controls(given: str) -> Tree:
+    """Return the folder, or zip, of conditioning images that the user gave.
+
+    Raises:
+        ConfigError: there is none, or no picture in it.
+        OSError: a folder cannot be read.
+    """
+    path, where = Path(given).expanduser(), f"--conditioning-data-dir {given}"
+    if not path.exists():
+        raise ConfigError(f"{where}: no such file or folder.")
+    controls: Tree = Folder(path) if path.is_dir() else Zips([path], where)
+    if not any(is_picture(name) for _, files in controls.folders() for name in files):
+        raise ConfigError(f"{where}: holds no pictures.")
+    return controls
+
+
+def folder_within(inner: Tree, outer: Tree) -> str | None:
+    """Return the name of a tree's folder in another tree; None if it does not lie there."""
+    if not (isinstance(inner, Folder) and isinstance(outer, Folder)):
+        return None
+    found = os.path.relpath(os.path.realpath(inner.root), os.path.realpath(outer.root))
+    return None if found.startswith("..") else found
+
+
 def given_control_folders(
     given: str, tree: Tree, folders: Iterable[str], named: ControlFolders
 ) -> ControlFolders:
@@ -81,17 +105,10 @@ def given_control_folders(
         ConfigError: there is no such folder or zip, or no picture in it.
         OSError: a folder cannot be read.
     """
-    path, where = Path(given).expanduser(), f"--conditioning-data-dir {given}"
-    if not path.exists():
-        raise ConfigError(f"{where}: no such file or folder.")
-    controls: Tree = Folder(path) if path.is_dir() else Zips([path], where)
+    controls = open_controls(given)
     found = {folder for folder, files in controls.folders() if any(map(is_picture, files))}
-    if not found:
-        raise ConfigError(f"{where}: holds no pictures.")
-    read: set[str] = set()
-    if isinstance(tree, Folder) and isinstance(controls, Folder):
-        inner = os.path.relpath(os.path.realpath(path), os.path.realpath(tree.root))
-        read = {one for one in folders if one == inner or one.startswith(f"{inner}/")}
+    inner = folder_within(controls, tree)
+    read = {one for one in folders if inner and f"{one}/".startswith(f"{inner}/")}
     own = named.in_images_tree | read
     images = [folder for folder in folders if folder not in own]
     by_images = {one: one for one in images}

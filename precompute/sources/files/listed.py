@@ -76,7 +76,8 @@ class Listed:
             raise OSError(f"no {kind.replace('_', ' ')}")
         if "://" in name:
             raise OSError("is an address, not a file; images are not downloaded one by one")
-        return name, self.stored.folder(index)
+        of_table = self.finders[kind] is self.finders["image"]  # or of a tree of their own
+        return name, self.stored.folder(index) if of_table else ""
 
 
 class WithCaptionFiles(Listed):

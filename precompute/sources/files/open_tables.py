@@ -5,7 +5,9 @@ from pathlib import Path
 
 from common.errors import ConfigError
 from precompute.sources.counted import first_few, remark
+from precompute.sources.files.controls import open_controls
 from precompute.sources.files.listed import Listed
+from precompute.sources.files.named_controls import with_named_controls
 from precompute.sources.files.stored_rows import StoredRows
 from precompute.sources.files.text_tables import (
     PROMPTS,
@@ -18,21 +20,28 @@ from precompute.sources.files.zips import Zips
 from precompute.sources.source import SourceSettings
 
 
-def refuse_options_of_pairs(settings: SourceSettings, where: str) -> None:
+def refuse_options_of_pairs(
+    settings: SourceSettings, where: str, *, has_table: bool = False
+) -> None:
     """Refuse options that would have no effect, since names of files do not tell what is a pair.
+
+    Args:
+        settings: with the options.
+        where: the data set, for errors.
+        has_table: whether it is a table of text: it may leave conditioning images to their names.
 
     Raises:
         ConfigError: naming the option to give instead.
     """
-    for option, instead in (
-        ("conditioning_data_dir", "--conditioning-image-column"),
-        ("caption_extension", "--caption-column"),
-    ):
+    instead = {"caption_extension": "--caption-column"}
+    if not has_table:
+        instead["conditioning_data_dir"] = "--conditioning-image-column"
+    for option, other in instead.items():
         if getattr(settings, option) is not None:
             flag = f"--{option.replace('_', '-')}"
             raise ConfigError(
                 f"{where}: {flag} goes with files that belong together by their names, and these "
-                f"rows say what belongs to them: see {instead}."
+                f"rows say what belongs to them: see {other}."
             )
 
 
@@ -53,10 +62,12 @@ def open_tables(
         OSError: a table cannot be read.
     """
     is_prompts = posixpath.basename(tables[0]).lower() == PROMPTS
-    refuse_options_of_pairs(settings, f"{where}, {tables[0]}")
+    refuse_options_of_pairs(settings, f"{where}, {tables[0]}", has_table=True)
     names = prompt_json_names(settings) if is_prompts else column_names(settings)
     rows = read_tables(tree, tables, names, where)
-    finder, zips = Finder([tree]), _zips_in(folder)
+    given = settings.conditioning_data_dir
+    controls = None if given is None else open_controls(given)
+    finder, zips = Finder([tree]), _zips_in(folder, given)
     in_zips = not _find_folders(rows, finder) and bool(zips)
     if in_zips:  # all of them: for a file that is missing, a zip may have another of its name
         finder = Finder([Zips([path for _, path in zips], where)])
@@ -67,22 +78,33 @@ def open_tables(
     names_of_zips = [name for name, _ in zips]
     if in_zips:
         layout += f", and files in {first_few(names_of_zips)}"
+    remarks = remark("zips that are not read", [] if in_zips else names_of_zips)
+    control_finder = finder
+    if controls is not None:
+        control_finder = Finder([controls])
+        rows, unread = with_named_controls(rows, tree, controls, f"{where}, {tables[0]}")
+        layout += f", and conditioning images of its images' names in {given}"
+        remarks += unread
     return Listed(
         rows,
-        {"image": finder, "conditioning_image": finder},
+        {"image": finder, "conditioning_image": control_finder},
         layout,
-        remark("zips that are not read", [] if in_zips else names_of_zips),
+        remarks,
         has_conditioning_images=settings.wants_conditioning,
     )
 
 
-def _zips_in(folder: Path | None) -> list[tuple[str, Path]]:
-    """Return names and paths of the zips in a folder, sorted."""
+def _zips_in(folder: Path | None, of_controls: str | None) -> list[tuple[str, Path]]:
+    """Return names and paths of the zips in a folder, sorted, but for that of the controls."""
+    controls = None if of_controls is None else Path(of_controls).expanduser().absolute()
     entries = sorted(folder.iterdir()) if folder is not None else []
     return [
         (path.name, path)
         for path in entries
-        if ending(path.name) == "zip" and not is_junk(path.name) and path.is_file()
+        if ending(path.name) == "zip"
+        and not is_junk(path.name)
+        and path.is_file()
+        and path.absolute() != controls
     ]
 
 

@@ -273,8 +273,8 @@ def test_pairs_are_what_counts(
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--conditioning-scale", "16bit"], "expected as-is, auto, or LOW:HIGH"),
-        (["--conditioning-scale", "9:3"], "expected as-is, auto, or LOW:HIGH"),
+        (["--conditioning-scale", "16bit"], "expected as-is, which takes 8 bit as they are and of"),
+        (["--conditioning-scale", "9:3"], "or LOW:HIGH with the lower number first, such as 0:5"),
         (
             ["--conditioning-scale", "auto", "--conditioning-from", "canny"],
             "--conditioning-from draws them; leave one out",

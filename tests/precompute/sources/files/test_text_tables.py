@@ -510,8 +510,14 @@ def test_records_come_without_reading_all(tmp_path: Path) -> None:
     assert isinstance(found[-1][1], str)
 
 
-@pytest.mark.parametrize("name", ["metadata.jsonl", "a.parquet"])
-@pytest.mark.parametrize("option", ["conditioning_data_dir", "caption_extension"])
+@pytest.mark.parametrize(
+    ("name", "option"),
+    [
+        ("metadata.jsonl", "caption_extension"),
+        ("a.parquet", "caption_extension"),
+        ("a.parquet", "conditioning_data_dir"),
+    ],
+)
 def test_options_without_effect_are_refused(tmp_path: Path, name: str, option: str) -> None:
     with_pairs(tmp_path)
     write(tmp_path / name, lines(RECORDS) if name.endswith("jsonl") else "PAR1")
