@@ -1,19 +1,22 @@
-"""Odd pictures, as far as headers tell: what becomes of them is said."""
+"""Odd pictures, as far as headers tell, and captions: what becomes of them is said."""
 
 from collections.abc import Callable, Iterable
 
 import numpy as np
 
 from precompute.planning.context import Context
+from precompute.planning.inventory import Inventory, digests_of
+from precompute.planning.layout import Numbers
 from precompute.sources.counted import Counted
 from precompute.sources.source import Kind
 from sd3.buckets import nearest_buckets
 
 LARGEST_ENLARGEMENT = 2
+EMPTY = digests_of(iter([""]))
 
 
 def describe_oddities(context: Context) -> list[str]:
-    """Return a line for each kind of odd picture: how many there are, and the first of them."""
+    """Return a line for each kind of odd rows: how many there are, and the first of them."""
 
     def file_name(kind: Kind) -> Callable[[int], str]:
         return lambda row: context.file_name(row, kind)
@@ -26,7 +29,13 @@ def describe_oddities(context: Context) -> list[str]:
         (row,) = context.source.rows([index])
         return row.image
 
+    is_asked_for = context.config.caption is not None
     kinds = (
+        (
+            Counted[int]() if is_asked_for else _used(context, empty_captions(context.inventory)),
+            "captions are empty, and train the ControlNet without a prompt",
+            file_name("image"),
+        ),
         (
             context.inventory.too_small,
             f"images are smaller than --min-image-px {context.config.min_image_px}, and their rows "
@@ -58,6 +67,12 @@ def describe_oddities(context: Context) -> list[str]:
     return [
         f"{found.count} {what}: {found.named(name)}" for found, what, name in kinds if found.count
     ]
+
+
+def empty_captions(inventory: Inventory) -> Numbers:
+    """Return the rows whose caption, or one of whose captions, is empty: [R], ascending."""
+    places = np.flatnonzero((inventory.captions == EMPTY).all(axis=1))
+    return np.unique(np.searchsorted(inventory.caption_ends, places, side="right") - 1)
 
 
 def _enlarged(context: Context) -> Counted[int]:

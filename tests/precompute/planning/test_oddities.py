@@ -11,7 +11,12 @@ import pytest
 from PIL import Image
 
 from precompute.config import PrecomputeConfig
+from precompute.fingerprints.digest_cache import DigestCache
+from precompute.planning.inventory import take_inventory
+from precompute.planning.oddities import empty_captions
 from precompute.run import precompute
+from precompute.sources.open_source import open_source
+from precompute.sources.source import SourceSettings
 from shards.format import manifest
 from shards.reading.cache import Cache
 from tests.conftest import Outcome, flags
@@ -63,7 +68,42 @@ def test_plain_pictures_are_not_spoken_of(
         assert "images are" not in output
         assert "images have" not in output
         assert "images use" not in output
+        assert "captions are" not in output
         assert "prompts have" not in output
+
+
+def test_empty_captions_are_counted_whatever_the_layout(tmp_path: Path) -> None:
+    texts: list[str | list[str] | None] = ["a", "", ["b", ""], None, "", ["", "c"], "d", ""]
+    for number, text in enumerate(texts):
+        grain(8).save(tmp_path / f"{number}.png")
+        (tmp_path / f"{number}.txt").write_text(text if isinstance(text, str) else "e")
+    rows = [{"file_name": f"{n}.png", "text": text} for n, text in enumerate(texts)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    for settings, expected in (({}, [1, 2, 4, 5, 7]), ({"caption_extension": "txt"}, [1, 4, 7])):
+        path = str(tmp_path)
+        source = open_source(
+            SourceSettings(train_data_dir=path, wants_conditioning=False, **settings)
+        )
+        inventory = take_inventory(
+            source,
+            range(len(texts)),
+            DigestCache(tmp_path / "hashes.npy", keep=False),
+            conditioning=False,
+            transparency=False,
+        )
+        assert empty_captions(inventory).tolist() == expected
+
+
+def test_an_empty_caption_is_named_unless_it_is_for_all(
+    config: PrecomputeConfig, source: Path, command: Callable[..., Outcome]
+) -> None:
+    text = (source / "prompt.json").read_text()
+    (source / "prompt.json").write_text(text.replace("row 2", ""))
+    line = "  1 captions are empty, and train the ControlNet without a prompt: 2.png\n"
+    outcome = command("precompute", *flags(config), "--dry-run")
+    assert line in outcome.output
+    outcome = command("precompute", *flags(config), "--dry-run", "--caption", "")
+    assert "captions are empty" not in outcome.output
 
 
 def test_enlarged_images_are_named_and_may_be_left_out(

@@ -172,18 +172,20 @@ def test_two_images_of_one_name_are_one_bad_row(tmp_path: Path) -> None:
 def test_a_caption_file_may_have_its_images_whole_name(tmp_path: Path) -> None:
     captioned(tmp_path, range(2))
     captioned(tmp_path, range(2, 4), ".png.txt")
-    for name in ("1.png.jpg", "4.webp.txt"):
+    for name in ("1.png.jpg", "4.webp.txt", "5.png.jpg"):
         write(tmp_path / name, "a")
+    write(tmp_path / "5.png.txt", "of its stem")
     write(tmp_path / "1.png.jpg.txt", "of another")
     write(tmp_path / "0.png.txt", "second")
     source = photographs(tmp_path)
-    rows = list(source.rows(range(5)))
+    rows = list(source.rows(range(6)))
     assert [(row.image, row.prompt) for row in rows] == [
         ("0.png", caption(0)),
         ("1.png", caption(1)),
         ("1.png.jpg", "of another"),
         ("2.png", caption(2)),
         ("3.png", caption(3)),
+        ("5.png.jpg", "of its stem"),
     ]
     assert source.remarks == [
         "caption files that are not read, without an image: 1 (4.webp.txt)",

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from common.errors import ConfigError
+from precompute.planning.inventory import FORMER_WORDING
 from precompute.sources.files.records import read_records
 from tests.precompute.sources.files.flat_pictures import (
     caption,
@@ -301,6 +302,7 @@ def test_a_table_that_is_not_utf8_says_how_to_convert_it(tmp_path: Path) -> None
     one, two = photographs(tmp_path / "rows.csv").rows(range(2))
     assert one.fault.startswith("the caption is not UTF-8: perhaps Latin-1")
     assert "iconv -f WINDOWS-1252 -t UTF-8" in one.fault
+    assert one.fault.partition(":")[0] in FORMER_WORDING  # as caches of before know it
     assert (two.prompt, two.fault) == ("tea", "")
 
 
