@@ -152,7 +152,7 @@ def _set_aside(settings: SourceSettings, tree: Tree, survey: Survey, where: str)
     """Set aside what only lies beside pictures that make a data set with files of their names.
 
     These are Parquet files without a column of images, as of img2dataset; and tables, unless one
-    of them has all columns and names pictures, or options say how files belong together.
+    of them has all columns and names pictures, and no option says how captions end.
     """
     if not survey.picture_folders or not (survey.num_captioned or settings.caption is not None):
         return
@@ -162,8 +162,7 @@ def _set_aside(settings: SourceSettings, tree: Tree, survey: Survey, where: str)
     ]
     survey.binary_tables = [name for name in survey.binary_tables if name not in survey.aside]
     tables = survey.metadata + survey.tables
-    by_names = settings.conditioning_data_dir or settings.caption_extension is not None
-    if by_names or (
+    if settings.caption_extension is not None or (
         has_controls(settings, tree, survey, where)
         and not any(names_pictures(tree, name, settings) for name in tables)
     ):

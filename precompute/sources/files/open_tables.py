@@ -16,7 +16,7 @@ from precompute.sources.files.text_tables import (
     read_tables,
 )
 from precompute.sources.files.tree import NUM_TRIED, Finder, Tree, ending, folder_of_names, is_junk
-from precompute.sources.files.zips import Zips
+from precompute.sources.files.zips import ZipFolders, Zips
 from precompute.sources.source import SourceSettings
 
 
@@ -68,17 +68,23 @@ def open_tables(
     given = settings.conditioning_data_dir
     controls = None if given is None else open_controls(given)
     finder, zips = Finder([tree]), _zips_in(folder, given)
-    in_zips = not _find_folders(rows, finder) and bool(zips)
-    if in_zips:  # all of them: for a file that is missing, a zip may have another of its name
-        finder = Finder([Zips([path for _, path in zips], where)])
+    num_found = _find_folders(rows, finder)
+    if zips and not num_found:
+        finder = Finder([tree, Zips([path for _, path in zips], where)])
         _find_folders(rows, finder)
+        read = zips
+    else:  # not all of them: for a file that is missing, a zip may have another of its name
+        read = _zips_named_as_folders(rows, tree, zips)
+        if read:
+            finder = Finder([tree, ZipFolders([path for _, path in read], where)])
     layout = f"ControlNet's {PROMPTS}" if is_prompts else f"table {tables[0]}"
     if len(tables) > 1:
         layout = f"{len(tables)} tables ({first_few(tables)})"
-    names_of_zips = [name for name, _ in zips]
-    if in_zips:
-        layout += f", and files in {first_few(names_of_zips)}"
-    remarks = remark("zips that are not read", [] if in_zips else names_of_zips)
+    if read:
+        layout += f", and files in {first_few([name for name, _ in read])}"
+    remarks = remark(
+        "zips that are not read", [name for name, path in zips if (name, path) not in read]
+    )
     control_finder = finder
     if controls is not None:
         control_finder = Finder([controls])
@@ -106,6 +112,22 @@ def _zips_in(folder: Path | None, of_controls: str | None) -> list[tuple[str, Pa
         and path.is_file()
         and path.absolute() != controls
     ]
+
+
+def _zips_named_as_folders(
+    rows: StoredRows, tree: Tree, zips: list[tuple[str, Path]]
+) -> list[tuple[str, Path]]:
+    """Return the zips that stand for folders which rows name and which are not there."""
+    absent = {path.stem for _, path in zips if not tree.has(path.stem)}
+    named: set[str] = set()
+    for index in range(len(rows)) if absent else ():
+        entry, folder = rows[index], rows.folder(index)
+        for name in filter(None, (entry.image, entry.conditioning_image)):
+            path = posixpath.normpath(posixpath.join(folder, name.replace("\\", "/")))
+            named.add(path.partition("/")[0])
+        if absent <= named:
+            break
+    return [(name, path) for name, path in zips if path.stem in absent & named]
 
 
 def _find_folders(rows: StoredRows, finder: Finder) -> int:

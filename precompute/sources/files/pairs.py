@@ -223,11 +223,12 @@ def open_pairs(settings: SourceSettings, tree: Tree, survey: Survey, where: str)
 
 def has_controls(settings: SourceSettings, tree: Tree, survey: Survey, where: str) -> bool:
     """Tell whether pictures have conditioning images by their names, as far as they need any."""
+    if not settings.wants_conditioning or settings.conditioning_data_dir is not None:
+        return True
     try:
-        _control_folders(settings, tree, survey, where)
+        return bool(named_control_folders(tree, survey.picture_folders, where).by_images)
     except ConfigError:
         return False
-    return True
 
 
 def _control_folders(

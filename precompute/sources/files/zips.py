@@ -174,8 +174,8 @@ class Zips:
             OSError: it is a folder, or in two zips.
         """
         mount, _, inner = name.partition("/")
-        own = None if self.is_single else self.archives.get(mount)
-        if own and (member := own.member(inner) or own.member(name)):
+        own = self.archives.get(mount)
+        if own and not self.is_single and (member := own.member(inner) or own.member(name)):
             return own, member
         found = [
             (archive, member)
@@ -186,6 +186,8 @@ class Zips:
             raise OSError(f"is in {found[0][0].path.name} and in {found[1][0].path.name}")
         if found:
             return found[0]
+        if own and (member := own.member(inner)):  # the only one, which stands for its folder
+            return own, member
         folder = posixpath.normpath(name)
         if any(
             {folder, archive.prefix + folder} & archive.folder_names
@@ -193,3 +195,23 @@ class Zips:
         ):
             raise IsADirectoryError("is a directory")
         raise FileNotFoundError("no such file in the zip")
+
+
+class ZipFolders(Zips):
+    """Zips of which each stands for the folder of its name, and for no other file.
+
+    Args:
+        paths: of the zips.
+        where: what the user gave, for errors.
+
+    Raises:
+        ConfigError: one is no whole zip, or cannot be read.
+    """
+
+    def _find(self, name: str) -> tuple[Archive, zipfile.ZipInfo]:
+        mount, _, inner = posixpath.normpath(name).partition("/")
+        archive = self.archives.get(mount)
+        member = (archive.member(inner) or archive.member(name)) if archive else None
+        if archive is None or member is None:
+            raise FileNotFoundError("no such file in the zip")
+        return archive, member

@@ -16,6 +16,7 @@ from precompute.planning.inventory import FORMER_WORDING
 from precompute.sources.files.records import read_records
 from tests.precompute.sources.files.flat_pictures import (
     caption,
+    level,
     lines,
     numbers,
     opened,
@@ -457,6 +458,56 @@ def test_a_missing_picture_is_not_taken_from_a_zip_that_has_one_of_its_name(tmp_
     with pytest.raises(FileNotFoundError):
         source.read(3, "image")
     assert source.remarks == ["zips that are not read: 1 (backup.zip)"]
+
+
+@pytest.mark.parametrize("first_in", ["folder", "zip"])
+@pytest.mark.parametrize("prefix", ["", "more/", "data/more/"])
+def test_some_files_lie_in_the_folder_and_others_in_a_zip_of_their_folders_name(
+    tmp_path: Path, first_in: str, prefix: str
+) -> None:
+    for number in range(150):
+        in_zip = (number < 100) == (first_in == "zip")
+        write_image(tmp_path / ("more" if in_zip else "images") / f"{number}.png", number % 25)
+    names = [path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*.png")]
+    names.sort(key=lambda name: int(Path(name).stem))
+    rows = [{"file_name": one, "text": caption(n % 25)} for n, one in enumerate(names)]
+    zipped(tmp_path / "more", tmp_path / "more.zip", prefix)
+    (tmp_path / "more").rmdir()
+    write(tmp_path / "metadata.jsonl", lines(rows))
+    write(tmp_path / "broken.zip", "no zip")
+    if first_in == "zip":
+        (tmp_path / "broken.zip").unlink()
+    source = photographs(tmp_path)
+    assert numbers(source) == [number % 25 for number in range(150)]
+    assert source.layout == "table metadata.jsonl, and files in more.zip"
+    left = ["zips that are not read: 1 (broken.zip)"] if first_in == "folder" else []
+    assert source.remarks == left
+
+
+def test_a_zip_beside_the_folder_of_its_name_stands_in_for_nothing(tmp_path: Path) -> None:
+    with_pairs(tmp_path)
+    write(tmp_path / "metadata.jsonl", lines(RECORDS))
+    with zipfile.ZipFile(tmp_path / "images.zip", "w") as packed:
+        packed.write(tmp_path / "images" / "3.png", "3.png")
+    (tmp_path / "images" / "3.png").unlink()
+    source = opened(tmp_path)
+    with pytest.raises(FileNotFoundError):
+        source.read(3, "image")
+    assert source.remarks == ["zips that are not read: 1 (images.zip)"]
+
+
+def test_a_zip_stands_for_the_folder_of_its_name_alone(tmp_path: Path) -> None:
+    with_pairs(tmp_path, 2)
+    rows = [*RECORDS[:2], record(2, "more/2.png"), record(3)]
+    write(tmp_path / "metadata.jsonl", lines(rows))
+    with zipfile.ZipFile(tmp_path / "more.zip", "w") as packed:
+        for name, number in (("2.png", 2), ("images/3.png", 9)):
+            packed.writestr(name, picture(level(number)))
+    source = opened(tmp_path)
+    assert source.read(2, "image") == picture(level(2))
+    for index, kind in ((3, "image"), (2, "conditioning_image")):
+        with pytest.raises(FileNotFoundError):
+            source.read(index, kind)  # type: ignore[arg-type]
 
 
 def test_what_only_looks_like_a_zip_is_no_zip(tmp_path: Path) -> None:
