@@ -63,8 +63,9 @@ def canvas_size(convention: Convention) -> tuple[int, int]:
 def _add_editor(width: int, height: int) -> gr.ImageEditor:
     # Light lines on black, like outlines, Canny edges and HED.
     black = Image.new("RGB", (width, height))
-    return gr.ImageEditor(
-        value={"background": black, "layers": [], "composite": black},
+    canvas = {"background": black, "layers": [], "composite": black}
+    editor = gr.ImageEditor(
+        value=canvas,
         type="pil",
         image_mode="RGBA",  # what is transparent in an uploaded picture stays so
         sources=("upload", "clipboard"),
@@ -81,6 +82,9 @@ def _add_editor(width: int, height: int) -> gr.ImageEditor:
         format="png",
         elem_id="conditioning",
     )
+    # Cleared, it would be white, and what the brush draws would not show.
+    editor.clear(lambda: canvas, None, editor, api_visibility="private")
+    return editor
 
 
 def _add_settings(

@@ -41,16 +41,13 @@ class Redrawing:
         return Drawing(self.annotator, self.device)
 
 
-def find_redrawing(
-    config: PipelineConfig, name: str, convention: Convention, *, quiet: bool = False
-) -> Redrawing:
+def find_redrawing(config: PipelineConfig, name: str, convention: Convention) -> Redrawing:
     """Return what draws a ControlNet's controls: as the settings say, or else its configuration.
 
     Args:
         config: settings of the run.
         name: folder or hub id of the ControlNet, as the user gave it.
         convention: the ControlNet's.
-        quiet: whether not to say where it differs from training.
 
     Raises:
         ConfigError: neither says what draws them, or it is not to be had.
@@ -73,8 +70,8 @@ def find_redrawing(
             f"--controlnet {name}: its configuration does not say what draws its controls from "
             "photographs; give --conditioning-from, for instance canny."
         )
-    spec = annotator_spec(annotator, DigestCache(config.output_dir / "none", keep=False))
-    if saved is not None and spec.digest != saved.digest and not quiet:
+    spec = annotator_spec(annotator, DigestCache.in_memory())
+    if saved is not None and spec.digest != saved.digest:
         click.echo(
             f"{name}: {annotator.name} does not draw as in its training: other code, arguments or "
             "weights.",

@@ -5,6 +5,7 @@ They are kept in the cache's folder. Without them everything is hashed again, an
 
 import contextlib
 import fcntl
+import os
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -60,6 +61,11 @@ class DigestCache:
         self._new: dict[bytes, Content] = {}
         self._saved_at = time.monotonic()
         self._load()
+
+    @classmethod
+    def in_memory(cls) -> "DigestCache":
+        """Return one without a file."""
+        return cls(Path(os.devnull), keep=False)
 
     def _load(self) -> None:
         self._entries: NDArray[np.void] = np.empty(0, ENTRY)

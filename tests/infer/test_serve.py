@@ -253,6 +253,9 @@ def test_a_circle_drawn_in_a_browser_becomes_a_picture(
         canvas = tab.locator("#conditioning canvas").first
         canvas.wait_for()
         tab.wait_for_timeout(3000)  # until it has come to its place
+        tab.locator("#conditioning button[aria-label='Clear canvas']").click()
+        tab.wait_for_timeout(3000)
+        tab.locator("#conditioning button[aria-label='Brush']").click()
         box = canvas.bounding_box()
         assert box is not None
         across, down = box["x"] + box["width"] / 2, box["y"] + box["height"] / 2

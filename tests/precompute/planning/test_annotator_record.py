@@ -114,7 +114,7 @@ def test_no_folder_of_this_machine_is_published(
     (tmp_path / "some.bin").write_bytes(b"weights")
     name = f"{tmp_path / 'lines.py'}:drawn"
     annotator = find_annotator(name, [f"weights={tmp_path / 'some.bin'}"])
-    digests = DigestCache(tmp_path / "hashes.npy", keep=False)
+    digests = DigestCache.in_memory()
     far = annotator_spec(annotator, digests)
     assert (far.name, far.arguments) == ("lines.py:drawn", {"weights": "some.bin"})
     monkeypatch.chdir(tmp_path.parent)
@@ -132,7 +132,7 @@ def test_a_folder_counts_by_its_files_and_not_by_its_name(
 
     def digest_of(weights: str) -> str:
         annotator = find_annotator("lines.py:drawn", [f"weights={weights}"])
-        return annotator_spec(annotator, DigestCache(tmp_path / "hashes.npy", keep=False)).digest
+        return annotator_spec(annotator, DigestCache.in_memory()).digest
 
     for name in ("one", "two"):
         (tmp_path / name / "deep").mkdir(parents=True)
