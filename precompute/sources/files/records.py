@@ -174,7 +174,8 @@ def _separated(stream: IO[bytes], separator: str) -> Iterator[tuple[int, Record]
     if match := SEPARATOR_LINE.fullmatch(first):  # as Excel writes it
         lines = _Lines(text, number + 1, match[1])
     else:
-        separator = max((separator, *",;\t"), key=first.count)
+        if separator == "," or separator not in first:
+            separator = max((separator, *",;\t"), key=first.count)
         lines = _Lines(itertools.chain([first], text), number, separator)
     reader = csv.reader(lines, delimiter=lines.separator, strict=True)
     names: list[str] = []

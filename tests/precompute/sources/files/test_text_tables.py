@@ -293,9 +293,18 @@ def test_what_spreadsheets_write_before_and_between_the_values(
     assert [row.where for row in source.rows([0])] == [f"line {first}"]
 
 
-def test_a_header_with_a_comma_in_a_name_may_have_semicolons(tmp_path: Path) -> None:
-    write(tmp_path / "rows.csv", "file_name;text;width, height\n1.png;a, b;4\n")
-    assert [row.prompt for row in photographs(tmp_path / "rows.csv").rows([0])] == ["a, b"]
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("rows.csv", "file_name;text;width, height\n1.png;a, b;4\n"),
+        ("rows.csv", "file_name\ttext\twidth, height\n1.png\ta, b\t4\n"),
+        ("rows.tsv", "file_name\ttext, in English, French\ttext\n1.png\t4\ta, b\n"),
+        ("rows.tsv", 'file_name,text\n1.png,"a, b"\n'),
+    ],
+)
+def test_the_first_line_shows_the_separator(tmp_path: Path, name: str, text: str) -> None:
+    write(tmp_path / name, text)
+    assert [row.prompt for row in photographs(tmp_path / name).rows([0])] == ["a, b"]
 
 
 def test_a_table_that_is_not_utf8_says_how_to_convert_it(tmp_path: Path) -> None:
