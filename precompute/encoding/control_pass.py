@@ -5,7 +5,7 @@ What it draws waits on disk for the VAE; see `drawn_controls`.
 
 import contextlib
 import itertools
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
@@ -17,7 +17,12 @@ from common.errors import ConfigError
 from common.interruption import StopCheck
 from common.prefetch import prefetch
 from common.progress import Progress
-from precompute.encoding.drawn_controls import encode_png, is_drawn, write_drawn
+from precompute.encoding.drawn_controls import (
+    DrawnControl,
+    encode_drawn,
+    is_drawn,
+    write_drawn,
+)
 from precompute.encoding.encoder_clock import EncoderClock
 from precompute.encoding.load_image import SourceImages
 from precompute.encoding.shard_build import ShardBuild, prepare_build
@@ -26,8 +31,6 @@ from precompute.planning.validation_pairs import ValidationPair
 from sd3.annotators.drawing import BATCH, Drawing
 from sd3.image_files import BadImage
 from sd3.pixels import to_image, to_uint8
-
-Loaded = tuple[int, Image.Image | BadImage]
 
 
 def draw_controls(context: Context, check: StopCheck, clock: EncoderClock) -> Context:
@@ -57,13 +60,12 @@ def draw_controls(context: Context, check: StopCheck, clock: EncoderClock) -> Co
     drawing = Drawing(annotator, str(context.device))
     if wants_pairs:
         context = replace(context, pairs=_drawn_pairs(context, drawing))
-    source_images = SourceImages(context)
     with Progress(sum(counts.values()), "image", "drawing", quiet=context.quiet) as bar:
+        drawer = _ShardDrawer(context, drawing, clock, bar.update)
         for shard in counts:
             build, positions = _to_draw(context, shard)
-            drawn = _draw_shard(context, source_images, build, positions, drawing, clock)
-            with contextlib.closing(drawn) as batches:
-                write_drawn(build, _advance(batches, bar))
+            with contextlib.closing(drawer.draw(build, positions)) as drawn:
+                write_drawn(build, drawn)
             check()
     return context
 
@@ -84,8 +86,8 @@ def shards_to_draw(context: Context) -> dict[int, int]:
 def pictures_to_draw(context: Context, shard: int, count: int) -> list[Image.Image]:
     """Return the first pictures that a shard's images are drawn from, at most `count`."""
     build, positions = _to_draw(context, shard)
-    load = _loader(context, SourceImages(context), build)
-    loaded = (picture for _, picture in map(load, positions))
+    source_images = SourceImages(context)
+    loaded = (_load(source_images, build, position) for position in positions)
     usable = (picture for picture in loaded if isinstance(picture, Image.Image))
     return list(itertools.islice(usable, count))
 
@@ -102,58 +104,60 @@ def _to_draw(context: Context, shard: int) -> tuple[ShardBuild, list[int]]:
     return build, positions
 
 
-def _advance(
-    batches: Iterator[list[tuple[int, bool, bytes]]], bar: Progress
-) -> Iterator[tuple[int, bool, bytes]]:
-    for batch in batches:
-        yield from batch
-        bar.update(len(batch))
+def _load(source_images: SourceImages, build: ShardBuild, position: int) -> Image.Image | BadImage:
+    """Return the picture that a shard's image is drawn from, or why it cannot be used."""
+    size_px = source_images.context.specs.latent_settings.shapes[build.plan.bucket]
+    try:
+        return source_images.load(int(build.plan.items[position]), size_px, "image")
+    except BadImage as error:
+        return error
 
 
-def _draw_shard(
-    context: Context,
-    source_images: SourceImages,
-    build: ShardBuild,
-    positions: Sequence[int],
-    drawing: Drawing,
-    clock: EncoderClock,
-) -> Generator[list[tuple[int, bool, bytes]], None, None]:
-    """Yield the drawn images of a shard in batches; loaded ahead and compressed in threads."""
-    load = _loader(context, source_images, build)
-    num_threads = context.config.dataloader_num_workers
-    set_up = partial(use_device, context.device)
-    with (
-        ThreadPoolExecutor(num_threads, "load", set_up) as pool,
-        contextlib.closing(prefetch(pool, load, positions, 2 * BATCH)) as loaded,
-    ):
-        while batch := list(itertools.islice(loaded, BATCH)):
-            images = [image for _, image in batch if isinstance(image, Image.Image)]
-            with clock.measure(0):
-                drawn = iter(drawing.draw(images) if images else [])
-            results = [
-                next(drawn) if isinstance(image, Image.Image) else image for _, image in batch
-            ]
-            pngs = pool.map(encode_png, results)
-            yield [
-                (position, isinstance(result, Image.Image), png)
-                for (position, _), result, png in zip(batch, results, pngs, strict=True)
-            ]
+class _ShardDrawer:
+    """Draws the images of one shard after the other.
 
+    Args:
+        context: of the run.
+        drawing: the annotator at work.
+        clock: measures the time spent drawing.
+        advance: is told how many images were drawn.
+    """
 
-def _loader(
-    context: Context, source_images: SourceImages, build: ShardBuild
-) -> Callable[[int], Loaded]:
-    """Return what loads the picture of a position of a shard, or the reason why it cannot."""
-    size_px = context.specs.latent_settings.shapes[build.plan.bucket]
+    def __init__(
+        self,
+        context: Context,
+        drawing: Drawing,
+        clock: EncoderClock,
+        advance: Callable[[int], object],
+    ) -> None:
+        self.drawing = drawing
+        self.clock = clock
+        self.advance = advance
+        self.source_images = SourceImages(context)
+        self.num_threads = context.config.dataloader_num_workers
+        self.set_up_thread = partial(use_device, context.device)
 
-    def load(position: int) -> Loaded:
-        try:
-            item = int(build.plan.items[position])
-            return position, source_images.load(item, size_px, "image")
-        except BadImage as error:
-            return position, error
+    def draw(
+        self, build: ShardBuild, positions: Sequence[int]
+    ) -> Generator[DrawnControl, None, None]:
+        """Yield what is drawn for positions of a shard; loaded ahead and compressed in threads."""
+        load = partial(_load, self.source_images, build)
+        with (
+            ThreadPoolExecutor(self.num_threads, "load", self.set_up_thread) as pool,
+            contextlib.closing(prefetch(pool, load, positions, 2 * BATCH)) as loaded,
+        ):
+            for start in range(0, len(positions), BATCH):
+                batch = positions[start : start + BATCH]
+                results = self._draw_batch(list(itertools.islice(loaded, len(batch))))
+                yield from pool.map(encode_drawn, batch, results)
+                self.advance(len(batch))
 
-    return load
+    def _draw_batch(self, batch: Sequence[Image.Image | BadImage]) -> list[Image.Image | BadImage]:
+        """Return what is drawn from each picture; a reason stays what it is."""
+        pictures = [picture for picture in batch if isinstance(picture, Image.Image)]
+        with self.clock.measure(0):
+            drawn = iter(self.drawing.draw(pictures) if pictures else [])
+        return [one if isinstance(one, BadImage) else next(drawn) for one in batch]
 
 
 def _drawn_pairs(context: Context, drawing: Drawing) -> list[ValidationPair]:

@@ -1,5 +1,6 @@
 """Whether conditioning images use their range: blank ones, and maps that are nearly black."""
 
+import contextlib
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -100,18 +101,14 @@ def look_at_controls(context: Context) -> list[str]:
     values = ControlValues()
 
     def look(row: int) -> None:
-        data = read_patiently(context.source, int(inventory.rows[row]), "conditioning_image")
-        numbers = images.conditioning_numbers(data, config.background)
-        values.add(row, used_values(numbers, config.conditioning_scale))
-
-    def try_to_look(row: int) -> None:
-        try:
-            look(row)
-        except (OSError, BadImage):
-            return  # it is found again, and named, when it is encoded
+        # What fails is found again, and named, when it is encoded.
+        with contextlib.suppress(OSError, BadImage):
+            data = read_patiently(context.source, int(inventory.rows[row]), "conditioning_image")
+            numbers = images.conditioning_numbers(data, config.background)
+            values.add(row, used_values(numbers, config.conditioning_scale))
 
     with ThreadPoolExecutor(THREADS, "look") as threads:
-        list(threads.map(try_to_look, rows))
+        list(threads.map(look, rows))
     of = f"of {len(rows)} looked at, " if step > 1 else ""
     return [f"{of}{line}" for line in values.describe(context)]
 

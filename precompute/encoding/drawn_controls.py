@@ -9,6 +9,7 @@ import threading
 import zipfile
 from collections.abc import Iterable
 from pathlib import Path
+from typing import NamedTuple
 
 from PIL import Image
 from xxhash import xxh3_64_hexdigest
@@ -28,23 +29,33 @@ def drawn_path(build: ShardBuild) -> Path:
     return sidecar.tar_path(build.product.folder, build.plan.shard).with_suffix(SUFFIX)
 
 
-def encode_png(drawn: Image.Image | BadImage) -> bytes:
-    """Return a drawn image as a PNG, or why there is none as text."""
+class DrawnControl(NamedTuple):
+    """What was drawn for a position of a shard: a PNG, or as text why there is nothing.
+
+    Attributes:
+        position: in the shard's plan.
+        ending: `IMAGE` or `REASON`.
+        data: the bytes.
+    """
+
+    position: int
+    ending: str
+    data: bytes
+
+
+def encode_drawn(position: int, drawn: Image.Image | BadImage) -> DrawnControl:
+    """Return a drawn image, or why there is none, as it is kept on disk."""
     if isinstance(drawn, BadImage):
-        return str(drawn).encode()
+        return DrawnControl(position, REASON, str(drawn).encode())
     file = io.BytesIO()
     bands = drawn.split()
     is_grey = all(band.tobytes() == bands[0].tobytes() for band in bands[1:])
     (bands[0] if is_grey else drawn).save(file, "PNG", compress_level=1)
-    return file.getvalue()
+    return DrawnControl(position, IMAGE, file.getvalue())
 
 
-def write_drawn(build: ShardBuild, drawn: Iterable[tuple[int, bool, bytes]]) -> None:
-    """Write the drawn images of a shard.
-
-    Args:
-        build: the shard.
-        drawn: for each position whether there is an image, and what `encode_png` returned.
+def write_drawn(build: ShardBuild, drawn: Iterable[DrawnControl]) -> None:
+    """Write what was drawn for a shard.
 
     Raises:
         OSError: the file cannot be written.
@@ -55,8 +66,8 @@ def write_drawn(build: ShardBuild, drawn: Iterable[tuple[int, bool, bytes]]) -> 
         zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive,
     ):
         archive.comment = build.product.identity_digest.encode()
-        for position, is_image, data in drawn:
-            archive.writestr(_name(build, position) + (IMAGE if is_image else REASON), data)
+        for position, ending, data in drawn:
+            archive.writestr(f"{_name(build, position)}{ending}", data)
 
 
 def is_drawn(build: ShardBuild, positions: Iterable[int]) -> bool:
@@ -94,9 +105,9 @@ class DrawnShard:
             with self._lock:
                 # Opened once: its directory is read whole, which takes longer than a picture.
                 archive = self._archive = self._archive or zipfile.ZipFile(path)
-                is_image = f"{name}{IMAGE}" in archive.NameToInfo
-                data = archive.read(f"{name}{IMAGE if is_image else REASON}")
-            if not is_image:
+                ending = IMAGE if f"{name}{IMAGE}" in archive.NameToInfo else REASON
+                data = archive.read(f"{name}{ending}")
+            if ending == REASON:
                 raise BadImage(data.decode())
             with Image.open(io.BytesIO(data)) as image:
                 return image.convert("RGB")

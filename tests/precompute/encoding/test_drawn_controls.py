@@ -123,8 +123,8 @@ def test_a_shards_drawings_are_opened_once(tmp_path: Path, opened: list[Path]) -
     )
     images = [Image.new("RGB", (4, 4), (level, 1, 2)) for level in range(2)]
     results = [images[0], BadImage("nothing to see"), images[1]]
-    pngs = map(drawn_controls.encode_png, results)
-    drawn_controls.write_drawn(build, [(at, at != 1, png) for at, png in enumerate(pngs)])
+    drawn = map(drawn_controls.encode_drawn, range(3), results)
+    drawn_controls.write_drawn(build, drawn)
     shard = drawn_controls.DrawnShard(build)
     for at, image in ((0, images[0]), (2, images[1]), (0, images[0])):
         assert shard.image(at).tobytes() == image.tobytes()
