@@ -15,6 +15,7 @@ from precompute.sources.files.tree import NUM_TRIED, Finder, Tree, ending, folde
 from precompute.sources.source import SourceSettings
 
 PROMPTS = "prompt.json"
+MOST_COLUMNS = 20  # in messages
 # Bytes that are no UTF-8, as Python keeps them.
 NO_UTF8 = re.compile("[\udc80-\udcff]")
 NOT_UTF8 = (
@@ -139,7 +140,8 @@ def read_tables(tree: Tree, tables: Sequence[str], names: Names, where: str) -> 
     if not len(rows):
         raise ConfigError(f"{where}, {tables[0]}: holds no rows.")
     if not found:
-        raise ConfigError(f"{first_fault} No row of this table can be read.")
+        fault = first_fault or f"{where}, {tables[0]}: its rows have no columns."
+        raise ConfigError(f"{fault} No row of this table can be read.")
     _refuse_missing(found, names, f"{where}, {tables[0]}")
     return rows
 
@@ -203,5 +205,6 @@ def _refuse_missing(found: dict[str, None], names: Names, where: str) -> None:
                 )
             if option == "caption" and not others:
                 hint = f'Name it: {flag}; or give one for all rows: --caption "…".'
-            has = ", ".join(found)
+            more = ["…"] if len(found) > MOST_COLUMNS else []
+            has = ", ".join([*list(found)[:MOST_COLUMNS], *more])
             raise ConfigError(f"{where}: no column {alternatives[0]!r}; it has {has}. {hint}")

@@ -336,6 +336,13 @@ def test_nothing_but_broken_lines_is_refused(tmp_path: Path) -> None:
     write(tmp_path / "metadata.jsonl", " \n")
     with pytest.raises(ConfigError, match=r"metadata\.jsonl: holds no rows"):
         opened(tmp_path)
+    for text in ("{}", "[{}]"):
+        write(tmp_path / "list.json", text)
+        with pytest.raises(ConfigError, match=r"list\.json: its rows have no columns\. No row"):
+            opened(tmp_path / "list.json")
+    write(tmp_path / "wide.jsonl", json.dumps(dict.fromkeys(map(str, range(21)))))
+    with pytest.raises(ConfigError, match=r"no column 'image'; it has 0, 1, .*, 19, …\. Name it"):
+        opened(tmp_path / "wide.jsonl")
     write(tmp_path / "list.json", "[{}, ")
     with pytest.raises(ConfigError, match=r"list\.json: not a JSON list"):
         opened(tmp_path / "list.json")
