@@ -260,7 +260,7 @@ class _InventoryBuilder:
             return False
         size, like = (control.width, control.height), (image.width, image.height)
         other_shape = ""
-        if not control.fault and all((*size, *like)):
+        if size != like and not control.fault and all((*size, *like)):
             other_shape = shape_fault(size, like)
             if not other_shape and not has_shape_of(size, like):
                 self.rounded.add([number])
