@@ -1,7 +1,7 @@
 """What a run would throw away of the cache that it continues; much is not thrown away unasked."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -119,19 +119,20 @@ def _count(context: Context, product: ProductPlan) -> tuple[int, int]:
         if summary is not None
     }
     staying = standing = product.count_records(sorted(finished))
-    for shard, card in _sidecars(product.folder):
-        if shard not in finished:
-            standing += len(card.keys)
-            staying += _count_staying(context, product, shard, card)
+    for shard, card in _sidecars(product.folder, finished):
+        standing += len(card.keys)
+        staying += _count_staying(context, product, shard, card)
     return standing - staying, standing
 
 
-def _sidecars(folder: Path) -> Iterator[tuple[int, Sidecar]]:
-    """Yield the whole shards in a folder."""
+def _sidecars(folder: Path, finished: Container[int]) -> Iterator[tuple[int, Sidecar]]:
+    """Yield the whole shards in a folder that are not as planned; those that are may be many."""
     for path in sorted(folder.glob("*.json")):
-        if path.stem.isdecimal() and sidecar.load_summary(folder, int(path.stem)) is not None:
-            with suppress(ShardError, OSError):
-                yield int(path.stem), sidecar.load_present(folder, int(path.stem))
+        shard = int(path.stem) if path.stem.isdecimal() else None
+        if shard is None or shard in finished or sidecar.load_summary(folder, shard) is None:
+            continue
+        with suppress(ShardError, OSError):
+            yield shard, sidecar.load_present(folder, shard)
 
 
 def _count_staying(context: Context, product: ProductPlan, shard: int, card: Sidecar) -> int:

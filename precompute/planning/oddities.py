@@ -1,13 +1,13 @@
 """Odd pictures, as far as headers tell, and captions: what becomes of them is said."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 
 import numpy as np
 
 from precompute.planning.context import Context
 from precompute.planning.inventory import Inventory, digests_of
 from precompute.planning.layout import Numbers
-from precompute.sources.counted import Counted
+from precompute.sources.counted import MOST_NAMED, Counted
 from precompute.sources.source import Kind
 from sd3.buckets import nearest_buckets
 
@@ -83,7 +83,8 @@ def _enlarged(context: Context) -> Counted[int]:
     return _used(context, np.flatnonzero(small))
 
 
-def _used(context: Context, rows: Iterable[int]) -> Counted[int]:
-    counted = Counted[int]()
-    counted.add([int(row) for row in rows if int(row) not in context.bad_rows.rows])
-    return counted
+def _used(context: Context, rows: Numbers) -> Counted[int]:
+    """Return those of the rows that are not bad; they may be all ten million."""
+    bad = np.fromiter(context.bad_rows.rows, np.int64)
+    used = np.setdiff1d(rows, bad, assume_unique=True)
+    return Counted(len(used), used[:MOST_NAMED].tolist())

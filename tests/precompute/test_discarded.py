@@ -20,7 +20,7 @@ from precompute.discarded import (
 )
 from precompute.planning.prepare import prepare
 from precompute.run import precompute
-from shards.format import manifest
+from shards.format import manifest, sidecar
 from tests.conftest import NUM_ROWS, Outcome, flags
 from tests.precompute.test_again import again, edit, repaint, tars  # noqa: F401
 
@@ -87,6 +87,24 @@ def test_other_conditioning_images_count(careful: PrecomputeConfig) -> None:
     for row in range(3):
         repaint(careful, f"source/{row}.png")
     assert counts(careful) == {"conditioning/conditioning": (3, NUM_ROWS)}
+
+
+def test_of_finished_shards_no_whole_sidecar_is_read(
+    careful: PrecomputeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    repaint(careful, "source/0.png")
+    context = prepare(careful)
+    read: list[tuple[str, int]] = []
+
+    def load(folder: Path, shard: int) -> sidecar.Sidecar:
+        read.append((folder.name, shard))
+        return whole(folder, shard)
+
+    whole = sidecar.load_present
+    monkeypatch.setattr(sidecar, "load_present", load)
+    find_discarded(context)
+    assert context.products.conditioning.num_shards > 1
+    assert read == [("conditioning", 0)]
 
 
 def test_a_wrong_folder_is_noticed(careful: PrecomputeConfig, tmp_path: Path) -> None:
