@@ -214,6 +214,8 @@ class Context:
         is_conditioning = product is self.products.conditioning
         if is_conditioning:
             metadata["conditioning_hash"] = digest_hex(self.inventory.conditionings[row])
+            if self.inventory.other_shape[row]:
+                metadata["fit"] = self.config.conditioning_fit
         background = list(ImageColor.getrgb(self.config.background))
         over_it = background != product.identity["background"]
         if over_it and self.inventory.transparent[row, int(is_conditioning)]:
