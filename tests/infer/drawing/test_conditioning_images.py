@@ -164,9 +164,13 @@ def rows(tmp_path: Path) -> Path:
     return folder
 
 
-def samples(rows: Path, conventions: list[Convention]) -> list[Any]:
+def samples(rows: Path, conventions: list[Convention], **settings: Any) -> list[Any]:
     config = ScoreConfig(
-        controlnet=("a",), pretrained_model_name_or_path="b", output_dir=Path("c"), source=rows
+        controlnet=("a",),
+        pretrained_model_name_or_path="b",
+        output_dir=Path("c"),
+        source=rows,
+        **settings,
     )
     source = open_source(SourceSettings(source=str(rows)))
     return list(read_samples(config, source, conventions, None))
@@ -190,6 +194,21 @@ def test_score_lays_a_rounded_control_over_its_image_as_training_does(rows: Path
         for image in (sample.target, sample.conditioning)
     )
     assert control == pytest.approx(line, abs=1)
+
+
+def test_score_stretches_or_crops_a_control_of_another_shape_where_asked(rows: Path) -> None:
+    control = Image.effect_noise((144, 96), 50).convert("RGB")
+    control.save(rows / "c.png")
+    convention = Convention(((96, 96),), 77, "-1_1")
+    with pytest.raises(ConfigError, match="144 x 96 pixels, of another shape .*--conditioning-fit"):
+        samples(rows, [convention])
+    expected = {
+        "stretch": control.resize((96, 96), Image.Resampling.BILINEAR),
+        "crop": control.crop((24, 0, 120, 96)),
+    }
+    for way, by_hand in expected.items():
+        (sample,) = samples(rows, [convention], conditioning_fit=way)
+        assert sample.conditioning.tobytes() == by_hand.tobytes()
 
 
 def test_score_refuses_controls_that_differ_between_controlnets(rows: Path) -> None:
