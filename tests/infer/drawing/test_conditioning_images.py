@@ -200,7 +200,9 @@ def test_score_stretches_or_crops_a_control_of_another_shape_where_asked(rows: P
     control = Image.effect_noise((144, 96), 50).convert("RGB")
     control.save(rows / "c.png")
     convention = Convention(((96, 96),), 77, "-1_1")
-    with pytest.raises(ConfigError, match="144 x 96 pixels, of another shape .*--conditioning-fit"):
+    with pytest.raises(
+        ConfigError, match=r"144 x 96 pixels, of another shape .*--conditioning-fit"
+    ):
         samples(rows, [convention])
     expected = {
         "stretch": control.resize((96, 96), Image.Resampling.BILINEAR),
