@@ -208,9 +208,8 @@ def open_pairs(settings: SourceSettings, tree: Tree, survey: Survey, where: str)
         unread = unread - used if controls.tree is tree else unread - controls.read
     for path in sorted(unread):
         if claimed_split(PurePosixPath(path)) not in left_out:
-            pictures = _pictures(tree, path)
-            tally.controls.add(_in(path, pictures))
-            tally.others.add(_in(path, [one for one in tree.files(path) if one not in pictures]))
+            tally.controls.add(_in(path, _pictures(tree, path)))
+            tally.others.add(_in(path, [one for one in tree.files(path) if not is_picture(one)]))
     source = Listed if settings.caption is not None else WithCaptionFiles
     return source(
         rows,
