@@ -62,8 +62,9 @@ def find_redrawing(config: PipelineConfig, name: str, convention: Convention) ->
             annotator = find_annotator(saved.name, arguments, cache_dir=config.cache_dir)
         except ConfigError as error:
             raise ConfigError(
-                f"--controlnet {name}: its controls were drawn by {saved.name}, which is not to be "
-                f"had here: {error} --conditioning-from and --conditioning-args say where it lies."
+                f"--controlnet {name}: its controls were drawn by {saved.name}, and cannot be "
+                f"here: {error} Of a path its last part is noted: if it lies elsewhere, say where "
+                "by --conditioning-from and --conditioning-args."
             ) from error
     else:
         raise ConfigError(

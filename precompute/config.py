@@ -194,7 +194,7 @@ class PrecomputeConfig:
     )
     max_bad_fraction: float = option(
         0.01,
-        help="Stop if more than this fraction of the rows cannot be used.",
+        help="Stop if more than this fraction of the rows, and more than one, cannot be used.",
         heading="Bad rows",
     )
     strict: bool = option(False, help="Stop at the first row that cannot be used.")

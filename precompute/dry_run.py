@@ -44,7 +44,8 @@ def dry_run(context: Context) -> None:
         click.echo(f"  {line}")
     _print_products(context)
     if discarded := describe_discarded(context):
-        click.echo(f"{discarded}\n  it needs --overwrite")
+        given = "is" if context.config.overwrite else "must be"
+        click.echo(f"{discarded}\n  for that --overwrite {given} given")
     _print_disk_space(context)
     _print_trials(context)
     click.echo("nothing was written to the cache")

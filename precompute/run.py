@@ -198,7 +198,8 @@ def _finish(
         path.unlink(missing_ok=True)
     sealed = seal.seal(cache, expected)
     if was_complete and sealed == previous:
-        context.print(f"{cache}: already complete, nothing to do")
+        left_out = f", {sealed.num_skipped} rows left out" if sealed.num_skipped else ""
+        context.print(f"{cache}: already complete{left_out}, nothing to do")
         return
     fingerprints = {folder: product.fingerprint for folder, product in sealed.products()}
     speed = {SECONDS_A_RECORD: seconds_a_record(cache) | rates}
@@ -213,7 +214,10 @@ def _report(context: Context, sealed: Manifest, previous: Manifest | None) -> No
         if name not in sealed.conditioning:
             click.echo(f"conditioning {name!r} was made for other latents: make it again")
         elif had_pairs and not sealed.validation[name].num_records:
-            click.echo(f"validation pairs of {name!r} had other text encoders: make them again")
+            own = name == context.config.conditioning_name
+            why = "are gone, since no --validation-prompt is given"
+            why = why if own else "had other text encoders: make them again"
+            click.echo(f"validation pairs of {name!r} {why}")
     if context.bad_rows:
         count = len(context.bad_rows)
         click.echo(f"{count} rows were left out:\n{context.bad_rows.table()}")

@@ -4,6 +4,7 @@ from contextlib import suppress
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from common.errors import ShardError
 from precompute.planning.context import Context
@@ -29,8 +30,7 @@ def source_changes(context: Context) -> str:
     if old is None or not planned.num_rows:
         return ""
     ids = context.products.latents.ids[:: context.images_per_row]
-    known = np.isin(ids, old) | np.isin(ids ^ HELD_OUT[0], old)
-    stayed, now, before = int(known.sum()), len(ids), planned.num_rows
+    stayed, now, before = _count_common(ids, old), len(ids), planned.num_rows
     changed = min(now, before) - stayed
     counts = [
         (now - before, "row", "more"),
@@ -62,6 +62,17 @@ def changes_to_remember(context: Context, what: str) -> list[dict[str, Any]]:
         since = data_digest(before.fingerprints(next(iter(before.conditioning))))
         remembered = [*remembered, {"since": since, "what": what}]
     return remembered[-MOST_CHANGES:]
+
+
+def _count_common(ids: NDArray[np.uint64], old: NDArray[np.uint64]) -> int:
+    """Return how many ids are among the old ones, held out or not; of equal ones as many as were
+    there.
+    """
+    (names, now), (old_names, before) = (
+        np.unique(np.minimum(some, some ^ HELD_OUT[0]), return_counts=True) for some in (ids, old)
+    )
+    _, at, at_old = np.intersect1d(names, old_names, assume_unique=True, return_indices=True)
+    return int(np.minimum(now[at], before[at_old]).sum())
 
 
 def _changed_captions(context: Context) -> int:

@@ -13,10 +13,11 @@ from sd3.color_profile import converts_to_srgb
 
 # Up to 179 million pixels are read; Pillow warns from half of that on, which says nothing new.
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
+# What git leaves in the place of a large file, until that is fetched.
+LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 # Files that Pillow does not read, by their first bytes, and what to do about them.
 FOREIGN = {
-    b"version https://git-lfs.github.com/spec/": "it is a pointer of Git LFS, and the picture is "
-    "still to be fetched: git lfs pull",
+    LFS_POINTER: "it is a pointer of Git LFS, and the picture is still to be fetched: git lfs pull",
     b"\x93NUMPY": "it is a NumPy array; save it as PNG, a map in 16 bit",
     b"PF\n": "it holds floating point colours (PFM); save it as PNG",
     b"\x76\x2f\x31\x01": "it is OpenEXR; save it as PNG, a map in 16 bit",

@@ -58,7 +58,7 @@ def generate(config: GenerateConfig) -> None:
             controlnets,
             requests,
             title_in_name=len(sets) > 1,
-            redrawings=_find_redrawings(config, controlnets) if config.from_photo else (),
+            redrawings=_find_redrawings(config, controlnets),
         )
         for controlnets in sets
     ]
@@ -75,7 +75,18 @@ def generate(config: GenerateConfig) -> None:
 
 
 def _find_redrawings(config: GenerateConfig, controlnets: ControlNetSet) -> list[Redrawing]:
-    """Return what draws the controls of each ControlNet of a set from photographs."""
+    """Return what draws the controls of each ControlNet of a set from photographs; none unless the
+    settings say that the images are photographs.
+    """
+    if not config.from_photo:
+        drawn = [one.annotator.name for one in controlnets.conventions if one.annotator]
+        if drawn and config.cache is None:
+            click.echo(
+                f"the images are taken for controls, as drawn by {' and '.join(drawn)}; for "
+                "photographs give --from-photo",
+                err=True,
+            )
+        return []
     return [
         find_redrawing(config, name, convention)
         for name, convention in zip(controlnets.names, controlnets.conventions, strict=True)

@@ -17,7 +17,10 @@ SYNONYMS = {
     "evaluation": "test",
 }
 NAMES = {"train", "validation", "test", *SYNONYMS}
-NUMBERED = re.compile(r"(.*?)[-_. ]?\d*")
+# Words that say what the files are, not which.
+GENERIC = {"data", "dataset", "set", "split", "captions", "metadata"}
+GENERIC |= {"images", "image", "imgs", "img", "pictures", "photos"}
+WORD = re.compile(r"[^\W\d_]+")
 # What the hub itself calls the files of a split.
 OF_SEVERAL = re.compile(r"(?:.*[-_.])?([a-z]+)-\d{5}-of-\d{5}(?:-[0-9a-f]+)?")
 
@@ -25,8 +28,9 @@ OF_SEVERAL = re.compile(r"(?:.*[-_.])?([a-z]+)-\d{5}-of-\d{5}(?:-[0-9a-f]+)?")
 def claimed_split(path: PurePath) -> str | None:
     """Return the split that a file claims to be of.
 
-    A name claims a split if it is the split's, with or without a number: `test.tar`, `test-003.tar`
-    and `any-test-00000-of-00005.parquet`, but not `test-drive.tar` or `part-6-test.parquet`.
+    A name claims a split if its last word is the split's, numbers and words such as "images" aside:
+    `test.tar`, `test-003.tar`, `cars_test.tar`, `test_images/`, `any-test-00000-of-00005.parquet`,
+    but not `test-drive.tar`.
 
     Args:
         path: of the file, relative to the data set's folder. The file's own name decides, then that
@@ -36,12 +40,11 @@ def claimed_split(path: PurePath) -> str | None:
         None if it claims none.
     """
     for part in [path.name.partition(".")[0], *reversed(path.parts[:-1])]:
-        name = part.lower()
-        several = OF_SEVERAL.fullmatch(name)
-        numbered = NUMBERED.fullmatch(name)
-        for found in (several[1] if several else "", numbered[1] if numbered else ""):
-            if found in NAMES:
-                return standard_name(found)
+        several = OF_SEVERAL.fullmatch(part.lower())
+        words = [several[1]] if several else WORD.findall(part.lower())
+        last = next((word for word in reversed(words) if word not in GENERIC), "")
+        if last in NAMES:
+            return standard_name(last)
     return None
 
 

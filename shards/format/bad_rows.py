@@ -7,9 +7,14 @@ from shards.format.sidecar import Skipped
 
 
 def too_many(count: int, num_rows: int, max_fraction: float) -> bool:
-    """Tell whether more rows are bad than the largest allowed fraction of all rows, or all are."""
+    """Tell whether more rows are bad than the largest allowed fraction of all rows, or all are.
+
+    A single one is not too many, however few rows there are, unless none is allowed.
+    """
+    if count == num_rows or max_fraction == 0:
+        return count > 0
     # Divided, not multiplied: 0.29 * 100 is less than 29.
-    return count > 0 and (count / num_rows > max_fraction or count == num_rows)
+    return count > 1 and count / num_rows > max_fraction
 
 
 def refusal(

@@ -59,7 +59,8 @@ class Cache:
         if conditioning_name not in self.manifest.conditioning:
             raise ShardError(
                 f"{self.files}: no conditioning {conditioning_name!r}; "
-                f"found {', '.join(map(repr, self.manifest.conditioning))}"
+                f"found {', '.join(map(repr, self.manifest.conditioning))}: choose one by "
+                "--conditioning-name"
             )
         self.conditioning_name = conditioning_name
         self.conditioning_spec = self.manifest.conditioning_specs[conditioning_name]

@@ -114,8 +114,8 @@ def test_a_controlnet_says_what_draws_its_controls(config: GenerateConfig, circl
         (
             BLUR | {"name": "gone.py:drawn"},
             {},
-            "its controls were drawn by gone.py:drawn, which is not to be had here: "
-            "--conditioning-from gone.py:drawn: no such file. --conditioning-from and",
+            "its controls were drawn by gone.py:drawn, and cannot be here: "
+            "--conditioning-from gone.py:drawn: no such file. Of a path its last part is noted",
         ),
         ({"name": 3}, {}, "annotator in its config.json: "),
         (BLUR, {"conditioning_args": ("width=3",)}, "width=3: unknown to blur. Known: radius."),
@@ -208,15 +208,18 @@ def test_a_control_drawn_again_has_the_latent_of_the_cache(
 
 @pytest.mark.slow
 def test_pictures_from_photographs_are_those_of_the_controls(
-    config: GenerateConfig, circles: Path, tmp_path: Path
+    config: GenerateConfig, circles: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    note = "the images are taken for controls, as drawn by blur; for photographs give --from-photo"
     generate(config)
+    assert note not in capsys.readouterr().err
     controls = []
     for row in range(2):
         controls.append(tmp_path / f"control-{row}.png")
         photograph(circles, row).filter(ImageFilter.GaussianBlur(2)).save(controls[row])
     ready = replace(config, from_photo=False, image=tuple(controls), output_dir=tmp_path / "ready")
     generate(ready)
+    assert note in capsys.readouterr().err
     for name in ("000.png", "001.png", "contact_sheet.png"):
         ours, theirs = (np.asarray(Image.open(one.output_dir / name)) for one in (config, ready))
         assert (ours == theirs).all()

@@ -16,6 +16,7 @@ from precompute.config import PrecomputeConfig
 from precompute.run import precompute
 from shards import verify
 from shards.format import manifest, seal
+from shards.format.bad_rows import too_many
 from shards.format.expected_cache import read_expected
 from tests.conftest import NUM_ROWS, Outcome
 from tests.precompute.test_again import Encoded, encoded, tars  # noqa: F401  (a fixture)
@@ -76,6 +77,20 @@ def test_rows_whose_lines_have_moved_are_counted_once(
         (9, "target/1.png", ""),
     ):
         assert f"  line {line}, {name}: {fault}not a readable image" in said
+
+
+@pytest.mark.parametrize(
+    ("count", "fraction", "is_too_many"),
+    [
+        (1, 0.01, False),  # of ten: one odd sample does not end a run
+        (2, 0.01, True),
+        (1, 0.0, True),
+        (0, 0.0, False),
+        (10, 1.0, True),
+    ],
+)
+def test_a_single_row_may_be_bad(count: int, fraction: float, is_too_many: bool) -> None:
+    assert too_many(count, 10, fraction) == is_too_many
 
 
 @pytest.mark.slow

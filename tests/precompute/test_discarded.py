@@ -182,7 +182,7 @@ def test_the_dry_run_says_the_same(
     outcome = command("precompute", *flags(replace(careful, resolution=32, dry_run=True)))
     assert outcome.exit_code == 0, outcome.output
     assert "  latents: 10 of 10 records" in outcome.output
-    assert "it needs --overwrite" in outcome.output
+    assert "for that --overwrite must be given" in outcome.output
     refused = command("precompute", *flags(replace(careful, resolution=32)))
     assert refused.exit_code == 2
     assert "Give --overwrite to go ahead, or another --cache." in refused.output
@@ -215,6 +215,10 @@ def test_a_changed_source_is_told_in_rows(
     assert "the source since the last run: 3 rows fewer\n" in capsys.readouterr().out
     whats = [one["what"] for one in manifest.load(again.cache).made_by["changes"]]
     assert whats == [told, "3 rows fewer"]
+    # Of two rows with one image, one stood there before.
+    edit(again, lambda rows: rows[3].update(target=rows[0]["target"]))
+    precompute(again)
+    assert "the source since the last run: 1 image changed" in capsys.readouterr().out
 
 
 def test_rows_that_are_held_out_or_mirrored_are_no_others(

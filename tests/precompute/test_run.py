@@ -239,6 +239,10 @@ def test_validation_pairs_of_another_control_go_stale_with_the_text(
     assert found.conditioning.keys() == {"conditioning", "depth"}
     assert found.validation["conditioning"].num_records == 0
     assert found.validation["depth"].num_records == 2
+    none = {"validation_prompt": (), "validation_image": ()}
+    precompute(replace(fresh, conditioning_name="depth", max_sequence_length=TOKENS + 2, **none))
+    gone = "validation pairs of 'depth' are gone, since no --validation-prompt is given"
+    assert gone in capsys.readouterr().out
     assert all(not faults for _, faults in verify.faults(fresh.cache))
 
 

@@ -9,6 +9,7 @@ from precompute.sources.files.stored_rows import StoredRows
 from precompute.sources.files.tree import Finder
 from precompute.sources.patient_read import patiently
 from precompute.sources.source import Kind, Row, printable
+from sd3.image_files import LFS_POINTER
 
 READING_THREADS = 8
 UTF16_MARKS = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
@@ -98,6 +99,9 @@ class WithCaptionFiles(Listed):
         name = str(row.prompt)
         try:
             data = patiently(lambda: self.finders["image"].read(name, ""), lambda: printable(name))
+            if data.startswith(LFS_POINTER):
+                fault = f"{printable(name)}: it is a pointer of Git LFS: git lfs pull"
+                return replace(row, prompt=None, fault=fault)
             return replace(row, prompt=_text(data))
         except UnicodeError:
             return replace(row, prompt=None, fault=f"{printable(name)}: not UTF-8")

@@ -10,7 +10,13 @@ from precompute.sources.files.listed import Listed
 from precompute.sources.files.open_tables import open_tables
 from precompute.sources.files.pairs import has_controls, open_pairs
 from precompute.sources.files.records import TABLES
-from precompute.sources.files.survey import Survey, caption_endings, of_split, take_survey
+from precompute.sources.files.survey import (
+    Survey,
+    caption_endings,
+    of_split,
+    refuse_pointers,
+    take_survey,
+)
 from precompute.sources.files.text_tables import (
     PROMPTS,
     columns_of,
@@ -46,6 +52,7 @@ def open_files(settings: SourceSettings, path: Path, where: str) -> tuple[Source
             tree = Folder(path)
             source = _open_folder(settings, tree, path, where)
             return source, remark("caches in this folder, not read", list(tree.caches))
+        refuse_pointers(Folder(path.parent), [path.name], where)
         if ending(path.name) in TABLES:
             kept, _ = of_split([path.name], settings.split, where)
             return open_tables(settings, Folder(path.parent), kept, where, path.parent), []
@@ -62,6 +69,8 @@ def _open_folder(settings: SourceSettings, tree: Folder, path: Path, where: str)
     survey = take_survey(tree, caption_endings(settings))
     if "" in tree.caches:
         raise ConfigError(f"{where}: is a cache that precompute made; give the data set.")
+    tables = survey.prompts + survey.metadata + survey.tables + survey.binary_tables
+    refuse_pointers(tree, tables + survey.tars + survey.zips, where)
     if source := _open_tree(settings, tree, survey, where, path):
         return source
     if survey.zips and not survey.binary_tables and not survey.tars:
@@ -79,10 +88,7 @@ def _open_zips(settings: SourceSettings, paths: Sequence[Path], where: str) -> S
             "pictures that could be read from it."
         )
     source.layout += ", in a zip" if tree.is_single else f", in {len(paths)} zips"
-    if tree.num_replaced:
-        source.remarks.append(
-            f"not read: {tree.num_replaced} members of which the zip has a later one"
-        )
+    source.remarks += tree.replaced.remark("not read, since the zip has a later one of the name")
     return source
 
 
@@ -127,12 +133,12 @@ def _open_tree(
         _remark_pictures(source, tree, survey, left_out)
         source.remarks += remark("tables without images, not read", others)
         return source
-    can_pair = settings.caption is not None or survey.num_captioned
+    can_pair = settings.caption is not None or survey.captioned.count
     if elsewhere:
-        if survey.num_captioned:
+        if survey.captioned.count:
             raise ConfigError(
-                f"{where}: two data sets, {survey.num_pictures} pictures with captions and "
-                f"{first_few(elsewhere)}: give one as the path."
+                f"{where}: two data sets, {survey.captioned.count} pictures with caption files "
+                f"and {first_few(elsewhere)}: give the latter as the path, or move them away."
             )
         return None
     readable = [] if can_pair else [name for name in others if columns_of(tree, name)]
@@ -154,7 +160,7 @@ def _set_aside(settings: SourceSettings, tree: Tree, survey: Survey, where: str)
     These are Parquet files without a column of images, as of img2dataset; and tables, unless one
     of them has all columns and names pictures, and no option says how captions end.
     """
-    if not survey.picture_folders or not (survey.num_captioned or settings.caption is not None):
+    if not survey.picture_folders or not (survey.captioned.count or settings.caption is not None):
         return
     columns = {name: columns_of(tree, name) for name in survey.binary_tables}
     survey.aside = [
@@ -212,3 +218,6 @@ def _remark_pictures(
         source.remarks.append(
             f"pictures that no row names, or no option asks for: {unnamed} of {survey.num_pictures}"
         )
+    source.remarks += survey.captioned.remark(
+        "caption files beside pictures, not read, since a table has the captions"
+    )

@@ -172,7 +172,7 @@ def open_pairs(settings: SourceSettings, tree: Tree, survey: Survey, where: str)
         OSError: a folder cannot be read.
     """
     endings = caption_endings(settings)
-    if settings.caption is None and not survey.num_captioned:
+    if settings.caption is None and not survey.captioned.count:
         tables = remark(" Tables, each of which can be given", survey.inner_tables)
         looked = " or ".join(f".{one}" for one in endings)
         raise ConfigError(

@@ -1,15 +1,17 @@
 """What there is in a tree of files, before it is known how it is to be read."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePath
 
-from precompute.sources.counted import Counted
+from common.errors import ConfigError
+from precompute.sources.counted import Counted, first_few
 from precompute.sources.files.records import TABLES
 from precompute.sources.files.text_tables import PROMPTS
 from precompute.sources.files.tree import TAR, Tree, ending, is_picture, stem
 from precompute.sources.source import SourceSettings
 from precompute.sources.splits import files_of_split
+from sd3.image_files import LFS_POINTER
 
 METADATA = ("metadata.jsonl", "metadata.csv")
 # What the hub keeps beside a data set, and tells nothing of its rows.
@@ -25,7 +27,7 @@ class Survey:
     Attributes:
         picture_folders: the folders that hold pictures.
         num_pictures: how many there are.
-        num_captioned: how many of them have a caption file beside them.
+        captioned: the caption files beside them.
         prompts: names of the files that are called prompt.json.
         metadata: names of image folders' tables.
         tables: names of other tables of text, in the topmost folder.
@@ -39,7 +41,7 @@ class Survey:
 
     picture_folders: list[str] = field(default_factory=list)
     num_pictures: int = 0
-    num_captioned: int = 0
+    captioned: Counted[str] = field(default_factory=Counted)
     prompts: list[str] = field(default_factory=list)
     metadata: list[str] = field(default_factory=list)
     tables: list[str] = field(default_factory=list)
@@ -72,7 +74,8 @@ def take_survey(tree: Tree, endings: tuple[str, ...]) -> Survey:
             path = f"{folder}/{name}" if folder else name
             kind = ending(name)
             if pictures and has_ending(name, endings):
-                survey.num_captioned += captioned_stem(name, endings, stems) in stems
+                if captioned_stem(name, endings, stems) in stems:
+                    survey.captioned.add([path])
             elif name.lower() == PROMPTS:
                 survey.prompts.append(path)
             elif name.lower() in METADATA:
@@ -92,6 +95,31 @@ def take_survey(tree: Tree, endings: tuple[str, ...]) -> Survey:
                 if not pictures:
                     survey.elsewhere.add([path])
     return survey
+
+
+def refuse_pointers(tree: Tree, names: Sequence[str], where: str) -> None:
+    """Raise if files that are to be read are still to be fetched by Git LFS.
+
+    Args:
+        tree: the files.
+        names: of those that are to be read.
+        where: the data set as the user gave it, for errors.
+
+    Raises:
+        ConfigError: naming the first of them, and the command that fetches them.
+        OSError: a file cannot be read.
+    """
+    pointers = [name for name in names if _starts_with(tree, name, LFS_POINTER)]
+    if pointers:
+        raise ConfigError(
+            f"{where}: {first_few(pointers)}: pointers of Git LFS, and the files are still to be "
+            "fetched: git lfs pull"
+        )
+
+
+def _starts_with(tree: Tree, name: str, start: bytes) -> bool:
+    with tree.open(name) as file:
+        return file.read(len(start)) == start
 
 
 def _is_table(name: str) -> bool:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import IO
 
 from common.errors import ConfigError
+from precompute.sources.counted import Counted
 from precompute.sources.file_versions import stat_version
 from precompute.sources.files.tree import ending, is_junk
 
@@ -37,7 +38,7 @@ class Archive:
     Attributes:
         members: by their names, junk aside.
         prefix: the folder that everything lies in, with its `/`; empty if there is none.
-        num_replaced: how many members have the name of a later one, and so are not read.
+        replaced: names of members that a later one has as well, so that they are not read.
 
     Args:
         path: of the zip.
@@ -52,12 +53,12 @@ class Archive:
         try:
             self.archive = zipfile.ZipFile(self.path)
         except zipfile.BadZipFile as error:
-            raise ConfigError(f"{where}: not a whole zip ({error}).") from error
+            raise ConfigError(f"{where}: {path.name} is not a whole zip ({error}).") from error
         except OSError as error:
             raise ConfigError(f"{where}: cannot be read ({error.strerror or error}).") from error
         self.members: dict[str, zipfile.ZipInfo] = {}
         self.folder_names: set[str] = set()
-        num_files = 0
+        self.replaced: list[str] = []
         for member in self.archive.infolist():
             written = member.filename.replace("\\", "/")
             name = posixpath.normpath(f"/{written}").lstrip("/")
@@ -66,9 +67,9 @@ class Archive:
                 continue
             if any(map(is_junk, name.split("/"))):
                 continue
+            if name in self.members:
+                self.replaced.append(name)
             self.members[name] = member
-            num_files += 1
-        self.num_replaced = num_files - len(self.members)
         tops = {name.partition("/")[0] for name in self.members}
         is_folder = len(tops) == 1 and all("/" in name for name in self.members)
         self.prefix = f"{tops.pop()}/" if is_folder else ""
@@ -123,9 +124,12 @@ class Zips:
             names.sort()
 
     @property
-    def num_replaced(self) -> int:
-        """How many members have the name of a later one, and so are not read."""
-        return sum(archive.num_replaced for archive in self.archives.values())
+    def replaced(self) -> Counted[str]:
+        """The members that have the name of a later one, and so are not read."""
+        counted = Counted[str]()
+        for archive in self.archives.values():
+            counted.add(archive.replaced)
+        return counted
 
     def folders(self) -> Iterator[tuple[str, list[str]]]:
         """Yield each folder's name, that of the root is empty, and the names of the files in it."""

@@ -244,7 +244,7 @@ def test_what_is_no_data_set_says_so(tmp_path: Path, circles: Path) -> None:
         opened(tmp_path)
     assert all_rows(opened(circles.parent)) == all_rows(opened(circles))
     (tmp_path / "text.zip").write_text("not a zip")
-    with pytest.raises(ConfigError, match=r"text\.zip: not a whole zip"):
+    with pytest.raises(ConfigError, match=r"text\.zip is not a whole zip"):
         opened(tmp_path / "text.zip")
     with zipfile.ZipFile(tmp_path / "other.zip", "w") as packed:
         packed.writestr("a.txt", "a")

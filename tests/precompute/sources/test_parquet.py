@@ -233,7 +233,7 @@ def test_what_lies_beside_is_counted(tmp_path: Path) -> None:
 def test_a_file_that_names_no_split_is_never_left_out(tmp_path: Path) -> None:
     for number in range(6):
         write_rows(tmp_path / f"part-{number}.parquet", [number])
-    write_rows(tmp_path / "part-6-test.parquet", [6])
+    write_rows(tmp_path / "test-drive.parquet", [6])
     source = open_folder(tmp_path)
     assert_rows(source, range(7))
     assert source.remarks == []

@@ -59,7 +59,9 @@ def test_files_close_with_the_reader(cache: Path) -> None:
 
 
 def test_a_cache_without_the_wanted_control_names_those_it_has(cache: Path) -> None:
-    with pytest.raises(ShardError, match=r"no conditioning 'depth'; found 'conditioning'"):
+    with pytest.raises(
+        ShardError, match=r"no conditioning 'depth'; found 'conditioning': choose one by --cond"
+    ):
         Cache(cache, "depth")
 
 

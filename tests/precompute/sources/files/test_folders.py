@@ -43,6 +43,42 @@ def test_a_cache_in_the_folder_is_no_part_of_the_data_set(tmp_path: Path, files:
         photographs(tmp_path / "cache")
 
 
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n"
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["metadata.csv", "prompt.json", "rows.jsonl", "0.parquet", "0.tar", "images.zip"],
+)
+def test_what_git_lfs_has_yet_to_fetch_is_named(tmp_path: Path, name: str) -> None:
+    write(tmp_path / name, POINTER)
+    for source in (tmp_path, tmp_path / name):
+        with pytest.raises(ConfigError, match=rf"{name}: pointers of Git LFS, .*: git lfs pull"):
+            photographs(source)
+
+
+def test_a_caption_that_git_lfs_has_yet_to_fetch_makes_a_bad_row(tmp_path: Path) -> None:
+    captioned(tmp_path)
+    write(tmp_path / "2.txt", POINTER)
+    rows = list(photographs(tmp_path).rows(range(4)))
+    assert [row.prompt for row in rows] == [caption(0), caption(1), None, caption(3)]
+    assert rows[2].fault == "2.txt: it is a pointer of Git LFS: git lfs pull"
+
+
+def test_captions_beside_pictures_that_a_table_stands_for_are_named(tmp_path: Path) -> None:
+    captioned(tmp_path / "b", range(2))
+    write_image(tmp_path / "a" / "5.png", 5)
+    row = {"file_name": "5.png", "text": caption(5)}
+    write(tmp_path / "a" / "metadata.jsonl", json.dumps(row))
+    source = photographs(tmp_path)
+    assert numbers(source) == [5]
+    assert source.remarks == [
+        "pictures that no row names, or no option asks for: 2 of 3",
+        "caption files beside pictures, not read, since a table has the captions: 2 (b/0.txt, "
+        "b/1.txt)",
+    ]
+
+
 @pytest.mark.parametrize(
     "files",
     [["manifest.json", "1.png"], ["hashes.npy", "1.png"], ["latents/000000.png"]],
@@ -108,7 +144,9 @@ def test_pictures_with_captions_beside_a_table_of_images_are_two_data_sets(
 ) -> None:
     captioned(tmp_path)
     pq.write_table(pa.table({"image": [b"a"], "text": ["b"]}), tmp_path / name)
-    with pytest.raises(ConfigError, match=rf"two data sets, 4 pictures with captions and {name}"):
+    with pytest.raises(
+        ConfigError, match=rf"two data sets, 4 pictures with caption files and {name}"
+    ):
         photographs(tmp_path)
 
 

@@ -558,14 +558,16 @@ def test_a_zip_with_two_members_of_a_name_says_so(tmp_path: Path) -> None:
             packed.writestr("0.png", picture(10))
     source = photographs(tmp_path / "a.zip")
     assert numbers(source) == [0]
-    assert source.remarks == ["not read: 1 members of which the zip has a later one"]
+    assert source.remarks == ["not read, since the zip has a later one of the name: 1 (0.png)"]
 
 
 def test_pictures_with_captions_beside_tars_are_two_data_sets(tmp_path: Path) -> None:
     write_image(tmp_path / "0.png", 0)
     write(tmp_path / "0.txt", caption(0))
     write(tmp_path / "a.tar", b"")
-    with pytest.raises(ConfigError, match=r"two data sets, 1 pictures with captions and a\.tar: "):
+    with pytest.raises(
+        ConfigError, match=r"two data sets, 1 pictures with caption files and a\.tar: "
+    ):
         photographs(tmp_path)
 
 

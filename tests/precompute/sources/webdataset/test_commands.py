@@ -32,9 +32,11 @@ LAYOUT = "layout: WebDataset, 1 tar\n  left out: 2 rows of split 'test' (test.ta
 BAD_ROW = "row 7, a.tar/0007.jpg: no conditioning image: a.tar has no member 0007.png"
 
 
-def test_one_sample_of_eight_is_too_many(
+def test_two_samples_of_eight_are_too_many(
     arguments: list[object], command: Callable[..., Outcome], tmp_path: Path
 ) -> None:
+    lacking = [*samples([6])[::2], *samples([7])[::2]]
+    write_tar(tmp_path / "tars" / "a.tar", [*samples(range(6)), *lacking])
     before = sorted(tmp_path.rglob("*"))
     outcome = command(*arguments)
     assert outcome.exit_code == 2
