@@ -72,6 +72,20 @@ def describe_discarded(context: Context) -> str:
     return "\n".join(lines)
 
 
+def describe_put_out(context: Context) -> str:
+    """Return a line on the controls that are to be made again after the run; "" if there are none.
+
+    What is drawn from an image that stays is kept then.
+    """
+    before, latents = seal.previous_manifest(context.config.cache), context.products.latents
+    others = _other_controls(context)
+    same_shape = before is not None and before.latents.num_shards == latents.num_shards
+    if not others or (same_shape and not context.shards_to_build(latents)):
+        return ""
+    names = ", ".join(map(repr, others))
+    return f"other controls go with the latents, which change, and are to be made again: {names}"
+
+
 def find_discarded(context: Context) -> list[Discarded]:
     """Return what would go of each product, the few validation pairs aside.
 

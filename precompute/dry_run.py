@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from common.device import AsyncHostCopy
-from precompute.discarded import describe_discarded
+from precompute.discarded import describe_discarded, describe_put_out
 from precompute.encoding import image_pass, text_pass
 from precompute.encoding.batch_size import BatchSize
 from precompute.encoding.control_pass import pictures_to_draw, shards_to_draw
@@ -43,6 +43,8 @@ def dry_run(context: Context) -> None:
     for line in odd:
         click.echo(f"  {line}")
     _print_products(context)
+    if put_out := describe_put_out(context):
+        click.echo(f"  {put_out}")
     if discarded := describe_discarded(context):
         given = "is" if context.config.overwrite else "must be"
         click.echo(f"{discarded}\n  for that --overwrite {given} given")

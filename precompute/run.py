@@ -13,7 +13,12 @@ from common.device import keep_freed_memory
 from common.interruption import InterruptedRun, stop_between_shards
 from common.provenance import write_run
 from precompute.config import PrecomputeConfig
-from precompute.discarded import SECONDS_A_RECORD, refuse_to_discard, seconds_a_record
+from precompute.discarded import (
+    SECONDS_A_RECORD,
+    describe_put_out,
+    refuse_to_discard,
+    seconds_a_record,
+)
 from precompute.dry_run import dry_run
 from precompute.earlier_bad_rows import (
     count_earlier_bad_rows,
@@ -64,6 +69,8 @@ def precompute(config: PrecomputeConfig) -> None:
     for line in [*describe_oddities(context), *look_at_controls(context)]:
         context.print(f"  {line}")
     _print_todo(context, todo)
+    if put_out := describe_put_out(context):
+        context.print(f"  {put_out}")
     if retried:
         judge_as_before(context)
     count_earlier_bad_rows(context, context.finished)

@@ -75,6 +75,8 @@ def test_a_new_resolution_keeps_the_text_and_no_other_control(
     assert [*found.conditioning, *found.conditioning_specs, *found.validation] == ["depth"] * 3
     said = capsys.readouterr().out
     assert "conditioning 'conditioning' was made for other latents: make it again" in said
+    told = "other controls go with the latents, which change, and are to be made again: "
+    assert f"  {told}'conditioning'\n" in said
 
 
 def test_a_new_caption_keeps_the_latents(
