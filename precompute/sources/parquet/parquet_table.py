@@ -25,14 +25,16 @@ class ParquetFile:
 
     Args:
         path: of the file.
-        folder: that its file names are relative to, at first the one that it lies in.
+        inside: the same in the data set's folder.
         columns: which are read, by their names in the file.
     """
 
-    def __init__(self, path: Path, folder: str, columns: Columns) -> None:
+    def __init__(self, path: Path, inside: PurePath, columns: Columns) -> None:
         import pyarrow.parquet as pq
 
-        self.folder, self.columns = folder, columns
+        self.name, self.columns = inside.as_posix(), columns
+        # That its file names are relative to, at first the one that it lies in.
+        self.folder = inside.parent.as_posix().removeprefix(".")
         self.version = file_version(path.absolute())
         with pq.ParquetFile(path) as file:
             self.num_rows = file.metadata.num_rows
@@ -58,7 +60,7 @@ class ParquetFile:
         """Return the number of rows."""
         return int(self.num_rows)
 
-    def name(self, at: int, kind: Kind) -> str:
+    def image_name(self, at: int, kind: Kind) -> str:
         """Return the name of a row's image; empty if it has none."""
         names = self.names.get(kind)
         return "" if names is None else names[at].as_py() or ""
@@ -66,7 +68,7 @@ class ParquetFile:
     def first_names(self, count: int) -> list[str]:
         """Return the names of the first rows' images, as far as they have any."""
         rows = range(min(count // 2, len(self)))
-        names = [self.name(at, kind) for at in rows for kind in self.images]
+        names = [self.image_name(at, kind) for at in rows for kind in self.images]
         return list(filter(None, names))
 
     def caption(self, at: int) -> tuple[Any, str]:
@@ -108,8 +110,9 @@ class ParquetTable:
         """Yield the rows with these indices."""
         for index in indices:
             file, at = self._find(index)
-            image, control = (file.name(at, kind) for kind in ("image", "conditioning_image"))
-            yield Row(f"row {index}", image, control, *file.caption(at))
+            image, control = (file.image_name(at, kind) for kind in ("image", "conditioning_image"))
+            where = f"row {index}" if len(self.files) == 1 else f"{file.name}, row {at}"
+            yield Row(where, image, control, *file.caption(at))
 
     def read(self, index: int, kind: Kind) -> bytes:
         """Return the bytes of a row's image."""
@@ -143,7 +146,7 @@ def _named_file(file: ParquetFile, at: int, kind: Kind) -> str:
     Raises:
         OSError: there is no such file.
     """
-    name = file.name(at, kind)
+    name = file.image_name(at, kind)
     if not name:
         raise OSError(lacks(kind.replace("_", " "), file.images[kind].name))
     if "://" in name:
@@ -205,7 +208,7 @@ def _read(
         None if caption is None else in_file[caption],
     )
     try:
-        return ParquetFile(path, inside.parent.as_posix().removeprefix("."), named)
+        return ParquetFile(path, inside, named)
     except (OSError, ValueError) as error:
         raise ConfigError(f"{where}: cannot be read as Parquet ({error}).") from error
 

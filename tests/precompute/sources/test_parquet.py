@@ -237,6 +237,10 @@ def test_a_file_that_names_no_split_is_never_left_out(tmp_path: Path) -> None:
     source = open_folder(tmp_path)
     assert_rows(source, range(7))
     assert source.remarks == []
+    assert [row.where for row in source.rows([1, 6])] == [
+        "part-1.parquet, row 0",
+        "test-drive.parquet, row 0",
+    ]
     write_rows(tmp_path / "data-test-00000-of-00002.parquet", range(7, 10))
     write_rows(tmp_path / "data-test-00001-of-00002.parquet", [10])
     source = open_folder(tmp_path)
