@@ -59,7 +59,7 @@ def test_a_row_without_a_control_is_one_bad_row(
         if number != 5:
             write_control(folder / "conditioning" / f"{number}.png", number)
     with pytest.raises(ShardError, match=r"row 5, images/5\.png: no conditioning image"):
-        precompute(replace(fresh, source=str(folder)))
+        precompute(replace(fresh, source=str(folder), strict=True))
     assert "images of their names in conditioning/" in capsys.readouterr().out
     precompute(replace(fresh, source=str(folder), max_bad_fraction=0.2))
     assert "row 5, images/5.png: no conditioning image" in capsys.readouterr().out
