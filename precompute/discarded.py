@@ -12,6 +12,7 @@ from precompute.planning.context import Context
 from precompute.planning.plan import ProductPlan
 from shards.format import seal, sidecar
 from shards.format.expected_cache import read_expected
+from shards.format.manifest import Manifest
 from shards.format.members import metadata_to_bytes
 from shards.format.sidecar import Sidecar
 
@@ -65,7 +66,7 @@ def describe_discarded(context: Context) -> str:
         "stands there:",
         *map(str, discarded),
     ]
-    others = _other_controls(context)
+    others = _other_controls(context, seal.previous_manifest(context.config.cache))
     if others and any(one.folder == "latents" for one in discarded):
         names = ", ".join(map(repr, others))
         lines.append(f"  other controls, which go with their latents: {names}")
@@ -78,7 +79,7 @@ def describe_put_out(context: Context) -> str:
     What is drawn from an image that stays is kept then.
     """
     before, latents = seal.previous_manifest(context.config.cache), context.products.latents
-    others = _other_controls(context)
+    others = _other_controls(context, before)
     same_shape = before is not None and before.latents.num_shards == latents.num_shards
     if not others or (same_shape and not context.shards_to_build(latents)):
         return ""
@@ -167,8 +168,7 @@ def _count_staying(context: Context, product: ProductPlan, shard: int, card: Sid
     return staying
 
 
-def _other_controls(context: Context) -> list[str]:
-    before = seal.previous_manifest(context.config.cache)
+def _other_controls(context: Context, before: Manifest | None) -> list[str]:
     names = before.conditioning if before else ()
     return [name for name in names if name != context.config.conditioning_name]
 

@@ -205,8 +205,7 @@ def _finish(
         path.unlink(missing_ok=True)
     sealed = seal.seal(cache, expected)
     if was_complete and sealed == previous:
-        left_out = f", {sealed.num_skipped} rows left out" if sealed.num_skipped else ""
-        context.print(f"{cache}: already complete{left_out}, nothing to do")
+        context.print(f"{cache}: already complete{_left_out(sealed)}, nothing to do")
         return
     fingerprints = {folder: product.fingerprint for folder, product in sealed.products()}
     speed = {SECONDS_A_RECORD: seconds_a_record(cache) | rates}
@@ -230,8 +229,11 @@ def _report(context: Context, sealed: Manifest, previous: Manifest | None) -> No
         click.echo(f"{count} rows were left out:\n{context.bad_rows.table()}")
     size = sum(product.num_bytes for _, product in sealed.products())
     pairs = num_pairs(sealed, context.config.conditioning_name)
-    left_out = f", {sealed.num_skipped} rows left out" if sealed.num_skipped else ""
     click.echo(
-        f"{context.config.cache}: complete, {pairs}{left_out}, "
+        f"{context.config.cache}: complete, {pairs}{_left_out(sealed)}, "
         f"{sealed.text.num_records} prompts, {size / 1e6:.1f} MB"
     )
+
+
+def _left_out(sealed: Manifest) -> str:
+    return f", {sealed.num_skipped} rows left out" if sealed.num_skipped else ""

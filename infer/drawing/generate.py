@@ -52,13 +52,15 @@ def generate(config: GenerateConfig) -> None:
         for controlnets in sets:
             tokens = controlnets.convention.max_sequence_length
             prompts.check(tokens, read_config(base, "transformer"))
+    if cache is None and not config.from_photo:
+        _say_images_are_controls(sets)
     plans = [
         plan_pictures(
             config,
             controlnets,
             requests,
             title_in_name=len(sets) > 1,
-            redrawings=_find_redrawings(config, controlnets),
+            redrawings=_find_redrawings(config, controlnets) if config.from_photo else (),
         )
         for controlnets in sets
     ]
@@ -74,19 +76,20 @@ def generate(config: GenerateConfig) -> None:
     click.echo(sheet)
 
 
+def _say_images_are_controls(sets: Sequence[ControlNetSet]) -> None:
+    """Print what the images are taken for, where ControlNets know what drew their controls."""
+    conventions = chain.from_iterable(controlnets.conventions for controlnets in sets)
+    drawn = dict.fromkeys(one.annotator.name for one in conventions if one.annotator)
+    if drawn:
+        click.echo(
+            f"the images are taken for controls, as drawn by {' and '.join(drawn)}; for "
+            "photographs give --from-photo",
+            err=True,
+        )
+
+
 def _find_redrawings(config: GenerateConfig, controlnets: ControlNetSet) -> list[Redrawing]:
-    """Return what draws the controls of each ControlNet of a set from photographs; none unless the
-    settings say that the images are photographs.
-    """
-    if not config.from_photo:
-        drawn = [one.annotator.name for one in controlnets.conventions if one.annotator]
-        if drawn and config.cache is None:
-            click.echo(
-                f"the images are taken for controls, as drawn by {' and '.join(drawn)}; for "
-                "photographs give --from-photo",
-                err=True,
-            )
-        return []
+    """Return what draws the controls of each ControlNet of a set from photographs."""
     return [
         find_redrawing(config, name, convention)
         for name, convention in zip(controlnets.names, controlnets.conventions, strict=True)
