@@ -187,6 +187,12 @@ class PrecomputeConfig:
     text_dtype: Literal["float32", "float16", "bfloat16"] = option(
         "float16", help="Number format in which the text encoders compute."
     )
+    offload: Literal["auto", "none", "groups"] = option(
+        "auto",
+        help="groups: T5's layers stay in host memory and visit the device one by one, for small "
+        "cards; best with large batches of prompts. auto: if the text encoders would not fit the "
+        "device's free memory.",
+    )
     allow_tf32: bool = option(True, help="Use TensorFloat-32 for float32 products on the GPU.")
     dataloader_num_workers: int = option(4, help="Threads that decode and resize images.")
     device: str | None = option(

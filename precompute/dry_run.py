@@ -138,7 +138,13 @@ def _time_text(context: Context) -> tuple[float, int]:
     """Return seconds a prompt and the peak of memory, in bytes."""
     config, specs = context.config, context.specs
     size = text_pass.USUAL_BATCH if config.text_batch_size == "auto" else config.text_batch_size
-    encoders = TextEncoders(specs.base, specs.text_settings, context.device, config.variant)
+    encoders = TextEncoders.load(
+        specs.base,
+        specs.text_settings,
+        context.device,
+        config.variant,
+        in_groups=config.offload == "groups",
+    )
     prompts = [context.prompt(item % len(context.prompts)) for item in range(size)]
     return _time_encoding(
         context, size, lambda: encoders.encode(encoders.tokenize(prompts), BatchSize(size))
@@ -149,7 +155,7 @@ def _time_images(context: Context) -> tuple[float, int]:
     """Return seconds an image and the peak of memory, in bytes."""
     config, specs = context.config, context.specs
     size = image_pass.USUAL_BATCH if config.vae_batch_size == "auto" else config.vae_batch_size
-    encoder = VaeEncoder(specs.base, specs.latent_settings, context.device, config.variant)
+    encoder = VaeEncoder.load(specs.base, specs.latent_settings, context.device, config.variant)
     width, height = specs.latent_settings.largest_shape
     pixels = torch.zeros(size, 3, height, width, dtype=torch.uint8)
     return _time_encoding(

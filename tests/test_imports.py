@@ -15,7 +15,7 @@ from tests.conftest import REPOSITORY
 CACHE = {"common", "sd3", "shards.format", "shards.reading", "shards.remote"}
 STAGE = CACHE | {"sd3.annotators", "shards"}
 PLANNING = {"precompute.sources", "precompute.fingerprints", "precompute.planning"}
-PRECOMPUTE = PLANNING | {"precompute.encoding", "precompute"}
+PRECOMPUTE = PLANNING | {"precompute.encoding", "precompute.memory", "precompute"}
 BELOW_SAVING = {"train.processes", "train.optim", "train.validation"}
 TRAIN = BELOW_SAVING | {"train", "train.memory", "train.saving"}
 INFER = {"infer", "infer.drawing", "infer.scoring"}
@@ -52,7 +52,8 @@ ALLOWED = {
     "precompute.fingerprints": STAGE | {"precompute.config", "precompute.sources"},
     "precompute.planning": STAGE
     | {"precompute.config", "precompute.sources", "precompute.fingerprints"},
-    "precompute.encoding": STAGE | PLANNING,
+    "precompute.encoding": STAGE | PLANNING | {"precompute.memory.layer_groups"},
+    "precompute.memory": STAGE | PLANNING | {"precompute.config", "precompute.encoding"},
     "precompute": STAGE | PRECOMPUTE,
     "train.processes": STAGE | {"train.config"},
     "train.optim": STAGE | {"train.config", "train.processes"},

@@ -39,6 +39,7 @@ PRECOMPUTE_OPTIONS = (
     "--text-batch-size",
     "--vae-dtype",
     "--text-dtype",
+    "--offload",
     "--max-bad-fraction",
     "--strict",
     "--retry-bad-rows",

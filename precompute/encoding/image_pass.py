@@ -194,7 +194,7 @@ def encode_images(
     if not (latents or conditioning or validation):
         return
     specs, config = context.specs, context.config
-    encoder = VaeEncoder(specs.base, specs.latent_settings, context.device, config.variant)
+    encoder = VaeEncoder.load(specs.base, specs.latent_settings, context.device, config.variant)
     width, height = specs.latent_settings.largest_shape  # the others take no more memory
 
     def attempt(count: int) -> object:

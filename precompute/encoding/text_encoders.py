@@ -17,6 +17,7 @@ from torch import Tensor
 from common.errors import ShardError
 from precompute.encoding.batch_size import BatchSize, in_parts
 from precompute.fingerprints.encoder_spec import CLIP_COMPONENTS, T5_COMPONENTS, TextSettings
+from precompute.memory.layer_groups import bring_in_groups
 from precompute.sources.counted import Counted
 from sd3.pretrained import component_variant
 
@@ -96,41 +97,77 @@ def _lengths(tokenizer: Any, prompts: Sequence[str]) -> list[int]:
 
 
 class TextEncoders:
-    """The two CLIP encoders and T5 on a device.
+    """The two CLIP encoders and T5.
 
     Args:
-        base: model folder with tokenizers and text encoders.
+        clips: CLIP-L and CLIP-G, on the device.
+        t5: on the device, or brought to it in groups of layers.
+        tokenizers: of all three; only `tokenize` needs them.
         settings: token length and number formats.
-        device: where they run.
-        variant: variant of the weight files.
+        device: where they compute.
     """
 
     def __init__(
-        self, base: Path, settings: TextSettings, device: torch.device, variant: str | None
+        self,
+        clips: Sequence[Any],
+        t5: Any,
+        tokenizers: Tokenizers | None,
+        settings: TextSettings,
+        device: torch.device,
     ) -> None:
-        from transformers import CLIPTextModelWithProjection, T5EncoderModel
-
-        dtype = getattr(torch, settings.compute_dtype)
+        self.clips, self.t5 = clips, t5
+        self._tokenizers = tokenizers
         self.settings = settings
         self.device = device
 
-        def load(model_class: Any, name: str) -> Any:
+    @classmethod
+    def load(
+        cls,
+        base: Path,
+        settings: TextSettings,
+        device: torch.device,
+        variant: str | None,
+        *,
+        in_groups: bool = False,
+    ) -> "TextEncoders":
+        """Return those of a base model.
+
+        Args:
+            base: model folder with tokenizers and text encoders.
+            settings: token length and number formats.
+            device: where they compute.
+            variant: variant of the weight files.
+            in_groups: whether T5's layers stay in host memory and visit the device in turn.
+        """
+        from transformers import CLIPTextModelWithProjection, T5EncoderModel
+
+        def load(model_class: Any, name: str, to: torch.device) -> Any:
             model = model_class.from_pretrained(
                 base,
                 subfolder=name,
                 variant=component_variant(base / name, variant),
-                dtype=dtype,
+                dtype=getattr(torch, settings.compute_dtype),
                 use_safetensors=True,
                 # Load onto the device directly, so that there are never two copies.
-                device_map={"": str(device)},
+                device_map={"": str(to)},
             )
             return model.eval()
 
-        self.tokenizers = Tokenizers(
+        tokenizers = Tokenizers(
             base, settings.max_sequence_length, pin_memory=device.type == "cuda"
         )
-        self.clips = [load(CLIPTextModelWithProjection, name) for _, name in CLIP_COMPONENTS]
-        self.t5 = load(T5EncoderModel, T5_COMPONENTS[1])
+        clips = [load(CLIPTextModelWithProjection, name, device) for _, name in CLIP_COMPONENTS]
+        at_rest = torch.device("cpu") if in_groups else device
+        t5 = load(T5EncoderModel, T5_COMPONENTS[1], at_rest)
+        if in_groups:
+            bring_in_groups(t5, device)
+        return cls(clips, t5, tokenizers, settings, device)
+
+    @property
+    def tokenizers(self) -> Tokenizers:
+        """The tokenizers of all three."""
+        assert self._tokenizers is not None
+        return self._tokenizers
 
     def tokenize(self, prompts: Sequence[str]) -> Tokens:
         """Return the tokens of a batch of prompts; must not run in two threads at once."""

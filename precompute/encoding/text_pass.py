@@ -96,8 +96,12 @@ class TextPass:
         config, specs = context.config, context.specs
         self.context = context
         self.device = context.device
-        self.encoders = TextEncoders(
-            specs.base, specs.text_settings, context.device, config.variant
+        self.encoders = TextEncoders.load(
+            specs.base,
+            specs.text_settings,
+            context.device,
+            config.variant,
+            in_groups=config.offload == "groups",
         )
         self.batch_size = find_batch_size(
             config.text_batch_size, USUAL_BATCH, context.device, self._encode_empty_prompts

@@ -4,6 +4,7 @@ Axes: B images, 3 colours, H x W pixels, C latent channels, h x w latent grid (H
 """
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,36 +16,47 @@ from sd3.pretrained import component_variant
 
 
 class VaeEncoder:
-    """The VAE's encoder on a device.
+    """The VAE's encoder.
 
     Args:
-        base: model folder with a VAE.
+        vae: on the device; its decoder is dropped.
         settings: number formats, and whether to keep the posterior's standard deviation.
-        device: where it runs.
-        variant: variant of the weight files.
+        device: where it computes.
     """
 
-    def __init__(
-        self, base: Path, settings: LatentSettings, device: torch.device, variant: str | None
-    ) -> None:
-        from diffusers import AutoencoderKL
-
+    def __init__(self, vae: Any, settings: LatentSettings, device: torch.device) -> None:
         self.dtype = getattr(torch, settings.compute_dtype)
         self.cache_dtype = getattr(torch, settings.cache_dtype)
         self.posterior = settings.posterior
         self.device = device
-        vae = AutoencoderKL.from_pretrained(
-            base,
-            subfolder="vae",
-            variant=component_variant(base / "vae", variant),
-            dtype=self.dtype,
-            use_safetensors=True,
-            device_map={"": str(device)},  # load onto the device directly
-        )
         vae.decoder = None
         if settings.tiled:
             vae.enable_tiling()
         self.vae = vae.eval()
+
+    @classmethod
+    def load(
+        cls, base: Path, settings: LatentSettings, device: torch.device, variant: str | None
+    ) -> "VaeEncoder":
+        """Return that of a base model.
+
+        Args:
+            base: model folder with a VAE.
+            settings: number formats, and whether to keep the posterior's standard deviation.
+            device: where it computes.
+            variant: variant of the weight files.
+        """
+        from diffusers import AutoencoderKL
+
+        vae = AutoencoderKL.from_pretrained(
+            base,
+            subfolder="vae",
+            variant=component_variant(base / "vae", variant),
+            dtype=getattr(torch, settings.compute_dtype),
+            use_safetensors=True,
+            device_map={"": str(device)},  # load onto the device directly
+        )
+        return cls(vae, settings, device)
 
     @torch.no_grad()
     def encode(

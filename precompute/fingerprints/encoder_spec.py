@@ -218,18 +218,17 @@ class EncoderSpecs:
         ]
 
 
-def read_specs(base: Path, config: PrecomputeConfig) -> EncoderSpecs:
-    """Return what the encoders compute, from the base model's configurations and the settings.
-
-    Raises:
-        ConfigError: a configuration is not that of an SD3 model, or the transformer, where it is
-            beside the encoders, has no positions for pictures so large.
-    """
-    side = config.resolution
-    text_settings = TextSettings(
+def text_settings(config: PrecomputeConfig) -> TextSettings:
+    """Return what a run's text encoders are run with."""
+    return TextSettings(
         config.max_sequence_length, config.text_dtype, config.cache_dtype, config.allow_tf32
     )
-    latent_settings = LatentSettings(
+
+
+def latent_settings(config: PrecomputeConfig) -> LatentSettings:
+    """Return what a run's VAE is run with."""
+    side = config.resolution
+    return LatentSettings(
         side,
         bucket_shapes(side) if config.buckets else [(side, side)],
         config.posterior,
@@ -238,15 +237,25 @@ def read_specs(base: Path, config: PrecomputeConfig) -> EncoderSpecs:
         config.background,
         config.allow_tf32,
     )
+
+
+def read_specs(base: Path, config: PrecomputeConfig) -> EncoderSpecs:
+    """Return what the encoders compute, from the base model's configurations and the settings.
+
+    Raises:
+        ConfigError: a configuration is not that of an SD3 model, or the transformer, where it is
+            beside the encoders, has no positions for pictures so large.
+    """
+    of_text, of_latents = text_settings(config), latent_settings(config)
     if has_component(base, "transformer"):
-        _check_positions(base, latent_settings)
+        _check_positions(base, of_latents)
     return EncoderSpecs(
         base,
-        text_settings,
-        latent_settings,
-        text_spec(base, text_settings),
-        latent_spec(base, latent_settings, "-1_1"),
-        _conditioning_spec(base, latent_settings, config),
+        of_text,
+        of_latents,
+        text_spec(base, of_text),
+        latent_spec(base, of_latents, "-1_1"),
+        _conditioning_spec(base, of_latents, config),
     )
 
 

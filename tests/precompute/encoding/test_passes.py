@@ -42,7 +42,7 @@ def context(fresh: PrecomputeConfig) -> Context:
 
 @pytest.fixture
 def vae(context: Context) -> VaeEncoder:
-    return VaeEncoder(context.specs.base, context.specs.latent_settings, CPU, None)
+    return VaeEncoder.load(context.specs.base, context.specs.latent_settings, CPU, None)
 
 
 def image_pass(context: Context, vae: VaeEncoder, kind: Kind) -> ImagePass:
@@ -152,7 +152,7 @@ def test_the_variant_that_is_asked_for_is_loaded(base: Path, tmp_path: Path) -> 
     save_file(weights, plain.with_name("diffusion_pytorch_model.fp16.safetensors"))
     name = "encoder.conv_in.weight"
     for variant, factor in ((None, 2), ("fp16", 1)):
-        loaded = VaeEncoder(tmp_path, settings(64), CPU, variant)
+        loaded = VaeEncoder.load(tmp_path, settings(64), CPU, variant)
         assert torch.equal(loaded.vae.state_dict()[name], factor * weights[name])
 
 
@@ -167,7 +167,7 @@ def test_the_mean_is_stored_where_the_posterior_is_wide(base: Path, tmp_path: Pa
     with torch.no_grad():
         posterior = stock.encode(pixels / 255 * 2 - 1).latent_dist
     assert posterior.std.min() > 0.9
-    found = VaeEncoder(tmp_path, settings(64), CPU, None)
+    found = VaeEncoder.load(tmp_path, settings(64), CPU, None)
     latent = found.encode(pixels, "-1_1", "latent", BatchSize(1))["latent"]
     torch.testing.assert_close(latent, posterior.mean, rtol=1e-4, atol=1e-4)
 
@@ -180,7 +180,7 @@ def settings(side: int) -> LatentSettings:
 
 @pytest.mark.parametrize(("side", "tiled"), [(1024, False), (1088, True)])
 def test_large_images_are_encoded_in_tiles(base: Path, side: int, tiled: bool) -> None:
-    assert VaeEncoder(base, settings(side), CPU, None).vae.use_tiling is tiled
+    assert VaeEncoder.load(base, settings(side), CPU, None).vae.use_tiling is tiled
 
 
 class LateCopy:

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
+from common.meter import Meter
 from sd3.pretrained import read_config
 from tests.conftest import Outcome, flags
 from tests.train.memory.steps import batches_and_guard
@@ -20,7 +21,6 @@ from train.assembly import assemble
 from train.config import TrainConfig
 from train.memory import estimate, simulation
 from train.memory.estimate import find_sizes, remedies
-from train.memory.meter import Meter
 from train.memory.simulation import simulate
 
 
