@@ -2,6 +2,7 @@
 
 import contextlib
 import ctypes
+import gc
 import platform
 from collections.abc import Iterator
 from typing import Any
@@ -56,6 +57,13 @@ def keep_freed_memory(device: torch.device) -> None:
         libc = ctypes.CDLL("libc.so.6")
         libc.mallopt(M_MMAP_MAX, 0)
         libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
+
+
+def free_memory() -> None:
+    """Return the memory of what is no longer used to the device."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 @contextlib.contextmanager

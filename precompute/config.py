@@ -174,12 +174,15 @@ class PrecomputeConfig:
         "and does not train on them.",
     )
     vae_batch_size: int | Literal["auto"] = option(
-        8,
-        help="Images encoded at a time; auto: as many as fit the GPU's memory.",
+        "auto",
+        help="Images encoded at a time; auto: as many as fit the GPU's memory, elsewhere 8. Either "
+        "way fewer if memory runs out.",
         heading="Speed and memory",
     )
     text_batch_size: int | Literal["auto"] = option(
-        32, help="Prompts encoded at a time; auto: as many as fit the GPU's memory."
+        32,
+        help="Prompts encoded at a time; auto: as many as fit the GPU's memory, elsewhere 32. "
+        "Either way fewer if memory runs out.",
     )
     vae_dtype: Literal["float32", "float16", "bfloat16"] = option(
         "float32", help="Number format in which the VAE computes."

@@ -1,6 +1,5 @@
 """`--dry-run`: what a run would build, how much disk and memory it needs, and how long it takes."""
 
-import gc
 import resource
 import shutil
 import sys
@@ -12,7 +11,7 @@ import click
 import torch
 from torch import Tensor
 
-from common.device import AsyncHostCopy
+from common.device import AsyncHostCopy, free_memory
 from precompute.discarded import describe_discarded, describe_put_out
 from precompute.encoding import image_pass, text_pass
 from precompute.encoding.batch_size import BatchSize
@@ -119,6 +118,7 @@ def _print_trials(context: Context) -> None:
 def _print_trial(
     name: str, count: int, unit: str, seconds: float, memory: int, device: torch.device
 ) -> None:
+    free_memory()  # of its encoders: those of the next trial must not come on top
     where = "GPU memory" if device.type == "cuda" else "memory, this program included"
     click.echo(
         f"  {name}: {count} {unit} at {1 / seconds:.3g}/s, {_duration(count * seconds)}; "
@@ -146,9 +146,8 @@ def _time_text(context: Context) -> tuple[float, int]:
         in_groups=config.offload == "groups",
     )
     prompts = [context.prompt(item % len(context.prompts)) for item in range(size)]
-    return _time_encoding(
-        context, size, lambda: encoders.encode(encoders.tokenize(prompts), BatchSize(size))
-    )
+    parts = BatchSize(size)  # where it has shrunk, it stays so
+    return _time_encoding(context, size, lambda: encoders.encode(encoders.tokenize(prompts), parts))
 
 
 def _time_images(context: Context) -> tuple[float, int]:
@@ -158,9 +157,8 @@ def _time_images(context: Context) -> tuple[float, int]:
     encoder = VaeEncoder.load(specs.base, specs.latent_settings, context.device, config.variant)
     width, height = specs.latent_settings.largest_shape
     pixels = torch.zeros(size, 3, height, width, dtype=torch.uint8)
-    return _time_encoding(
-        context, size, lambda: encoder.encode(pixels, "-1_1", "latent", BatchSize(size))
-    )
+    parts = BatchSize(size)  # where it has shrunk, it stays so
+    return _time_encoding(context, size, lambda: encoder.encode(pixels, "-1_1", "latent", parts))
 
 
 def _time_drawing(context: Context, shard: int) -> tuple[float, int]:
@@ -189,7 +187,6 @@ def _time(context: Context, size: int, work: Callable[[], object]) -> tuple[floa
         work()
     seconds = (time.perf_counter() - start) / NUM_TRIALS / size
     memory = torch.cuda.max_memory_allocated(context.device) if cuda else _peak_resident_bytes()
-    gc.collect()
     return seconds, memory
 
 

@@ -1,7 +1,6 @@
 """Stage 1 from front to back: plan, text pass, image pass, manifest."""
 
 import dataclasses
-import gc
 import time
 from collections.abc import Mapping
 
@@ -9,7 +8,7 @@ import click
 import torch
 
 from common.atomic_files import require_space
-from common.device import keep_freed_memory
+from common.device import free_memory, keep_freed_memory
 from common.interruption import InterruptedRun, stop_between_shards
 from common.provenance import write_run
 from precompute.config import PrecomputeConfig
@@ -32,6 +31,7 @@ from precompute.encoding.encoder_clock import EncoderClock
 from precompute.encoding.image_pass import encode_images
 from precompute.encoding.text_pass import encode_text
 from precompute.leftovers import abandoned_files, surplus_files
+from precompute.memory.offload import choose_offload
 from precompute.planning.context import Context
 from precompute.planning.existing_layout import layout_arrays
 from precompute.planning.oddities import describe_oddities
@@ -52,7 +52,7 @@ def precompute(config: PrecomputeConfig) -> None:
         ShardError: too many rows are bad; finished shards are kept.
         OSError: the cache cannot be written, or does not fit the disk; finished shards are kept.
     """
-    context = prepare(config)
+    context = choose_offload(prepare(config))
     keep_freed_memory(context.device)
     torch.backends.cuda.matmul.allow_tf32 = config.allow_tf32
     torch.backends.cudnn.allow_tf32 = config.allow_tf32
@@ -139,12 +139,12 @@ def _encode(context: Context) -> dict[str, float]:
         with stop_between_shards() as check:
             context = draw_controls(context, check, clock)
             drawing = clock.seconds
-            _free_memory()
+            free_memory()
             validation_embeds = encode_text(context, check, clock)
             text = clock.seconds - drawing, clock.num_items
-            _free_memory()
+            free_memory()
             encode_images(context, validation_embeds, check, clock)
-            _free_memory()
+            free_memory()
     except InterruptedRun as signal:
         context.print(
             f"{context.config.cache}: {signal}, ended between shards; "
@@ -157,13 +157,6 @@ def _encode(context: Context) -> dict[str, float]:
     images = clock.seconds - drawing - text[0], clock.num_items - text[1]
     kinds = {"text": text, "images": images}
     return {kind: seconds / count for kind, (seconds, count) in kinds.items() if count}
-
-
-def _free_memory() -> None:
-    """Return the memory of a finished pass to the device."""
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
 
 
 def _renew_captions(context: Context) -> None:

@@ -3,27 +3,69 @@
 from collections.abc import Callable, Sequence
 
 import torch
+from accelerate.utils.memory import should_reduce_batch_size
 from torch import Tensor
+
+from common.errors import RunError
 
 LARGEST = 256
 FULL = 0.85  # of the device's memory
+# What CUDA's libraries say when they cannot allocate, beside what accelerate knows.
+ALLOCATION_FAILURES = (
+    "CUBLAS_STATUS_ALLOC_FAILED",
+    "CUBLAS_STATUS_NOT_INITIALIZED",  # no memory for its handle
+    "CUDNN_STATUS_ALLOC_FAILED",
+    "ALLOCATION_FAILED",  # the end of cuDNN's newer names
+)
 
 
 class BatchSize:
     """The size of an encoder's batches.
 
     Attributes:
+        given: the size at first.
         now: the current size.
         may_shrink: whether the size is halved when memory runs out.
     """
 
-    def __init__(self, now: int, *, may_shrink: bool = False) -> None:
-        self.now = now
+    def __init__(self, now: int, *, may_shrink: bool = True) -> None:
+        self.given = self.now = now
         self.may_shrink = may_shrink
+
+    def describe(self, items: str) -> list[str]:
+        """Return a line if the size has shrunk."""
+        if self.now == self.given:
+            return []
+        return [f"memory ran out at {self.given} {items} a batch; {self.now} were encoded at once"]
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Tell whether an error says that memory is full, the device's or the host's."""
+    if isinstance(error, torch.OutOfMemoryError) or should_reduce_batch_size(error):
+        return True
+    said = str(error)
+    return isinstance(error, RuntimeError) and any(one in said for one in ALLOCATION_FAILURES)
+
+
+def out_of_memory(what: str, error: Exception, remedies: Sequence[str]) -> RunError:
+    """Return the error that tells what did not fit, and what helps.
+
+    Args:
+        what: did not fit, in words.
+        error: that was raised.
+        remedies: in words, the best first.
+    """
+    said = (str(error).splitlines() or ["out of memory"])[0]
+    return RunError(f"{what}: memory is full ({said}). What helps: {'; '.join(remedies)}.")
 
 
 def find_batch_size(
-    given: int | str, usual: int, device: torch.device, attempt: Callable[[int], object]
+    given: int | str,
+    usual: int,
+    device: torch.device,
+    attempt: Callable[[int], object],
+    *,
+    most: int = LARGEST,
 ) -> BatchSize:
     """Return the given size, or the largest power of two that fits into the GPU's memory.
 
@@ -31,7 +73,8 @@ def find_batch_size(
         given: a number, or `auto`.
         usual: the size that `auto` gives on other devices than a GPU.
         device: where the encoder runs.
-        attempt: encodes a batch of the size that it is called with.
+        attempt: encodes a batch of the size that it is called with, whole.
+        most: no more are needed.
     """
     if given != "auto":
         return BatchSize(int(given))
@@ -39,23 +82,29 @@ def find_batch_size(
         return BatchSize(usual)
     total = torch.cuda.get_device_properties(device).total_memory
     size = 1
-    while size < LARGEST:
+    while size < min(LARGEST, most):
         torch.cuda.reset_peak_memory_stats(device)
         try:
             attempt(2 * size)
             torch.cuda.synchronize(device)
-        except torch.OutOfMemoryError:
-            torch.cuda.empty_cache()
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
             break
         if torch.cuda.max_memory_reserved(device) > FULL * total:
             break
         size *= 2
     torch.cuda.empty_cache()
-    return BatchSize(size, may_shrink=True)
+    return BatchSize(size)
 
 
 def in_parts(
-    compute: Callable[..., dict[str, Tensor]], inputs: Sequence[Tensor], size: BatchSize
+    compute: Callable[..., dict[str, Tensor]],
+    inputs: Sequence[Tensor],
+    size: BatchSize,
+    *,
+    item: str,
+    remedies: Sequence[str],
 ) -> dict[str, Tensor]:
     """Return the encoder's output for a batch, computed in parts of the current size.
 
@@ -63,8 +112,11 @@ def in_parts(
         compute: the encoder; takes parts of the inputs and returns tensors [part, ...].
         inputs: of the batch, [B, ...] each.
         size: of the parts; it is halved when memory runs out, if it may shrink.
+        item: what is encoded, in words.
+        remedies: what helps where a single one does not fit, in words.
 
     Raises:
+        RunError: memory is full with a single item.
         torch.OutOfMemoryError: memory is full, and the size may not shrink.
     """
     while True:
@@ -72,9 +124,11 @@ def in_parts(
             splits = zip(*(tensor.split(size.now) for tensor in inputs), strict=True)
             parts = [compute(*part) for part in splits]
             return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
-        except torch.OutOfMemoryError:
-            if not size.may_shrink or size.now == 1:
+        except RuntimeError as error:
+            if not is_out_of_memory(error) or not size.may_shrink:
                 raise
+            if size.now == 1:
+                raise out_of_memory(f"a single {item}", error, remedies) from error
         # After the handler, since the error's traceback holds the tensors of the attempt.
         size.now //= 2
         torch.cuda.empty_cache()

@@ -199,12 +199,12 @@ def encode_images(
 
     def attempt(count: int) -> object:
         pixels = torch.zeros(count, 3, height, width, dtype=torch.uint8)
-        return encoder.encode(pixels, "-1_1", "latent", BatchSize(count))
+        return encoder.encode(pixels, "-1_1", "latent", BatchSize(count, may_shrink=False))
 
-    size = find_batch_size(config.vae_batch_size, USUAL_BATCH, context.device, attempt)
-    source_images = SourceImages(context)
     total = products.latents.count_records(latents)
     total += products.conditioning.count_records(conditioning)
+    size = find_batch_size(config.vae_batch_size, USUAL_BATCH, context.device, attempt, most=total)
+    source_images = SourceImages(context)
     with Progress(total, "image", "images", quiet=context.quiet) as bar:
         for image_pass, shards in (
             (ImagePass(context, source_images, encoder, size, "image"), latents),
@@ -219,7 +219,8 @@ def encode_images(
                 check=check,
                 advance=bar.update,
             )
-    for line in source_images.control_values.describe_unseen(context):
+    unseen = source_images.control_values.describe_unseen(context)
+    for line in [*unseen, *size.describe("images")]:
         context.print(f"  {line}")
     for shard in validation:
         records = _validation_records(context, encoder, shard, validation_embeds, size)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from common.errors import ShardError
-from precompute.encoding.batch_size import BatchSize, in_parts
+from precompute.encoding.batch_size import BatchSize, in_parts, out_of_memory
 from precompute.fingerprints.encoder_spec import CLIP_COMPONENTS, T5_COMPONENTS, TextSettings
 from precompute.memory.layer_groups import bring_in_groups
 from precompute.sources.counted import Counted
@@ -105,6 +105,7 @@ class TextEncoders:
         tokenizers: of all three; only `tokenize` needs them.
         settings: token length and number formats.
         device: where they compute.
+        in_groups: whether T5's layers visit the device in turn.
     """
 
     def __init__(
@@ -114,8 +115,11 @@ class TextEncoders:
         tokenizers: Tokenizers | None,
         settings: TextSettings,
         device: torch.device,
+        *,
+        in_groups: bool = False,
     ) -> None:
         self.clips, self.t5 = clips, t5
+        self.in_groups = in_groups
         self._tokenizers = tokenizers
         self.settings = settings
         self.device = device
@@ -138,6 +142,9 @@ class TextEncoders:
             device: where they compute.
             variant: variant of the weight files.
             in_groups: whether T5's layers stay in host memory and visit the device in turn.
+
+        Raises:
+            RunError: they do not fit the device's memory.
         """
         from transformers import CLIPTextModelWithProjection, T5EncoderModel
 
@@ -156,12 +163,16 @@ class TextEncoders:
         tokenizers = Tokenizers(
             base, settings.max_sequence_length, pin_memory=device.type == "cuda"
         )
-        clips = [load(CLIPTextModelWithProjection, name, device) for _, name in CLIP_COMPONENTS]
-        at_rest = torch.device("cpu") if in_groups else device
-        t5 = load(T5EncoderModel, T5_COMPONENTS[1], at_rest)
-        if in_groups:
-            bring_in_groups(t5, device)
-        return cls(clips, t5, tokenizers, settings, device)
+        try:
+            clips = [load(CLIPTextModelWithProjection, name, device) for _, name in CLIP_COMPONENTS]
+            at_rest = torch.device("cpu") if in_groups else device
+            t5 = load(T5EncoderModel, T5_COMPONENTS[1], at_rest)
+            if in_groups:
+                bring_in_groups(t5, device)
+        except torch.OutOfMemoryError as error:
+            remedies = _remedies(settings, in_groups=in_groups)
+            raise out_of_memory("the text encoders", error, remedies) from error
+        return cls(clips, t5, tokenizers, settings, device, in_groups=in_groups)
 
     @property
     def tokenizers(self) -> Tokenizers:
@@ -185,7 +196,14 @@ class TextEncoders:
             `clip_embeds` [B, T, W], `t5_embeds` [B, T, W] and `pooled_embeds` [B, W], on the
             device.
         """
-        embeds = in_parts(self._embeds, [tokens.t5, *tokens.clip], size)
+        inputs = [tokens.t5, *tokens.clip]
+        embeds = in_parts(
+            self._embeds,
+            inputs,
+            size,
+            item="prompt",
+            remedies=_remedies(self.settings, in_groups=self.in_groups),
+        )
         dtype = getattr(torch, self.settings.cache_dtype)
         return {name: tensor.to(dtype) for name, tensor in embeds.items()}
 
@@ -201,6 +219,14 @@ class TextEncoders:
             "t5_embeds": self.t5(t5.to(self.device, non_blocking=True))[0],
             "pooled_embeds": torch.cat(pooled, dim=-1),
         }
+
+
+def _remedies(settings: TextSettings, *, in_groups: bool) -> list[str]:
+    """Return what lessens the memory that the text encoders take, the best first."""
+    remedies = [] if in_groups else ["--offload groups"]
+    if settings.compute_dtype != "bfloat16":
+        remedies.append("--text-dtype bfloat16")
+    return [*remedies, "a device that nothing else uses", "--device cpu"]
 
 
 class LongPrompts:

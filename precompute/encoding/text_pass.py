@@ -104,12 +104,18 @@ class TextPass:
             in_groups=config.offload == "groups",
         )
         self.batch_size = find_batch_size(
-            config.text_batch_size, USUAL_BATCH, context.device, self._encode_empty_prompts
+            config.text_batch_size,
+            USUAL_BATCH,
+            context.device,
+            self._encode_empty_prompts,
+            most=len(context.prompts),
         )
         self.cut = CutPrompts(self.encoders.tokenizers)
 
     def _encode_empty_prompts(self, count: int) -> object:
-        return self.encoders.encode(self.encoders.tokenize([""] * count), BatchSize(count))
+        return self.encoders.encode(
+            self.encoders.tokenize([""] * count), BatchSize(count, may_shrink=False)
+        )
 
     def prepare(self, shard: int) -> ShardBuild:
         """Return the build of a shard."""
@@ -186,6 +192,7 @@ def encode_text(context: Context, check: StopCheck, clock: EncoderClock) -> dict
             check=check,
             advance=bar.update,
         )
-    for line in text_pass.cut.describe():
+    embeds = {pair.prompt: text_pass.encode_prompt(pair.prompt) for pair in pairs}
+    for line in [*text_pass.cut.describe(), *text_pass.batch_size.describe("prompts")]:
         context.print(f"  {line}")
-    return {pair.prompt: text_pass.encode_prompt(pair.prompt) for pair in pairs}
+    return embeds

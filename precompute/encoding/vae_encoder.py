@@ -32,6 +32,12 @@ class VaeEncoder:
         vae.decoder = None
         if settings.tiled:
             vae.enable_tiling()
+        # The layout that tensor cores take. Elsewhere the plain one: it decides how CPUs round, and
+        # so the bytes of caches.
+        self.memory_format = torch.contiguous_format
+        if device.type == "cuda":
+            self.memory_format = torch.channels_last
+            vae.to(memory_format=self.memory_format)
         self.vae = vae.eval()
 
     @classmethod
@@ -77,14 +83,20 @@ class VaeEncoder:
 
         def compute(part: Tensor) -> dict[str, Tensor]:
             pixels = to_pixels(part.to(self.device, non_blocking=True), pixel_range)
-            posterior = self.vae.encode(pixels.to(self.dtype)).latent_dist
+            pixels = pixels.to(self.dtype, memory_format=self.memory_format)
+            posterior = self.vae.encode(pixels).latent_dist
             tensors = {name: posterior.mean}
             if self.posterior == "mean_std":
                 tensors[f"{name}_std"] = posterior.std
             return tensors
 
-        latents = in_parts(compute, [uint8], size)
-        return {key: tensor.to(self.cache_dtype) for key, tensor in latents.items()}
+        remedies = ["--vae-dtype bfloat16"] if self.dtype == torch.float32 else []
+        remedies += ["a device that nothing else uses", "--device cpu"]
+        latents = in_parts(compute, [uint8], size, item="image", remedies=remedies)
+        return {
+            key: tensor.to(self.cache_dtype, memory_format=torch.contiguous_format)
+            for key, tensor in latents.items()
+        }
 
 
 def is_finite(tensors: dict[str, Tensor]) -> bool:

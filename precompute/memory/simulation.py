@@ -16,7 +16,6 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from common.device import default_dtype
 from common.meter import Meter
 from precompute.config import PrecomputeConfig
-from precompute.encoding import image_pass, text_pass
 from precompute.encoding.batch_size import BatchSize
 from precompute.encoding.text_encoders import TextEncoders, Tokens
 from precompute.encoding.vae_encoder import VaeEncoder
@@ -87,15 +86,12 @@ def read_sizes(base: Path) -> Sizes:
 def simulate(config: PrecomputeConfig, sizes: Sizes) -> dict[str, Peak]:
     """Return the peaks of a run's passes by name, `text` and `images`.
 
-    `auto` counts as the batches that other devices than a GPU take, and as no offload: on a GPU it
-    is what fits.
+    Batches of `auto` count as one item: on a GPU they are as large as fits. So does `--offload
+    auto` as `none`: see `precompute.memory.offload`.
     """
     text, images = (
-        usual if given == "auto" else int(given)
-        for usual, given in (
-            (text_pass.USUAL_BATCH, config.text_batch_size),
-            (image_pass.USUAL_BATCH, config.vae_batch_size),
-        )
+        1 if given == "auto" else int(given)
+        for given in (config.text_batch_size, config.vae_batch_size)
     )
     in_groups = config.offload == "groups"
     return {

@@ -84,7 +84,10 @@ def prepare(config: PrecomputeConfig) -> Context:
     specs = read_specs(base, config)
     pairs = find_pairs(config, specs.latent_settings.shapes, annotator)
     digests = DigestCache(config.cache / HASHES, keep=not config.dry_run)
-    identities = find_identities(config, specs, annotator, digests)
+    # One process of a machine reads the weights; the others wait, and find their digests.
+    with digests.hashing_lock():
+        identities = find_identities(config, specs, annotator, digests)
+        digests.save()
     pairs = pairs_over(pairs, identities[2], config.background)
     rows = choose_rows(len(source), config.max_train_samples, config.seed)
     colour = list(ImageColor.getrgb(config.background))

@@ -121,35 +121,6 @@ def test_what_does_not_fit_the_disk_is_not_begun(
     assert "that does not fit" in dry.output
 
 
-def doubled(limit: int, seen: list[int]) -> Callable[[Tensor], dict[str, Tensor]]:
-    """Return an encoder whose memory is full above some number of items."""
-
-    def compute(part: Tensor) -> dict[str, Tensor]:
-        seen.append(len(part))
-        if len(part) > limit:
-            raise torch.OutOfMemoryError("full")
-        return {"twice": 2 * part, "same": part}
-
-    return compute
-
-
-def test_batches_step_back_where_memory_is_full() -> None:
-    batch = torch.arange(10.0).reshape(10, 1)
-    seen: list[int] = []
-    size = BatchSize(8, may_shrink=True)
-    found = in_parts(doubled(3, seen), [batch], size)
-    assert torch.equal(found["twice"], 2 * batch)
-    assert torch.equal(found["same"], batch)
-    # Eight are too many, and so are four; two go, and two it stays.
-    assert (seen, size.now) == ([8, 4, 2, 2, 2, 2, 2], 2)
-    in_parts(doubled(3, seen), [batch], size)
-    assert seen[7:] == [2, 2, 2, 2, 2]
-    with pytest.raises(torch.OutOfMemoryError):
-        in_parts(doubled(0, seen), [batch], size)
-    with pytest.raises(torch.OutOfMemoryError):
-        in_parts(doubled(3, seen), [batch], BatchSize(8))
-
-
 def test_what_failed_is_gone_before_memory_is_given_back(monkeypatch: pytest.MonkeyPatch) -> None:
     made: list[weakref.ref[Tensor]] = []
     alive: list[int] = []
@@ -166,7 +137,7 @@ def test_what_failed_is_gone_before_memory_is_given_back(monkeypatch: pytest.Mon
 
     monkeypatch.setattr(torch.cuda, "empty_cache", count)
     batch = torch.arange(8.0).reshape(8, 1)
-    found = in_parts(compute, [batch], BatchSize(4, may_shrink=True))
+    found = in_parts(compute, [batch], BatchSize(4), item="", remedies=[])
     assert torch.equal(found["same"], batch)
     assert alive == [0]
 

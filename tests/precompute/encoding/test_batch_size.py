@@ -2,12 +2,19 @@
 
 from collections.abc import Callable
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from precompute.encoding.batch_size import BatchSize, find_batch_size, in_parts
+from common.errors import RunError
+from precompute.encoding.batch_size import (
+    BatchSize,
+    find_batch_size,
+    in_parts,
+    is_out_of_memory,
+)
 
 TOTAL = 1000
 CUDA = torch.device("cuda")
@@ -69,7 +76,7 @@ def test_auto_takes_the_largest_power_of_two_that_fits(
 ) -> None:
     memory.install(monkeypatch)
     found = find_batch_size("auto", 8, CUDA, memory.encode)
-    assert (found.now, found.may_shrink) == (size, True)
+    assert found.now == size
     assert memory.tried == tried
 
 
@@ -83,7 +90,14 @@ def test_a_given_size_is_taken_and_auto_on_a_cpu_is_the_usual_one() -> None:
         ("auto", torch.device("mps"), 8),
     ):
         found = find_batch_size(given, 8, device, never)
-        assert (found.now, found.may_shrink) == (size, False)
+        assert found.now == size
+
+
+def test_auto_tries_no_more_than_there_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    memory = Memory(100, 10)
+    memory.install(monkeypatch)
+    assert find_batch_size("auto", 8, CUDA, memory.encode, most=5).now == 8
+    assert memory.tried == [2, 4, 8]
 
 
 def halve(most: int) -> tuple[list[int], Callable[..., dict[str, Tensor]]]:
@@ -99,29 +113,70 @@ def halve(most: int) -> tuple[list[int], Callable[..., dict[str, Tensor]]]:
     return given, compute
 
 
+IN_PARTS: Any = {"item": "image", "remedies": ["--vae-dtype bfloat16", "--device cpu"]}
+
+
 def test_parts_shrink_until_they_fit_and_give_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
     numbers = torch.arange(10.0)
     given, compute = halve(3)
-    size = BatchSize(8, may_shrink=True)
+    size = BatchSize(8)
+    assert size.describe("images") == []
     for _ in range(2):
-        found = in_parts(compute, [numbers, 2 * numbers], size)
+        found = in_parts(compute, [numbers, 2 * numbers], size, **IN_PARTS)
         assert found.keys() == {"half", "sum"}
         assert torch.equal(found["half"], numbers / 2)
         assert torch.equal(found["sum"], 3 * numbers)
     # The size that fits is kept for the next batch.
     assert given == [8, 4, *[2] * 5, *[2] * 5]
     assert size.now == 2
+    assert size.describe("images") == ["memory ran out at 8 images a batch; 2 were encoded at once"]
+
+
+def test_a_memory_that_is_too_small_for_one_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    given, compute = halve(0)
+    says = r"a single image: memory is full \(.*\)\. What helps: --vae-dtype bfloat16; --device cpu"
+    with pytest.raises(RunError, match=says):
+        in_parts(compute, [torch.zeros(4), torch.zeros(4)], BatchSize(4), **IN_PARTS)
+    assert given == [4, 2, 1]
+
+
+def test_an_attempt_does_not_shrink() -> None:
+    given, compute = halve(0)
+    size = BatchSize(4, may_shrink=False)
+    with pytest.raises(torch.OutOfMemoryError):
+        in_parts(compute, [torch.zeros(4), torch.zeros(4)], size, **IN_PARTS)
+    assert (given, size.now) == ([4], 4)
 
 
 @pytest.mark.parametrize(
-    ("size", "tried"), [(BatchSize(4), [4]), (BatchSize(2, may_shrink=True), [2, 1])]
+    ("error", "is_memory"),
+    [
+        (torch.OutOfMemoryError(), True),
+        (RuntimeError("CUDA out of memory. Tried to allocate 2 GiB"), True),
+        (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you"), True),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate`"), True),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_NOT_INITIALIZED when calling it"), True),
+        (RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"), True),
+        (RuntimeError("CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED"), True),
+        (RuntimeError("cuDNN error: CUDNN_STATUS_NOT_SUPPORTED."), True),
+        (RuntimeError("CUDA error: an illegal memory access was encountered"), False),
+        (RuntimeError("The size of tensor a (3) must match the size of tensor b (4)"), False),
+        (ValueError("CUBLAS_STATUS_ALLOC_FAILED"), False),
+    ],
 )
-def test_a_memory_that_is_too_small_is_an_error(
-    monkeypatch: pytest.MonkeyPatch, size: BatchSize, tried: list[int]
-) -> None:
-    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
-    given, compute = halve(0)
-    with pytest.raises(torch.OutOfMemoryError):
-        in_parts(compute, [torch.zeros(4), torch.zeros(4)], size)
-    assert given == tried
+def test_full_memory_is_told_from_other_faults(error: Exception, is_memory: bool) -> None:
+    assert is_out_of_memory(error) is is_memory
+
+    def compute(part: Tensor) -> dict[str, Tensor]:
+        if len(part) > 1:
+            raise error
+        return {"same": part}
+
+    if is_memory:
+        found = in_parts(compute, [torch.arange(4)], BatchSize(4), **IN_PARTS)
+        assert torch.equal(found["same"], torch.arange(4))
+    else:
+        with pytest.raises(type(error)):
+            in_parts(compute, [torch.arange(4)], BatchSize(4), **IN_PARTS)
