@@ -16,7 +16,7 @@ from precompute.encoding.encoder_clock import EncoderClock
 from precompute.encoding.load_image import SourceImages
 from precompute.encoding.pipeline import Batch, build_shards
 from precompute.encoding.shard_build import ShardBuild, prepare_build
-from precompute.encoding.vae_encoder import VaeEncoder, is_finite
+from precompute.encoding.vae_encoder import VaeEncoder
 from precompute.planning.context import Context
 from precompute.sources.source import Kind
 from sd3.image_files import BadImage
@@ -155,7 +155,11 @@ class ImagePass:
         )
 
     def records(
-        self, batch: Batch, loaded: LoadedImages, tensors: dict[str, Tensor]
+        self,
+        batch: Batch,
+        loaded: LoadedImages,
+        tensors: dict[str, Tensor],
+        finite: dict[str, Tensor],
     ) -> Iterator[Record]:
         """Yield the records of a batch; note the rows that cannot be used."""
         build = batch.build
@@ -163,7 +167,7 @@ class ImagePass:
             item = int(build.plan.items[position])
             latent = {name: tensor[index] for name, tensor in tensors.items()}
             reason = loaded.reasons.get(position)
-            if not reason and not is_finite(latent):
+            if not reason and not all(bool(each[index]) for each in finite.values()):
                 reason = f"{self.tensor_name} is not finite"
             if reason:
                 row = self.context.row_of(item)

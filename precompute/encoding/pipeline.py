@@ -97,24 +97,39 @@ class EncodingPass(Protocol[Loaded]):
         """
         ...
 
-    def records(self, batch: Batch, loaded: Loaded, tensors: dict[str, Tensor]) -> Iterator[Record]:
+    def records(
+        self,
+        batch: Batch,
+        loaded: Loaded,
+        tensors: dict[str, Tensor],
+        finite: dict[str, Tensor],
+    ) -> Iterator[Record]:
         """Yield the records of a batch.
 
         Args:
             batch: the batch.
             loaded: what `load` returned for it.
             tensors: the encoder's output, [batch size, ...] each; empty without output.
+            finite: for each of them, which items have finite numbers alone, [batch size].
         """
         ...
 
 
 @dataclass
 class EncodedBatch(Generic[Loaded]):
-    """A batch with the input and the output of its encoder."""
+    """A batch with the input and the output of its encoder.
+
+    Attributes:
+        batch: the batch.
+        loaded: the encoder's input.
+        output: the encoder's output.
+        finite: for each tensor of it, which items have finite numbers alone, [batch size].
+    """
 
     batch: Batch
     loaded: Loaded
     output: AsyncHostCopy | None
+    finite: AsyncHostCopy | None
 
 
 def build_shards(
@@ -171,12 +186,13 @@ def _encoded_batches(
         with clock.measure(len(batch.build.to_encode.intersection(batch.positions))):
             tensors = encoding_pass.encode(loaded)
             output = AsyncHostCopy(tensors) if tensors else None
+            finite = AsyncHostCopy(finite_items(tensors)) if tensors else None
         if tensors and output and not compared:
             with clock.left_out():
                 again = partial(encoding_pass.encode, loaded)
                 compare(encoding_pass.name, tensors, output, again)
             compared = True
-        return EncodedBatch(batch, loaded, output)
+        return EncodedBatch(batch, loaded, output, finite)
 
     batches = (
         batch
@@ -191,6 +207,11 @@ def _encoded_batches(
         contextlib.closing(prefetch(encoder, encode, loaded, BATCHES_AHEAD)) as encoded,
     ):
         yield from encoded
+
+
+def finite_items(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return for each tensor, [B, ...], which items have finite numbers alone, [B]."""
+    return {name: tensor.isfinite().flatten(1).all(dim=1) for name, tensor in tensors.items()}
 
 
 def batches_of(build: ShardBuild, size: int) -> Iterator[Batch]:
@@ -219,9 +240,10 @@ def _members(
     """
     batch, build = encoded.batch, encoded.batch.build
     tensors = encoded.output.wait() if encoded.output else {}
+    finite = encoded.finite.wait() if encoded.finite else {}
     members = {
         record.key: to_members(record)
-        for record in encoding_pass.records(batch, encoded.loaded, tensors)
+        for record in encoding_pass.records(batch, encoded.loaded, tensors, finite)
     }
     members |= {record.key: record for record in build.read_kept(batch.positions)}
     for position in batch.positions:

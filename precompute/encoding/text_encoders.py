@@ -259,14 +259,18 @@ class LongPrompts:
         ]
 
 
-def require_finite(tensors: dict[str, Tensor], prompt: str) -> None:
+def require_finite(finite: dict[str, bool], prompt: str) -> None:
     """Raise unless all embeddings of a prompt are finite.
+
+    Args:
+        finite: whether each is, by name.
+        prompt: the prompt.
 
     Raises:
         ShardError: naming the prompt and the way out.
     """
-    for name, tensor in tensors.items():
-        if not bool(torch.isfinite(tensor).all()):
+    for name, is_finite in finite.items():
+        if not is_finite:
             raise ShardError(
                 f"{name} of the prompt {prompt[:80]!r} is not finite; half precision can overflow: "
                 "run again with --text-dtype float32 or bfloat16, or --cache-dtype float32."

@@ -9,7 +9,7 @@ from common.interruption import StopCheck
 from common.progress import Progress
 from precompute.encoding.batch_size import BatchSize, find_batch_size
 from precompute.encoding.encoder_clock import EncoderClock
-from precompute.encoding.pipeline import Batch, build_shards
+from precompute.encoding.pipeline import Batch, build_shards, finite_items
 from precompute.encoding.shard_build import ShardBuild, prepare_build
 from precompute.encoding.text_encoders import (
     LongPrompts,
@@ -137,7 +137,9 @@ class TextPass:
         """Return the embeddings of a batch."""
         return self.encoders.encode(loaded.tokens, self.batch_size) if loaded.tokens else None
 
-    def records(self, batch: Batch, loaded: LoadedPrompts, tensors: Embeddings) -> Iterator[Record]:
+    def records(
+        self, batch: Batch, loaded: LoadedPrompts, tensors: Embeddings, finite: Embeddings
+    ) -> Iterator[Record]:
         """Yield the records of a batch.
 
         Raises:
@@ -146,7 +148,7 @@ class TextPass:
         for position, index in batch.to_encode.items():
             embeds = {name: tensor[index] for name, tensor in tensors.items()}
             prompt = loaded.prompts[position]
-            require_finite(embeds, prompt)
+            require_finite({name: bool(each[index]) for name, each in finite.items()}, prompt)
             if loaded.tokens:
                 tokens = loaded.tokens
                 self.cut.add(prompt, tokens.clip_lengths[index], tokens.t5_lengths[index])
@@ -159,9 +161,9 @@ class TextPass:
             ShardError: an embedding is not finite.
         """
         batch = self.encoders.encode(self.encoders.tokenize([prompt]), self.batch_size)
-        embeds = {name: tensor[0].cpu() for name, tensor in batch.items()}
-        require_finite(embeds, prompt)
-        return embeds
+        finite = finite_items(batch)
+        require_finite({name: bool(each[0]) for name, each in finite.items()}, prompt)
+        return {name: tensor[0].cpu() for name, tensor in batch.items()}
 
 
 def encode_text(context: Context, check: StopCheck, clock: EncoderClock) -> dict[str, Embeddings]:

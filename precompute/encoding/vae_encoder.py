@@ -97,8 +97,3 @@ class VaeEncoder:
             key: tensor.to(self.cache_dtype, memory_format=torch.contiguous_format)
             for key, tensor in latents.items()
         }
-
-
-def is_finite(tensors: dict[str, Tensor]) -> bool:
-    """Tell whether all numbers in a record's tensors are finite."""
-    return all(bool(torch.isfinite(tensor).all()) for tensor in tensors.values())

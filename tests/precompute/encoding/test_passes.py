@@ -18,7 +18,7 @@ from precompute.encoding.encoder_clock import EncoderClock
 from precompute.encoding.first_batch import compare
 from precompute.encoding.image_pass import ImagePass, LoadedImages, encode_images
 from precompute.encoding.load_image import SourceImages
-from precompute.encoding.pipeline import batches_of
+from precompute.encoding.pipeline import batches_of, finite_items
 from precompute.encoding.text_encoders import LongPrompts, TextEncoders
 from precompute.encoding.text_pass import TextPass, encode_text
 from precompute.encoding.vae_encoder import VaeEncoder
@@ -56,7 +56,8 @@ def test_latents_that_are_not_finite_are_left_out(context: Context, vae: VaeEnco
     tensors = {"latent": torch.zeros(2, 16, 8, 8), "latent_std": torch.zeros(2, 16, 8, 8)}
     tensors["latent_std"][1, 3, 4, 5] = torch.inf
     loaded = LoadedImages(None, {})
-    assert [record.key for record in latents.records(second, loaded, tensors)] == [build.keys[2]]
+    records = latents.records(second, loaded, tensors, finite_items(tensors))
+    assert [record.key for record in records] == [build.keys[2]]
     assert {row: one.reason for row, one in build.skipped.items()} == {3: "latent is not finite"}
 
 
@@ -129,7 +130,7 @@ def test_embeddings_that_are_not_finite_end_the_run(
     assert tensors is not None
     first = context.prompt(int(batch.build.plan.items[1]))
     with pytest.raises(ShardError, match=f"t5_embeds of the prompt {first!r} is not finite"):
-        list(text.records(batch, loaded, tensors))
+        list(text.records(batch, loaded, tensors, finite_items(tensors)))
     with pytest.raises(ShardError, match="t5_embeds of the prompt 'validation' is not finite"):
         text.encode_prompt("validation")
 

@@ -1,13 +1,20 @@
 """DigestCache digests: found again, never for another version, and never in the way."""
 
+import fcntl
 import multiprocessing
 import time
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
+from common import locks
+from precompute.config import PrecomputeConfig
 from precompute.fingerprints.digest_cache import ENTRIES, Content, DigestCache
+from precompute.planning import prepare
+from precompute.sources.caches import HASHES
 
 
 def version(number: int) -> bytes:
@@ -129,3 +136,35 @@ def test_what_is_at_fault_is_not_kept(tmp_path: Path) -> None:
     digests.add(version(1), content(1)._replace(fault="a package is missing"))
     digests.add(version(2), content(2))
     assert digests.find([version(1), version(2)]) == [None, content(2)]
+
+
+def test_one_process_at_a_time_reads_the_weights(
+    fresh: PrecomputeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = replace(fresh, validation_prompt=(), validation_image=())
+    path = config.cache / HASHES
+    original = prepare.find_identities
+    seen: list[str] = []
+
+    def watched(*arguments: Any) -> Any:
+        digests = arguments[-1]
+        held = path.with_name(f"{path.name}.lock")
+        with held.open("r+") as file, pytest.raises(BlockingIOError):
+            locks.lock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        # What the process that held the lock before has found is there.
+        seen.append(str(digests.find([version(1)])))
+        digests.add(version(2), content(2))
+        return original(*arguments)
+
+    def taken(*arguments: Any, **named: Any) -> Any:
+        seen.append(str(DigestCache(path).find([version(2)])))  # saved before it goes on
+        return inventory(*arguments, **named)
+
+    inventory = prepare.take_inventory
+    monkeypatch.setattr(prepare, "find_identities", watched)
+    monkeypatch.setattr(prepare, "take_inventory", taken)
+    other = DigestCache(path)
+    other.add(version(1), content(1))
+    other.save()
+    prepare.prepare(config)
+    assert seen == [str([content(1)]), str([content(2)])]
