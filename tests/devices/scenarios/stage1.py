@@ -63,3 +63,20 @@ def test_a_copy_read_too_early_ends_the_run_before_anything_is_written(
     ):
         tars(precompute_config, "cuda:1", tmp_path)
     assert not list(tmp_path.rglob("*.tar"))
+
+
+def test_layers_that_visit_the_device_give_the_same_records(
+    precompute_config: PrecomputeConfig, tmp_path: Path
+) -> None:
+    configs = [
+        replace(precompute_config, cache=tmp_path / offload, device="cuda:1", offload=offload)
+        for offload in ("none", "groups")
+    ]
+    with stand_in.only("cuda:1"):
+        for config in configs:
+            precompute(config)
+    whole, groups = (config.cache for config in configs)
+    tars = sorted(path.relative_to(whole) for path in whole.rglob("*.tar"))
+    assert tars
+    for tar in tars:
+        assert (groups / tar).read_bytes() == (whole / tar).read_bytes(), tar
