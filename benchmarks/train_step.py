@@ -64,6 +64,7 @@ FLAGS: dict[str, dict[str, Any]] = {
     "fused backward pass": {"fused_backward_pass": True, "max_grad_norm": 0.0},
     "bf16 weights": {"bf16_weights": True},
     "offloaded optimiser": {"offload_optimizer": True},
+    "4 base blocks offloaded": {"offload_base": 4},
     "offloaded activations": {"offload_activations": True},
     "deterministic": {"deterministic": True},
     "6 ControlNet blocks": {"num_controlnet_layers": 6},

@@ -34,6 +34,7 @@ TRAIN_OPTIONS = (
     "--fused-backward-pass",
     "--offload-optimizer",
     "--offload-activations",
+    "--offload-base",
     "--compile",
     "--fp8-matmul",
     "--validation-steps",

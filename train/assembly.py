@@ -26,6 +26,7 @@ from train.inputs import (
 )
 from train.loss import Objective
 from train.memory.activation_offload import OffloadedActivations
+from train.memory.streamed_base import StreamedBlocks
 from train.models import trained_parameters
 from train.optim.adamw import (
     make_optimizer,
@@ -193,7 +194,11 @@ def _load_networks(
     models.prepare_networks(config, transformer, controlnet)
     if config.compile:
         compile_blocks(controlnet, transformer)
-    return controlnet, transformer.to(accelerator.device)
+    if config.offload_base:
+        StreamedBlocks(transformer, config.offload_base, accelerator.device)
+    else:
+        transformer.to(accelerator.device)
+    return controlnet, transformer
 
 
 def _make_ema(config: TrainConfig, inputs: Inputs, controlnet: Any) -> Ema | None:

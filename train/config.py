@@ -142,6 +142,11 @@ class TrainConfig:
     offload_activations: bool = option(
         False, help="Keep activations in host memory; same results, slower."
     )
+    offload_base: int = option(
+        0,
+        help="Blocks of the frozen base to keep in host memory; each is brought to the device "
+        "ahead of its use; same results, slower.",
+    )
     compile: bool = option(
         False,
         help="Compile the blocks of both networks; the first step then takes a minute or more.",
@@ -223,7 +228,13 @@ class TrainConfig:
             "validation_inference_steps",
             "logging_steps",
         )
-        not_negative = ("seed", "validation_steps", "dataloader_num_workers", "lr_warmup_steps")
+        not_negative = (
+            "seed",
+            "validation_steps",
+            "dataloader_num_workers",
+            "lr_warmup_steps",
+            "offload_base",
+        )
         for names, least in ((at_least_one, 1), (not_negative, 0)):
             for name in names:
                 value = getattr(self, name)
@@ -235,6 +246,11 @@ class TrainConfig:
             raise ConfigError(f"--max-grad-norm {self.max_grad_norm:g}: must be at least 0.")
         if self.fp8_matmul and self.quantize_base != "fp8":
             raise ConfigError("--fp8-matmul: goes with --quantize-base fp8.")
+        if self.offload_base and self.compile:
+            raise ConfigError(
+                f"--offload-base {self.offload_base}: blocks that are compiled stay on the device; "
+                "leave out --compile or --offload-base."
+            )
         if self.precondition_outputs not in (0, 1):
             raise ConfigError(
                 f"--precondition-outputs {self.precondition_outputs}: must be 0 or 1."

@@ -21,15 +21,21 @@ _OFFLOAD = (
     "accelerate's own configuration says what is offloaded with FSDP2 and DeepSpeed; leave it out, "
     "or train with DDP."
 )
+_BASE = (
+    "blocks come and go on one device or with DDP; leave it out (--quantize-base int8 makes the "
+    "base smaller too), or train with DDP."
+)
 _8BIT = "its state cannot be shared out; leave it out, or train with DDP."
 _FSDP2 = "leave it out, or train with FSDP2 (configs/accelerate/fsdp2.yaml)."
 # Strategy, option (with its value, unless any will do), reason.
 UNSUPPORTED: tuple[tuple[Strategy, str, str], ...] = (
     ("fsdp", "--offload-optimizer", _OFFLOAD),
     ("fsdp", "--offload-activations", _OFFLOAD),
+    ("fsdp", "--offload-base", _BASE),
     ("fsdp", "--use-8bit-adam", _8BIT),
     ("deepspeed", "--offload-optimizer", _OFFLOAD),
     ("deepspeed", "--offload-activations", _OFFLOAD),
+    ("deepspeed", "--offload-base", _BASE),
     ("deepspeed", "--use-8bit-adam", _8BIT),
     ("deepspeed", "--ema-decay", f"DeepSpeed keeps the exact weights to itself; {_FSDP2}"),
     ("deepspeed", "--on-nonfinite skip", f"DeepSpeed cannot be held back; {_FSDP2}"),

@@ -19,6 +19,7 @@ SETTINGS: list[dict[str, Any]] = [
     {},
     {"gradient_checkpointing": True},
     {"offload_optimizer": True},
+    {"offload_base": 3},
     {"quantize_base": "int8", "bf16_weights": True},
 ]
 

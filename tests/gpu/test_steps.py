@@ -21,6 +21,8 @@ MOVES: list[dict[str, Any]] = [
     {"offload_activations": True},
     {"offload_activations": True, "gradient_checkpointing": True},
     {"offload_optimizer": True},
+    {"offload_base": 4},
+    {"offload_base": 3, "offload_activations": True, "gradient_checkpointing": True},
     {"fused_backward_pass": True},
     {"fused_backward_pass": True, "offload_optimizer": True},
     {"dataloader_num_workers": 2},

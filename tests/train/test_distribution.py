@@ -47,6 +47,8 @@ REFUSED: list[tuple[Any, dict[str, Any], str]] = [
     ),
     (accelerator(FSDP), {"offload_optimizer": True}, "--offload-optimizer: accelerate's own"),
     (accelerator(DEEPSPEED), {"offload_activations": True}, "--offload-activations: accelerate's"),
+    (accelerator(FSDP), {"offload_base": 1}, "--offload-base: blocks come and go on one device"),
+    (accelerator(DEEPSPEED), {"offload_base": 1}, "--offload-base: blocks come and go on one"),
     (accelerator(DistributedType.MEGATRON_LM), {}, "set up for MEGATRON_LM"),
     (accelerator(FSDP, is_fsdp2=False), {}, "needs fsdp_version: 2"),
     (accelerator(FSDP), {"use_8bit_adam": True}, "--use-8bit-adam: "),

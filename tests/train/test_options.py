@@ -112,6 +112,7 @@ OURS = {
     "bf16_weights",
     "offload_optimizer",
     "offload_activations",
+    "offload_base",
     "estimate",
     "fused_backward_pass",
     "compile",

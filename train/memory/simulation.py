@@ -26,6 +26,7 @@ from train.memory.stand_ins import (
     DroppedActivations,
     build_network,
     quantize,
+    stream_blocks,
     use_float32_norms,
 )
 from train.models import WEIGHT_DTYPES, mixed_precision, prepare_networks, trained_parameters
@@ -122,6 +123,8 @@ class Simulation:
         self.controlnet = build_network(SD3ControlNetModel, sizes.controlnet, torch.float32)
         prepare_networks(config, self.transformer, self.controlnet, quantize)
         self.trained = trained_parameters(self.controlnet)
+        if config.offload_base:
+            self.host += stream_blocks(self.transformer, config.offload_base)
         self._count(self.transformer, "frozen base")
         self._count(self.controlnet, "ControlNet")
         self.buckets: dict[Any, Tensor] = {}

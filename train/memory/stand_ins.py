@@ -13,6 +13,13 @@ from torch.autograd.graph import saved_tensors_hooks
 from sd3 import quantized
 from sd3.quantized import replace_linear
 from train.memory import activation_offload
+from train.memory.streamed_base import (
+    NUM_PLACES,
+    place_bytes,
+    streamed_numbers,
+    tensors_of,
+    views,
+)
 from train.models import cast
 
 
@@ -35,6 +42,33 @@ def quantize(transformer: Any, kind: str, *, fp8_matmul: bool) -> None:
         replace_linear(transformer, Nf4Linear)
     else:
         quantized.quantize(transformer, kind, fp8_matmul=fp8_matmul)
+
+
+def stream_blocks(network: Any, count: int) -> int:
+    """Put blocks of a network into two places, as `StreamedBlocks` does.
+
+    Tensors without numbers cannot be moved, so new ones replace them.
+
+    Returns:
+        Bytes of host memory.
+    """
+    blocks = [
+        network.transformer_blocks[k]
+        for k in streamed_numbers(len(network.transformer_blocks), count)
+    ]
+    size = max(place_bytes(tensors_of(block)) for block in blocks)
+    places = [torch.empty(size, dtype=torch.uint8) for _ in range(NUM_PLACES)]
+    host = 0
+    for index, block in enumerate(blocks):
+        tensors = tensors_of(block)
+        host += sum(tensor.nbytes for tensor in tensors)
+        parts = dict(zip(map(id, tensors), views(places[index % NUM_PLACES], tensors), strict=True))
+        for module in block.modules():
+            for name, parameter in module.named_parameters(recurse=False):
+                setattr(module, name, nn.Parameter(parts[id(parameter)], requires_grad=False))
+            for name, buffer in module.named_buffers(recurse=False):
+                setattr(module, name, parts[id(buffer)])
+    return host
 
 
 class Nf4Linear(nn.Module):

@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from train.optim.host_memory import HostMemory
 from train.optim.per_weight import UncastState, only_weight
 
 MIN_OFFLOADED_NUMBERS = 4096  # smaller tensors stay on the device
-PIECE_BYTES, ALIGNMENT_NUMBERS = 1 << 28, 64
 
 
 def is_offloaded(count: int) -> bool:
@@ -31,7 +31,7 @@ class OffloadedState(UncastState):
 
     def __init__(self, parameters: list[Any], **options: Any) -> None:
         super().__init__(parameters, **options)
-        self._pieces: dict[torch.dtype, tuple[Tensor, int]] = {}
+        self._memory = HostMemory()
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
@@ -48,7 +48,7 @@ class OffloadedState(UncastState):
         if not is_offloaded(saved.numel()):
             return super().placed(saved, device)
         # Never on the device, not even for a moment: there may be no room for it.
-        return self._host_memory(saved, device).copy_(saved)
+        return self._memory.empty_like(saved, device).copy_(saved)
 
     @contextlib.contextmanager
     def _state_on_device(self, parameter: Tensor) -> Iterator[None]:
@@ -60,24 +60,10 @@ class OffloadedState(UncastState):
         yield
         # No need to wait: whatever uses the copies is queued on the device after them.
         for name, tensor in _large_tensors(state).items():
-            host = on_host[name] if name in on_host else self._host_memory(tensor, tensor.device)
+            host = (
+                on_host[name] if name in on_host else self._memory.empty_like(tensor, tensor.device)
+            )
             state[name] = host.copy_(tensor, non_blocking=True)
-
-    def _host_memory(self, like: Tensor, device: torch.device) -> Tensor:
-        """Return host memory for a tensor, pinned if a GPU uses it.
-
-        Pinned memory is allocated in powers of two. So it is allocated in large pieces and handed
-        out in parts; each piece is of one number format, as torch.save needs it.
-        """
-        piece, start = self._pieces.get(like.dtype, (torch.empty(0, dtype=like.dtype), 0))
-        count = like.numel()
-        if start + count > len(piece):
-            size = max(PIECE_BYTES // like.element_size(), count)
-            pinned = device.type == "cuda"
-            piece, start = torch.empty(size, dtype=like.dtype, pin_memory=pinned), 0
-        end = start + -(-count // ALIGNMENT_NUMBERS) * ALIGNMENT_NUMBERS
-        self._pieces[like.dtype] = piece, end
-        return piece[start : start + count].view(like.shape)
 
 
 def _large_tensors(state: dict[str, Any]) -> dict[str, Tensor]:

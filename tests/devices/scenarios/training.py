@@ -50,6 +50,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "fp8": {"quantize_base": "fp8", "fp8_matmul": True},
     "nf4": {"quantize_base": "nf4", "max_train_steps": 1},
     "8bit-adam": {"use_8bit_adam": True, "max_train_steps": 1},
+    "base-nf4": {"offload_base": 3, "quantize_base": "nf4", "max_train_steps": 1},
     "lean": {
         "max_grad_norm": 0.0,
         "fused_backward_pass": True,
@@ -104,6 +105,9 @@ def test_offloading_changes_no_bit_and_is_saved_as_it_is_after_its_step(
     plain = trained(config, tmp_path / "plain")
     activations = trained(replace(config, offload_activations=True), tmp_path / "activations")
     assert equal(plain, activations)
+    for more in ({}, {"gradient_checkpointing": True, "offload_activations": True}):
+        base = trained(replace(config, offload_base=4, **more), tmp_path / f"base{len(more)}")
+        assert equal(plain, base)
     offloaded = replace(config, offload_optimizer=True)
     assert equal(plain, trained(offloaded, tmp_path / "state"))
     trained(replace(offloaded, max_train_steps=1), tmp_path / "parts")

@@ -21,7 +21,8 @@ from tests.train.test_run import same, weights
 from train import models
 from train.config import TrainConfig
 from train.memory import activation_offload
-from train.optim import fused_backward, offloaded_state
+from train.optim import fused_backward, host_memory, offloaded_state
+from train.optim.host_memory import HostMemory
 from train.optim.offloaded_state import OffloadedState
 from train.optim.stochastic_rounding import StochasticRounding, round_stochastically
 from train.run import train
@@ -47,6 +48,8 @@ SAME_BITS: list[dict[str, Any]] = [
     {"offload_activations": True},
     {"offload_activations": True, "gradient_checkpointing": True},
     {"offload_optimizer": True, "fused_backward_pass": True, "gradient_checkpointing": True},
+    {"offload_base": 4},
+    {"offload_base": 3, "offload_activations": True, "gradient_checkpointing": True},
 ]
 
 
@@ -63,12 +66,10 @@ def test_what_only_moves_numbers_gives_the_same_bits(
 
 
 def test_host_memory_is_taken_in_large_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(offloaded_state, "PIECE_BYTES", 1024)
-    kind: Any = type("Adam", (OffloadedState, torch.optim.AdamW), {})
-    adam = kind([nn.Parameter(torch.zeros(1))])
-    cpu = torch.device("cpu")
-    homes = [adam._host_memory(torch.zeros(100), cpu) for _ in range(3)]
-    large = adam._host_memory(torch.zeros(30, 20), cpu)
+    monkeypatch.setattr(host_memory, "PIECE_BYTES", 1024)
+    memory, cpu = HostMemory(), torch.device("cpu")
+    homes = [memory.empty_like(torch.zeros(100), cpu) for _ in range(3)]
+    large = memory.empty_like(torch.zeros(30, 20), cpu)
     starts = [home.untyped_storage().data_ptr() for home in homes]
     assert starts[0] == starts[1] != starts[2]
     assert homes[1].data_ptr() - homes[0].data_ptr() == 4 * 128  # 100, to a multiple of 64
