@@ -133,6 +133,7 @@ class Simulation:
         for bucket in self.buckets.values():
             self.meter.count(bucket, "gradients")
         self.optimizer_state = self._allocate_optimizer_state()
+        self._leaving_state: Tensor | None = None
         self.ema = self._start_ema()
         for parameter in self.trained:
             parameter.register_post_accumulate_grad_hook(self._on_gradient)
@@ -159,6 +160,7 @@ class Simulation:
                     self._update(parameter)
             for parameter in self.trained:
                 parameter.grad = None
+            self._leaving_state = None
 
     def between_steps(self) -> dict[str, int]:
         """Return the bytes by part when the most is held between the steps.
@@ -220,13 +222,20 @@ class Simulation:
             parameter.grad = None
 
     def _update(self, parameter: Tensor) -> None:
-        """Take as much memory as the update of a weight does."""
-        visiting_state = None
+        """Take as much memory as the update of a weight does.
+
+        Offloaded state is there three times: of this weight, of the one before, which leaves, and
+        of the one after it. That one is taken to be as large.
+        """
+        visiting_state = arriving_state = None
         if self._offloads_state(parameter):
             size = state_bytes(self.config, parameter.numel())
-            visiting_state = torch.empty(size, dtype=torch.uint8)
+            visiting_state, arriving_state = (
+                torch.empty(size, dtype=torch.uint8) for _ in range(2)
+            )
         with torch.no_grad(), in_float32(parameter):
-            del visiting_state
+            self._leaving_state = visiting_state
+            del visiting_state, arriving_state
 
     def _allocate_gradients(self) -> None:
         """Create the gradients that an earlier batch of the same step left."""

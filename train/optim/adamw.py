@@ -27,7 +27,7 @@ def make_optimizer(config: TrainConfig, parameters: list[Any], step_samples: int
         import bitsandbytes
 
         adamw, options = bitsandbytes.optim.AdamW8bit, {}
-    # Rounding wraps offloading: its temporaries come after the state has left the device.
+    # Rounding wraps offloading: its temporaries come after the state has begun to leave.
     extensions: list[type[Any]] = []
     if config.bf16_weights:
         extensions.append(StochasticRounding)

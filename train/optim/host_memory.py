@@ -76,3 +76,8 @@ class CopyStream:
         """Let what the device is given from now on wait for some copies; the host goes on."""
         if copied is not None:
             torch.cuda.current_stream(self._device).wait_event(copied)
+
+    def synchronize(self, copied: Any) -> None:
+        """Let the host wait for some copies."""
+        if copied is not None:
+            copied.synchronize()

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from train.optim.host_memory import HostMemory
+from train.optim.host_memory import CopyStream, HostMemory
 from train.optim.per_weight import UncastState, only_weight
 
 MIN_OFFLOADED_NUMBERS = 4096  # smaller tensors stay on the device
@@ -21,8 +21,10 @@ def is_offloaded(count: int) -> bool:
 class OffloadedState(UncastState):
     """Keeps an optimiser's state in host memory, and computes the same numbers.
 
-    It goes before an optimiser's class, with one parameter group, and steps one weight at a time;
-    only that weight's state is on the device.
+    It goes before an optimiser's class, with one parameter group, and steps one weight at a time,
+    all in one call or each in its own. While a weight steps, the state of the next one comes to the
+    device and that of the one before leaves it, each on a stream of its own; no other state is
+    there. Which weight is the next is known from the step before: the first one waits.
 
     Args:
         parameters: to be trained.
@@ -32,6 +34,12 @@ class OffloadedState(UncastState):
     def __init__(self, parameters: list[Any], **options: Any) -> None:
         super().__init__(parameters, **options)
         self._memory = HostMemory()
+        self._streams: tuple[CopyStream, CopyStream] | None = None  # to the device, to the host
+        self._next: dict[Tensor, Tensor] = {}  # by weight, in the order of the steps
+        self._stepped: set[Tensor] = set()  # within this optimiser step
+        self._last: Tensor | None = None
+        self._arriving: dict[Tensor, tuple[dict[str, Tensor], Any]] = {}
+        self._leaving: tuple[list[tuple[Tensor, Tensor]], Any] = [], None
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
@@ -40,8 +48,15 @@ class OffloadedState(UncastState):
         (group,) = self.param_groups
         for parameter in group["params"]:
             if parameter.grad is not None:
+                self._note(parameter)
                 with only_weight(group, parameter), self._state_on_device(parameter):
                     super().step()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return groups and state, all of which has arrived on the host."""
+        if self._streams is not None:
+            self._streams[1].synchronize(self._leaving[1])
+        return super().state_dict()
 
     def placed(self, saved: Tensor, device: torch.device) -> Tensor:
         """Return a copy of saved state, in host memory unless it is small."""
@@ -50,20 +65,52 @@ class OffloadedState(UncastState):
         # Never on the device, not even for a moment: there may be no room for it.
         return self._memory.empty_like(saved, device).copy_(saved)
 
+    def _note(self, parameter: Tensor) -> None:
+        """Learn the order of the weights."""
+        if parameter in self._stepped:
+            self._stepped, self._last = set(), None
+        if self._last is not None:
+            self._next[self._last] = parameter
+        self._stepped.add(parameter)
+        self._last = parameter
+
     @contextlib.contextmanager
     def _state_on_device(self, parameter: Tensor) -> Iterator[None]:
-        """Temporarily move a weight's state to the weight's device."""
-        state = self.state[parameter]
+        """Temporarily move a weight's state to the weight's device, and the next one's after it."""
+        if self._streams is None:
+            self._streams = CopyStream(parameter.device), CopyStream(parameter.device)
+        arrivals, departures = self._streams
+        state, following = self.state[parameter], self._next.get(parameter)
         on_host = _large_tensors(state)
-        for name, tensor in on_host.items():
-            state[name] = tensor.to(parameter.device, non_blocking=True)
+        self._fetch(parameter)
+        tensors, copied = self._arriving.pop(parameter)
+        arrivals.wait(copied)
+        state.update(tensors)
+        if following is not None:
+            self._fetch(following)
         yield
-        # No need to wait: whatever uses the copies is queued on the device after them.
+        pairs = []
         for name, tensor in _large_tensors(state).items():
-            host = (
-                on_host[name] if name in on_host else self._memory.empty_like(tensor, tensor.device)
-            )
-            state[name] = host.copy_(tensor, non_blocking=True)
+            host = on_host.get(name)
+            if host is None:
+                host = self._memory.empty_like(tensor, tensor.device)
+            pairs.append((host, tensor))
+            state[name] = host
+        left, self._leaving = self._leaving, (pairs, departures.copy(pairs))
+        departures.wait(left[1])  # the device's memory may be used anew only then
+        if following is None:
+            departures.wait(self._leaving[1])
+            self._leaving = [], None
+
+    def _fetch(self, parameter: Tensor) -> None:
+        """Let a weight's state come to the device, unless it does already."""
+        assert self._streams is not None
+        if parameter not in self._arriving:
+            on_host = _large_tensors(self.state[parameter])
+            device = parameter.device
+            tensors = {name: torch.empty_like(one, device=device) for name, one in on_host.items()}
+            pairs = [(tensors[name], host) for name, host in on_host.items()]
+            self._arriving[parameter] = tensors, self._streams[0].copy(pairs)
 
 
 def _large_tensors(state: dict[str, Any]) -> dict[str, Tensor]:

@@ -33,6 +33,9 @@ class LateCopies:
             _, target, source = self._queue.pop(0)
             target.copy_(source)
 
+    def synchronize(self, copied: Any) -> None:
+        self.wait(copied)
+
 
 def make_copies_late(monkeypatch: pytest.MonkeyPatch, *modules: Any) -> None:
     """Let modules that use `CopyStream` use late copies."""

@@ -15,6 +15,7 @@ from benchmarks.reference.runs import logged_losses
 from common.errors import ConfigError
 from sd3.quantized import RowLinear, quantize
 from tests.conftest import Outcome, Spoil, flags
+from tests.train.memory.late_copies import make_copies_late
 from tests.train.optim.host_elsewhere import copy_on_the_way
 from tests.train.test_faults import second_is_nan
 from tests.train.test_run import same, weights
@@ -65,6 +66,67 @@ def test_what_only_moves_numbers_gives_the_same_bits(
     assert same(other.output_dir, unclipped.output_dir)
 
 
+@pytest.mark.parametrize("one_by_one", [False, True])
+def test_state_is_there_when_its_weight_steps_and_on_the_host_when_it_is_saved(
+    one_by_one: bool, small_tensors_offloaded: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With copies as late as they may be, in both directions."""
+    make_copies_late(monkeypatch, offloaded_state)
+    kind: Any = type("Adam", (OffloadedState, torch.optim.AdamW), {})
+    torch.manual_seed(0)
+    start = [torch.randn(count) for count in (100, 8, 200, 300, 100)]
+    results = []
+    for chosen in (torch.optim.AdamW, kind):
+        weights = [nn.Parameter(one.clone()) for one in start]
+        adam = chosen(weights, fused=True, lr=0.1)
+        torch.manual_seed(1)
+        for _ in range(4):
+            gradients = [torch.randn_like(one) for one in weights]
+            for weight, gradient in zip(weights, gradients, strict=True):
+                weight.grad = gradient
+                if one_by_one:
+                    adam.step()
+                    weight.grad = None
+            if not one_by_one:
+                adam.step()
+        saved = adam.state_dict()["state"]
+        moments = [saved[number][name] for number in saved for name in ("exp_avg", "exp_avg_sq")]
+        results.append([*(one.detach() for one in weights), *moments])
+    assert all(torch.equal(one, other) for one, other in zip(*results, strict=True))
+
+
+def test_the_next_state_comes_while_a_weight_steps(
+    small_tensors_offloaded: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weights = [nn.Parameter(torch.ones(count)) for count in (100, 200, 300)]
+    events: list[str] = []
+
+    class Watched(torch.optim.AdamW):
+        def step(self, closure: Any = None) -> None:  # type: ignore[override]
+            events.append(f"step {self.param_groups[0]['params'][0].numel()}")
+            super().step(closure)
+
+    class Recorded(host_memory.CopyStream):
+        def copy(self, pairs: Any) -> Any:
+            pairs = list(pairs)
+            events.extend(f"copy {target.numel()}" for target, _ in pairs[:1])
+            return super().copy(pairs)
+
+    monkeypatch.setattr(offloaded_state, "CopyStream", Recorded)
+    kind: Any = type("Adam", (OffloadedState, Watched), {})
+    adam = kind(weights, fused=True)
+    for _ in range(2):
+        events.clear()
+        for weight in weights:
+            weight.grad = torch.ones_like(weight)
+        adam.step()
+    assert events == [
+        *("copy 100", "copy 200", "step 100", "copy 100"),
+        *("copy 300", "step 200", "copy 200"),
+        *("step 300", "copy 300"),
+    ]
+
+
 def test_host_memory_is_taken_in_large_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(host_memory, "PIECE_BYTES", 1024)
     memory, cpu = HostMemory(), torch.device("cpu")
@@ -107,7 +169,9 @@ def test_checkpoints_go_on_with_and_without(
         assert same(halves.output_dir, whole.output_dir)
 
 
-def test_what_is_offloaded_is_in_host_memory() -> None:
+def test_what_is_offloaded_is_in_host_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    # Tensors without numbers have none to copy.
+    monkeypatch.setattr(host_memory.CopyStream, "copy", lambda *_: None)
     with FakeTensorMode(allow_non_fake_inputs=True):
         large, small = (nn.Parameter(torch.empty(count, device="cuda")) for count in (8192, 16))
         kind: Any = type("Adam", (OffloadedState, torch.optim.AdamW), {})
