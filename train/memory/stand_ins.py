@@ -3,6 +3,7 @@
 Fake tensors have shapes but no numbers, and they are on the CPU.
 """
 
+from collections import deque
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -113,6 +114,8 @@ def use_float32_norms(network: nn.Module) -> None:
 class DroppedActivations(saved_tensors_hooks):
     """Drops what `OffloadedActivations` would move to the host, and creates it anew when needed.
 
+    As many tensors as may be leaving or arriving at a time are held.
+
     Args:
         is_weight: whether a tensor is a network's, and so stays.
         count_host: called with the bytes of pinned host memory that each tensor would take.
@@ -121,16 +124,30 @@ class DroppedActivations(saved_tensors_hooks):
     def __init__(
         self, is_weight: Callable[[Tensor], bool], count_host: Callable[[int], None]
     ) -> None:
-        def pack(tensor: Tensor) -> Tensor | tuple[torch.Size, torch.dtype]:
+        dropped: list[tuple[torch.Size, torch.dtype]] = []
+        arriving: dict[int, Tensor] = {}
+        self.leaving: deque[Tensor] = deque(maxlen=activation_offload.MOST_LEAVING)
+
+        def pack(tensor: Tensor) -> Tensor | int:
             if is_weight(tensor) or tensor.nbytes < activation_offload.MIN_OFFLOADED_BYTES:
                 return tensor
             count_host(1 << (tensor.nbytes - 1).bit_length())  # pinned memory is in powers of two
-            return tensor.shape, tensor.dtype
+            self.leaving.append(tensor.detach())
+            dropped.append((tensor.shape, tensor.dtype))
+            return len(dropped) - 1
 
-        def unpack(packed: Tensor | tuple[torch.Size, torch.dtype]) -> Tensor:
+        def unpack(packed: Tensor | int) -> Tensor:
             if isinstance(packed, Tensor):
                 return packed
-            shape, dtype = packed
-            return torch.empty(shape, dtype=dtype)
+            for number in range(packed, max(packed - activation_offload.MOST_ARRIVING, -1), -1):
+                if number not in arriving:
+                    shape, dtype = dropped[number]
+                    arriving[number] = torch.empty(shape, dtype=dtype)
+            return arriving.pop(packed)
 
         super().__init__(pack, unpack)
+
+    def __exit__(self, *args: object) -> None:
+        """End the forward pass."""
+        super().__exit__(*args)
+        self.leaving.clear()

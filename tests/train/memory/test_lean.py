@@ -212,8 +212,25 @@ def test_activations_go_to_the_host_and_weights_stay(small_tensors_offloaded: No
         assert offload.pack_hook(tensor) is tensor
     packed = offload.pack_hook(inputs)
     assert not isinstance(packed, Tensor)
-    assert packed[1].data_ptr() != inputs.data_ptr()
+    assert packed.host.data_ptr() != inputs.data_ptr()
     assert offload.unpack_hook(packed).equal(inputs)
+
+
+def test_activations_are_back_in_time(
+    small_tensors_offloaded: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With copies as late as they may be, in both directions."""
+    make_copies_late(monkeypatch, activation_offload)
+    torch.manual_seed(0)
+    layers = nn.Sequential(*(nn.Sequential(nn.Linear(8, 8), nn.GELU()) for _ in range(8)))
+    offload = activation_offload.OffloadedActivations(layers)
+    for _ in range(2):
+        inputs = torch.randn(8, 8, requires_grad=True)
+        (expected,) = torch.autograd.grad(layers(inputs).square().sum(), inputs)
+        with offload:
+            loss = layers(inputs).square().sum()
+        (found,) = torch.autograd.grad(loss, inputs)
+        assert found.equal(expected)
 
 
 def test_bfloat16_is_rounded_to_the_mean() -> None:
