@@ -75,7 +75,7 @@ def find_sizes(config: TrainConfig) -> Sizes:
 def remedies(config: TrainConfig, sizes: Sizes, now: Estimate) -> list[tuple[str, int]]:
     """Return flags that would reduce the peak, with the bytes saved, the largest saving first."""
     savings = []
-    for change in _possible_changes(config):
+    for change in _possible_changes(config, int(sizes.transformer["num_layers"])):
         try:
             changed = replace(config, **change)
         except ConfigError:
@@ -109,9 +109,10 @@ def advice(config: TrainConfig, sizes: Sizes, now: Estimate) -> str:
     return "\n".join(["less, in GB, with", *lines]) if lines else "no option would make it less"
 
 
-def _possible_changes(config: TrainConfig) -> Iterator[dict[str, Any]]:
-    """Yield changes to the settings, without what is set already."""
+def _possible_changes(config: TrainConfig, num_blocks: int) -> Iterator[dict[str, Any]]:
+    """Yield changes to the settings, for a base of some blocks, without what is set already."""
     changes = [change for change in REMEDIES if _is_supported(config, change)]
+    changes.append({"offload_base": num_blocks})
     if config.train_batch_size > 1:
         half, double = config.train_batch_size // 2, config.gradient_accumulation_steps * 2
         changes.append({"train_batch_size": half, "gradient_accumulation_steps": double})
