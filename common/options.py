@@ -23,6 +23,7 @@ def option(
     heading: str | None = None,
     aliases: tuple[str, ...] = (),
     secret: bool = False,
+    unless: str | None = None,
 ) -> Any:
     """Return a dataclass field that is also a command line option.
 
@@ -34,8 +35,15 @@ def option(
         aliases: further names, as field names. Command lines and TOML files may use them;
             `--help` does not list them.
         secret: whether to leave the value out of `run.json` and of checkpoints.
+        unless: a flag's field name; if the flag is given, this option is not required, and empty.
     """
-    metadata = {"help": help, "heading": heading, "aliases": aliases, "secret": secret}
+    metadata = {
+        "help": help,
+        "heading": heading,
+        "aliases": aliases,
+        "secret": secret,
+        "unless": unless,
+    }
     return dataclasses.field(default=default, metadata=metadata)
 
 
@@ -62,7 +70,38 @@ def as_dict(config: Any) -> dict[str, Any]:
 def click_options(config_class: type[Any]) -> list[click.Option]:
     """Return the click options for the fields of a config dataclass, in their order."""
     hints = get_type_hints(config_class)
-    return [_click_option(field, hints[field.name]) for field in dataclasses.fields(config_class)]
+    fields = dataclasses.fields(config_class)
+    options = [_click_option(field, hints[field.name]) for field in fields]
+    first = {field.metadata["unless"] for field in fields}
+    for option in options:
+        option.is_eager = option.name in first
+    return options
+
+
+class RequiredUnless(click.Option):
+    """A required option that is empty, and not missed, where a flag is given.
+
+    Args:
+        unless: name of the flag, which click must process earlier.
+        empty: the value then.
+    """
+
+    def __init__(self, *args: Any, unless: str, empty: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.unless, self.empty = unless, empty
+
+    def process_value(self, ctx: click.Context, value: Any) -> Any:
+        """Return the value as its type.
+
+        Raises:
+            click.MissingParameter: neither this option nor the flag is given.
+        """
+        try:
+            return super().process_value(ctx, value)
+        except click.MissingParameter:
+            if not ctx.params.get(self.unless):
+                raise
+            return self.empty
 
 
 def _click_option(field: dataclasses.Field[Any], hint: Any) -> click.Option:
@@ -71,6 +110,17 @@ def _click_option(field: dataclasses.Field[Any], hint: Any) -> click.Option:
     if kind is bool:
         names = [f"{name}/--no-{name[2:]}"]
         return click.Option(names, default=field.default, help=text, show_default=True)
+    if unless := field.metadata["unless"]:
+        empty = () if multiple else kind()
+        return RequiredUnless(
+            [name],
+            type=_click_type(kind),
+            multiple=multiple,
+            required=True,
+            help=text,
+            unless=unless,
+            empty=empty,
+        )
     if field.default is dataclasses.MISSING:
         # Without any default: click takes even None for a value, and then misses nothing.
         return click.Option(

@@ -14,7 +14,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from common.device import default_dtype
-from common.meter import Meter
+from common.memory.meter import Meter
 from precompute.config import PrecomputeConfig
 from precompute.encoding.batch_size import BatchSize
 from precompute.encoding.text_encoders import TextEncoders, Tokens

@@ -99,6 +99,31 @@ def test_a_forgotten_option_is_named(call: Call) -> None:
     assert seen == []
 
 
+@dataclass(frozen=True)
+class Asked:
+    """Work, or only say how much."""
+
+    cache: str = option(help="what", unless="estimate")
+    output: Path = option(help="where to", unless="estimate")
+    prompt: tuple[str, ...] = option(help="prompts", unless="estimate")
+    estimate: bool = option(False, help="say how much")
+
+
+def test_an_option_is_not_required_where_a_flag_makes_it_needless(tmp_path: Path) -> None:
+    asked: list[Asked] = []
+    main = stage_command("test", Asked, asked.append, section="train")
+    missing = CliRunner().invoke(main, ["--output", "x"])
+    assert "Missing options '--cache', '--prompt'." in missing.output
+    file = tmp_path / "run.toml"
+    file.write_text('[train]\ncache = "c"\n')
+    for words in (["--estimate", "--config", file], ["--config", file, "--estimate"]):
+        assert CliRunner().invoke(main, list(map(str, words))).exit_code == 0
+    assert CliRunner().invoke(main, ["--output", "x", "--estimate"]).exit_code == 0
+    from_file, from_file_too, empty = asked
+    assert from_file == from_file_too == Asked("c", Path(), (), estimate=True)
+    assert empty == Asked("", Path("x"), (), estimate=True)
+
+
 def test_the_reference_scripts_spelling_works(call: Call) -> None:
     call("--source=x", "--train_batch_size=8", "--prompt", "a b", "c", "--learning_rate", "1e-5")
     assert seen == [

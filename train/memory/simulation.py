@@ -16,7 +16,7 @@ from diffusers import SD3ControlNetModel, SD3Transformer2DModel
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from common.meter import Meter
+from common.memory.meter import Meter
 from sd3.prompt_embeds import prompt_embeds
 from shards.format.specs import LatentSpec
 from train.config import TrainConfig

@@ -12,7 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from benchmarks.bases import VAE
 from benchmarks.random_weights import text_encoders
-from common.meter import Meter
+from common.memory.meter import Meter
 from precompute.config import PrecomputeConfig
 from precompute.encoding.batch_size import BatchSize
 from precompute.encoding.text_encoders import TextEncoders

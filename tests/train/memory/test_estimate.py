@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
-from common.meter import Meter
+from common.memory.meter import Meter
 from sd3.pretrained import read_config
 from tests.conftest import Outcome, flags
 from tests.train.memory.steps import batches_and_guard

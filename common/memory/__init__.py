@@ -1,0 +1,1 @@
+"""How much memory a stage takes, and whether a device has it."""
