@@ -21,7 +21,7 @@ from common.errors import (
     is_raised_everywhere,
     os_error_line,
 )
-from common.options import click_options, flag, headings
+from common.options import RequiredUnless, click_options, flag, headings
 
 Config = TypeVar("Config")
 # An argument that is no option: it begins with no dash, or is a negative number.
@@ -58,6 +58,7 @@ class Command(click.Command):
                 parameter
                 for parameter in self.params
                 if parameter.required
+                and not (isinstance(parameter, RequiredUnless) and parameter.is_needless(ctx))
                 and parameter.value_is_missing(parameter.consume_value(ctx, given)[0])
             ]
             raise click.UsageError(_missing_line(missing, ctx), ctx) from error

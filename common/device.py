@@ -36,6 +36,20 @@ def pick_device(name: str | None) -> torch.device:
     return device
 
 
+def free_gpu_bytes(name: str | None) -> int | None:
+    """Return how much memory is free on a GPU; None where there is none, or another is meant.
+
+    Args:
+        name: as `pick_device` takes it.
+
+    Raises:
+        ConfigError: torch has no such GPU on this machine.
+    """
+    if not torch.cuda.is_available() or not (name or "cuda").startswith("cuda"):
+        return None
+    return int(torch.cuda.mem_get_info(pick_device(name))[0])
+
+
 def use_device(device: torch.device) -> None:
     """Make a GPU the calling thread's current one; does nothing for other devices.
 

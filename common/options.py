@@ -90,6 +90,10 @@ class RequiredUnless(click.Option):
         super().__init__(*args, **kwargs)
         self.unless, self.empty = unless, empty
 
+    def is_needless(self, ctx: click.Context) -> bool:
+        """Return whether the flag is given; the context has processed it by now."""
+        return bool(ctx.params.get(self.unless))
+
     def process_value(self, ctx: click.Context, value: Any) -> Any:
         """Return the value as its type.
 
@@ -99,7 +103,7 @@ class RequiredUnless(click.Option):
         try:
             return super().process_value(ctx, value)
         except click.MissingParameter:
-            if not ctx.params.get(self.unless):
+            if not self.is_needless(ctx):
                 raise
             return self.empty
 

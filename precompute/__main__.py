@@ -7,6 +7,11 @@ from precompute.misplaced_options import MISPLACED
 
 def run(config: PrecomputeConfig) -> None:
     """Import the encoders' libraries only once the command line is known to be good."""
+    if config.estimate:
+        from precompute.memory.estimate import print_estimate
+
+        print_estimate(config)
+        return
     from precompute.run import precompute
 
     precompute(config)

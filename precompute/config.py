@@ -94,7 +94,10 @@ class PrecomputeConfig:
         None, help="Folder for downloaded models and data sets; not the cache of shards."
     )
     cache: Path = option(
-        help="The cache's folder.", heading="Cache", aliases=("output_dir", "shards")
+        help="The cache's folder.",
+        heading="Cache",
+        aliases=("output_dir", "shards"),
+        unless="estimate",
     )
     dry_run: bool = option(
         False, help="Print what would be made, its size and the time needed; write nothing."
@@ -173,11 +176,16 @@ class PrecomputeConfig:
         help="Number of rows to hold out, chosen by --seed; training measures its loss on them "
         "and does not train on them.",
     )
+    estimate: bool = option(
+        False,
+        help="Print how much memory the run would take, and what would reduce it; encode nothing. "
+        "It needs neither data nor weights, only the base model's configurations.",
+        heading="Speed and memory",
+    )
     vae_batch_size: int | Literal["auto"] = option(
         "auto",
         help="Images encoded at a time; auto: as many as fit the GPU's memory, elsewhere 8. Either "
         "way fewer if memory runs out.",
-        heading="Speed and memory",
     )
     text_batch_size: int | Literal["auto"] = option(
         32,

@@ -24,7 +24,6 @@ TRAIN_OPTIONS = (
     "--lr-power",
     "--max-grad-norm",
     "--on-nonfinite",
-    "--estimate",
     "--mixed-precision",
     "--deterministic",
     "--gradient-checkpointing",

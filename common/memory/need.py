@@ -18,10 +18,12 @@ class Need:
         device: of tensors on the device.
         host: of weights and what else is offloaded, in host memory; the process itself, some
             2 GB, not counted.
+        chosen: what `auto` became, as it is given on a command line; empty without `auto`.
     """
 
     device: int
     host: int = 0
+    chosen: str = ""
 
     @property
     def free(self) -> int:

@@ -4,12 +4,14 @@ On a GPU a layer is copied on a stream of its own while the one before it comput
 computes what it computes where all are on the device.
 """
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 ALIGNMENT = 256  # bytes, as torch aligns tensors itself
+PIECE_BYTES = 1 << 30  # of pinned memory
 
 
 def bring_in_groups(t5: Any, device: torch.device) -> None:
@@ -26,8 +28,7 @@ def bring_in_groups(t5: Any, device: torch.device) -> None:
 
     on_gpu = device.type == "cuda"
     if on_gpu:
-        for layer in t5.encoder.block:
-            _pin(layer)
+        _pin(sorted(t5.encoder.block.parameters(), key=lambda weight: weight.nbytes))
     apply_group_offloading(
         t5.encoder,
         onload_device=device,
@@ -42,20 +43,69 @@ def bring_in_groups(t5: Any, device: torch.device) -> None:
             t5(torch.zeros(1, 1, dtype=torch.long, device=device))
 
 
-def _pin(layer: torch.nn.Module) -> None:
-    """Move a layer's weights into one block of pinned memory.
+class Piece(NamedTuple):
+    """A block of pinned memory.
 
-    Pinned memory is handed out in powers of two: weight by weight, T5-XXL would take half as much
-    again. Layer by layer, so that there are never two copies of all.
+    Attributes:
+        num_bytes: its size, a power of two.
+        starts: where each of its weights begins, in bytes.
     """
-    weights = list(layer.parameters())
-    starts, end = [], 0
-    for weight in weights:
+
+    num_bytes: int
+    starts: list[int]
+
+
+def share_out(sizes: Sequence[int]) -> list[Piece]:
+    """Share weights out to pieces of pinned memory, in their order.
+
+    Pinned memory is handed out in powers of two: weight by weight or layer by layer, T5-XXL would
+    take up to half as much again.
+
+    Args:
+        sizes: of the weights, in bytes.
+    """
+    pieces: list[Piece] = []
+    starts: list[int] = []
+    end = 0
+    for size in sizes:
+        if starts and end + size > PIECE_BYTES:
+            pieces.append(Piece(_power_of_two(end), starts))
+            starts, end = [], 0
         starts.append(end)
-        end += -(-weight.nbytes // ALIGNMENT) * ALIGNMENT
-    block = torch.empty(end, dtype=torch.uint8, pin_memory=True)
-    for weight, start in zip(weights, starts, strict=True):
-        weight.data = _view(block, start, weight).copy_(weight)
+        end += -(-size // ALIGNMENT) * ALIGNMENT
+    return [*pieces, Piece(_power_of_two(end), starts)] if starts else pieces
+
+
+def host_peak(sizes: Sequence[int]) -> int:
+    """Return the most host memory that weights take while they move into pinned memory, in bytes.
+
+    A piece's weights leave their old place once the piece is full.
+
+    Args:
+        sizes: of the weights, in bytes.
+    """
+    sizes = sorted(sizes)
+    standing = most = sum(sizes)
+    moved = 0
+    for piece in share_out(sizes):
+        standing += piece.num_bytes
+        most = max(most, standing)
+        standing -= sum(sizes[moved : moved + len(piece.starts)])
+        moved += len(piece.starts)
+    return most
+
+
+def _power_of_two(size: int) -> int:
+    return 1 << (size - 1).bit_length()
+
+
+def _pin(weights: Sequence[Tensor]) -> None:
+    """Move weights into pinned memory piece by piece: there are never two copies of all."""
+    left = iter(weights)
+    for piece in share_out([weight.nbytes for weight in weights]):
+        block = torch.empty(piece.num_bytes, dtype=torch.uint8, pin_memory=True)
+        for start, weight in zip(piece.starts, left, strict=False):
+            weight.data = _view(block, start, weight).copy_(weight)
 
 
 def _view(block: Tensor, start: int, like: Tensor) -> Tensor:

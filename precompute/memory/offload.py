@@ -1,17 +1,16 @@
 """`--offload auto`: whether the text encoders fit the device whole."""
 
+from collections.abc import Mapping
 from dataclasses import replace
-from typing import Literal
 
 import torch
 
+from common.memory.need import GB, Need
+from precompute.config import PrecomputeConfig
 from precompute.encoding.text_pass import USUAL_BATCH
-from precompute.memory.simulation import read_sizes, text_peak
+from precompute.fingerprints.encoder_spec import text_settings
+from precompute.memory.simulation import Offload, Peak, read_sizes, text_peaks
 from precompute.planning.context import Context
-
-GB = 1e9
-# What CUDA's libraries take beside tensors, and what is lost between them.
-MARGIN_BYTES = 1_000_000_000
 
 
 def choose_offload(context: Context) -> Context:
@@ -23,18 +22,34 @@ def choose_offload(context: Context) -> Context:
     config, products = context.config, context.products
     if config.offload != "auto":
         return context
-    chosen: Literal["none", "groups"] = "none"
+    chosen: Offload = "none"
     if context.device.type == "cuda" and any(
         context.shards_to_build(product) for product in (products.text, products.validation)
     ):
         free, _ = torch.cuda.mem_get_info(context.device)
-        batch = USUAL_BATCH if config.text_batch_size == "auto" else config.text_batch_size
-        sizes, settings = read_sizes(context.specs.base), context.specs.text_settings
-        needed = text_peak(sizes, settings, batch, in_groups=False).total + MARGIN_BYTES
-        if needed > free:
-            chosen = "groups"
+        sizes = read_sizes(context.specs.base)
+        peaks = text_peaks(sizes, text_settings(config), text_batch(config))
+        chosen = fitting_offload(peaks, free)
+        if chosen == "groups":
+            needed = Need(peaks["none"].total).free
             context.print(
-                f"  --offload groups: the text encoders take {needed / GB:.1f} GB whole, and "
+                f"  --offload groups: the text encoders need {needed / GB:.1f} GB whole, and "
                 f"{free / GB:.1f} GB of {context.device} are free; T5 visits it layer by layer"
             )
     return replace(context, config=replace(config, offload=chosen))
+
+
+def fitting_offload(peaks: Mapping[Offload, Peak], free: int | None) -> Offload:
+    """Return what `auto` chooses.
+
+    Args:
+        peaks: of the text pass.
+        free: bytes that are free on the device; None for a device of any size.
+    """
+    fits = free is None or Need(peaks["none"].total).fits(free)
+    return "none" if fits else "groups"
+
+
+def text_batch(config: PrecomputeConfig) -> int:
+    """Return how many prompts are encoded at once; the usual number if as many as fit are."""
+    return USUAL_BATCH if config.text_batch_size == "auto" else int(config.text_batch_size)

@@ -4,18 +4,17 @@ The run's own encoders encode a batch of fake tensors on a CPU. The memory that 
 libraries take for themselves is not counted.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from common.device import default_dtype
 from common.memory.meter import Meter
-from precompute.config import PrecomputeConfig
 from precompute.encoding.batch_size import BatchSize
 from precompute.encoding.text_encoders import TextEncoders, Tokens
 from precompute.encoding.vae_encoder import VaeEncoder
@@ -24,15 +23,15 @@ from precompute.fingerprints.encoder_spec import (
     T5_COMPONENTS,
     LatentSettings,
     TextSettings,
-    latent_settings,
-    text_settings,
 )
+from precompute.memory.layer_groups import host_peak
 from sd3.pretrained import read_config
 
 CPU = torch.device("cpu")
 # Of T5, on the device at a time with `--offload groups`: the layer that computes, and the next.
 LAYERS_AT_ONCE = 2
-WEIGHTS, ELSEWHERE = "weights", "in host memory"
+WEIGHTS = "weights"
+Offload = Literal["none", "groups"]
 
 
 @dataclass(frozen=True)
@@ -57,7 +56,8 @@ class Peak:
     Attributes:
         weights: of the encoders, as far as they are on the device.
         activations: everything else.
-        host: weights that stay in pinned host memory.
+        host: in host memory, of weights that stay there, pinned; while they move there, which is
+            when most is taken.
     """
 
     weights: int
@@ -83,31 +83,13 @@ def read_sizes(base: Path) -> Sizes:
     )
 
 
-def simulate(config: PrecomputeConfig, sizes: Sizes) -> dict[str, Peak]:
-    """Return the peaks of a run's passes by name, `text` and `images`.
-
-    Batches of `auto` count as one item: on a GPU they are as large as fits. So does `--offload
-    auto` as `none`: see `precompute.memory.offload`.
-    """
-    text, images = (
-        1 if given == "auto" else int(given)
-        for given in (config.text_batch_size, config.vae_batch_size)
-    )
-    in_groups = config.offload == "groups"
-    return {
-        "text": text_peak(sizes, text_settings(config), text, in_groups=in_groups),
-        "images": image_peak(sizes, latent_settings(config), images),
-    }
-
-
-def text_peak(sizes: Sizes, settings: TextSettings, batch: int, *, in_groups: bool) -> Peak:
-    """Return the peak of the text pass.
+def text_peaks(sizes: Sizes, settings: TextSettings, batch: int) -> dict[Offload, Peak]:
+    """Return the peak of the text pass without and with T5's layers in host memory.
 
     Args:
         sizes: of the encoders.
         settings: token length and number formats.
         batch: prompts that are encoded at once.
-        in_groups: whether T5's layers visit the device in turn.
     """
     from transformers import (
         CLIPTextConfig,
@@ -127,23 +109,23 @@ def text_peak(sizes: Sizes, settings: TextSettings, batch: int, *, in_groups: bo
         t5 = _keep_float32(t5, dtype)
         for encoder in (*clips, t5):
             _count(meter, encoder, WEIGHTS)
-        host = visiting = 0
-        if in_groups:
-            layers = [
-                sum(weight.nbytes for weight in layer.parameters()) for layer in t5.encoder.block
-            ]
-            _count(meter, t5.encoder.block, ELSEWHERE)
-            host, visiting = sum(layers), sum(sorted(layers)[-LAYERS_AT_ONCE:])
         lengths = [config.max_position_embeddings for config in configs]
         clip_ids = [torch.zeros(batch, length, dtype=torch.long) for length in lengths]
         t5_ids = torch.zeros(batch, settings.max_sequence_length, dtype=torch.long)
         encoders = TextEncoders(clips, t5, None, settings, CPU)
-        meter.reset_peak()
-        # The first batch is encoded twice, the output of the first time still there.
-        first = encoders.encode(Tokens(clip_ids, t5_ids, [], []), BatchSize(batch))
-        again = encoders.encode(Tokens(clip_ids, t5_ids, [], []), BatchSize(batch))
-        del first, again
-        return Peak(meter.peak[WEIGHTS] + visiting, meter.peak["activations"], host)
+        tokens = Tokens(clip_ids, t5_ids, [], [])
+        whole = _peak(meter, lambda: encoders.encode(tokens, BatchSize(batch)))
+        return {"none": whole, "groups": _in_groups(whole, t5)}
+
+
+def _in_groups(whole: Peak, t5: Any) -> Peak:
+    """Return the peak with T5's layers in host memory: the same pass, with two of them there."""
+    layers = [sum(weight.nbytes for weight in layer.parameters()) for layer in t5.encoder.block]
+    elsewhere = sum(layers) - sum(sorted(layers)[-LAYERS_AT_ONCE:])
+    # T5 is loaded whole into host memory, from where the rest of it leaves for the device.
+    rest = sum(weight.nbytes for weight in t5.parameters()) - sum(layers)
+    host = host_peak([weight.nbytes for weight in t5.encoder.block.parameters()])
+    return Peak(whole.weights - elsewhere, whole.activations, host + rest)
 
 
 def image_peak(sizes: Sizes, settings: LatentSettings, batch: int) -> Peak:
@@ -162,11 +144,15 @@ def image_peak(sizes: Sizes, settings: LatentSettings, batch: int) -> Peak:
         _count(meter, encoder.vae, WEIGHTS)
         width, height = settings.largest_shape
         pixels = torch.zeros(batch, 3, height, width, dtype=torch.uint8)
-        meter.reset_peak()
-        first = encoder.encode(pixels, "-1_1", "latent", BatchSize(batch))
-        again = encoder.encode(pixels, "-1_1", "latent", BatchSize(batch))
-        del first, again
-        return Peak(meter.peak[WEIGHTS], meter.peak["activations"])
+        return _peak(meter, lambda: encoder.encode(pixels, "-1_1", "latent", BatchSize(batch)))
+
+
+def _peak(meter: Meter, encode: Callable[[], dict[str, Tensor]]) -> Peak:
+    """Return the peak of encoding a batch while the output of the batch before is still there."""
+    meter.reset_peak()
+    output = encode()
+    of_output = sum(tensor.nbytes for tensor in output.values())
+    return Peak(meter.peak[WEIGHTS], meter.peak["activations"] + of_output)
 
 
 def _keep_float32(model: Any, dtype: torch.dtype) -> Any:

@@ -5,7 +5,8 @@ import platform
 import pytest
 import torch
 
-from common.device import pick_device
+from common import device
+from common.device import free_gpu_bytes, pick_device
 from common.errors import ConfigError
 from tests.conftest import run_python
 
@@ -27,6 +28,14 @@ def test_an_unknown_device_is_refused() -> None:
     assert pick_device("cpu") == torch.device("cpu")
     with pytest.raises(ConfigError, match="--device nowhere: not available here"):
         pick_device("nowhere")
+
+
+def test_only_a_gpu_tells_what_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert free_gpu_bytes(None) is None  # without a GPU
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(device, "pick_device", lambda name: torch.device(name or "cuda", 1))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda gpu: (5, 8) if gpu.index else (0, 0))
+    assert [free_gpu_bytes(name) for name in (None, "cuda", "cpu", "mps")] == [5, 5, None, None]
 
 
 @pytest.mark.slow

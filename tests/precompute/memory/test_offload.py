@@ -7,11 +7,11 @@ import torch
 from transformers import T5EncoderModel
 
 from common.errors import RunError
+from common.memory.need import Need
 from precompute.config import PrecomputeConfig
 from precompute.encoding.text_encoders import TextEncoders
-from precompute.memory import offload
-from precompute.memory.offload import MARGIN_BYTES, choose_offload
-from precompute.memory.simulation import simulate
+from precompute.memory.offload import choose_offload
+from precompute.memory.simulation import read_sizes, text_peaks
 from precompute.planning.prepare import prepare
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
@@ -23,13 +23,14 @@ def test_auto_takes_groups_where_whole_encoders_do_not_fit(
     context = prepare(fresh)
     assert choose_offload(context).config.offload == "none"  # on a CPU
     on_gpu = replace(context, device=CUDA)
-    sizes = offload.read_sizes(context.specs.base)
-    needed = simulate(fresh, sizes)["text"].total + MARGIN_BYTES
+    specs = context.specs
+    whole = text_peaks(read_sizes(specs.base), specs.text_settings, 2)["none"]
+    needed = Need(whole.total).free
     capsys.readouterr()
     for free, chosen in ((needed, "none"), (needed - 1, "groups")):
         monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _, free=free: (free, 2 * free))
         assert choose_offload(on_gpu).config.offload == chosen
-        assert ("--offload groups: the text encoders take" in capsys.readouterr().out) == (
+        assert ("--offload groups: the text encoders need" in capsys.readouterr().out) == (
             chosen == "groups"
         )
         given = replace(on_gpu, config=replace(fresh, offload="none"))
