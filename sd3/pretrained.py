@@ -99,7 +99,9 @@ def read_config(folder: Path, name: str) -> dict[str, Any]:
     return config
 
 
-def find_controlnet(name_or_path: str, flag: str, *, cache_dir: Path | None = None) -> Path:
+def find_controlnet(
+    name_or_path: str, flag: str, *, cache_dir: Path | None = None, weights: bool = True
+) -> Path:
     """Return the local folder of a ControlNet.
 
     Args:
@@ -107,6 +109,7 @@ def find_controlnet(name_or_path: str, flag: str, *, cache_dir: Path | None = No
             folder, which has it in `controlnet/`, or a hub id.
         flag: the option, for the error message.
         cache_dir: folder for downloads; None for the hub's default.
+        weights: whether the weights are needed, or only the configuration.
 
     Raises:
         ConfigError: neither a folder nor a hub id, no access, or no ControlNet in it.
@@ -119,9 +122,9 @@ def find_controlnet(name_or_path: str, flag: str, *, cache_dir: Path | None = No
                 f"{flag} {name_or_path}: no such folder, and not a hub id (owner/name). "
                 "Train one first: python -m train."
             )
-        patterns = ["config.json", "*.safetensors", "*.index.json"]
+        patterns = ["config.json", *(["*.safetensors", "*.index.json"] if weights else [])]
         folder = _download(name_or_path, patterns, ["*/*"], None, cache_dir)
-    if found := controlnet_in(folder):
+    if found := controlnet_in(folder, weights=weights):
         return found
     checkpoints = [path.parent for path in folder.glob("checkpoint-*/controlnet")]
     if checkpoints:
@@ -166,10 +169,14 @@ def find_model(
     return folder
 
 
-def controlnet_in(folder: Path) -> Path | None:
-    """Return where a folder has its ControlNet: itself, or a checkpoint's `controlnet/`."""
+def controlnet_in(folder: Path, *, weights: bool = True) -> Path | None:
+    """Return where a folder has its ControlNet: itself, or a checkpoint's `controlnet/`.
+
+    Without `weights`, a configuration is enough.
+    """
     for found in (folder, folder / "controlnet"):
-        if (found / "config.json").is_file() and any(found.glob("*.safetensors")):
+        has_weights = any(found.glob("*.safetensors")) or not weights
+        if (found / "config.json").is_file() and has_weights:
             return found
     return None
 

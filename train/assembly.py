@@ -174,7 +174,25 @@ def _set_arithmetic(config: TrainConfig) -> None:
 def _load_networks(
     config: TrainConfig, inputs: Inputs, accelerator: Accelerator
 ) -> tuple[Any, Any]:
-    """Return the ControlNet, and the transformer on the device."""
+    """Return the ControlNet, and the transformer on the device.
+
+    The transformer leaves host memory before the ControlNet is loaded.
+    """
+    dtype = models.WEIGHT_DTYPES[accelerator.mixed_precision]
+    transformer = models.load_transformer(inputs.base, config.variant, dtype)
+    models.prepare_base(config, transformer)
+    if config.offload_base:
+        StreamedBlocks(transformer, config.offload_base, accelerator.device)
+    else:
+        transformer.to(accelerator.device)
+    controlnet = _load_controlnet(config, inputs)
+    if config.compile:
+        compile_blocks(controlnet, transformer)
+    return controlnet, transformer
+
+
+def _load_controlnet(config: TrainConfig, inputs: Inputs) -> Any:
+    """Return the ControlNet, in host memory."""
     if inputs.controlnet is None:
         controlnet = models.new_controlnet(
             inputs.base, config.variant, config.num_controlnet_layers
@@ -189,16 +207,8 @@ def _load_networks(
             )
     data = models.data_entry(inputs.cache.manifest, config.conditioning_name)
     controlnet.register_to_config(**{DATA_KEY: data})
-    dtype = models.WEIGHT_DTYPES[accelerator.mixed_precision]
-    transformer = models.load_transformer(inputs.base, config.variant, dtype)
-    models.prepare_networks(config, transformer, controlnet)
-    if config.compile:
-        compile_blocks(controlnet, transformer)
-    if config.offload_base:
-        StreamedBlocks(transformer, config.offload_base, accelerator.device)
-    else:
-        transformer.to(accelerator.device)
-    return controlnet, transformer
+    models.prepare_controlnet(config, controlnet)
+    return controlnet
 
 
 def _make_ema(config: TrainConfig, inputs: Inputs, controlnet: Any) -> Ema | None:

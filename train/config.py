@@ -5,10 +5,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from common.checks import check_resolution, check_sequence_length
 from common.errors import ConfigError
 from common.options import flag, option
 from shards.format.manifest import DEFAULT_CONDITIONING
 from shards.remote.streaming import LOCAL_CACHE_GB
+from train.misplaced_options import AT_PRECOMPUTE
+
+DEFAULT_SEQUENCE_LENGTH = 77  # T5 tokens; stage 1's default too
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,6 +23,7 @@ class TrainConfig:
         help="The cache: a folder, or its URL (s3://, gs://, hf://, http:// or https://).",
         heading="Data",
         aliases=("shards",),
+        unless="estimate",
     )
     conditioning_name: str = option(
         DEFAULT_CONDITIONING, help="Which of the cache's controls to train on."
@@ -109,10 +114,14 @@ class TrainConfig:
     seed: int = option(0, help="Seed for order, noise, timesteps and dropped prompts.")
     estimate: bool = option(
         False,
-        help="Print how much device memory the run would need, and what would reduce it; do not "
-        "train.",
+        help="Print how much memory the run would need, and what would reduce it; do not train. "
+        "Needs no cache, weights or GPU.",
         heading="Memory and speed",
     )
+    resolution: int | None = option(
+        None, help="With --estimate and without --cache: side of the square pictures, in pixels."
+    )
+    max_sequence_length: int | None = option(None, help="Likewise: T5 tokens, 77 by default.")
     mixed_precision: Literal["no", "fp16", "bf16"] | None = option(
         None,
         help="Number format of the frozen base and of the arithmetic; by default accelerate's.",
@@ -240,6 +249,7 @@ class TrainConfig:
                 value = getattr(self, name)
                 if value is not None and value < least:
                     raise ConfigError(f"{flag(name)} {value}: must be at least {least}.")
+        self._check_estimate()
         if not 0 < self.local_cache_gb < math.inf:
             raise ConfigError(f"--local-cache-gb {self.local_cache_gb:g}: must be above 0.")
         if not 0 <= self.max_grad_norm < math.inf:
@@ -261,3 +271,32 @@ class TrainConfig:
             raise ConfigError(
                 f"--proportion-empty-prompts {self.proportion_empty_prompts}: must be in 0 to 1."
             )
+
+    def _check_estimate(self) -> None:
+        """Refuse what describes a cache, unless an estimate has to do without one.
+
+        Raises:
+            ConfigError: naming the option.
+        """
+        described = [
+            name
+            for name in ("resolution", "max_sequence_length")
+            if getattr(self, name) is not None
+        ]
+        for name in described:
+            if not self.estimate:
+                raise ConfigError(f"{flag(name)}: {AT_PRECOMPUTE}")
+            if self.cache:
+                raise ConfigError(
+                    f"{flag(name)} {getattr(self, name)}: --cache {self.cache} says it; leave one "
+                    "out."
+                )
+        if self.estimate and not self.cache:
+            if self.resolution is None:
+                raise ConfigError(
+                    "--estimate: needs --cache, or --resolution for a cache that is yet to be "
+                    "made, e.g. --resolution 1024."
+                )
+            check_resolution(self.resolution)
+            if self.max_sequence_length is not None:
+                check_sequence_length(self.max_sequence_length)

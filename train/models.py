@@ -153,32 +153,34 @@ def load_controlnet(folder: Path) -> SD3ControlNetModel:
     return controlnet
 
 
-def prepare_networks(
-    config: TrainConfig,
-    transformer: Any,
-    controlnet: Any,
-    quantize: Callable[..., None] = quantize,
+def prepare_base(
+    config: TrainConfig, transformer: Any, quantize: Callable[..., None] = quantize
 ) -> None:
-    """Quantise, freeze, cast and checkpoint the networks as the settings ask, in place.
+    """Freeze, quantise and checkpoint the base's transformer as the settings ask, in place.
 
-    Training and the simulation of its memory both call this, so that they cannot differ.
+    Training and the simulation of its memory both call this, so that they cannot differ; likewise
+    `prepare_controlnet`.
 
     Args:
         config: settings of the run.
         transformer: unquantised, in the precision of the run.
-        controlnet: in float32.
         quantize: a replacement for `sd3.quantized.quantize`.
     """
     transformer.requires_grad_(False).eval()
     if config.quantize_base is not None:
         quantize(transformer, config.quantize_base, fp8_matmul=config.fp8_matmul)
+    if config.gradient_checkpointing:
+        transformer.enable_gradient_checkpointing()
+
+
+def prepare_controlnet(config: TrainConfig, controlnet: Any) -> None:
+    """Freeze what is dead of a ControlNet in float32, cast and checkpoint it, in place."""
     freeze_unused(controlnet)
     if config.bf16_weights:
         cast(controlnet, torch.bfloat16)
     controlnet.train()
     if config.gradient_checkpointing:
         controlnet.enable_gradient_checkpointing()
-        transformer.enable_gradient_checkpointing()
 
 
 def cast(network: nn.Module, dtype: torch.dtype) -> None:

@@ -91,6 +91,8 @@ MOVED_TO_PRECOMPUTE = {
     "validation_prompt",
     "validation_image",
 }
+# There in training too, but to describe a cache that is yet to be made, for --estimate alone.
+FOR_ESTIMATES = {"resolution", "max_sequence_length"}
 GONE = {
     "num_extra_conditioning_channels",
     "upcast_vae",
@@ -137,9 +139,10 @@ PRECOMPUTE = {field.name: field.default for field in fields(PrecomputeConfig)}
 def test_every_option_of_the_reference_is_somewhere() -> None:
     for misplaced in (NOT_IN_TRAIN, NOT_IN_PRECOMPUTE):
         assert {flag(name) for name in GONE} <= misplaced.keys()
-    assert {flag(name) for name in MOVED_TO_PRECOMPUTE} <= set(PRECOMPUTE_OPTIONS)
+    moved = MOVED_TO_PRECOMPUTE - FOR_ESTIMATES
+    assert {flag(name) for name in moved} <= set(PRECOMPUTE_OPTIONS)
     assert REFERENCE.keys() == (REFERENCE.keys() & TRAIN.keys()) | MOVED_TO_PRECOMPUTE | GONE
-    assert not TRAIN.keys() & (MOVED_TO_PRECOMPUTE | GONE)
+    assert TRAIN.keys() & (MOVED_TO_PRECOMPUTE | GONE) == FOR_ESTIMATES
 
 
 def test_each_stage_knows_the_options_of_the_other() -> None:
@@ -160,9 +163,9 @@ def test_options_of_the_other_stage_are_all_reported_at_once(command: Command) -
     assert done.exit_code == 2
     assert "--learning-rate: belongs to python -m train." in done.output
     assert "--max-train-steps: belongs to python -m train." in done.output
-    done = command("train", "--resolution", 512, "--cache", "x", "--validation_prompt", "a", "b")
+    done = command("train", "--split", "x", "--cache", "x", "--validation_prompt", "a", "b")
     assert done.exit_code == 2
-    assert "--resolution: belongs to python -m precompute" in done.output
+    assert "--split: belongs to python -m precompute" in done.output
     assert "--validation-prompt: belongs to python -m precompute" in done.output
 
 

@@ -3,19 +3,23 @@
 import os
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
+import torch
+
 from common.errors import ConfigError
+from common.memory.need import CUDA_BYTES, GB, LOST_SHARE, Need
 from common.options import flag
-from sd3.pretrained import find_base, find_controlnet, read_config
+from sd3.pretrained import find_base, find_controlnet, largest_side, read_config, vae_factor
 from shards.reading.cache import Cache
 from shards.remote.streaming import open_files
 from train import models
-from train.config import TrainConfig
+from train.config import DEFAULT_SEQUENCE_LENGTH, TrainConfig
 from train.memory.simulation import Estimate, Sizes, simulate
 from train.models import mixed_precision
 
-GB = 1e9
+CLIP_TOKENS = 77  # of both, in the stock pipeline
 # Changes that may help, each with the settings that it requires.
 REMEDIES: tuple[dict[str, Any], ...] = (
     {"mixed_precision": "bf16"},
@@ -32,21 +36,40 @@ REMEDIES: tuple[dict[str, Any], ...] = (
 )
 
 
-def find_sizes(config: TrainConfig) -> Sizes:
-    """Return the sizes that decide a run's memory, from configurations and the cache's manifest.
+def need(config: TrainConfig, free: int | None) -> Need:
+    """Return the memory that a run takes, from configurations alone.
+
+    Args:
+        config: settings of the run; `resolution` says the size where there is no cache yet.
+        free: makes no difference here; training chooses nothing by it.
 
     Raises:
         ConfigError: the base or the ControlNet is missing, or they do not go together.
         ShardError: the cache is missing.
     """
-    files = open_files(config.cache, config.local_cache_dir, config.local_cache_gb)
-    manifest = Cache(files, config.conditioning_name).manifest
+    del free
+    return simulate(config, find_sizes(config)).need
+
+
+def find_sizes(config: TrainConfig) -> Sizes:
+    """Return the sizes that decide a run's memory, from configurations and the cache's manifest.
+
+    Without a cache, of one with validation pairs and squares of `config.resolution`.
+
+    Raises:
+        ConfigError: the base or the ControlNet is missing, or they do not go together.
+        ShardError: the cache is missing.
+    """
+    manifest = None
     validates = config.validation_steps > 0
-    validates &= manifest.validation[config.conditioning_name].num_records > 0
+    if config.cache:
+        files = open_files(config.cache, config.local_cache_dir, config.local_cache_gb)
+        manifest = Cache(files, config.conditioning_name).manifest
+        validates &= manifest.validation[config.conditioning_name].num_records > 0
     decodes = validates and config.validation_decode == "vae"
     base = find_base(
         config.pretrained_model_name_or_path,
-        ["transformer", *(["vae"] if decodes else [])],
+        ["transformer", *(["vae"] if decodes or manifest is None else [])],
         revision=config.revision,
         cache_dir=config.cache_dir,
         weights=False,
@@ -58,18 +81,54 @@ def find_sizes(config: TrainConfig) -> Sizes:
             config.controlnet_model_name_or_path,
             "--controlnet-model-name-or-path",
             cache_dir=config.cache_dir,
+            weights=False,
         )
         controlnet = read_config(folder, "")
-    text = manifest.text_spec
+    transformer = read_config(base, "transformer")
+    if manifest is None:
+        latent, clip, t5 = _planned_records(config, base, transformer)
+    else:
+        text = manifest.text_spec
+        latent = max(manifest.buckets, key=lambda bucket: bucket[0] * bucket[1])
+        clip = text.clip_tokens, text.clip_width
+        t5 = text.max_sequence_length, text.t5_width
     return Sizes(
-        transformer=read_config(base, "transformer"),
+        transformer=transformer,
         controlnet=controlnet,
         vae=read_config(base, "vae") if decodes else None,
-        latent=max(manifest.buckets, key=lambda bucket: bucket[0] * bucket[1]),
-        clip=(text.clip_tokens, text.clip_width),
-        t5=(text.max_sequence_length, text.t5_width),
+        latent=latent,
+        clip=clip,
+        t5=t5,
         validates=validates,
     )
+
+
+def _planned_records(
+    config: TrainConfig, base: Path, transformer: dict[str, Any]
+) -> tuple[tuple[int, int], tuple[int, int], tuple[int, int]]:
+    """Return `latent`, `clip` and `t5` of `Sizes` for a cache that is yet to be made.
+
+    Raises:
+        ConfigError: the base has no positions for so large a picture, or is no SD3 model.
+    """
+    assert config.resolution is not None
+    factor = vae_factor(base)
+    side, largest = config.resolution // factor, largest_side(transformer)
+    if side > largest:
+        raise ConfigError(
+            f"--resolution {config.resolution}: {base} has positions for {largest * factor} px at "
+            "most."
+        )
+    try:
+        # CLIP's two embeddings are as wide side by side as their pooled ones.
+        clip_width = int(transformer["pooled_projection_dim"])
+        t5_width = int(transformer["joint_attention_dim"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise ConfigError(
+            f"{base / 'transformer' / 'config.json'}: not an SD3 transformer ({error!r})."
+        ) from error
+    tokens = config.max_sequence_length or DEFAULT_SEQUENCE_LENGTH
+    return (side, side), (CLIP_TOKENS, clip_width), (tokens, t5_width)
 
 
 def remedies(config: TrainConfig, sizes: Sizes, now: Estimate) -> list[tuple[str, int]]:
@@ -97,10 +156,22 @@ def report(config: TrainConfig, sizes: Sizes, estimate: Estimate) -> str:
     if estimate.validation:
         what = "a validation, decoding included" if sizes.vae else "a validation"
         lines.append(f"{estimate.validation / GB:8.2f}  {what}")
+    lines.append(
+        f"{estimate.need.free / GB:8.2f}  must be free: the most of these, {LOST_SHARE:.0%} for "
+        f"gaps and {CUDA_BYTES / GB:g} for CUDA itself{_free_now()}"
+    )
     if estimate.host:
         lines.append(f"{estimate.host / GB:8.2f}  of host memory, for what is offloaded")
-    lines.append("CUDA takes half a GB or so for itself.")
+    lines.append(f"{estimate.loading / GB:8.2f}  of host memory while the networks are loaded")
     return "\n".join(lines)
+
+
+def _free_now() -> str:
+    """Return how much a GPU of this machine has free, in words; nothing without one."""
+    if not torch.cuda.is_available():
+        return ""
+    free, _ = torch.cuda.mem_get_info()
+    return f"; {free / GB:.2f} is free on this machine"
 
 
 def advice(config: TrainConfig, sizes: Sizes, now: Estimate) -> str:

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from common.memory.meter import Meter
+from common.memory.need import Need
 from sd3.prompt_embeds import prompt_embeds
 from shards.format.specs import LatentSpec
 from train.config import TrainConfig
@@ -25,11 +26,18 @@ from train.loss import Objective, batch_losses
 from train.memory.stand_ins import (
     DroppedActivations,
     build_network,
+    network_bytes,
     quantize,
     stream_blocks,
     use_float32_norms,
 )
-from train.models import WEIGHT_DTYPES, mixed_precision, prepare_networks, trained_parameters
+from train.models import (
+    WEIGHT_DTYPES,
+    mixed_precision,
+    prepare_base,
+    prepare_controlnet,
+    trained_parameters,
+)
 from train.optim.adamw import state_bytes
 from train.optim.ema import Ema
 from train.optim.offloaded_state import is_offloaded
@@ -69,16 +77,23 @@ class Estimate:
         step: on the device, when a training step takes the most, by part.
         validation: on the device, when a validation takes the most; 0 without one.
         host: pinned host memory for what is offloaded.
+        loading: host memory while the networks are loaded, before they are on the device.
     """
 
     step: dict[str, int]
     validation: int
     host: int
+    loading: int
 
     @property
     def peak(self) -> int:
         """The most device memory at any time."""
         return max(sum(self.step.values()), self.validation)
+
+    @property
+    def need(self) -> Need:
+        """What a machine must have."""
+        return Need(self.peak, max(self.host, self.loading))
 
 
 def uses_ddp() -> bool:
@@ -97,7 +112,7 @@ def simulate(config: TrainConfig, sizes: Sizes) -> Estimate:
         step = max(run.meter.peak, run.between_steps(), key=lambda parts: sum(parts.values()))
         step = {part: step.get(part, 0) for part in PARTS}
         validation = run.validation() if sizes.validates else 0
-        return Estimate(step, validation, run.host)
+        return Estimate(step, validation, run.host, run.loading)
 
 
 class Simulation:
@@ -111,6 +126,7 @@ class Simulation:
         meter: counts the bytes on the device.
         buckets: the memory that DDP sends, by weight; gradients are copied or added into it.
         host: bytes of pinned host memory so far.
+        loading: bytes of host memory when the networks are loaded.
     """
 
     def __init__(self, config: TrainConfig, sizes: Sizes) -> None:
@@ -119,12 +135,16 @@ class Simulation:
         self.host = 0
         precision = mixed_precision(config)
         self.dtype = WEIGHT_DTYPES[precision]
+        # In the order in which a run loads them.
         self.transformer = build_network(SD3Transformer2DModel, sizes.transformer, self.dtype)
-        self.controlnet = build_network(SD3ControlNetModel, sizes.controlnet, torch.float32)
-        prepare_networks(config, self.transformer, self.controlnet, quantize)
-        self.trained = trained_parameters(self.controlnet)
+        self.loading = network_bytes(self.transformer)
+        prepare_base(config, self.transformer, quantize)
         if config.offload_base:
             self.host += stream_blocks(self.transformer, config.offload_base)
+        self.controlnet = build_network(SD3ControlNetModel, sizes.controlnet, torch.float32)
+        self.loading = max(self.loading, self.host + network_bytes(self.controlnet))
+        prepare_controlnet(config, self.controlnet)
+        self.trained = trained_parameters(self.controlnet)
         self._count(self.transformer, "frozen base")
         self._count(self.controlnet, "ControlNet")
         self.buckets: dict[Any, Tensor] = {}

@@ -31,6 +31,11 @@ def build_network(kind: Any, config: Mapping[str, Any], dtype: torch.dtype) -> A
     return network
 
 
+def network_bytes(network: nn.Module) -> int:
+    """Return the bytes of a network's weights and buffers."""
+    return sum(tensor.nbytes for tensor in (*network.parameters(), *network.buffers()))
+
+
 def quantize(transformer: Any, kind: str, *, fp8_matmul: bool) -> None:
     """Quantise a transformer as `sd3.quantized.quantize` does, without bitsandbytes.
 

@@ -1,5 +1,6 @@
 """Estimates of a run's memory, compared with what it takes."""
 
+import json
 import re
 import shutil
 from collections.abc import Callable
@@ -12,11 +13,14 @@ import torch
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
+from benchmarks.bases import TRANSFORMERS, VAE
+from common.config_file import read_section
+from common.errors import ConfigError
 from common.memory.meter import Meter
 from sd3.pretrained import read_config
 from tests.conftest import Outcome, flags
 from tests.train.memory.steps import batches_and_guard
-from train import loop
+from train import loop, models
 from train.assembly import assemble
 from train.config import TrainConfig
 from train.memory import estimate, simulation
@@ -190,10 +194,107 @@ def test_an_estimate_needs_no_weights(
     assert outcome.exit_code == 0
     lines = [line.strip() for line in outcome.output.splitlines()]
     assert lines[0] == "memory of one device, nothing shared out, 2 x 256 x 256 px a batch, in GB:"
-    parts = [float(line.split("  ")[0]) for line in lines[1:] if line[0].isdigit()]
-    assert sum(parts[:-1]) == pytest.approx(parts[-1], abs=0.03)
+    end = next(k for k, line in enumerate(lines) if line.endswith("a step at its fullest"))
+    *parts, whole, free, loading = [float(line.split("  ")[0]) for line in lines[1 : end + 3]]
+    assert sum(parts) == pytest.approx(whole, abs=0.03)
+    # An allocator's gaps, and CUDA's own share.
+    assert free == pytest.approx(1.05 * whole + 0.5, abs=0.03)
+    assert 0 < loading < whole
+    assert "must be free" in lines[end + 1]
     assert any(line.endswith("--gradient-checkpointing") for line in lines)
     assert not config.output_dir.exists()
+
+
+def without_cache(config: TrainConfig, resolution: int, tokens: int) -> TrainConfig:
+    return replace(
+        config, cache="", estimate=True, resolution=resolution, max_sequence_length=tokens
+    )
+
+
+def test_an_estimate_without_a_cache_is_the_same(config: TrainConfig) -> None:
+    planned = without_cache(config, 256, 24)
+    assert find_sizes(planned) == find_sizes(config)
+    validating = replace(planned, validation_steps=5, resolution=128)
+    sizes = find_sizes(validating)
+    assert (sizes.latent, sizes.validates) == ((16, 16), True)
+    assert sizes.vae == vae_config(config)
+    assert estimate.need(validating, None).device < estimate.need(planned, 10**9).device
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"cache": "", "estimate": True}, "--estimate: needs --cache, or --resolution"),
+        ({"cache": "", "estimate": True, "resolution": 1000}, "--resolution 1000: must be div"),
+        ({"estimate": True, "resolution": 64}, "--resolution 64: --cache .* says it"),
+        ({"resolution": 64}, "--resolution: belongs to python -m precompute"),
+        ({"max_sequence_length": 77}, "--max-sequence-length: belongs to python -m precompute"),
+        (
+            {"cache": "", "estimate": True, "resolution": 64, "max_sequence_length": 0},
+            "--max-sequence-length 0: must be 1 to 512",
+        ),
+    ],
+)
+def test_what_describes_a_cache_is_for_estimates_without_one(
+    settings: dict[str, Any], message: str, config: TrainConfig
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        replace(config, **settings)
+
+
+def test_an_estimate_names_a_picture_that_is_too_large(config: TrainConfig) -> None:
+    with pytest.raises(ConfigError, match=r"--resolution 8192: .* has positions for \d+ px"):
+        find_sizes(without_cache(config, 8192, 77))
+
+
+def test_host_memory_is_that_of_the_networks_or_of_what_is_offloaded(
+    config: TrainConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The base has left the host, if it leaves it, when the ControlNet is loaded."""
+    loaded: list[str] = []
+    for name in ("load_transformer", "new_controlnet"):
+        load = getattr(models, name)
+
+        def noted(*args: Any, name: str = name, load: Any = load) -> Any:
+            loaded.append(name)
+            return load(*args)
+
+        monkeypatch.setattr(models, name, noted)
+    run = assemble(replace(config, mixed_precision="bf16"))
+    assert loaded == ["load_transformer", "new_controlnet"]
+    base, controlnet = (
+        sum(one.nbytes for one in (*network.parameters(), *network.buffers()))
+        for network in (run.transformer, run.controlnet)
+    )
+    planned = replace(without_cache(config, 256, 24), mixed_precision="bf16")
+    assert base < controlnet == estimate.need(planned, None).host
+    exact = replace(planned, mixed_precision="no")
+    assert controlnet < 2 * base == estimate.need(exact, None).host
+    sizes = find_sizes(planned)
+    streamed = simulate(replace(planned, offload_base=3), sizes)
+    assert streamed.need.host == streamed.loading == controlnet + streamed.host
+    state = simulate(replace(planned, offload_optimizer=True), sizes)
+    assert state.need.host == state.host > state.loading
+
+
+# SD3-medium and SD3.5-large with a ControlNet of 12 blocks at 1024 px, as lean as can be.
+@pytest.mark.slow
+@pytest.mark.parametrize(("base", "most"), [("sd3-medium", 4.5e9), ("sd35-large", 10e9)])
+def test_the_leanest_settings_fit_small_cards(base: str, most: float, tmp_path: Path) -> None:
+    transformer = TRANSFORMERS[base]
+    for name, found in (("transformer", transformer), ("vae", VAE)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text(json.dumps(found))
+    preset: dict[str, Any] = read_section(Path("configs/cards/6gb.toml"), "train", TrainConfig)
+    settings = preset | {"offload_base": transformer["num_layers"], "offload_activations": True}
+    leanest = TrainConfig(
+        pretrained_model_name_or_path=str(tmp_path),
+        cache="",
+        estimate=True,
+        resolution=1024,
+        **settings | {"train_batch_size": 1},
+    )
+    assert estimate.need(leanest, None).free < most
 
 
 @pytest.mark.slow

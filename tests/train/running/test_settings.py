@@ -136,7 +136,8 @@ def test_networks_are_prepared_as_asked_for(train_config: TrainConfig, base: Pat
     transformer = models.load_transformer(base, None, torch.bfloat16)
     controlnet = models.new_controlnet(base, None, 2)
     exact = {name: tensor.clone() for name, tensor in controlnet.state_dict().items()}
-    models.prepare_networks(config, transformer, controlnet)
+    models.prepare_base(config, transformer)
+    models.prepare_controlnet(config, controlnet)
     products = [module for module in transformer.modules() if isinstance(module, RowLinear)]
     assert len(products) > 20
     in_8_bit = RowLinear(torch.nn.Linear(16, 16), torch.float8_e4m3fn, fp8_matmul=True)
