@@ -5,7 +5,7 @@ PYTHON ?= python3
 VENV   ?= .venv
 # One TOML file, or several between quotes: later ones win.
 CONFIG ?= configs/demo.toml
-# The size of graphics card that training has to fit, e.g. 12gb: see configs/cards/.
+# The graphics card that all stages have to fit: 12gb and others of configs/cards/, or auto.
 CARD   ?=
 # What runs stages 1 and 2; on several GPUs: LAUNCH="accelerate launch --num_processes 8"
 LAUNCH ?= python
@@ -32,7 +32,7 @@ SOURCE_FLAG     = $(if $(SOURCE),--source "$(SOURCE)")
 BASE_FLAG       = $(if $(BASE),--pretrained-model-name-or-path "$(BASE)")
 CACHE_FLAG      = $(if $(CACHE),--cache "$(CACHE)")
 OUTPUT_FLAG     = $(if $(OUTPUT),--output-dir "$(OUTPUT)")
-CARD_FLAG       = $(if $(CARD),--config "configs/cards/$(CARD).toml")
+CARD_FLAG       = $(if $(CARD),--card "$(CARD)")
 CONTROLNET_FLAG = $(if $(OUTPUT),--controlnet "$(OUTPUT)")
 IMAGES_FLAG     = $(if $(OUTPUT),--output-dir "$(OUTPUT)/images")
 SERVE_FLAG      = $(if $(OUTPUT),--output-dir "$(OUTPUT)/served")
@@ -51,9 +51,9 @@ $(foreach stage,$(STAGES),$(foreach name,$(NEEDED_$(stage)),$(if $($(name)),,\
 endif
 
 # A variable that a target would not look at is refused.
-ifneq ($(and $(CARD),$(filter circles demo demo-full precompute infer serve score verify,$(MAKECMDGOALS))),)
-ifeq ($(filter train,$(MAKECMDGOALS)),)
-$(error CARD=$(CARD) is for make train alone; leave it out)
+ifneq ($(and $(CARD),$(filter circles demo demo-full verify fits,$(MAKECMDGOALS))),)
+ifeq ($(STAGES),)
+$(error CARD=$(CARD) is for make precompute, train, infer, score and serve; leave it out)
 endif
 endif
 ifneq ($(and $(filter demo,$(MAKECMDGOALS)),$(filter-out 0,$(FAST)),$(filter-out file,$(origin CONFIG))),)
@@ -62,7 +62,7 @@ endif
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help setup demo demo-full circles precompute train infer score serve verify test lint check mutate gpu clean
+.PHONY: help setup demo demo-full circles precompute train infer score serve verify fits test lint check mutate gpu clean
 
 help:  ## List the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{ printf "%-13s %s\n", $$1, $$2 }'
@@ -71,7 +71,7 @@ help:  ## List the targets
 	@echo '  make precompute SOURCE=photos BASE=sd3 CACHE=cache ARGS="--conditioning-from canny"'
 	@echo '  make train      CONFIG=configs/sd35-medium.toml CACHE=cache OUTPUT=out ARGS="--train-batch-size 8"'
 	@echo 'CONFIG brings a base and settings that go with it; without it the defaults stand.'
-	@echo 'Variables: CONFIG CARD SOURCE BASE CACHE OUTPUT ARGS LAUNCH SIZE, and PYTHON for setup.'
+	@echo 'Variables: CONFIG CARD SOURCE BASE CACHE OUTPUT MEMORY ARGS LAUNCH SIZE, and PYTHON for setup.'
 
 setup: $(STAMP)  ## Create .venv and install everything into it
 
@@ -110,22 +110,25 @@ circles: setup  ## Draw the demo's data set
 	$(RUN) python -m demo.circles $(CONFIG_FLAGS)
 
 precompute: setup $(if $(IS_DEMO),$(if $(SOURCE),,circles))  ## Stage 1: encode SOURCE with BASE's encoders into CACHE
-	$(RUN) $(LAUNCH) -m precompute $(CONFIG_FLAGS) $(SOURCE_FLAG) $(BASE_FLAG) $(CACHE_FLAG) $(ARGS)
+	$(RUN) $(LAUNCH) -m precompute $(CONFIG_FLAGS) $(CARD_FLAG) $(SOURCE_FLAG) $(BASE_FLAG) $(CACHE_FLAG) $(ARGS)
 
 train: setup  ## Stage 2: train a ControlNet for BASE from CACHE into OUTPUT
 	$(RUN) $(LAUNCH) -m train $(CONFIG_FLAGS) $(CARD_FLAG) $(BASE_FLAG) $(CACHE_FLAG) $(OUTPUT_FLAG) $(ARGS)
 
 infer: setup  ## Stage 3: draw pictures with BASE and OUTPUT's ControlNet
-	$(RUN) python -m infer generate $(CONFIG_FLAGS) $(BASE_FLAG) $(CONTROLNET_FLAG) $(IMAGES_FLAG) $(ARGS)
+	$(RUN) python -m infer generate $(CONFIG_FLAGS) $(CARD_FLAG) $(BASE_FLAG) $(CONTROLNET_FLAG) $(IMAGES_FLAG) $(ARGS)
 
 serve: setup $(SERVE_STAMP)  ## Serve a web page where OUTPUT's ControlNet follows what you draw
-	$(RUN) python -m infer serve $(CONFIG_FLAGS) $(BASE_FLAG) $(CONTROLNET_FLAG) $(SERVE_FLAG) $(ARGS)
+	$(RUN) python -m infer serve $(CONFIG_FLAGS) $(CARD_FLAG) $(BASE_FLAG) $(CONTROLNET_FLAG) $(SERVE_FLAG) $(ARGS)
 
 score: setup  ## Measure how well OUTPUT's ControlNet draws SOURCE
-	$(RUN) python -m infer score $(CONFIG_FLAGS) $(SOURCE_FLAG) $(BASE_FLAG) $(CONTROLNET_FLAG) $(SCORE_FLAG) $(ARGS)
+	$(RUN) python -m infer score $(CONFIG_FLAGS) $(CARD_FLAG) $(SOURCE_FLAG) $(BASE_FLAG) $(CONTROLNET_FLAG) $(SCORE_FLAG) $(ARGS)
 
 verify: setup  ## Check every record of CACHE
 	$(RUN) python -m shards verify "$(or $(CACHE),$(if $(IS_DEMO),runs/$(basename $(notdir $(IS_DEMO)))/cache,$(error Say which: make verify CACHE=…)))"
+
+fits: setup  ## Say what all stages need of a card, and whether one of MEMORY GB has it: CONFIG=configs/sd35-medium.toml MEMORY=8
+	$(RUN) python -m benchmarks.fits $(CONFIG_FLAGS) $(BASE_FLAG) $(if $(MEMORY),--memory "$(MEMORY)") $(ARGS)
 
 test: setup  ## Run the tests that take seconds
 	$(TESTS) -m "not slow and not extras and not gpu and not network" $(ARGS)

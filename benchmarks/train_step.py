@@ -22,13 +22,12 @@ import torch
 from benchmarks.bases import TRANSFORMERS, train_settings
 from benchmarks.flops import count_step_flops, measure_matrix_rate
 from benchmarks.memory_chart import draw_memory
-from benchmarks.presets import card_files
 from benchmarks.random_weights import save_transformer
 from benchmarks.synthetic import Shape, write_cache
 from benchmarks.timed_steps import time_steps
 from common.atomic_files import write_text
+from common.cards import card_names, settings_with
 from common.command import CONTEXT, user_errors
-from common.config_file import read_section
 from common.errors import ConfigError, RunError
 from common.provenance import commit, machine, versions
 from train.config import TrainConfig
@@ -188,9 +187,9 @@ def rows(base: str) -> Iterator[Row]:
             yield Row(name, usual, settings)
     run = train_settings("sd3-medium" if tiny else base)
     batches = {name: run[name] for name in ("train_batch_size", "gradient_accumulation_steps")}
-    for path in card_files()[: 1 if tiny else None]:
-        card = batches | read_section(path, "train", TrainConfig)
-        yield Row(f"card of {path.stem.removesuffix('gb')} GB", usual, card)
+    for card in card_names()[::-1][: 1 if tiny else None]:
+        settings = batches | settings_with(card, "train", TrainConfig)
+        yield Row(f"card of {card.removesuffix('gb')} GB", usual, settings)
 
 
 def prepare_config(row: Row, folder: Path, transformer: dict[str, Any]) -> TrainConfig:

@@ -13,6 +13,7 @@ from typing import IO, Any, TypeVar
 import click
 from safetensors import SafetensorError
 
+from common.cards import AUTO, card_names, choose_card, free_memory_of, settings_with
 from common.config_file import aliases, read_section
 from common.errors import (
     ConfigError,
@@ -21,6 +22,7 @@ from common.errors import (
     is_raised_everywhere,
     os_error_line,
 )
+from common.memory.need import Need
 from common.options import RequiredUnless, click_options, flag, headings
 
 Config = TypeVar("Config")
@@ -169,6 +171,7 @@ def stage_command(
     section: str,
     misplaced: Mapping[str, str] | None = None,
     like: Callable[[Path], dict[str, Any]] | None = None,
+    need: Callable[[Config, int | None], Need] | None = None,
 ) -> click.Command:
     """Return the click command that fills `config_class` and calls `run` with it.
 
@@ -181,13 +184,25 @@ def stage_command(
         misplaced: flags that this command does not have, and where each belongs.
         like: returns the settings that a file was made with. If given, the command has an option
             `--like FILE`, which takes these settings as defaults.
+        need: returns the memory that a run takes, where so many bytes of the device are free. If
+            given, the command has an option `--card`.
     """
 
-    def callback(config: tuple[Path, ...], like: Path | None = None, **values: Any) -> None:
+    def callback(
+        config: tuple[Path, ...],
+        like: Path | None = None,
+        card: str | None = None,
+        **values: Any,
+    ) -> None:
         with user_errors():
-            run(config_class(**values))
+            if need is None or card is None:
+                run(config_class(**values))
+            else:
+                run(_with_card(card, values, section, config_class, need))
 
     params = [_config_option(section, config_class)]
+    if need is not None:
+        params.append(_card_option(section))
     if like is not None:
         params.append(_like_option(like))
     return StageCommand(
@@ -211,6 +226,50 @@ def _config_option(section: str, config_class: type[Any]) -> click.Option:
         help=f"TOML file; its [{section}] table gives defaults for all options. "
         "Repeatable: later files win.",
     )
+
+
+def _card_option(section: str) -> click.Option:
+    return click.Option(
+        ["--card"],
+        help=f"Preset for a graphics card: the [{section}] table of configs/cards/CARD.toml, over "
+        "those of --config; or auto, the fastest that fits the free memory.",
+    )
+
+
+def _with_card(
+    card: str,
+    values: dict[str, Any],
+    section: str,
+    config_class: type[Config],
+    need: Callable[[Config, int | None], Need],
+) -> Config:
+    """Return the settings with a card's preset; what the command line gives wins over it."""
+    ctx = click.get_current_context()
+    own = {
+        name
+        for name in values
+        if ctx.get_parameter_source(name) is click.core.ParameterSource.COMMANDLINE
+    } | set(ctx.meta.get("settings", {}).get("like", {}))
+
+    def settings(name: str) -> Config:
+        changes = settings_with(name, section, config_class)
+        return config_class(**values | {key: changes[key] for key in changes.keys() - own})
+
+    if card != AUTO:
+        return settings(card)
+    free = free_memory_of(values.get("device"))
+    if free is None:
+        click.echo("--card auto: no graphics card computes here; nothing is changed")
+        return config_class(**values)
+    configs: dict[str, Config | ConfigError] = {}
+    for name in card_names():
+        try:
+            configs[name] = settings(name)
+        except ConfigError as error:
+            configs[name] = error
+    name, line = choose_card(configs, need, free, section)
+    click.echo(line)
+    return settings(name)
 
 
 def _like_option(like: Callable[[Path], dict[str, Any]]) -> click.Option:

@@ -13,7 +13,18 @@ from common.errors import ConfigError
 # The type of a setting that is a number or `auto`.
 NUMBER_OR_WORD = (int | Literal["auto"],)
 EXTENDS = "extends"
-SECTIONS = ("demo", "circles", "precompute", "train", "infer", "score", "serve", "decode")
+GIVES_UP = "gives_up"  # of a card's preset
+SECTIONS = (
+    "demo",
+    "circles",
+    "precompute",
+    "train",
+    "infer",
+    "score",
+    "serve",
+    "decode",
+    GIVES_UP,
+)
 
 
 def read_section(path: Path, section: str, config_class: type[Any]) -> dict[str, Any]:

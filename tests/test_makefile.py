@@ -7,7 +7,7 @@ import pytest
 from tests.conftest import REPOSITORY, without_make
 
 FAST = "FAST=1 is configs/demo-fast.toml; give it or CONFIG=configs/demo.toml, not both"
-CARD = "CARD=12gb is for make train alone; leave it out"
+CARD = "CARD=12gb is for make precompute, train, infer, score and serve; leave it out"
 
 
 def make(*words: str) -> tuple[int, str]:
@@ -23,9 +23,8 @@ def make(*words: str) -> tuple[int, str]:
     ("words", "complaint"),
     [
         (("demo", "FAST=1", "CONFIG=configs/demo.toml"), FAST),
-        (("precompute", "CARD=12gb"), CARD),
-        (("infer", "CARD=12gb"), CARD),
-        (("score", "serve", "CARD=12gb"), CARD),
+        (("demo", "CARD=12gb"), CARD),
+        (("verify", "CACHE=cache", "CARD=12gb"), CARD),
     ],
 )
 def test_a_variable_that_is_not_looked_at_is_refused(
@@ -104,7 +103,9 @@ def test_own_data_gets_no_settings_of_the_demo(stage: str, command: str) -> None
     [
         ("demo", "FAST=1"),
         ("demo", "FAST=0", "CONFIG=configs/demo.toml"),
-        ("train", "CARD=12gb"),
+        ("train", "CARD=auto"),
+        ("infer", "CARD=8gb"),
+        ("score", "serve", "CARD=12gb"),
         ("precompute", "train", "CARD=12gb", "CONFIG=configs/sd35-medium.toml"),
     ],
 )

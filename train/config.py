@@ -153,8 +153,8 @@ class TrainConfig:
     )
     offload_base: int = option(
         0,
-        help="Blocks of the frozen base to keep in host memory; each is brought to the device "
-        "ahead of its use; same results, slower.",
+        help="Blocks of the frozen base to keep in host memory, or all if it has fewer; each is "
+        "brought to the device ahead of its use; same results, slower.",
     )
     compile: bool = option(
         False,

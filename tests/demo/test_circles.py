@@ -149,8 +149,8 @@ def test_make_stacks_configurations() -> None:
     arguments = ["make", "-n", "train", "CONFIG=configs/sd3-medium.toml my.toml", "CARD=12gb"]
     done = subprocess.run(arguments, cwd=REPOSITORY, capture_output=True, text=True, check=True)
     (line,) = [line for line in done.stdout.splitlines() if "python -m train" in line]
-    given = re.findall(r'--config "(\S+)"', line)
-    assert given == ["configs/sd3-medium.toml", "my.toml", "configs/cards/12gb.toml"]
+    given = re.findall(r'--(?:config|card) "(\S+)"', line)
+    assert given == ["configs/sd3-medium.toml", "my.toml", "12gb"]
 
 
 @pytest.mark.parametrize("name", ["sd3-medium", "sd35-large"])

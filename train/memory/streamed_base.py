@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from common.errors import ConfigError
 from train.optim.host_memory import CopyStream, HostMemory
 
 NUM_PLACES = 2
@@ -21,15 +20,11 @@ ALIGNMENT_BYTES = 512  # CUDA's allocator has the same, and kernels are chosen b
 
 
 def streamed_numbers(total: int, count: int) -> list[int]:
-    """Return which blocks of a network are streamed: `count` of `total`, evenly spread.
+    """Return which blocks of a network are streamed: `count` of `total`, evenly spread, or all.
 
     Between two of them the others leave time for the copies.
-
-    Raises:
-        ConfigError: there are not as many.
     """
-    if count > total:
-        raise ConfigError(f"--offload-base {count}: the base model has {total} blocks; give less.")
+    count = min(count, total)
     return [(2 * k + 1) * total // (2 * count) for k in range(count)]
 
 
@@ -69,11 +64,8 @@ class StreamedBlocks:
 
     Args:
         network: frozen; with `transformer_blocks`.
-        count: how many blocks.
+        count: how many blocks; all if it has fewer.
         device: where the network computes.
-
-    Raises:
-        ConfigError: the network has fewer blocks.
     """
 
     def __init__(self, network: Any, count: int, device: torch.device) -> None:
