@@ -57,3 +57,9 @@ VAE: dict[str, Any] = {
 def train_settings(base: str) -> dict[str, Any]:
     """Return the settings of training that configs/ has for a base."""
     return read_section(Path(f"configs/{base}.toml"), "train", TrainConfig)
+
+
+def published(name: str) -> str | None:
+    """Return which of `TRANSFORMERS` a base of this hub id has, or None."""
+    ids = {train_settings(base)["pretrained_model_name_or_path"]: base for base in TRANSFORMERS}
+    return ids.get(name)

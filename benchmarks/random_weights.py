@@ -55,6 +55,20 @@ def save_transformer(folder: Path, config: dict[str, Any], *, weights: bool = Tr
         SD3Transformer2DModel.from_config(config).save_pretrained(folder / "transformer")
 
 
+def save_configurations(folder: Path, transformer: dict[str, Any]) -> None:
+    """Save a base model without its weights: some kilobytes, from which memory is counted.
+
+    Args:
+        folder: folder of the base model.
+        transformer: configuration of the transformer.
+    """
+    save_transformer(folder, transformer, weights=False)
+    with torch.device("meta"):
+        for suffix, model in text_encoders():
+            model.config.save_pretrained(folder / f"text_encoder{suffix}")
+        AutoencoderKL.from_config(VAE).save_config(folder / "vae")
+
+
 def _fastest_device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
