@@ -127,18 +127,21 @@ def free_memory_of(device: str | None) -> Free | None:
     Raises:
         ConfigError: there are several processes, which would have to agree.
     """
-    import psutil
-    import torch
-
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ConfigError(
             "--card auto: is for one process; with several, name the preset, e.g. --card 24gb."
         )
-    if not (device or "cuda").startswith("cuda") or not torch.cuda.is_available():
+    # Imported here, since importing torch takes seconds.
+    import psutil
+    import torch
+
+    from common.device import free_gpu_bytes
+
+    free = free_gpu_bytes(device)
+    if free is None:
         return None
-    card = torch.device(device or "cuda")
-    free, _ = torch.cuda.mem_get_info(card)
-    return Free(free, psutil.virtual_memory().available, torch.cuda.get_device_name(card))
+    name = torch.cuda.get_device_name(torch.device(device or "cuda"))
+    return Free(free, psutil.virtual_memory().available, name)
 
 
 def settings_with(name: str, section: str, config_class: type[Any]) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """`python -m precompute`."""
 
 from common.command import stage_command
+from common.memory.need import Need
 from precompute.config import PrecomputeConfig
 from precompute.misplaced_options import MISPLACED
 
@@ -17,7 +18,16 @@ def run(config: PrecomputeConfig) -> None:
     precompute(config)
 
 
-main = stage_command("precompute", PrecomputeConfig, run, section="precompute", misplaced=MISPLACED)
+def need(config: PrecomputeConfig, free: int | None) -> Need:
+    """Return the memory that a run takes."""
+    from precompute.memory.estimate import need
+
+    return need(config, free)
+
+
+main = stage_command(
+    "precompute", PrecomputeConfig, run, section="precompute", misplaced=MISPLACED, need=need
+)
 
 if __name__ == "__main__":
     main(prog_name="python -m precompute")
