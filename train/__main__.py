@@ -4,6 +4,7 @@ import sys
 
 from common.command import stage_command
 from common.interruption import exit_code
+from common.memory.need import Need
 from train.config import TrainConfig
 from train.misplaced_options import MISPLACED
 
@@ -16,7 +17,14 @@ def run(config: TrainConfig) -> None:
         sys.exit(exit_code(ended_by))
 
 
-main = stage_command("train", TrainConfig, run, section="train", misplaced=MISPLACED)
+def need(config: TrainConfig, free: int | None) -> Need:
+    """Return the memory that a run takes."""
+    from train.memory.estimate import need
+
+    return need(config, free)
+
+
+main = stage_command("train", TrainConfig, run, section="train", misplaced=MISPLACED, need=need)
 
 if __name__ == "__main__":
     main(prog_name="python -m train")
