@@ -324,6 +324,6 @@ def user_errors() -> Iterator[None]:
         if type(error).__name__ != "OutOfMemoryError":  # torch's; importing torch takes seconds
             raise
         raise CommandError(
-            f"out of memory: {str(error).splitlines()[0]} Smaller batches help: --vae-batch-size "
-            "and --text-batch-size in precompute, --batch-size or --offload in infer."
+            f"out of memory: {str(error).splitlines()[0]} Other programs may hold a part of it; "
+            "which options take less, says --help."
         ) from error

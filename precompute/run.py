@@ -9,7 +9,9 @@ import torch
 
 from common.atomic_files import require_space
 from common.device import free_memory, keep_freed_memory
+from common.errors import RunError
 from common.interruption import InterruptedRun, stop_between_shards
+from common.memory.exhausted import device_remedies, full_memory_line, is_out_of_memory
 from common.provenance import write_run
 from precompute.config import PrecomputeConfig
 from precompute.discarded import (
@@ -50,9 +52,25 @@ def precompute(config: PrecomputeConfig) -> None:
     Raises:
         ConfigError: the settings, the source or the base model cannot be used.
         ShardError: too many rows are bad; finished shards are kept.
+        RunError: memory is full; finished shards are kept.
         OSError: the cache cannot be written, or does not fit the disk; finished shards are kept.
     """
     context = choose_offload(prepare(config))
+    try:
+        _precompute(context)
+    except RunError:
+        raise
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        # Beside the encoders, which step back, and tell it themselves.
+        remedies = ["smaller --text-batch-size, --vae-batch-size and --shard-mb"]
+        remedies += device_remedies(context.device)
+        raise RunError(full_memory_line("stage 1", error, remedies)) from error
+
+
+def _precompute(context: Context) -> None:
+    config = context.config
     keep_freed_memory(context.device)
     torch.backends.cuda.matmul.allow_tf32 = config.allow_tf32
     torch.backends.cudnn.allow_tf32 = config.allow_tf32

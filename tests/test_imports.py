@@ -32,7 +32,7 @@ ALLOWED = {
     "common.memory": set(),
     "common": {"common.memory"},
     "sd3": {"common"},
-    "sd3.annotators": {"common", "sd3"},
+    "sd3.annotators": {"common", "common.memory", "sd3"},
     "shards.format": {"common", "sd3"},
     "shards.reading": {"common", "sd3", "shards.format"},
     "shards.remote": {"common", "sd3", "shards.format", "shards.reading"},

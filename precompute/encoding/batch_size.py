@@ -3,20 +3,13 @@
 from collections.abc import Callable, Sequence
 
 import torch
-from accelerate.utils.memory import should_reduce_batch_size
 from torch import Tensor
 
 from common.errors import RunError
+from common.memory.exhausted import full_memory_line, is_out_of_memory
 
 LARGEST = 256
 FULL = 0.85  # of the device's memory
-# What CUDA's libraries say when they cannot allocate, beside what accelerate knows.
-ALLOCATION_FAILURES = (
-    "CUBLAS_STATUS_ALLOC_FAILED",
-    "CUBLAS_STATUS_NOT_INITIALIZED",  # no memory for its handle
-    "CUDNN_STATUS_ALLOC_FAILED",
-    "ALLOCATION_FAILED",  # the end of cuDNN's newer names
-)
 
 
 class BatchSize:
@@ -37,26 +30,6 @@ class BatchSize:
         if self.now == self.given:
             return []
         return [f"memory ran out at {self.given} {items} a batch; {self.now} were encoded at once"]
-
-
-def is_out_of_memory(error: Exception) -> bool:
-    """Tell whether an error says that memory is full, the device's or the host's."""
-    if isinstance(error, torch.OutOfMemoryError) or should_reduce_batch_size(error):
-        return True
-    said = str(error)
-    return isinstance(error, RuntimeError) and any(one in said for one in ALLOCATION_FAILURES)
-
-
-def out_of_memory(what: str, error: Exception, remedies: Sequence[str]) -> RunError:
-    """Return the error that tells what did not fit, and what helps.
-
-    Args:
-        what: did not fit, in words.
-        error: that was raised.
-        remedies: in words, the best first.
-    """
-    said = (str(error).splitlines() or ["out of memory"])[0]
-    return RunError(f"{what}: memory is full ({said}). What helps: {'; '.join(remedies)}.")
 
 
 def find_batch_size(
@@ -128,7 +101,7 @@ def in_parts(
             if not is_out_of_memory(error) or not size.may_shrink:
                 raise
             if size.now == 1:
-                raise out_of_memory(f"a single {item}", error, remedies) from error
+                raise RunError(full_memory_line(f"a single {item}", error, remedies)) from error
         # After the handler, since the error's traceback holds the tensors of the attempt.
         size.now //= 2
         torch.cuda.empty_cache()

@@ -14,8 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from common.errors import ShardError
-from precompute.encoding.batch_size import BatchSize, in_parts, out_of_memory
+from common.errors import RunError, ShardError
+from common.memory.exhausted import device_remedies, full_memory_line, is_out_of_memory
+from precompute.encoding.batch_size import BatchSize, in_parts
 from precompute.fingerprints.encoder_spec import CLIP_COMPONENTS, T5_COMPONENTS, TextSettings
 from precompute.memory.layer_groups import bring_in_groups
 from precompute.sources.counted import Counted
@@ -169,9 +170,11 @@ class TextEncoders:
             t5 = load(T5EncoderModel, T5_COMPONENTS[1], at_rest)
             if in_groups:
                 bring_in_groups(t5, device)
-        except torch.OutOfMemoryError as error:
-            remedies = _remedies(settings, in_groups=in_groups)
-            raise out_of_memory("the text encoders", error, remedies) from error
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            remedies = _remedies(settings, device, in_groups=in_groups)
+            raise RunError(full_memory_line("the text encoders", error, remedies)) from error
         return cls(clips, t5, tokenizers, settings, device, in_groups=in_groups)
 
     @property
@@ -202,7 +205,7 @@ class TextEncoders:
             inputs,
             size,
             item="prompt",
-            remedies=_remedies(self.settings, in_groups=self.in_groups),
+            remedies=_remedies(self.settings, self.device, in_groups=self.in_groups),
         )
         dtype = getattr(torch, self.settings.cache_dtype)
         return {name: tensor.to(dtype) for name, tensor in embeds.items()}
@@ -221,12 +224,15 @@ class TextEncoders:
         }
 
 
-def _remedies(settings: TextSettings, *, in_groups: bool) -> list[str]:
+def _remedies(settings: TextSettings, device: torch.device, *, in_groups: bool) -> list[str]:
     """Return what lessens the memory that the text encoders take, the best first."""
-    remedies = [] if in_groups else ["--offload groups"]
+    on_cpu = device.type == "cpu"
+    remedies = [] if in_groups or on_cpu else ["--offload groups"]
     if settings.compute_dtype != "bfloat16":
         remedies.append("--text-dtype bfloat16")
-    return [*remedies, "a device that nothing else uses", "--device cpu"]
+    if in_groups and not on_cpu:
+        remedies.append("more free host memory, where T5's layers are")
+    return [*remedies, *device_remedies(device)]
 
 
 class LongPrompts:

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from common.errors import RunError
+from common.memory.exhausted import device_remedies, full_memory_line, is_out_of_memory
 from precompute.encoding.batch_size import BatchSize, in_parts
 from precompute.fingerprints.encoder_spec import LatentSettings
 from sd3.pixels import to_pixels
@@ -29,6 +31,7 @@ class VaeEncoder:
         self.cache_dtype = getattr(torch, settings.cache_dtype)
         self.posterior = settings.posterior
         self.device = device
+        self.settings = settings
         vae.decoder = None
         if settings.tiled:
             vae.enable_tiling()
@@ -51,18 +54,28 @@ class VaeEncoder:
             settings: number formats, and whether to keep the posterior's standard deviation.
             device: where it computes.
             variant: variant of the weight files.
+
+        Raises:
+            RunError: it does not fit the device's memory.
         """
         from diffusers import AutoencoderKL
 
-        vae = AutoencoderKL.from_pretrained(
-            base,
-            subfolder="vae",
-            variant=component_variant(base / "vae", variant),
-            dtype=getattr(torch, settings.compute_dtype),
-            use_safetensors=True,
-            device_map={"": str(device)},  # load onto the device directly
-        )
-        return cls(vae, settings, device)
+        try:
+            vae = AutoencoderKL.from_pretrained(
+                base,
+                subfolder="vae",
+                variant=component_variant(base / "vae", variant),
+                dtype=getattr(torch, settings.compute_dtype),
+                use_safetensors=True,
+                device_map={"": str(device)},  # load onto the device directly
+            )
+            return cls(vae, settings, device)
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            raise RunError(
+                full_memory_line("the VAE", error, _remedies(settings, device))
+            ) from error
 
     @torch.no_grad()
     def encode(
@@ -90,10 +103,17 @@ class VaeEncoder:
                 tensors[f"{name}_std"] = posterior.std
             return tensors
 
-        remedies = ["--vae-dtype bfloat16"] if self.dtype == torch.float32 else []
-        remedies += ["a device that nothing else uses", "--device cpu"]
+        remedies = _remedies(self.settings, self.device)
         latents = in_parts(compute, [uint8], size, item="image", remedies=remedies)
         return {
             key: tensor.to(self.cache_dtype, memory_format=torch.contiguous_format)
             for key, tensor in latents.items()
         }
+
+
+def _remedies(settings: LatentSettings, device: torch.device) -> list[str]:
+    """Return what lessens the memory that the VAE takes, the best first."""
+    remedies = ["--vae-dtype bfloat16"] if settings.compute_dtype == "float32" else []
+    if not settings.tiled:
+        remedies.append("a smaller --resolution")
+    return [*remedies, *device_remedies(device)]

@@ -28,6 +28,7 @@ class Drawing:
 
     def __init__(self, annotator: Annotator, device: str) -> None:
         self.annotator = annotator
+        self.device = device
         self._draw = _load(annotator, device)
 
     def draw(self, images: Sequence[Image.Image]) -> list[Image.Image | BadImage]:
@@ -36,9 +37,14 @@ class Drawing:
         Raises:
             RunError: the device's memory is full.
         """
-        if self._draw is not None:
-            return draw_batch(self._draw, images)
-        return [self._draw_one(image) for image in images]
+        if self._draw is None:
+            return [self._draw_one(image) for image in images]
+        drawn = self._draw_batch(self._draw, images)
+        if drawn is None:
+            # After the handler of its error, whose traceback holds the tensors of the attempt.
+            _give_back_memory()
+            return [one for image in images for one in self.draw([image])]
+        return drawn
 
     def draw_all(self, images: Iterable[Image.Image]) -> Iterator[Image.Image | BadImage]:
         """Yield what `draw` returns for any number of images, of any sizes, in order.
@@ -52,6 +58,25 @@ class Drawing:
             while batch := list(islice(same_size, BATCH)):
                 yield from self.draw(batch)
 
+    def _draw_batch(
+        self, draw: DrawBatch, images: Sequence[Image.Image]
+    ) -> list[Image.Image | BadImage] | None:
+        """Return what is drawn from a batch; None if that fails, and may not with each alone.
+
+        Raises:
+            RunError: the device's memory is full with a single image.
+        """
+        try:
+            drawn = list(draw(images))
+            if len(drawn) != len(images):
+                raise ValueError(f"{len(drawn)} pictures come back for {len(images)}")
+        except Exception as error:  # whatever the user's own code raises
+            if len(images) > 1:
+                return None
+            _refuse_full_memory(error, self.annotator, self.device)
+            return [not_drawn(error)]
+        return [_as_drawn(one, image.size) for one, image in zip(drawn, images, strict=True)]
+
     def _draw_one(self, image: Image.Image) -> Image.Image | BadImage:
         assert self.annotator.function is not None
         try:
@@ -61,17 +86,14 @@ class Drawing:
 
 
 def _load(annotator: Annotator, device: str) -> DrawBatch | None:
-    import torch
-
     if annotator.load is None:
         return None
     try:
         return annotator.load(device)
     except ConfigError:
         raise
-    except torch.OutOfMemoryError as error:
-        raise _out_of_memory(error) from error
     except Exception as error:  # whatever the user's own code, or a library, raises
+        _refuse_full_memory(error, annotator, device)
         reason = " ".join(str(error).split())
         raise ConfigError(
             f"--conditioning-from {annotator.name}: cannot be loaded "
@@ -79,32 +101,23 @@ def _load(annotator: Annotator, device: str) -> DrawBatch | None:
         ) from error
 
 
-def _out_of_memory(error: Exception) -> RunError:
-    return RunError(
-        f"the annotator: the device's memory is full ({str(error).splitlines()[0]}); "
-        "try another --device, or a smaller model"
-    )
-
-
-def draw_batch(draw: DrawBatch, images: Sequence[Image.Image]) -> list[Image.Image | BadImage]:
-    """Return what is drawn from a batch; if that fails, what is drawn from each alone.
-
-    Raises:
-        RunError: the device's memory is full.
-    """
+def _give_back_memory() -> None:
     import torch
 
-    try:
-        drawn = list(draw(images))
-        if len(drawn) != len(images):
-            raise ValueError(f"{len(drawn)} pictures come back for {len(images)}")
-    except torch.OutOfMemoryError as error:
-        raise _out_of_memory(error) from error
-    except Exception as error:  # whatever the user's own code raises
-        if len(images) == 1:
-            return [not_drawn(error)]
-        return [one for image in images for one in draw_batch(draw, [image])]
-    return [_as_drawn(one, image.size) for one, image in zip(drawn, images, strict=True)]
+    torch.cuda.empty_cache()
+
+
+def _refuse_full_memory(error: Exception, annotator: Annotator, device: str) -> None:
+    """Raise a RunError in an error's place if it says that memory is full."""
+    import torch
+
+    from common.memory.exhausted import device_remedies, full_memory_line, is_out_of_memory
+
+    if is_out_of_memory(error):
+        remedies = device_remedies(torch.device(device))
+        raise RunError(
+            full_memory_line(f"the annotator {annotator.name}", error, remedies)
+        ) from error
 
 
 def _as_drawn(drawn: object, size_px: tuple[int, int]) -> Image.Image | BadImage:

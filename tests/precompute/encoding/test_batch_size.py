@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from common.errors import RunError
+from common.memory.exhausted import device_remedies, is_out_of_memory
 from precompute.encoding.batch_size import (
     BatchSize,
     find_batch_size,
     in_parts,
-    is_out_of_memory,
 )
 
 TOTAL = 1000
@@ -142,6 +142,11 @@ def test_a_memory_that_is_too_small_for_one_is_an_error(monkeypatch: pytest.Monk
     assert given == [4, 2, 1]
 
 
+def test_on_a_cpu_no_other_device_helps() -> None:
+    assert device_remedies(CUDA)[-1] == "--device cpu"
+    assert not any("device" in one for one in device_remedies(torch.device("cpu")))
+
+
 def test_an_attempt_does_not_shrink() -> None:
     given, compute = halve(0)
     size = BatchSize(4, may_shrink=False)
@@ -159,6 +164,7 @@ def test_an_attempt_does_not_shrink() -> None:
         (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate`"), True),
         (RuntimeError("CUDA error: CUBLAS_STATUS_NOT_INITIALIZED when calling it"), True),
         (RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"), True),
+        (RuntimeError("CUDA error: out of memory\nCUDA kernel errors might be"), True),
         (RuntimeError("CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED"), True),
         (RuntimeError("cuDNN error: CUDNN_STATUS_NOT_SUPPORTED."), True),
         (RuntimeError("CUDA error: an illegal memory access was encountered"), False),

@@ -6,9 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from PIL import Image, ImageOps
 
-from common.errors import ConfigError
+from common.errors import ConfigError, RunError
 from sd3.annotators.annotator import Annotator
 from sd3.annotators.drawing import Drawing
 from sd3.annotators.registry import find_annotator
@@ -265,3 +266,45 @@ def test_an_argument_that_is_needed_can_be_given(folder: Path) -> None:
     (folder / "inverted_g.py").write_text(INVERTED)
     (found,) = draw(find_annotator("inverted_g:needing", ["level=77"]), [picture_of(0)])
     assert found.getpixel((3, 3)) == (77, 77, 77)
+
+
+class Network:
+    """A network on a device that holds so many pictures at once."""
+
+    def __init__(self, most: int) -> None:
+        self.most = most
+        self.given: list[int] = []
+
+    def annotator(self) -> Annotator:
+        return Annotator("net", {}, [], load=lambda _: self.draw)
+
+    def draw(self, images: Sequence[Image.Image]) -> Sequence[Image.Image]:
+        self.given.append(len(images))
+        if len(images) > self.most:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried it.\nmore")
+        return images
+
+
+def test_where_a_batch_does_not_fit_each_is_drawn_alone(picture: Image.Image) -> None:
+    network = Network(1)
+    drawn = Drawing(network.annotator(), "cuda:0").draw([picture] * 3)
+    assert [isinstance(one, Image.Image) for one in drawn] == [True] * 3
+    assert network.given == [3, 1, 1, 1]
+
+
+@pytest.mark.parametrize(
+    "error",
+    [torch.OutOfMemoryError("full"), RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED")],
+)
+@pytest.mark.parametrize(("device", "helps"), [("cuda:0", "--device cpu"), ("cpu", "more memory")])
+def test_a_full_memory_is_no_bad_picture(
+    picture: Image.Image, error: RuntimeError, device: str, helps: str
+) -> None:
+    def fail(_: object) -> Any:
+        raise error
+
+    says = rf"the annotator net: memory is full \({error}\)\. What helps: .*{helps}\."
+    with pytest.raises(RunError, match=says):
+        Drawing(Annotator("net", {}, [], load=fail), device)
+    with pytest.raises(RunError, match=says):
+        Drawing(Annotator("net", {}, [], load=lambda _: fail), device).draw([picture] * 2)

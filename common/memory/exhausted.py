@@ -1,0 +1,42 @@
+"""Memory that is full: telling it from other errors, and what is said of it."""
+
+from collections.abc import Sequence
+
+import torch
+from accelerate.utils.memory import should_reduce_batch_size
+
+# What CUDA and its libraries say when they cannot allocate, beside what accelerate knows.
+ALLOCATION_FAILURES = (
+    "CUDA error: out of memory",  # of pinned memory, or of the context
+    "CUBLAS_STATUS_ALLOC_FAILED",
+    "CUBLAS_STATUS_NOT_INITIALIZED",  # no memory for its handle
+    "CUDNN_STATUS_ALLOC_FAILED",
+    "ALLOCATION_FAILED",  # the end of cuDNN's newer names
+)
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Tell whether an error of torch says that memory is full, the device's or the host's."""
+    if isinstance(error, torch.OutOfMemoryError) or should_reduce_batch_size(error):
+        return True
+    said = str(error)
+    return isinstance(error, RuntimeError) and any(one in said for one in ALLOCATION_FAILURES)
+
+
+def full_memory_line(what: str, error: Exception, remedies: Sequence[str]) -> str:
+    """Return the line that tells what did not fit, and what helps.
+
+    Args:
+        what: did not fit, in words.
+        error: that was raised.
+        remedies: in words, the best first.
+    """
+    said = (str(error).splitlines() or ["out of memory"])[0]
+    return f"{what}: memory is full ({said}). What helps: {'; '.join(remedies)}."
+
+
+def device_remedies(device: torch.device) -> list[str]:
+    """Return what helps on any device, in words."""
+    if device.type == "cpu":
+        return ["ending other programs", "a machine with more memory"]
+    return ["a device that nothing else uses", "--device cpu"]
