@@ -43,7 +43,7 @@ NOT_HERE = {
     f"make {name}" for name in ("demo", "demo-full", "setup", "test", "check", "mutate", "gpu")
 }
 # What the pages say at true size.
-SMALLER_NEXT = {"--validation-steps": "2"}
+SMALLER_NEXT = {"--validation-steps": "2", "--resolution": str(RESOLUTION_PX)}
 SMALLER = {
     "--resolution=1024": f"--resolution={RESOLUTION_PX}",
     "--cache=cache": "--cache=a-new-one",  # the one that is there was made at other settings
