@@ -58,6 +58,14 @@ class OffloadedState(UncastState):
             self._streams[1].synchronize(self._leaving[1])
         return super().state_dict()
 
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore groups and state; state that was fetched ahead is the old one."""
+        if self._streams is not None:
+            for _, copied in self._arriving.values():
+                self._streams[0].wait(copied)  # its memory may be used anew only then
+        self._arriving.clear()
+        super().load_state_dict(state_dict)
+
     def placed(self, saved: Tensor, device: torch.device) -> Tensor:
         """Return a copy of saved state, in host memory unless it is small."""
         if not is_offloaded(saved.numel()):

@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+import weakref
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -12,6 +13,8 @@ import pytest
 import torch
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from benchmarks.bases import TRANSFORMERS, VAE
 from common.config_file import read_section
@@ -23,9 +26,10 @@ from tests.train.memory.steps import batches_and_guard
 from train import loop, models
 from train.assembly import assemble
 from train.config import TrainConfig
-from train.memory import estimate, simulation
+from train.memory import activation_offload, estimate, simulation
 from train.memory.estimate import find_sizes, remedies
 from train.memory.simulation import simulate
+from train.optim.host_memory import HostMemory
 
 
 def taken(config: TrainConfig) -> int:
@@ -73,6 +77,89 @@ def test_a_step_takes_as_much_as_estimated(
     config = replace(config, **settings)
     step = simulate(config, find_sizes(config)).step
     assert step["gradients"] + step["activations"] == pytest.approx(taken(config), rel=within)
+
+
+class Device(TorchDispatchMode):
+    """Counts what is on a device that the CPU stands in for: all but what is in host memory."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.peak = 0
+        self._sizes: dict[int, int] = {}
+
+    def count(self, tensor: torch.Tensor) -> None:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in self._sizes:
+            self._sizes[storage._cdata] = storage.nbytes()
+            weakref.finalize(storage, self._sizes.pop, storage._cdata)
+
+    def leave_out(self, tensor: torch.Tensor) -> None:
+        self.count(tensor)
+        self._sizes[tensor.untyped_storage()._cdata] = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        # Before the next operation: what was made in host memory is left out by then.
+        self.peak = max(self.peak, sum(self._sizes.values()))
+        result = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, torch.Tensor):
+                self.count(tensor)
+        return result
+
+
+ALL = {
+    **{"offload_base": 6, "offload_optimizer": True, "offload_activations": True},
+    **{"quantize_base": "int8", "bf16_weights": True, "mixed_precision": "bf16"},
+    **{"fused_backward_pass": True, "gradient_checkpointing": True},
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"offload_base": 6},
+        {"offload_optimizer": True},
+        {"offload_activations": True},
+        {"offload_activations": True, "gradient_checkpointing": True},
+        ALL,
+    ],
+    ids=lambda settings: " ".join(settings),
+)
+def test_all_that_a_run_takes_is_as_estimated(
+    settings: dict[str, Any], config: TrainConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Weights, state, gradients and activations of a step together, with real tensors."""
+    monkeypatch.setattr(simulation, "use_float32_norms", lambda network: None)
+    config = replace(config, **settings)
+    device = Device()
+    empty_like, on_host = HostMemory.empty_like, activation_offload.OnHost.__init__
+
+    def in_host_memory(self: Any, tensor: torch.Tensor, where: torch.device) -> torch.Tensor:
+        host = empty_like(self, tensor, where)
+        device.leave_out(host)
+        return host
+
+    def activation_on_host(self: Any, number: int, host: torch.Tensor) -> None:
+        device.leave_out(host)
+        on_host(self, number, host)
+
+    monkeypatch.setattr(HostMemory, "empty_like", in_host_memory)
+    monkeypatch.setattr(activation_offload.OnHost, "__init__", activation_on_host)
+    run = assemble(config)
+    batches, guard = batches_and_guard(run)
+    loop.take_step(run, batches, guard, 1)
+    for network in (run.transformer, run.controlnet):
+        for tensor in (*network.parameters(), *network.buffers()):
+            device.count(tensor)
+    for state in run.optimizer.optimizer.state.values():
+        for value in state.values():
+            device.count(value)
+    with device:
+        loop.take_step(run, batches, guard, 2)
+    batches.close()
+    assert simulate(config, find_sizes(config)).peak == pytest.approx(device.peak, rel=0.03)
 
 
 def test_weights_and_state_are_counted_one_by_one(config: TrainConfig) -> None:

@@ -1,5 +1,6 @@
 """Options that save memory or time and must not change what is learnt."""
 
+import copy
 import math
 from collections.abc import Callable
 from dataclasses import replace
@@ -95,6 +96,34 @@ def test_state_is_there_when_its_weight_steps_and_on_the_host_when_it_is_saved(
     assert all(torch.equal(one, other) for one, other in zip(*results, strict=True))
 
 
+def test_state_that_came_ahead_is_forgotten_when_other_state_is_loaded(
+    small_tensors_offloaded: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A weight without a gradient leaves its state on the device, fetched ahead."""
+    make_copies_late(monkeypatch, offloaded_state)
+    kind: Any = type("Adam", (OffloadedState, torch.optim.AdamW), {})
+    results = []
+    for chosen in (torch.optim.AdamW, kind):
+        torch.manual_seed(0)
+        one, two = (nn.Parameter(torch.randn(100)) for _ in range(2))
+        adam = chosen([one, two], fused=True, lr=0.1)
+
+        def step(*weights: Tensor, adam: Any = adam) -> None:
+            adam.zero_grad()
+            for weight in weights:
+                weight.grad = torch.randn_like(weight)
+            adam.step()
+
+        step(one, two)
+        saved = copy.deepcopy(adam.state_dict())
+        step(one, two)
+        step(one)
+        adam.load_state_dict(saved)
+        step(two)
+        results.append(two.detach())
+    assert torch.equal(*results)
+
+
 def test_the_next_state_comes_while_a_weight_steps(
     small_tensors_offloaded: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -170,18 +199,28 @@ def test_checkpoints_go_on_with_and_without(
 
 
 def test_what_is_offloaded_is_in_host_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    # Tensors without numbers have none to copy.
-    monkeypatch.setattr(host_memory.CopyStream, "copy", lambda *_: None)
+    ways: list[tuple[str, str]] = []
+
+    def noted(_: Any, pairs: Any) -> None:
+        """Note instead of copying: tensors without numbers have none, and need no CUDA."""
+        for target, source in pairs:
+            assert (target.shape, target.dtype) == (source.shape, source.dtype)
+            ways.append((source.device.type, target.device.type))
+
+    monkeypatch.setattr(host_memory.CopyStream, "copy", noted)
     with FakeTensorMode(allow_non_fake_inputs=True):
         large, small = (nn.Parameter(torch.empty(count, device="cuda")) for count in (8192, 16))
         kind: Any = type("Adam", (OffloadedState, torch.optim.AdamW), {})
         adam = kind([large, small], fused=True)
         for _ in range(2):
             large.grad, small.grad = torch.empty_like(large), torch.empty_like(small)
+            ways.clear()
             adam.step()
             assert adam.state[large]["exp_avg"].device.type == "cpu"
             assert adam.state[large]["exp_avg_sq"].device.type == "cpu"
             assert adam.state[small]["exp_avg"].device.type == "cuda"
+        # Two moments of the one weight come, and go again.
+        assert ways == [("cpu", "cuda")] * 2 + [("cuda", "cpu")] * 2
         moved: list[str] = []
         to = Tensor.to
 
