@@ -4,6 +4,7 @@ import fcntl
 import multiprocessing
 import time
 from dataclasses import replace
+from multiprocessing.synchronize import Barrier
 from pathlib import Path
 from typing import Any
 
@@ -168,3 +169,33 @@ def test_one_process_at_a_time_reads_the_weights(
     other.save()
     prepare.prepare(config)
     assert seen == [str([content(1)]), str([content(2)])]
+
+
+def _prepare(config: PrecomputeConfig, read: Path, start: Barrier) -> None:
+    """Prepare a run in a process of its own; note the weights that are read."""
+    original = Path.open
+
+    def noting(path: Path, *arguments: Any, **named: Any) -> Any:
+        if path.suffix == ".safetensors":
+            with original(read, "a") as file:
+                file.write(f"{path.parent.name}\n")
+            time.sleep(0.2)
+        return original(path, *arguments, **named)
+
+    Path.open = noting  # type: ignore[assignment, method-assign]
+    start.wait()
+    prepare.prepare(config)
+
+
+@pytest.mark.slow
+def test_two_processes_read_the_weights_once(fresh: PrecomputeConfig, tmp_path: Path) -> None:
+    context = multiprocessing.get_context("spawn")
+    arguments = (fresh, tmp_path / "read", context.Barrier(2))
+    workers = [context.Process(target=_prepare, args=arguments) for _ in range(2)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+        assert worker.exitcode == 0
+    read = sorted((tmp_path / "read").read_text().split())
+    assert read == ["text_encoder", "text_encoder_2", "text_encoder_3", "vae"]
