@@ -61,7 +61,7 @@ class Drawing:
     def _draw_batch(
         self, draw: DrawBatch, images: Sequence[Image.Image]
     ) -> list[Image.Image | BadImage] | None:
-        """Return what is drawn from a batch; None if that fails, and may not with each alone.
+        """Return what is drawn from a batch; None if several together fail.
 
         Raises:
             RunError: the device's memory is full with a single image.
