@@ -58,7 +58,7 @@ ALLOWED = {
     "precompute": STAGE | PRECOMPUTE,
     "train.processes": STAGE | {"train.config"},
     "train.optim": STAGE | {"train.config", "train.processes"},
-    "train.memory": STAGE | NETWORKS | {"train.optim"},
+    "train.memory": STAGE | NETWORKS | {"train.distribution", "train.optim"},
     "train.validation": STAGE | NETWORKS | {"train.assembly", "train.processes", "train.optim"},
     "train.saving": STAGE
     | {"train.assembly", "train.config", "train.processes", "train.optim", "train.validation"},

@@ -16,6 +16,7 @@ from shards.reading.cache import Cache
 from shards.remote.streaming import open_files
 from train import models
 from train.config import DEFAULT_SEQUENCE_LENGTH, TrainConfig
+from train.distribution import UNSUPPORTED
 from train.memory.simulation import Estimate, Sizes, simulate
 from train.models import mixed_precision
 
@@ -182,8 +183,8 @@ def advice(config: TrainConfig, sizes: Sizes, now: Estimate) -> str:
 
 def _possible_changes(config: TrainConfig, num_blocks: int) -> Iterator[dict[str, Any]]:
     """Yield changes to the settings, for a base of some blocks, without what is set already."""
-    changes = [change for change in REMEDIES if _is_supported(config, change)]
-    changes.append({"offload_base": num_blocks})
+    known = (*REMEDIES, {"offload_base": num_blocks})
+    changes = [change for change in known if _is_supported(config, change)]
     if config.train_batch_size > 1:
         half, double = config.train_batch_size // 2, config.gradient_accumulation_steps * 2
         changes.append({"train_batch_size": half, "gradient_accumulation_steps": double})
@@ -195,6 +196,14 @@ def _possible_changes(config: TrainConfig, num_blocks: int) -> Iterator[dict[str
 
 def _is_supported(config: TrainConfig, change: dict[str, Any]) -> bool:
     """Return whether `train.distribution.check` would accept a change."""
+    launched = {
+        name
+        for name in ("fsdp", "deepspeed")
+        if os.environ.get(f"ACCELERATE_USE_{name.upper()}", "false").lower() == "true"
+    }
+    refused = {option for strategy, option, _ in UNSUPPORTED if strategy in launched}
+    if refused & {flag(name) for name in change}:
+        return False
     one_process = int(os.environ.get("WORLD_SIZE", "1")) == 1
     if "fused_backward_pass" in change:
         return one_process and mixed_precision(config) != "fp16"

@@ -400,6 +400,25 @@ def test_what_is_advised_saves_as_much(config: TrainConfig) -> None:
     assert not any("checkpointing" in flags for flags in on)
 
 
+def test_only_what_training_would_accept_is_advised(
+    config: TrainConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def names(config: TrainConfig) -> set[str]:
+        changes = estimate._possible_changes(config, 6)
+        return {name for change in changes for name in change}
+
+    offloads = {"offload_base", "offload_optimizer", "offload_activations"}
+    assert offloads | {"use_8bit_adam", "fused_backward_pass"} <= names(config)
+    assert "offload_base" not in names(replace(config, offload_base=6))
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert offloads <= names(config)
+    assert not {"bf16_weights", "fused_backward_pass"} & names(config)
+    for strategy in ("FSDP", "DEEPSPEED"):
+        with monkeypatch.context() as patch:
+            patch.setenv(f"ACCELERATE_USE_{strategy}", "true")
+            assert not (offloads | {"use_8bit_adam"}) & names(config)
+
+
 @pytest.mark.usefixtures("few")
 def test_out_of_memory_says_what_would_help(
     config: TrainConfig, command: Callable[..., Outcome], monkeypatch: pytest.MonkeyPatch
