@@ -9,7 +9,7 @@ import click
 
 from common.command import CONTEXT, stage_command, user_errors
 from common.errors import ConfigError
-from infer.config import DecodeConfig, GenerateConfig, ScoreConfig, ServeConfig
+from infer.config import DecodeConfig, GenerateConfig, PipelineConfig, ScoreConfig, ServeConfig
 from infer.misplaced_options import misplaced
 
 
@@ -19,8 +19,19 @@ def main() -> None:
 
 
 # The pipeline is imported only once the command line is known to be good.
+def estimated(config: PipelineConfig) -> bool:
+    """Print how much memory drawing takes, if that is all that is asked for."""
+    if config.estimate:
+        from infer.memory.estimate import print_report
+
+        print_report(config)
+    return config.estimate
+
+
 def run_generate(config: GenerateConfig) -> None:
     """Draw."""
+    if estimated(config):
+        return
     from infer.drawing.generate import generate
 
     generate(config)
@@ -28,6 +39,8 @@ def run_generate(config: GenerateConfig) -> None:
 
 def run_score(config: ScoreConfig) -> None:
     """Measure."""
+    if estimated(config):
+        return
     from infer.scoring.score import score
 
     score(config)
@@ -42,6 +55,8 @@ def run_decode(config: DecodeConfig) -> None:
 
 def run_serve(config: ServeConfig) -> None:
     """Serve the page."""
+    if estimated(config):
+        return
     if importlib.util.find_spec("gradio") is None:
         raise ConfigError("gradio is not installed: pip install '.[serve]'")
     from infer.serve import serve

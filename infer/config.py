@@ -11,6 +11,8 @@ from sd3.annotators.arguments import parse_arguments
 from sd3.images import OtherShape
 from shards.format.manifest import DEFAULT_CONDITIONING
 
+Offload = Literal["none", "model", "groups"]
+
 
 @dataclass(frozen=True, kw_only=True)
 class PipelineConfig:
@@ -20,6 +22,7 @@ class PipelineConfig:
         help="ControlNet: a folder that train wrote, a checkpoint's too, or a hub id. Repeatable: "
         "side by side.",
         heading="ControlNet",
+        unless="estimate",
     )
     controlnet_conditioning_scale: float = option(1.0, help="Strength of the control; 0 is none.")
     control_guidance_start: float = option(
@@ -49,7 +52,7 @@ class PipelineConfig:
     cache_dir: Path | None = option(
         None, help="Folder for downloaded models; not the cache of shards."
     )
-    output_dir: Path = option(help="Folder for the pictures.", heading="Output")
+    output_dir: Path = option(help="Folder for the pictures.", heading="Output", unless="estimate")
     num_inference_steps: int = option(28, help="Sampling steps.", heading="Sampling")
     guidance_scale: float = option(7.0, help="Classifier-free guidance; 1 turns it off.")
     negative_prompt: str = option("", help="What not to draw.")
@@ -65,22 +68,30 @@ class PipelineConfig:
     shift: float | None = option(
         None, help="Shift of the noise schedule; by default the base's own."
     )
-    dtype: Literal["float32", "float16", "bfloat16"] = option(
-        "float32", help="Number format of the weights.", heading="Speed and memory"
+    dtype: Literal["auto", "float32", "float16", "bfloat16"] = option(
+        "auto",
+        help="Number format of the weights; auto is bfloat16 on a GPU and float32 elsewhere.",
+        heading="Speed and memory",
     )
     device: str | None = option(
         None, help="cuda, cuda:1, mps or cpu; by default the best that is available."
     )
-    offload: Literal["auto", "none", "model", "sequential"] = option(
+    offload: Literal["auto", "none", "model", "groups"] = option(
         "auto",
-        help="Keep models in host memory and move them to the device when needed, whole (model) "
-        "or layer by layer (sequential); auto chooses by the device's memory.",
+        help="Keep models in host memory and bring them to the device when needed: T5 layer by "
+        "layer and the others whole (model), or transformer and ControlNet block by block too "
+        "(groups); auto takes the first of none, model and groups that fits.",
     )
     quantize_base: Literal["int8", "fp8", "nf4"] | None = option(
         None, help="Store the transformer in 8 or 4 bit; nf4 needs the extra [bitsandbytes]."
     )
-    vae_tiling: bool = option(False, help="Decode in tiles: less memory, faint seams.")
+    vae_tiling: bool = option(False, help="Decode in tiles of 512 px: less memory, faint seams.")
     compile: bool = option(False, help="Compile the networks' blocks; pays off for many pictures.")
+    estimate: bool = option(
+        False,
+        help="Print how much memory drawing will take, and stop. It needs the base's "
+        "configurations alone.",
+    )
 
     def __post_init__(self) -> None:
         """Refuse settings that cannot work, before anything is loaded.
@@ -95,7 +106,7 @@ class PipelineConfig:
             check_resolution(self.resolution)
         if self.max_sequence_length is not None:
             check_sequence_length(self.max_sequence_length)
-        if not self.controlnet:
+        if not self.controlnet and not self.estimate:
             raise ConfigError("--controlnet: give at least one.")
         if (self.height is None) != (self.width is None):
             raise ConfigError("--height and --width: give both or neither.")
@@ -112,8 +123,8 @@ class PipelineConfig:
             )
         if self.shift is not None and self.shift <= 0:
             raise ConfigError(f"--shift {self.shift:g}: must be above 0.")
-        if self.offload == "sequential" and self.quantize_base is not None:
-            raise ConfigError("--offload sequential: does not go with --quantize-base; try model.")
+        if self.offload == "groups" and self.compile:
+            raise ConfigError("--offload groups: does not go with --compile; try model.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -170,7 +181,8 @@ class GenerateConfig(PipelineConfig):
         given = [bool(self.prompt or self.image), self.pairs is not None]
         if all(given):
             raise ConfigError("--pairs: give it, or --prompt and --image.")
-        if self.pairs is None and not (self.prompt and self.image) and not self._draws_validation:
+        something = self.pairs is not None or (self.prompt and self.image)
+        if not (something or self._draws_validation or self.estimate):
             raise ConfigError(
                 "nothing to draw: give --prompt and --image, --pairs, or --cache alone."
             )
@@ -211,6 +223,7 @@ class ScoreConfig(PipelineConfig):
     source: Path = option(
         help="Data set on the disk with conditioning images, in any layout that precompute reads.",
         heading="What to measure",
+        unless="estimate",
     )
     from_photo: bool = option(
         False,

@@ -64,6 +64,18 @@ class Convention:
 def find_convention(config: PipelineConfig, base: Path, name: str, controlnet: Path) -> Convention:
     """Return a ControlNet's convention; say where the settings differ from its training.
 
+    Args and errors: as of `read_convention`.
+    """
+    found = read_convention(config, base, name, controlnet)
+    data = read_config(controlnet, "").get(DATA_KEY) or {}
+    if differences := _differences(found, _trained_sizes(data), data.get("max_sequence_length")):
+        click.echo(f"{name}: {'; '.join(differences)}.", err=True)
+    return found
+
+
+def read_convention(config: PipelineConfig, base: Path, name: str, controlnet: Path) -> Convention:
+    """Return a ControlNet's convention.
+
     The settings win over the ControlNet's configuration, which wins over the base model's.
 
     Args:
@@ -81,18 +93,15 @@ def find_convention(config: PipelineConfig, base: Path, name: str, controlnet: P
     pixel_range = str(data.get("conditioning_range", "-1_1"))
     if config.convention == "train_controlnet_sd3":
         tokens, pixel_range = SCRIPT_MAX_SEQUENCE_LENGTH, SCRIPT_PIXEL_RANGE
-    trained = _trained_sizes(data)
     found = Convention(
-        sizes=_given_sizes(config) or trained or _native_sizes(base),
+        sizes=given_sizes(config) or _trained_sizes(data) or native_sizes(base),
         max_sequence_length=config.max_sequence_length or tokens,
         pixel_range=pixel_range,
         background=_background(data),
         scale=str(data.get("conditioning_scale", AS_IS)),
         annotator=_annotator(name, data),
     )
-    _check_positions(found.sizes, base, saved)
-    if differences := _differences(found, trained, data.get("max_sequence_length")):
-        click.echo(f"{name}: {'; '.join(differences)}.", err=True)
+    check_positions(found.sizes, base, saved)
     return found
 
 
@@ -118,7 +127,7 @@ def _background(data: dict[str, Any]) -> str:
     return f"#{red:02x}{green:02x}{blue:02x}"
 
 
-def _given_sizes(config: PipelineConfig) -> Sizes:
+def given_sizes(config: PipelineConfig) -> Sizes:
     """Return the size that the settings name, or nothing."""
     if config.height is not None and config.width is not None:
         return ((config.width, config.height),)
@@ -135,13 +144,13 @@ def _trained_sizes(data: dict[str, Any]) -> Sizes:
     return ()
 
 
-def _native_sizes(base: Path) -> Sizes:
+def native_sizes(base: Path) -> Sizes:
     """Return the size that a base model was made for."""
     native = int(read_config(base, "transformer")["sample_size"]) * vae_factor(base)
     return ((native, native),)
 
 
-def _check_positions(sizes: Sizes, base: Path, controlnet: dict[str, Any]) -> None:
+def check_positions(sizes: Sizes, base: Path, controlnet: dict[str, Any]) -> None:
     """Check that base model and ControlNet have positions for pictures of these sizes.
 
     Raises:

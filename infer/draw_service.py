@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 
 from common.device import pick_device, use_device
-from common.errors import ConfigError, RunError
+from common.errors import ConfigError
 from infer.config import GenerateConfig, PipelineConfig, ServeConfig
 from infer.drawing import metadata
 from infer.drawing.controlnet_set import ControlNetSet, find_controlnet_sets
@@ -25,7 +25,7 @@ from infer.drawing.generate import draw
 from infer.drawing.pictures import plan_pictures
 from infer.drawing.requests import DrawRequest, load_control
 from infer.photographs import Photograph, Redrawing, draw_controls, find_redrawing
-from infer.pipeline import load_pipeline
+from infer.pipeline import load_pipeline, out_of_memory, with_dtype
 from sd3.annotators.drawing import Drawing
 from sd3.contact_sheet import save_png
 
@@ -47,7 +47,7 @@ class DrawService:
     """
 
     def __init__(self, config: ServeConfig) -> None:
-        self.config = config
+        self.config = config = with_dtype(config)
         self.device = pick_device(config.device)
         self._base, sets = find_controlnet_sets(config, with_text_encoders=True)
         self.controlnets = {controlnet.title: controlnet for controlnet in sets}
@@ -165,10 +165,7 @@ class DrawService:
             (image,) = draw(self._pipeline, [picture], controlnet, None, config)
         except torch.OutOfMemoryError as error:
             self._pipeline, self._loaded_title = None, None
-            raise RunError(
-                "Out of memory. Starting the page with --offload model, --quantize-base int8 "
-                "or --dtype bfloat16 helps."
-            ) from error
+            raise out_of_memory(error, self.config) from error
         save_png(path, image, metadata.png_info(picture.description))
 
     def _load(self, controlnet: ControlNetSet) -> None:

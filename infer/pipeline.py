@@ -1,8 +1,11 @@
 """The stock diffusers pipeline with ControlNets: finding the models, checking and loading them."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import TypeVar
 
+import click
 import torch
 from diffusers import (
     FlowMatchEulerDiscreteScheduler,
@@ -13,8 +16,11 @@ from diffusers import (
 
 from common.device import compile_blocks, keep_freed_memory, pick_device
 from common.errors import ConfigError, RunError
-from infer.config import PipelineConfig
-from infer.placement import free_memory, place
+from common.memory.need import GB
+from infer.config import Offload, PipelineConfig
+from infer.memory.estimate import choose_offload, need_with, remedies, simulate_sets
+from infer.placement import check_offload, free_memory, place
+from infer.vae import save_memory
 from sd3.finite import check_finite
 from sd3.pretrained import (
     controlnet_mismatches,
@@ -36,6 +42,15 @@ COMPONENTS = (
     "tokenizer_3",
 )
 TEXT_COMPONENTS = COMPONENTS[3:]
+Config = TypeVar("Config", bound=PipelineConfig)
+
+
+def with_dtype(config: Config) -> Config:
+    """Return settings with the number format that `--dtype auto` is on their device."""
+    if config.dtype != "auto":
+        return config
+    on_gpu = pick_device(config.device).type == "cuda"
+    return replace(config, dtype="bfloat16" if on_gpu else "float32")
 
 
 def find_models(
@@ -121,7 +136,7 @@ def load_pipeline(
     """Return the stock pipeline with ControlNets, placed on the device as the settings say.
 
     Args:
-        config: settings of the run.
+        config: settings of the run, with a number format.
         base: folder of the base model.
         folders: folder of the ControlNet, or of several that are combined.
         batch_size: pictures drawn at a time.
@@ -131,8 +146,12 @@ def load_pipeline(
         ConfigError: --offload needs a device other than the CPU.
     """
     device = pick_device(config.device)
+    check_offload(config.offload, device)
     keep_freed_memory(device)
     free_memory(device)
+    offload = find_offload(
+        config, base, folders, device, batch_size=batch_size, with_text_encoders=with_text_encoders
+    )
     networks = [load_controlnet(folder, config) for folder in folders]
     absent = {} if with_text_encoders else dict.fromkeys(TEXT_COMPONENTS)
     pipeline = StableDiffusion3ControlNetPipeline.from_pretrained(
@@ -148,24 +167,57 @@ def load_pipeline(
         )
     if config.quantize_base is not None:
         quantize(pipeline.transformer.requires_grad_(False), config.quantize_base)
-    if config.vae_tiling:
-        pipeline.vae.enable_tiling()
+    save_memory(pipeline.vae, tiling=config.vae_tiling)
     if config.compile:
         compile_blocks(pipeline.transformer, *networks)
-    place(
-        pipeline,
-        config.offload,
-        device,
-        batch_size=batch_size,
-        quantization=config.quantize_base,
-    )
+    place(pipeline, offload, device)
     return pipeline
 
 
-def out_of_memory(error: torch.OutOfMemoryError) -> RunError:
-    """Return an error that names the options that save memory."""
+def find_offload(
+    config: PipelineConfig,
+    base: Path,
+    folders: Sequence[Path],
+    device: torch.device,
+    *,
+    batch_size: int,
+    with_text_encoders: bool,
+) -> Offload:
+    """Return the offload of the settings; for `auto`, the fastest that fits a GPU's free memory."""
+    if config.offload != "auto":
+        return config.offload
+    if device.type != "cuda":
+        return "none"  # other devices share their memory with the host
+    drawings = simulate_sets(
+        config,
+        base,
+        [folders],
+        with_text_encoders=with_text_encoders,
+        batch_size=batch_size,
+    )
+    free, _ = torch.cuda.mem_get_info(device)
+    chosen = choose_offload(config, drawings, free)
+    if chosen != "none":
+        whole, needed = (need_with(drawings, one).free / GB for one in ("none", chosen))
+        click.echo(
+            f"--offload {chosen}: needs {needed:.1f} GB, {whole:.1f} GB without it, and "
+            f"{free / GB:.1f} GB of {device} are free",
+            err=True,
+        )
+    return chosen
+
+
+def out_of_memory(error: torch.OutOfMemoryError, config: PipelineConfig) -> RunError:
+    """Return an error that names the options that would save memory, the best first.
+
+    Args:
+        error: torch's.
+        config: settings of the run, with a number format.
+    """
+    first = str(error).splitlines()[0]
+    helpful = [flags for flags, _ in remedies(config)]
+    helpful.append("a smaller --resolution, or --height and --width")
     return RunError(
-        f"out of memory: {str(error).splitlines()[0]} Finished pictures are kept. What helps: a "
-        "smaller --batch-size, --dtype bfloat16, --offload model or sequential, --quantize-base "
-        "int8, --vae-tiling, and for generate --cache, where it knows the prompts."
+        f"out of memory: {first} Finished pictures are kept. What helps, the most first: "
+        f"{'; '.join(helpful)}."
     )

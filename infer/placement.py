@@ -1,39 +1,29 @@
-"""Placement of a pipeline's models: on the device for good, or offloaded to host memory."""
+"""Placement of a pipeline's models: on the device for good, or in host memory until needed.
+
+diffusers' own model offloading keeps T5 beside the VAE and the ControlNet, and the VAE beside both
+networks; its sequential offloading copies each layer while the device waits, and takes no
+quantised layers.
+"""
 
 import gc
-from collections.abc import Mapping
-from typing import Any, Literal
+from collections.abc import Sequence
+from typing import Any
 
 import torch
+from accelerate.hooks import ModelHook, add_hook_to_module
+from torch import nn
 
 from common.errors import ConfigError
+from infer.config import Offload
+from precompute.memory.layer_groups import bring_in_groups
+from train.memory.streamed_base import StreamedBlocks
 
-Placement = Literal["none", "model", "sequential"]
-# Activations of one picture, decoding at 1024 px included.
-WORKING_BYTES = 5_000_000_000
-# bitsandbytes packs NF4 weights as they move to the device: half a byte each and scales, not two.
-NF4_SHARE = 0.28
-
-
-def choose_placement(
-    sizes: Mapping[str, int], free: int, *, batch_size: int = 1, quantized: bool = False
-) -> Placement:
-    """Return the fastest placement that fits into the free memory.
-
-    Args:
-        sizes: bytes of each model.
-        free: bytes of free device memory.
-        batch_size: pictures drawn at a time.
-        quantized: whether the transformer is quantized; it cannot be offloaded by layers then.
-    """
-    working = WORKING_BYTES * batch_size
-    if sum(sizes.values()) + working <= free:
-        return "none"
-    # Model offloading loads one model at a time, but a step needs ControlNet and transformer.
-    together = sizes.get("transformer", 0) + sizes.get("controlnet", 0)
-    if quantized or max([together, *sizes.values()]) + working <= free:
-        return "model"
-    return "sequential"
+# Models that compute in turn, and so are on the device together.
+TOGETHER = (
+    ("text_encoder", "text_encoder_2", "text_encoder_3"),
+    ("vae",),
+    ("controlnet", "transformer"),
+)
 
 
 def free_memory(device: torch.device) -> None:
@@ -43,41 +33,74 @@ def free_memory(device: torch.device) -> None:
         torch.cuda.empty_cache()
 
 
-def place(
-    pipeline: Any, offload: str, device: torch.device, *, batch_size: int, quantization: str | None
-) -> None:
-    """Move a pipeline's models to a device, or set up their offloading.
+def check_offload(offload: str, device: torch.device) -> None:
+    """Check that a device can have models offloaded from it.
+
+    Raises:
+        ConfigError: it is the CPU.
+    """
+    if device.type == "cpu" and offload not in ("auto", "none"):
+        raise ConfigError(f"--offload {offload}: the CPU is where models are offloaded to.")
+
+
+def place(pipeline: Any, offload: Offload, device: torch.device) -> None:
+    """Move a pipeline's models to a device, or have them come when they are needed.
+
+    With `model` and `groups` only the models that compute together are on the device; of T5, which
+    is larger than all others, a layer or two at a time. With `groups` transformer and ControlNet
+    stay, and their blocks visit two places there in turn.
 
     Args:
         pipeline: pipeline with all models in host memory.
-        offload: `none`, `model`, `sequential`, or `auto` for what fits.
+        offload: which of these.
         device: device to compute on.
-        batch_size: pictures drawn at a time.
-        quantization: number format of the quantized transformer, or None.
-
-    Raises:
-        ConfigError: offloading is asked for on a CPU.
     """
-    if offload == "auto":
-        offload = "none"
-        if device.type == "cuda":
-            sizes = {
-                name: sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
-                for name, model in pipeline.components.items()
-                if isinstance(model, torch.nn.Module)
-            }
-            if quantization == "nf4":
-                sizes["transformer"] = int(NF4_SHARE * sizes["transformer"])
-            free = torch.cuda.mem_get_info(device)[0]
-            offload = choose_placement(
-                sizes, free, batch_size=batch_size, quantized=quantization is not None
-            )
     if offload == "none":
         pipeline.to(device)
         return
-    if device.type == "cpu":
-        raise ConfigError(f"--offload {offload}: the CPU is where models are offloaded to.")
-    if offload == "model":
-        pipeline.enable_model_cpu_offload(device=device)
-    else:
-        pipeline.enable_sequential_cpu_offload(device=device)
+    stationary: list[Any] = []  # models that are not moved whole
+    if t5 := pipeline.components.get("text_encoder_3"):
+        bring_in_groups(t5, device)
+        stationary.append(t5)
+    if offload == "groups":
+        for network in _networks(pipeline):
+            StreamedBlocks(network.requires_grad_(False), len(network.transformer_blocks), device)
+        stationary += [pipeline.controlnet, pipeline.transformer]
+    sets = [[pipeline.components.get(name) for name in names] for names in TOGETHER]
+    sets = [[model for model in models if model is not None] for models in sets]
+    for models in sets:
+        others = [model for other in sets if other is not models for model in other]
+        moving = [other for other in others if all(other is not one for one in stationary)]
+        for model in models:
+            comes = all(model is not one for one in stationary)
+            add_hook_to_module(model, Visit(device, moving, comes=comes))
+
+
+def _networks(pipeline: Any) -> list[Any]:
+    """Return the transformer and each ControlNet."""
+    controlnet = pipeline.controlnet
+    return [pipeline.transformer, *getattr(controlnet, "nets", [controlnet])]
+
+
+class Visit(ModelHook):  # type: ignore[misc]
+    """Before a model computes, sends those away that compute at other times, and brings it.
+
+    Args:
+        device: where it computes. The pipeline reads it there too.
+        others: models that make room for it.
+        comes: whether it must be brought.
+    """
+
+    def __init__(self, device: torch.device, others: Sequence[nn.Module], *, comes: bool) -> None:
+        self.execution_device = device
+        self.others, self.comes = others, comes
+
+    def pre_forward(self, module: Any, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
+        """Make room, and bring the model."""
+        for other in self.others:
+            if next(other.parameters()).device.type != "cpu":
+                other.to("cpu")
+                free_memory(self.execution_device)
+        if self.comes:
+            module.to(self.execution_device)
+        return args, kwargs

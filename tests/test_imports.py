@@ -18,7 +18,7 @@ PLANNING = {"precompute.sources", "precompute.fingerprints", "precompute.plannin
 PRECOMPUTE = PLANNING | {"precompute.encoding", "precompute.memory", "precompute"}
 BELOW_SAVING = {"train.processes", "train.optim", "train.validation"}
 TRAIN = BELOW_SAVING | {"train", "train.memory", "train.saving"}
-INFER = {"infer", "infer.drawing", "infer.scoring"}
+INFER = {"infer", "infer.drawing", "infer.memory", "infer.scoring"}
 DRAWING = {
     "infer.batches",
     "infer.config",
@@ -63,6 +63,7 @@ ALLOWED = {
     "train.saving": STAGE
     | {"train.assembly", "train.config", "train.processes", "train.optim", "train.validation"},
     "train": STAGE | TRAIN,
+    "infer.memory": STAGE | PRECOMPUTE | TRAIN | {"infer.config", "infer.convention", "infer.vae"},
     "infer": STAGE | PRECOMPUTE | TRAIN | INFER,
     "infer.drawing": STAGE | PRECOMPUTE | TRAIN | DRAWING,
     "infer.scoring": STAGE | PRECOMPUTE | TRAIN | DRAWING | {"infer.drawing"},

@@ -20,7 +20,7 @@ from infer.drawing.pictures import Picture, batch_pictures, plan_pictures
 from infer.drawing.prompts import CachedPrompts
 from infer.drawing.requests import DrawRequest, find_requests
 from infer.photographs import Redrawing, find_redrawing
-from infer.pipeline import load_pipeline, out_of_memory
+from infer.pipeline import load_pipeline, out_of_memory, with_dtype
 from sd3.contact_sheet import contact_sheet, save_png, thumbnail
 from sd3.pretrained import read_config
 from shards.reading.cache import Cache
@@ -39,6 +39,7 @@ def generate(config: GenerateConfig) -> None:
         RunError: the device's memory is full; finished pictures are kept.
         OSError: the output cannot be written; finished pictures are kept.
     """
+    config = with_dtype(config)
     cache = None
     if config.cache is not None:
         files = open_files(config.cache, None, LOCAL_CACHE_GB)
@@ -161,7 +162,7 @@ def _draw_missing(
                     tqdm.write(str(picture.path))
             bar.update(num_missing)
     except torch.OutOfMemoryError as error:
-        raise out_of_memory(error) from error
+        raise out_of_memory(error, config) from error
 
 
 def draw(

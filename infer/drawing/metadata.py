@@ -28,6 +28,7 @@ NOT_IDENTITY = {
     "offload",
     "compile",
     "device",
+    "estimate",
 }
 
 # Settings that change nothing where the images are conditioning images, as they once always were.

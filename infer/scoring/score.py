@@ -13,7 +13,14 @@ from common.progress import Progress
 from common.provenance import write_run
 from infer.config import ScoreConfig
 from infer.convention import Convention, find_convention
-from infer.pipeline import COMPONENTS, find_models, load_pipeline, out_of_memory, short_titles
+from infer.pipeline import (
+    COMPONENTS,
+    find_models,
+    load_pipeline,
+    out_of_memory,
+    short_titles,
+    with_dtype,
+)
 from infer.scoring.charts import draw_curves, worst_sheet
 from infer.scoring.drawer import SampleDrawer
 from infer.scoring.measures import MEASURES, Measure, Sample, applicable_measures
@@ -41,6 +48,7 @@ def score(config: ScoreConfig) -> None:
         RunError: the device's memory is full.
         OSError: the output cannot be written.
     """
+    config = with_dtype(config)
     base, folders = find_models(config, config.controlnet)
     conventions = [
         find_convention(config, base, name, folder)
@@ -71,7 +79,7 @@ def score(config: ScoreConfig) -> None:
             drawer.draw_all(WITHOUT, StableDiffusion3Pipeline(**parts), conventions[0])
             del drawer, pipeline, parts  # frees their memory for what draws the controls
     except torch.OutOfMemoryError as error:
-        raise out_of_memory(error) from error
+        raise out_of_memory(error, config) from error
     try:
         measure_redrawn(measures, results, redrawing)
     finally:  # whatever becomes of the annotator, the other measures' figures are there

@@ -51,7 +51,7 @@ def test_a_picture_is_that_of_the_cpu(config: GenerateConfig, tmp_path: Path) ->
 
 
 @pytest.mark.usefixtures("card")
-@pytest.mark.parametrize("offload", ["model", "sequential", "auto"])
+@pytest.mark.parametrize("offload", ["model", "groups", "auto"])
 def test_a_picture_is_the_same_in_each_placement(
     offload: str, config: GenerateConfig, tmp_path: Path
 ) -> None:
@@ -67,8 +67,9 @@ def test_a_quantised_transformer_draws_nearly_the_same(
     difference = np.abs(picture(config) - picture(quantized))
     assert 0 < difference.mean() < {"int8": 1, "nf4": 8}[kind]
     if device.type == "cuda":
-        offloaded = replace(quantized, offload="model", output_dir=tmp_path / "offloaded")
-        assert np.abs(picture(quantized) - picture(offloaded)).max() <= 1
+        for offload in ("model", "groups"):
+            offloaded = replace(quantized, offload=offload, output_dir=tmp_path / offload)
+            assert np.abs(picture(quantized) - picture(offloaded)).max() <= 1
 
 
 @pytest.mark.usefixtures("card")

@@ -15,7 +15,6 @@ from common.device import pick_device
 from infer.config import GenerateConfig, ServeConfig
 from infer.draw_service import DrawService
 from infer.drawing.generate import generate
-from infer.placement import Placement
 from shards.preview import preview
 from shards.reading.cache import Cache
 from shards.remote.streaming import LOCAL_CACHE_GB, open_files
@@ -52,17 +51,20 @@ def picture(config: GenerateConfig, name: str) -> np.ndarray[Any, Any]:
     return np.array(Image.open(min(folder.glob("000*.png"))))
 
 
-@pytest.mark.parametrize("placement", ["auto", "model", "sequential"])
+@pytest.mark.parametrize("placement", ["auto", "model", "groups"])
 def test_a_placement_changes_no_pixel(placement: Any, config: GenerateConfig) -> None:
     on_device = picture(config, "none")
     assert np.array_equal(on_device, picture(replace(config, offload=placement), placement))
 
 
 @pytest.mark.parametrize("quantization", ["int8", "fp8"])
-@pytest.mark.parametrize("placement", ["none", "model"])
-def test_a_quantized_base(placement: Placement, quantization: Any, config: GenerateConfig) -> None:
-    drawn = picture(replace(config, offload=placement, quantize_base=quantization), "quantized")
-    assert drawn.std() > 0
+def test_a_quantized_base(quantization: Any, config: GenerateConfig) -> None:
+    quantized = replace(config, quantize_base=quantization)
+    on_device = picture(quantized, "none")
+    assert on_device.std() > 0
+    for placement in ("model", "groups"):
+        drawn = picture(replace(quantized, offload=placement), placement)
+        assert np.array_equal(drawn, on_device)
 
 
 def test_prompts_from_the_cache_and_two_seeds_at_once(config: GenerateConfig, cache: Path) -> None:

@@ -22,12 +22,10 @@ from PIL import Image
 
 from common.atomic_files import cannot_write
 from common.errors import ConfigError, RunError
-from infer import placement
 from infer.config import GenerateConfig
 from infer.convention import Convention
 from infer.drawing import metadata
-from infer.drawing.generate import generate
-from infer.placement import WORKING_BYTES
+from infer.drawing.generate import draw, generate
 from sd3.contact_sheet import save_png
 from sd3.images import fit
 from sd3.pretrained import DATA_KEY
@@ -352,16 +350,15 @@ def test_other_weights_draw_anew(config: GenerateConfig, second: Path, tmp_path:
 def test_finished_pictures_survive_a_full_memory(
     config: GenerateConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    call = StableDiffusion3ControlNetPipeline.__call__
     count = iter(range(2))
 
-    def full(self: Any, *arguments: Any, **more: Any) -> Any:
+    def full(*arguments: Any) -> Any:
         if next(count):
             raise torch.OutOfMemoryError("CUDA out of memory.\nmore")
-        return call(self, *arguments, **more)
+        return draw(*arguments)
 
-    monkeypatch.setattr(StableDiffusion3ControlNetPipeline, "__call__", full)
-    with pytest.raises(RunError, match=r"(?s)out of memory: CUDA out of memory\. .*--offload"):
+    monkeypatch.setattr("infer.drawing.generate.draw", full)
+    with pytest.raises(RunError, match=r"(?s)CUDA out of memory\. .*--quantize-base"):
         generate(config)
     assert [path.name for path in config.output_dir.glob("*.png")] == ["000.png"]
 
@@ -473,7 +470,7 @@ def test_bad_pairs_are_named(
         ({"shift": 0.0}, "--shift 0: must be above 0"),
         ({"batch_size": 0}, "--batch-size 0: at least 1"),
         ({"seed": ()}, "--seed: give at least one"),
-        ({"offload": "sequential", "quantize_base": "int8"}, "--offload sequential: does not go"),
+        ({"offload": "groups", "compile": True}, "--offload groups: does not go"),
     ],
 )
 def test_settings_that_do_not_go_together(
@@ -486,18 +483,6 @@ def test_settings_that_do_not_go_together(
 def test_nothing_is_offloaded_from_a_cpu(config: GenerateConfig) -> None:
     with pytest.raises(ConfigError, match="--offload model: the CPU is where"):
         generate(replace(config, offload="model"))
-
-
-def test_where_models_go() -> None:
-    sizes = {"transformer": 4, "controlnet": 2, "text_encoder_3": 9, "vae": 1}
-    assert placement.choose_placement(sizes, WORKING_BYTES + 16) == "none"
-    assert placement.choose_placement(sizes, WORKING_BYTES + 15) == "model"
-    assert placement.choose_placement(sizes, WORKING_BYTES + 9) == "model"
-    assert placement.choose_placement(sizes, WORKING_BYTES + 8) == "sequential"
-    without_text = {"transformer": 4, "controlnet": 2}
-    assert placement.choose_placement(without_text, WORKING_BYTES + 5) == "sequential"
-    assert placement.choose_placement(without_text, WORKING_BYTES + 5, quantized=True) == "model"
-    assert placement.choose_placement(sizes, 2 * WORKING_BYTES + 15, batch_size=2) == "model"
 
 
 def test_the_nearest_bucket_is_taken(config: GenerateConfig, tmp_path: Path) -> None:

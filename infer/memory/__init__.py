@@ -1,0 +1,1 @@
+"""Stage 3 in little memory: what drawing takes, known before it runs."""
