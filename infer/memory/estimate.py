@@ -227,7 +227,7 @@ def _possible_changes(config: PipelineConfig) -> Iterator[dict[str, Any]]:
 
 
 def report(config: PipelineConfig, free: int | None) -> str:
-    """Return what drawing takes, part by part, and what would make it less, in lines.
+    """Return what drawing takes, part by part, in lines.
 
     Args:
         config: settings of the run.
@@ -259,15 +259,24 @@ def report(config: PipelineConfig, free: int | None) -> str:
     lines.append(f"{found.host / GB:8.2f}  of host memory, through which all weights are loaded")
     others = [f"{other} {need_with(drawings, other).free / GB:.2f}" for other in OFFLOADS]
     lines.append(f"must be free with --offload {', '.join(others)}")
-    savings = remedies(replace(config, offload=chosen))
-    lines.append("less, in GB, with" if savings else "no option would make it less")
-    lines += [f"{-saved / GB:+8.2f}  {flags}" for flags, saved in savings]
     return "\n".join(lines)
+
+
+def advice(config: PipelineConfig, free: int | None) -> str:
+    """Return what would make it less, in lines; the arguments are those of `report`."""
+    config = assume_gpu(config)
+    if config.offload == "auto":
+        config = replace(config, offload=choose_offload(config, find_drawings(config), free))
+    savings = remedies(config)
+    lines = [f"{-saved / GB:+8.2f}  {flags}" for flags, saved in savings]
+    return "\n".join(["less, in GB, with", *lines]) if lines else "no option would make it less"
 
 
 def print_report(config: PipelineConfig) -> None:
     """Print what drawing takes; `--offload auto` goes by the free memory of a GPU that is here."""
-    click.echo(report(config, free_gpu_bytes(config.device)))
+    free = free_gpu_bytes(config.device)
+    click.echo(report(config, free))
+    click.echo(advice(config, free))  # takes a while
 
 
 def _words(name: str, value: Any) -> str:

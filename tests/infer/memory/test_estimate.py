@@ -209,6 +209,12 @@ def test_what_needs_less(config: GenerateConfig, monkeypatch: pytest.MonkeyPatch
     }
 
 
+def test_the_vae_takes_a_picture_of_a_batch_at_a_time(config: GenerateConfig) -> None:
+    (two,), (one,) = (find_drawings(replace(config, batch_size=count)) for count in (2, 1))
+    for moment in (CONTROLS, DECODING):
+        assert two.activations[moment] < 1.5 * one.activations[moment]
+
+
 def test_what_auto_became_is_said(config: GenerateConfig) -> None:
     auto = replace(config, offload="auto")
     assert need(auto, None).chosen == ""
