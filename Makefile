@@ -128,7 +128,7 @@ verify: setup  ## Check every record of CACHE
 	$(RUN) python -m shards verify "$(or $(CACHE),$(if $(IS_DEMO),runs/$(basename $(notdir $(IS_DEMO)))/cache,$(error Say which: make verify CACHE=…)))"
 
 fits: setup  ## Say what all stages need of a card, and whether one of MEMORY GB has it: CONFIG=configs/sd35-medium.toml MEMORY=8
-	$(RUN) python -m benchmarks.fits $(CONFIG_FLAGS) $(BASE_FLAG) $(if $(MEMORY),--memory "$(MEMORY)") $(ARGS)
+	$(RUN) python -m benchmarks.memory.fits $(CONFIG_FLAGS) $(BASE_FLAG) $(if $(MEMORY),--memory "$(MEMORY)") $(ARGS)
 
 test: setup  ## Run the tests that take seconds
 	$(TESTS) -m "not slow and not extras and not gpu and not network" $(ARGS)

@@ -9,6 +9,7 @@ import click
 
 from common.command import CONTEXT, stage_command, user_errors
 from common.errors import ConfigError
+from common.memory.need import Need
 from infer.config import DecodeConfig, GenerateConfig, PipelineConfig, ScoreConfig, ServeConfig
 from infer.misplaced_options import misplaced
 
@@ -26,6 +27,13 @@ def estimated(config: PipelineConfig) -> bool:
 
         print_report(config)
     return config.estimate
+
+
+def need(config: PipelineConfig, free: int | None) -> Need:
+    """Return the memory that drawing takes."""
+    from infer.memory.estimate import need
+
+    return need(config, free)
 
 
 def run_generate(config: GenerateConfig) -> None:
@@ -93,17 +101,28 @@ main.add_command(
         section="infer",
         misplaced=misplaced(GenerateConfig),
         like=like,
+        need=need,
     )
 )
 main.add_command(show)
 main.add_command(
     stage_command(
-        "score", ScoreConfig, run_score, section="score", misplaced=misplaced(ScoreConfig)
+        "score",
+        ScoreConfig,
+        run_score,
+        section="score",
+        misplaced=misplaced(ScoreConfig),
+        need=need,
     )
 )
 main.add_command(
     stage_command(
-        "serve", ServeConfig, run_serve, section="serve", misplaced=misplaced(ServeConfig)
+        "serve",
+        ServeConfig,
+        run_serve,
+        section="serve",
+        misplaced=misplaced(ServeConfig),
+        need=need,
     )
 )
 main.add_command(

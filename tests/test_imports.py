@@ -71,6 +71,8 @@ ALLOWED = {
     "demo": PRODUCT | {"demo.base_model"},
     "benchmarks": PRODUCT | {"demo", "demo.base_model"},
     "benchmarks.gpu": {"common"},
+    "benchmarks.memory": PRODUCT
+    | {"benchmarks.bases", "benchmarks.random_weights", "benchmarks.synthetic", "demo"},
     "benchmarks.reference": PRODUCT
     | {"demo", "demo.base_model", "benchmarks.bases", "benchmarks.random_weights"},
 }

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 from click.testing import CliRunner
 
-from benchmarks import fits
+from benchmarks.memory import fits
 from common.errors import ConfigError
 from common.memory.need import Need
 from infer.config import GenerateConfig

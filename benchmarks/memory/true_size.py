@@ -1,4 +1,4 @@
-"""`python -m benchmarks.true_size`: a stage with a base of its true size for real, on any machine.
+"""`python -m benchmarks.memory.true_size`: a stage with a base of true size for real, anywhere.
 
 Weights are random; stage 1 encodes circles, training's cache is made up. On two CPU cores SD3
 takes minutes a step, stage 1 half a minute a picture. Printed are the command, its seconds and

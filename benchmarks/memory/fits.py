@@ -1,4 +1,4 @@
-"""`python -m benchmarks.fits`: what all stages need of a card's memory, and whether it has it.
+"""`python -m benchmarks.memory.fits`: what all stages need of a card, and whether it has it.
 
 Counted from configurations alone: there need be no weights, no cache and no GPU. Of the three
 published bases not even the configurations are downloaded. `--table` prints the table of
@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import click
-from infer.memory import estimate as infer
 
 from benchmarks.bases import TRANSFORMERS, published
 from benchmarks.random_weights import save_configurations
@@ -24,6 +23,7 @@ from common.errors import ConfigError
 from common.memory.need import CUDA_BYTES, GB, GIB, LOST_SHARE, Need
 from common.options import RequiredUnless, click_options
 from infer.config import GenerateConfig
+from infer.memory import estimate as infer
 from precompute.config import PrecomputeConfig
 from precompute.memory import estimate as precompute
 from train.config import TrainConfig

@@ -1,0 +1,1 @@
+"""What stages take of memory: counted for a card, and really run at true size."""
