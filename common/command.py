@@ -321,9 +321,11 @@ def user_errors() -> Iterator[None]:
     except SafetensorError as error:
         raise CommandError(f"a weight file is damaged ({error}); fetch it again") from error
     except RuntimeError as error:
-        if type(error).__name__ != "OutOfMemoryError":  # torch's; importing torch takes seconds
+        from common.memory.exhausted import first_line, is_out_of_memory  # imports torch
+
+        if not is_out_of_memory(error):
             raise
         raise CommandError(
-            f"out of memory: {str(error).splitlines()[0]} Other programs may hold a part of it; "
+            f"out of memory: {first_line(error)} Other programs may hold a part of it; "
             "which options take less, says --help."
         ) from error

@@ -74,10 +74,12 @@ def keep_freed_memory(device: torch.device) -> None:
 
 
 def free_memory() -> None:
-    """Return the memory of what is no longer used to the device."""
-    gc.collect()
+    """Return the memory of what is no longer used to the device, and pinned memory to the host."""
+    gc.collect()  # hooks that offload models form cycles
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
+        if hasattr(torch.accelerator, "empty_host_cache"):  # not in the oldest torch that works
+            torch.accelerator.empty_host_cache()
 
 
 @contextlib.contextmanager

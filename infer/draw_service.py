@@ -13,11 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import click
-import torch
 from PIL import Image
 
 from common.device import pick_device, use_device
-from common.errors import ConfigError
+from common.errors import ConfigError, RunError
 from infer.config import GenerateConfig, PipelineConfig, ServeConfig
 from infer.drawing import metadata
 from infer.drawing.controlnet_set import ControlNetSet, find_controlnet_sets
@@ -25,7 +24,7 @@ from infer.drawing.generate import draw
 from infer.drawing.pictures import plan_pictures
 from infer.drawing.requests import DrawRequest, load_control
 from infer.photographs import Photograph, Redrawing, draw_controls, find_redrawing
-from infer.pipeline import load_pipeline, out_of_memory, with_dtype
+from infer.pipeline import full_memory_explained, load_pipeline, with_dtype
 from sd3.annotators.drawing import Drawing
 from sd3.contact_sheet import save_png
 
@@ -161,11 +160,12 @@ class DrawService:
     ) -> None:
         (picture,) = plan_pictures(config, controlnet, [request], title_in_name=False)
         try:
-            self._load(controlnet)
-            (image,) = draw(self._pipeline, [picture], controlnet, None, config)
-        except torch.OutOfMemoryError as error:
+            with full_memory_explained(self.config):
+                self._load(controlnet)
+                (image,) = draw(self._pipeline, [picture], controlnet, None, config)
+        except RunError:
             self._pipeline, self._loaded_title = None, None
-            raise out_of_memory(error, self.config) from error
+            raise
         save_png(path, image, metadata.png_info(picture.description))
 
     def _load(self, controlnet: ControlNetSet) -> None:

@@ -1,6 +1,7 @@
 """The stock diffusers pipeline with ControlNets: finding the models, checking and loading them."""
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar
@@ -14,12 +15,13 @@ from diffusers import (
     StableDiffusion3ControlNetPipeline,
 )
 
-from common.device import compile_blocks, keep_freed_memory, pick_device
+from common.device import compile_blocks, free_memory, keep_freed_memory, pick_device
 from common.errors import ConfigError, RunError
+from common.memory.exhausted import first_line, is_out_of_memory
 from common.memory.need import GB
 from infer.config import Offload, PipelineConfig
 from infer.memory.estimate import choose_offload, need_with, remedies, simulate_sets
-from infer.placement import check_offload, free_memory, place
+from infer.placement import check_offload, place
 from infer.vae import save_memory
 from sd3.finite import check_finite
 from sd3.pretrained import (
@@ -148,7 +150,7 @@ def load_pipeline(
     device = pick_device(config.device)
     check_offload(config.offload, device)
     keep_freed_memory(device)
-    free_memory(device)
+    free_memory()
     offload = find_offload(
         config, base, folders, device, batch_size=batch_size, with_text_encoders=with_text_encoders
     )
@@ -207,17 +209,34 @@ def find_offload(
     return chosen
 
 
-def out_of_memory(error: torch.OutOfMemoryError, config: PipelineConfig) -> RunError:
+@contextlib.contextmanager
+def full_memory_explained(config: PipelineConfig) -> Iterator[None]:
+    """Turn an error about full memory into one that names the options that would save some.
+
+    Args:
+        config: settings of the run, with a number format.
+
+    Raises:
+        RunError: memory is full.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        raise out_of_memory(error, config) from error
+
+
+def out_of_memory(error: RuntimeError, config: PipelineConfig) -> RunError:
     """Return an error that names the options that would save memory, the best first.
 
     Args:
         error: torch's.
         config: settings of the run, with a number format.
     """
-    first = str(error).splitlines()[0]
     helpful = [flags for flags, _ in remedies(config)]
     helpful.append("a smaller --resolution, or --height and --width")
     return RunError(
-        f"out of memory: {first} Finished pictures are kept. What helps, the most first: "
-        f"{'; '.join(helpful)}."
+        f"out of memory: {first_line(error)} Finished pictures are kept. What helps, the most "
+        f"first: {'; '.join(helpful)}."
     )

@@ -5,7 +5,6 @@ networks; its sequential offloading copies each layer while the device waits, an
 quantised layers.
 """
 
-import gc
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,6 +12,7 @@ import torch
 from accelerate.hooks import ModelHook, add_hook_to_module
 from torch import nn
 
+from common.device import free_memory
 from common.errors import ConfigError
 from infer.config import Offload
 from precompute.memory.layer_groups import bring_in_groups
@@ -24,13 +24,6 @@ TOGETHER = (
     ("vae",),
     ("controlnet", "transformer"),
 )
-
-
-def free_memory(device: torch.device) -> None:
-    """Free the memory of models that are no longer used; their offload hooks form cycles."""
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
 
 
 def check_offload(offload: str, device: torch.device) -> None:
@@ -100,7 +93,7 @@ class Visit(ModelHook):  # type: ignore[misc]
         for other in self.others:
             if next(other.parameters()).device.type != "cpu":
                 other.to("cpu")
-                free_memory(self.execution_device)
+                free_memory()
         if self.comes:
             module.to(self.execution_device)
         return args, kwargs

@@ -6,10 +6,10 @@ from collections.abc import Iterator
 from signal import Signals
 
 import click
-import torch
 
 from common.errors import RunError, ShardError, os_error_line
 from common.interruption import signals_noted
+from common.memory.exhausted import first_line, is_out_of_memory
 from common.options import as_dict
 from common.provenance import write_run
 from sd3.pretrained import DATA_KEY
@@ -53,8 +53,10 @@ def train(config: TrainConfig) -> Signals | None:
     try:
         with group_closed_at_the_end():
             return _train(config)
-    except torch.OutOfMemoryError as error:
-        lines = [f"out of memory: {str(error).splitlines()[0]}"]
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        lines = [f"out of memory: {first_line(error)}"]
         if _is_first_process():
             click.echo(f"{lines[0]} Finding out what would help …", err=True)
             with contextlib.suppress(Exception):  # the lack of memory is what to report

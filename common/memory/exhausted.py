@@ -6,12 +6,15 @@ import torch
 from accelerate.utils.memory import should_reduce_batch_size
 
 # What CUDA and its libraries say when they cannot allocate, beside what accelerate knows.
+HOST_PERHAPS = "error: out of memory"  # of pinned memory, of the context, or of the driver
 ALLOCATION_FAILURES = (
-    "CUDA error: out of memory",  # of pinned memory, or of the context
+    HOST_PERHAPS,
     "CUBLAS_STATUS_ALLOC_FAILED",
     "CUBLAS_STATUS_NOT_INITIALIZED",  # no memory for its handle
     "CUDNN_STATUS_ALLOC_FAILED",
+    "CUDNN_STATUS_NOT_INITIALIZED",  # likewise
     "ALLOCATION_FAILED",  # the end of cuDNN's newer names
+    "unable to find an engine",  # no convolution of cuDNN's got its workspace
 )
 
 
@@ -19,8 +22,18 @@ def is_out_of_memory(error: Exception) -> bool:
     """Tell whether an error of torch says that memory is full, the device's or the host's."""
     if isinstance(error, torch.OutOfMemoryError) or should_reduce_batch_size(error):
         return True
-    said = str(error)
-    return isinstance(error, RuntimeError) and any(one in said for one in ALLOCATION_FAILURES)
+    # Torch's classes alone: an error of ours may quote one.
+    if type(error).__name__ not in ("RuntimeError", "AcceleratorError"):
+        return False
+    return any(one in str(error) for one in ALLOCATION_FAILURES)
+
+
+def first_line(error: Exception) -> str:
+    """Return what an error about memory says, in one line."""
+    said = (str(error).splitlines() or ["out of memory"])[0]
+    if HOST_PERHAPS in said:
+        said += " (perhaps host memory: what is offloaded is pinned there)"
+    return said
 
 
 def full_memory_line(what: str, error: Exception, remedies: Sequence[str]) -> str:
@@ -31,8 +44,7 @@ def full_memory_line(what: str, error: Exception, remedies: Sequence[str]) -> st
         error: that was raised.
         remedies: in words, the best first.
     """
-    said = (str(error).splitlines() or ["out of memory"])[0]
-    return f"{what}: memory is full ({said}). What helps: {'; '.join(remedies)}."
+    return f"{what}: memory is full ({first_line(error)}). What helps: {'; '.join(remedies)}."
 
 
 def device_remedies(device: torch.device) -> list[str]:

@@ -20,7 +20,7 @@ from infer.drawing.pictures import Picture, batch_pictures, plan_pictures
 from infer.drawing.prompts import CachedPrompts
 from infer.drawing.requests import DrawRequest, find_requests
 from infer.photographs import Redrawing, find_redrawing
-from infer.pipeline import load_pipeline, out_of_memory, with_dtype
+from infer.pipeline import full_memory_explained, load_pipeline, with_dtype
 from sd3.contact_sheet import contact_sheet, save_png, thumbnail
 from sd3.pretrained import read_config
 from shards.reading.cache import Cache
@@ -137,7 +137,7 @@ def _draw_missing(
     bar: "tqdm[Any]",
 ) -> None:
     """Draw the batches of a set's pictures that have missing ones, and save those."""
-    try:
+    with full_memory_explained(config):
         pipeline = load_pipeline(
             config,
             base,
@@ -161,8 +161,6 @@ def _draw_missing(
                     save_png(picture.path, image, metadata.png_info(picture.description))
                     tqdm.write(str(picture.path))
             bar.update(num_missing)
-    except torch.OutOfMemoryError as error:
-        raise out_of_memory(error, config) from error
 
 
 def draw(

@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 import click
-import torch
 from diffusers import StableDiffusion3Pipeline
 
 from common.atomic_files import atomic_file, write_text
@@ -16,8 +15,8 @@ from infer.convention import Convention, find_convention
 from infer.pipeline import (
     COMPONENTS,
     find_models,
+    full_memory_explained,
     load_pipeline,
-    out_of_memory,
     short_titles,
     with_dtype,
 )
@@ -66,7 +65,7 @@ def score(config: ScoreConfig) -> None:
     write_run(config.output_dir, "score", config)
 
     results = [SampleResult(sample, {}, {}) for sample in samples]
-    try:
+    with full_memory_explained(config):
         num_pictures = len(samples) * (len(titles) + 1)
         with Progress(num_pictures, "picture", "score") as progress:
             drawer = SampleDrawer(config, measures, results, progress)
@@ -78,8 +77,6 @@ def score(config: ScoreConfig) -> None:
             parts = {name: getattr(pipeline, name) for name in COMPONENTS}
             drawer.draw_all(WITHOUT, StableDiffusion3Pipeline(**parts), conventions[0])
             del drawer, pipeline, parts  # frees their memory for what draws the controls
-    except torch.OutOfMemoryError as error:
-        raise out_of_memory(error, config) from error
     try:
         measure_redrawn(measures, results, redrawing)
     finally:  # whatever becomes of the annotator, the other measures' figures are there

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from common import device
-from common.device import free_gpu_bytes, pick_device
+from common.device import free_gpu_bytes, free_memory, pick_device
 from common.errors import ConfigError
 from tests.conftest import run_python
 
@@ -49,3 +49,14 @@ def test_freed_memory_is_used_again() -> None:
     assert kept < pages / 100
     if default < pages / 2:  # huge pages: nothing to be gained here
         pytest.skip(f"{default} page faults by default")
+
+
+def test_pinned_memory_goes_back_to_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
+    emptied: list[str] = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: emptied.append("device"))
+    monkeypatch.setattr(
+        torch.accelerator, "empty_host_cache", lambda: emptied.append("host"), raising=False
+    )
+    free_memory()
+    assert emptied == ["device", "host"]

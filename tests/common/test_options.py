@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 import pytest
+import torch
 from click.testing import CliRunner, Result
 
 from common.checks import pair_up
@@ -264,11 +265,8 @@ def test_errors_end_in_one_line_and_exit_code_2(error: Exception) -> None:
 
 
 def test_too_little_memory_names_what_reduces_it() -> None:
-    class OutOfMemoryError(RuntimeError):
-        """As torch's is called."""
-
     def fail(_: Settings) -> None:
-        raise OutOfMemoryError("CUDA out of memory.\nmore")
+        raise torch.OutOfMemoryError("CUDA out of memory.\nmore")
 
     main = stage_command("test", Settings, fail, section="train")
     result = CliRunner().invoke(main, ["--source", "x"])

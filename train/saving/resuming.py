@@ -5,12 +5,12 @@ import pickle
 from pathlib import Path
 
 import click
-import torch
 from accelerate import Accelerator
 from diffusers import SD3ControlNetModel
 from torch.distributed.checkpoint.api import CheckpointException
 
 from common.errors import ConfigError, os_error_line
+from common.memory.exhausted import is_out_of_memory
 from sd3.finite import nonfinite_weight_in
 from sd3.pretrained import read_config
 from train.saving.checkpoints import (
@@ -91,13 +91,13 @@ def restore(accelerator: Accelerator, checkpoint: Path, *, optimizer_on_host: bo
     options = {"map_location": "cpu"} if optimizer_on_host else {}
     try:
         accelerator.load_state(str(checkpoint), **options)
-    except torch.OutOfMemoryError:
-        raise
     except (
         *(EOFError, OSError, RuntimeError, ValueError, KeyError, pickle.PickleError),
         CheckpointException,
     ) as error:
         failure = first_failure(error) if isinstance(error, CheckpointException) else error
+        if is_out_of_memory(failure):
+            raise failure from None
         reason = (str(failure) or type(failure).__name__).splitlines()[0]
         raise ConfigError(
             f"{checkpoint}: cannot be loaded ({reason}). Move it away, and "

@@ -347,18 +347,25 @@ def test_other_weights_draw_anew(config: GenerateConfig, second: Path, tmp_path:
     assert not np.array_equal(picture(own, "000"), first)
 
 
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory.\nmore"), r"CUDA out of memory\. "),
+        (RuntimeError("FIND was unable to find an engine to"), "out of memory: FIND was unable"),
+    ],
+)
 def test_finished_pictures_survive_a_full_memory(
-    config: GenerateConfig, monkeypatch: pytest.MonkeyPatch
+    error: Exception, message: str, config: GenerateConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     count = iter(range(2))
 
     def full(*arguments: Any) -> Any:
         if next(count):
-            raise torch.OutOfMemoryError("CUDA out of memory.\nmore")
+            raise error
         return draw(*arguments)
 
     monkeypatch.setattr("infer.drawing.generate.draw", full)
-    with pytest.raises(RunError, match=r"(?s)CUDA out of memory\. .*--quantize-base"):
+    with pytest.raises(RunError, match=f"(?s){message}.*--quantize-base"):
         generate(config)
     assert [path.name for path in config.output_dir.glob("*.png")] == ["000.png"]
 

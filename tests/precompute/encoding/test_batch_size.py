@@ -167,6 +167,11 @@ def test_an_attempt_does_not_shrink() -> None:
         (RuntimeError("CUDA error: out of memory\nCUDA kernel errors might be"), True),
         (RuntimeError("CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED"), True),
         (RuntimeError("cuDNN error: CUDNN_STATUS_NOT_SUPPORTED."), True),
+        (RuntimeError("cuDNN error: CUDNN_STATUS_NOT_INITIALIZED"), True),
+        (RuntimeError("GET was unable to find an engine to execute this computation"), True),
+        (RuntimeError("CUDA driver error: out of memory"), True),
+        (getattr(torch, "AcceleratorError", RuntimeError)("CUDA error: out of memory"), True),
+        (RunError("CUDA error: out of memory"), False),  # ours, which quotes torch's
         (RuntimeError("CUDA error: an illegal memory access was encountered"), False),
         (RuntimeError("The size of tensor a (3) must match the size of tensor b (4)"), False),
         (ValueError("CUBLAS_STATUS_ALLOC_FAILED"), False),

@@ -433,3 +433,16 @@ def test_out_of_memory_says_what_would_help(
         "Error: out of memory: CUDA out of memory. Tried to allocate 20.00 MiB." in outcome.output
     )
     assert re.search(r"^ +-0\.\d\d  --gradient-checkpointing$", outcome.output, re.MULTILINE)
+
+
+@pytest.mark.usefixtures("few")
+def test_pinned_memory_that_is_full_is_told_from_the_devices(
+    config: TrainConfig, command: Callable[..., Outcome], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any) -> None:
+        raise RuntimeError("CUDA error: out of memory\nmore")
+
+    monkeypatch.setattr(loop, "batch_losses", full)
+    outcome = command("train", *flags(config))
+    assert outcome.exit_code == 2
+    assert "out of memory: CUDA error: out of memory (perhaps host memory" in outcome.output

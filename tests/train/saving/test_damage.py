@@ -7,10 +7,11 @@ import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
+from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from safetensors.torch import load_file, save_file
 
@@ -290,3 +291,12 @@ def test_a_run_does_not_begin_among_checkpoints_without_a_state(config: TrainCon
         train(replace(config, resume_from_checkpoint=None))
     with pytest.raises(ConfigError, match=r"checkpoint-4/train_state\.json: is missing; and none"):
         train(config)
+
+
+def test_a_memory_that_is_full_is_not_a_damaged_checkpoint(tmp_path: Path) -> None:
+    class Full:
+        def load_state(self, *_: Any, **__: Any) -> None:
+            raise RuntimeError("CUDA error: out of memory")
+
+    with pytest.raises(RuntimeError, match=r"^CUDA error: out of memory$"):
+        resuming.restore(cast(Accelerator, Full()), tmp_path)
