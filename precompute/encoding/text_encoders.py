@@ -169,7 +169,7 @@ class TextEncoders:
             at_rest = torch.device("cpu") if in_groups else device
             t5 = load(T5EncoderModel, T5_COMPONENTS[1], at_rest)
             if in_groups:
-                bring_in_groups(t5, device)
+                bring_in_groups(t5, device, rest_stays=True)
         except RuntimeError as error:
             if not is_out_of_memory(error):
                 raise

@@ -14,17 +14,19 @@ ALIGNMENT = 256  # bytes, as torch aligns tensors itself
 PIECE_BYTES = 1 << 30  # of pinned memory
 
 
-def bring_in_groups(t5: Any, device: torch.device) -> None:
+def bring_in_groups(t5: Any, device: torch.device, *, rest_stays: bool = False) -> None:
     """Make a T5 encoder, which is in host memory, bring its layers to a device in turn.
 
     The token embedding and the last norm are on the device while it computes, and of the layers
-    two at most: the one that computes, and the next.
+    two at most: the one that computes, and the next. If it fails, they leave the device as well.
 
     Args:
         t5: a `T5EncoderModel`.
         device: where it computes.
+        rest_stays: whether the embedding and the norm stay on the device for good; else they come
+            and go with each batch, while the host waits.
     """
-    from diffusers.hooks import apply_group_offloading
+    from diffusers.hooks import HookRegistry, apply_group_offloading
 
     on_gpu = device.type == "cuda"
     if on_gpu:
@@ -37,6 +39,22 @@ def bring_in_groups(t5: Any, device: torch.device) -> None:
         num_blocks_per_group=1,
         use_stream=on_gpu,
     )
+    rest, *layers = (
+        HookRegistry.check_if_exists_or_initialize(module).get_hook("group_offloading").group
+        for module in (t5.encoder, *t5.encoder.block)
+    )
+    if rest_stays:
+        for module in rest.modules:
+            module.to(device)
+        rest.modules = []  # nothing is left to come and go
+
+    def leave_after_error(_: Any, __: Any, output: Any) -> None:
+        # diffusers offloads a layer when it has computed: with these, the next try needs more.
+        if output is None:
+            for group in (rest, *layers):
+                group.offload_()
+
+    t5.encoder.register_forward_hook(leave_after_error, always_call=True)
     if on_gpu:
         # The first pass notes the order of the layers; a memory that runs out must not disturb it.
         with torch.no_grad():
