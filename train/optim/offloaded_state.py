@@ -24,7 +24,8 @@ class OffloadedState(UncastState):
     It goes before an optimiser's class, with one parameter group, and steps one weight at a time,
     all in one call or each in its own. While a weight steps, the state of the next one comes to the
     device and that of the one before leaves it, each on a stream of its own; no other state is
-    there. Which weight is the next is known from the step before: the first one waits.
+    there. Which weight is the next is known from the step before: the first one waits, as does
+    any that comes at another place than then.
 
     Args:
         parameters: to be trained.
@@ -35,7 +36,7 @@ class OffloadedState(UncastState):
         super().__init__(parameters, **options)
         self._memory = HostMemory()
         self._streams: tuple[CopyStream, CopyStream] | None = None  # to the device, to the host
-        self._next: dict[Tensor, Tensor] = {}  # by weight, in the order of the steps
+        self._next: dict[Tensor | None, Tensor] = {}  # by weight; None: before the first
         self._stepped: set[Tensor] = set()  # within this optimiser step
         self._last: Tensor | None = None
         self._arriving: dict[Tensor, tuple[dict[str, Tensor], Any]] = {}
@@ -60,10 +61,7 @@ class OffloadedState(UncastState):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore groups and state; state that was fetched ahead is the old one."""
-        if self._streams is not None:
-            for _, copied in self._arriving.values():
-                self._streams[0].wait(copied)  # its memory may be used anew only then
-        self._arriving.clear()
+        self._settle()
         super().load_state_dict(state_dict)
 
     def placed(self, saved: Tensor, device: torch.device) -> Tensor:
@@ -76,9 +74,10 @@ class OffloadedState(UncastState):
     def _note(self, parameter: Tensor) -> None:
         """Learn the order of the weights."""
         if parameter in self._stepped:
+            self._settle()  # else this weight's state could still be leaving
+            self._next.pop(self._last, None)
             self._stepped, self._last = set(), None
-        if self._last is not None:
-            self._next[self._last] = parameter
+        self._next[self._last] = parameter
         self._stepped.add(parameter)
         self._last = parameter
 
@@ -94,6 +93,8 @@ class OffloadedState(UncastState):
         tensors, copied = self._arriving.pop(parameter)
         arrivals.wait(copied)
         state.update(tensors)
+        if following in self._stepped:
+            following = None  # another order than before: it would come in vain
         if following is not None:
             self._fetch(following)
         yield
@@ -107,8 +108,18 @@ class OffloadedState(UncastState):
         left, self._leaving = self._leaving, (pairs, departures.copy(pairs))
         departures.wait(left[1])  # the device's memory may be used anew only then
         if following is None:
-            departures.wait(self._leaving[1])
-            self._leaving = [], None
+            self._settle()
+
+    def _settle(self) -> None:
+        """Let the device wait for all copies, and forget what came in vain."""
+        if self._streams is None:
+            return
+        arrivals, departures = self._streams
+        for _, copied in self._arriving.values():
+            arrivals.wait(copied)  # its memory may be used anew only then
+        self._arriving.clear()
+        departures.wait(self._leaving[1])
+        self._leaving = [], self._leaving[1]  # the host may still have to wait for it
 
     def _fetch(self, parameter: Tensor) -> None:
         """Let a weight's state come to the device, unless it does already."""

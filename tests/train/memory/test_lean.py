@@ -67,9 +67,25 @@ def test_what_only_moves_numbers_gives_the_same_bits(
     assert same(other.output_dir, unclipped.output_dir)
 
 
-@pytest.mark.parametrize("one_by_one", [False, True])
+ALL = [0, 1, 2, 3, 4]
+
+
+@pytest.mark.parametrize(
+    ("one_by_one", "orders"),
+    [
+        (False, [ALL] * 4),
+        (True, [ALL] * 4),
+        (False, [ALL, [0], [0], ALL, [0, 1, 3], ALL]),
+        (True, [ALL, [0], [0], ALL, [0, 1, 3], ALL]),
+        (True, [ALL, [0, 2, 1, 3, 4], [0, 2, 1, 3, 4], ALL[::-1], ALL]),
+    ],
+    ids=["all at once", "one by one", "some have no gradient", "or do not step", "in any order"],
+)
 def test_state_is_there_when_its_weight_steps_and_on_the_host_when_it_is_saved(
-    one_by_one: bool, small_tensors_offloaded: None, monkeypatch: pytest.MonkeyPatch
+    one_by_one: bool,
+    orders: list[list[int]],
+    small_tensors_offloaded: None,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """With copies as late as they may be, in both directions."""
     make_copies_late(monkeypatch, offloaded_state)
@@ -81,15 +97,16 @@ def test_state_is_there_when_its_weight_steps_and_on_the_host_when_it_is_saved(
         weights = [nn.Parameter(one.clone()) for one in start]
         adam = chosen(weights, fused=True, lr=0.1)
         torch.manual_seed(1)
-        for _ in range(4):
+        for order in orders:
             gradients = [torch.randn_like(one) for one in weights]
-            for weight, gradient in zip(weights, gradients, strict=True):
-                weight.grad = gradient
+            for number in order:
+                weights[number].grad = gradients[number]
                 if one_by_one:
                     adam.step()
-                    weight.grad = None
+                    weights[number].grad = None
             if not one_by_one:
                 adam.step()
+                adam.zero_grad()
         saved = adam.state_dict()["state"]
         moments = [saved[number][name] for number in saved for name in ("exp_avg", "exp_avg_sq")]
         results.append([*(one.detach() for one in weights), *moments])
@@ -144,16 +161,33 @@ def test_the_next_state_comes_while_a_weight_steps(
     monkeypatch.setattr(offloaded_state, "CopyStream", Recorded)
     kind: Any = type("Adam", (OffloadedState, Watched), {})
     adam = kind(weights, fused=True)
-    for _ in range(2):
+
+    def events_of(*numbers: int) -> list[str]:
+        """Return what happens while weights step one by one."""
         events.clear()
-        for weight in weights:
-            weight.grad = torch.ones_like(weight)
-        adam.step()
-    assert events == [
+        for number in numbers:
+            weights[number].grad = torch.ones_like(weights[number])
+            adam.step()
+            weights[number].grad = None
+        return events
+
+    events_of(0, 1, 2)
+    assert events_of(0, 1, 2) == [
         *("copy 100", "copy 200", "step 100", "copy 100"),
         *("copy 300", "step 200", "copy 200"),
         *("step 300", "copy 300"),
     ]
+    # In another order, what has stepped does not come again, to lie there until the next step.
+    assert events_of(0, 2, 1).count("copy 300") == 2
+    assert not adam._arriving
+    assert events_of(0, 2, 1) == [
+        *("copy 100", "copy 300", "step 100", "copy 100"),
+        *("copy 200", "step 300", "copy 300"),
+        *("step 200", "copy 200"),
+    ]
+    # Here 300 comes in vain, and goes with the last weight.
+    events_of(0, 1)
+    assert not adam._arriving
 
 
 def test_host_memory_is_taken_in_large_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
