@@ -6,10 +6,11 @@ A preset is a file of `configs/cards/`: a table of settings for each stage, and 
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, TypeVar
 
-from common.config_file import GIVES_UP, nearest, read_section
+from common.config_file import GIVES_UP, read_section
 from common.errors import ConfigError
 from common.memory.need import GB, Need
 
@@ -58,15 +59,20 @@ def card_file(name: str) -> Path:
     Raises:
         ConfigError: there is none of this name.
     """
-    names = card_names()
+    names, name = card_names(), name.lower()
     if not names:
         raise ConfigError(
             f"--card {name}: {FOLDER} is not here; it comes with the repository, not with an "
             "installed package. Give --config with a copy of its file."
         )
     if name not in names:
-        known = [*names[::-1], AUTO]
-        raise ConfigError(f"--card {name}: no such preset.{nearest(name, known)}")
+        close = get_close_matches(name, [*names, AUTO], n=1)
+        hint = (
+            f"Did you mean {close[0]!r}?"
+            if close
+            else f"There are {', '.join(names[::-1])}, {AUTO}."
+        )
+        raise ConfigError(f"--card {name}: no such preset. {hint}")
     return FOLDER / f"{name}.toml"
 
 
@@ -100,7 +106,11 @@ def choose_card(
         if isinstance(config, ConfigError):
             tried.append(f"  {name}: {config}")
             continue
-        needed = need(config, free.device)
+        try:
+            needed = need(config, free.device)
+        except ConfigError as error:
+            tried.append(f"  {name}: {error}")
+            continue
         figures = f"needs {needed.free / GB:.1f} GB of it"
         if needed.host:
             figures += f" and {(needed.host + PROCESS_BYTES) / GB:.1f} of host memory"

@@ -253,7 +253,10 @@ def _with_card(
 
     def settings(name: str) -> Config:
         changes = settings_with(name, section, config_class)
-        return config_class(**values | {key: changes[key] for key in changes.keys() - own})
+        try:
+            return config_class(**values | {key: changes[key] for key in changes.keys() - own})
+        except ConfigError as error:
+            raise ConfigError(f"with --card {name}: {error}") from error
 
     if card != AUTO:
         return settings(card)

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from common.errors import ConfigError
+from common.memory.need import CONTEXT_BYTES
 
 # Of glibc's mallopt(3).
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
@@ -37,7 +38,9 @@ def pick_device(name: str | None) -> torch.device:
 
 
 def free_gpu_bytes(name: str | None) -> int | None:
-    """Return how much memory is free on a GPU; None where there is none, or another is meant.
+    """Return how much memory of a GPU is free for this process, CUDA's context included.
+
+    None where there is no GPU, or another device is meant. `Need.free` counts the context, too.
 
     Args:
         name: as `pick_device` takes it.
@@ -47,7 +50,7 @@ def free_gpu_bytes(name: str | None) -> int | None:
     """
     if not torch.cuda.is_available() or not (name or "cuda").startswith("cuda"):
         return None
-    return int(torch.cuda.mem_get_info(pick_device(name))[0])
+    return int(torch.cuda.mem_get_info(pick_device(name))[0]) + CONTEXT_BYTES
 
 
 def use_device(device: torch.device) -> None:

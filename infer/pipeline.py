@@ -15,7 +15,13 @@ from diffusers import (
     StableDiffusion3ControlNetPipeline,
 )
 
-from common.device import compile_blocks, free_memory, keep_freed_memory, pick_device
+from common.device import (
+    compile_blocks,
+    free_gpu_bytes,
+    free_memory,
+    keep_freed_memory,
+    pick_device,
+)
 from common.errors import ConfigError, RunError
 from common.memory.exhausted import first_line, is_out_of_memory
 from common.memory.need import GB
@@ -197,7 +203,8 @@ def find_offload(
         with_text_encoders=with_text_encoders,
         batch_size=batch_size,
     )
-    free, _ = torch.cuda.mem_get_info(device)
+    free = free_gpu_bytes(str(device))
+    assert free is not None
     chosen = choose_offload(config, drawings, free)
     if chosen != "none":
         whole, needed = (need_with(drawings, one).free / GB for one in ("none", chosen))

@@ -18,9 +18,11 @@ def run(config: TrainConfig) -> None:
 
 
 def need(config: TrainConfig, free: int | None) -> Need:
-    """Return the memory that a run takes."""
+    """Return the memory that a run takes, if the machine has the packages for it."""
+    from train.inputs import require_packages
     from train.memory.estimate import need
 
+    require_packages(config)
     return need(config, free)
 
 

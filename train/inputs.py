@@ -75,7 +75,7 @@ def find_inputs(config: TrainConfig, num_processes: int) -> Inputs:
         ShardError: the cache is missing, incomplete or damaged.
         ConfigError: the base model, the cache and the checkpoint do not go together.
     """
-    _require_packages(config)
+    require_packages(config)
     cache = _open_cache(config)
     validates = config.validation_steps > 0
     draws_pictures = validates and cache.validation.product.num_records > 0
@@ -263,7 +263,7 @@ def make_objective(config: TrainConfig, inputs: Inputs, device: torch.device) ->
     )
 
 
-def _require_packages(config: TrainConfig) -> None:
+def require_packages(config: TrainConfig) -> None:
     """Refuse settings whose optional package is not installed."""
     for needed, package, extra in (
         (config.report_to == "wandb", "wandb", "wandb"),

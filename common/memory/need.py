@@ -6,6 +6,10 @@ GB = 1e9
 GIB = 2**30
 # CUDA's context, its libraries' kernels and their workspaces, which no account of tensors sees.
 CUDA_BYTES = 500_000_000
+# Of these, the context, which is there when a process asks what is free.
+CONTEXT_BYTES = 300_000_000
+# Of a card's memory as it is sold: a display, the driver, error correction.
+RESERVED_SHARE = 0.04
 # Of the tensors: what the allocator loses between them.
 LOST_SHARE = 0.05
 
@@ -33,3 +37,8 @@ class Need:
     def fits(self, free: int) -> bool:
         """Return whether a device with so many bytes free has room."""
         return self.free <= free
+
+
+def card_bytes(gigabytes: float) -> int:
+    """Return how many bytes are free on an idle card that is sold with some GB, which are GiB."""
+    return round(gigabytes * GIB * (1 - RESERVED_SHARE))

@@ -3,8 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import replace
 
-import torch
-
+from common.device import free_gpu_bytes
 from common.memory.need import GB, Need
 from precompute.config import PrecomputeConfig
 from precompute.encoding.text_pass import USUAL_BATCH
@@ -26,7 +25,8 @@ def choose_offload(context: Context) -> Context:
     if context.device.type == "cuda" and any(
         context.shards_to_build(product) for product in (products.text, products.validation)
     ):
-        free, _ = torch.cuda.mem_get_info(context.device)
+        free = free_gpu_bytes(str(context.device))
+        assert free is not None
         sizes = read_sizes(context.specs.base)
         peaks = text_peaks(sizes, text_settings(config), text_batch(config))
         chosen = fitting_offload(peaks, free)

@@ -16,7 +16,7 @@ from benchmarks.random_weights import num_encoder_parameters, save_transformer
 from benchmarks.reference import speed
 from benchmarks.train_step import PLAIN, TINY, Row
 from common.cards import card_file, card_names, gives_up, settings_with
-from common.memory.need import GIB, Need
+from common.memory.need import Need, card_bytes
 from tests.conftest import flags, run_python
 from train.config import TrainConfig
 from train.memory import simulation
@@ -119,7 +119,7 @@ def test_every_card_goes_with_every_base(base: str) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("card", card_names())
 def test_every_preset_fits_its_card(card: str) -> None:
-    size = int(card.removesuffix("gb")) * GIB
+    size = card_bytes(int(card.removesuffix("gb")))
     for base in ("sd3-medium", "sd35-medium"):
         run = train_settings(base)
         changes = settings_with(card, "train", TrainConfig)

@@ -69,7 +69,15 @@ def test_an_unknown_preset_names_the_nearest(call: Call) -> None:
     result = call("--card", "12")
     assert result.exit_code == 2
     assert "--card 12: no such preset. Did you mean '12gb'?" in result.output
+    assert "There are 6gb, 12gb, 24gb, 80gb, auto." in call("--card", "x").output
     assert seen == []
+    assert call("--card", "6GB").exit_code == 0
+
+
+def test_what_does_not_go_with_a_preset_names_it(call: Call) -> None:
+    result = call("--card", "24gb")
+    assert result.exit_code == 2
+    assert "Error: with --card 24gb: --size 13: is unlucky." in result.output
 
 
 def test_auto_takes_the_fastest_that_fits(call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -92,7 +100,7 @@ def test_auto_refuses_where_nothing_fits(call: Call, monkeypatch: pytest.MonkeyP
     assert result.exit_code == 2
     assert "4.0 GB of a card are free, and 100.0 GB of host memory; no preset" in result.output
     assert "  80gb needs 42.5 GB of it and 43.0 of host memory\n" in result.output
-    assert "  24gb: --size 13: is unlucky.\n" in result.output
+    assert "  24gb: with --card 24gb: --size 13: is unlucky.\n" in result.output
     assert "name one to try it nevertheless: --card 6gb." in result.output
     assert seen == []
 
@@ -132,6 +140,16 @@ def test_the_presets_are_read_by_all_stages() -> None:
             path = REPOSITORY / f"configs/cards/{name}.toml"
             assert read_section(path, section, config_class) is not None
             assert gives_up(name, section).count("\n") == 0
+
+
+def test_a_preset_whose_package_is_missing_is_passed_over() -> None:
+    def need(config: str, free: int) -> Need:
+        if config == "8 bit":
+            raise ConfigError("bitsandbytes is not installed")
+        return Need(1)
+
+    configs: dict[str, str | ConfigError] = {"24gb": "8 bit", "6gb": "x"}
+    assert choose_card(configs, need, Free(10**9, 10**10, "a card"), "train")[0] == "6gb"
 
 
 def test_a_need_is_asked_with_the_free_memory() -> None:

@@ -8,6 +8,7 @@ import torch
 from common import device
 from common.device import free_gpu_bytes, free_memory, pick_device
 from common.errors import ConfigError
+from common.memory.need import CONTEXT_BYTES
 from tests.conftest import run_python
 
 FAULTS = """
@@ -35,7 +36,12 @@ def test_only_a_gpu_tells_what_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(device, "pick_device", lambda name: torch.device(name or "cuda", 1))
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda gpu: (5, 8) if gpu.index else (0, 0))
-    assert [free_gpu_bytes(name) for name in (None, "cuda", "cpu", "mps")] == [5, 5, None, None]
+    assert [free_gpu_bytes(name) for name in (None, "cuda", "cpu", "mps")] == [
+        5 + CONTEXT_BYTES,
+        5 + CONTEXT_BYTES,
+        None,
+        None,
+    ]
 
 
 @pytest.mark.slow

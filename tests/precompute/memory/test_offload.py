@@ -35,7 +35,7 @@ def test_auto_takes_groups_where_whole_encoders_do_not_fit(
     needed = Need(whole.total).free
     capsys.readouterr()
     for free, chosen in ((needed, "none"), (needed - 1, "groups")):
-        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _, free=free: (free, 2 * free))
+        monkeypatch.setattr("precompute.memory.offload.free_gpu_bytes", lambda _, free=free: free)
         assert choose_offload(on_gpu).config.offload == chosen
         assert ("--offload groups: the text encoders need" in capsys.readouterr().out) == (
             chosen == "groups"
