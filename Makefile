@@ -16,7 +16,7 @@ RUN     := . $(VENV)/bin/activate &&
 TESTS   := $(RUN) OMP_NUM_THREADS=1 python -m pytest -n auto --maxprocesses 8 --dist worksteal
 # Who names data or a base of their own, and no CONFIG, gets no setting of the demo.
 STAGES  := $(filter precompute train infer score serve,$(MAKECMDGOALS))
-ifneq ($(and $(STAGES),$(filter file,$(origin CONFIG)),$(SOURCE)$(BASE)$(CACHE)$(OUTPUT)),)
+ifneq ($(and $(STAGES)$(filter fits,$(MAKECMDGOALS)),$(filter file,$(origin CONFIG)),$(SOURCE)$(BASE)$(CACHE)$(OUTPUT)),)
 CONFIG  :=
 endif
 INSTALL := $(VENV)/bin/python -m pip install --disable-pip-version-check -c constraints.txt
@@ -55,6 +55,10 @@ ifneq ($(and $(CARD),$(filter circles demo demo-full verify fits,$(MAKECMDGOALS)
 ifeq ($(STAGES),)
 $(error CARD=$(CARD) is for make precompute, train, infer, score and serve; leave it out)
 endif
+endif
+ifeq ($(sort $(MAKECMDGOALS)),fits)
+$(foreach name,SOURCE CACHE OUTPUT,$(if $($(name)),\
+  $(error $(name)=$($(name)): make fits does not look at it; leave it out)))
 endif
 ifneq ($(and $(filter demo,$(MAKECMDGOALS)),$(filter-out 0,$(FAST)),$(filter-out file,$(origin CONFIG))),)
 $(error FAST=1 is configs/demo-fast.toml; give it or CONFIG=$(CONFIG), not both)

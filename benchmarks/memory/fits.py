@@ -6,36 +6,43 @@ docs/training.md.
 """
 
 import contextlib
+import itertools
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
 import click
 
 from benchmarks.bases import TRANSFORMERS, published
-from benchmarks.random_weights import save_configurations
 from common.cards import PROCESS_BYTES, card_names, gives_up, settings_with
+from common.checks import check_resolution, check_sequence_length
 from common.command import CONTEXT, Command, user_errors
 from common.config_file import read_section
 from common.errors import ConfigError
 from common.memory.need import CUDA_BYTES, GB, GIB, LOST_SHARE, Need
-from common.options import RequiredUnless, click_options
+from common.options import RequiredUnless, click_options, number
 from infer.config import GenerateConfig
-from infer.memory import estimate as infer
 from precompute.config import PrecomputeConfig
-from precompute.memory import estimate as precompute
+from sd3.buckets import bucket_shapes
 from train.config import TrainConfig
-from train.memory import estimate as train
 
-# By the section of a TOML file: the settings' class, and what counts a run's memory.
-STAGES: dict[str, tuple[type[Any], Callable[[Any, int | None], Need]]] = {
-    "precompute": (PrecomputeConfig, precompute.need),
-    "train": (TrainConfig, train.need),
-    "infer": (GenerateConfig, infer.need),
+# The settings' classes, by the section of a TOML file.
+STAGES: dict[str, type[Any]] = {
+    "precompute": PrecomputeConfig,
+    "train": TrainConfig,
+    "infer": GenerateConfig,
 }
+BASE = "pretrained_model_name_or_path"
+# What the first stage's settings say for all.
+SIZES = ("resolution", "max_sequence_length")
+# Settings of what stages make, which need not be there yet. infer's cache is never opened to count:
+# it only spares the text encoders.
+MADE = {"train": ("cache",), "infer": ("controlnet", "combine", "width", "height")}
 CARDS_GB = (6, 8, 12, 16, 24, 48, 80)
+LARGEST_CARD_GB = 10_000
 
 
 @dataclass(frozen=True)
@@ -51,6 +58,14 @@ class Row:
         return isinstance(self.need, Need) and self.need.fits(card_bytes)
 
 
+def card_gb(value: str) -> float:
+    """Return a card's memory from `8` or `8GB`; click shows this function's name in the help."""
+    found = number(value.lower().removesuffix("gb"))
+    if not 1 <= found <= LARGEST_CARD_GB:
+        raise click.BadParameter(f"{value!r} is not in 1 to {LARGEST_CARD_GB:,}.")
+    return found
+
+
 @click.command(cls=Command, context_settings=CONTEXT)
 @click.option(
     "--config",
@@ -61,7 +76,7 @@ class Row:
 )
 @click.option("--pretrained-model-name-or-path", "base", help="Another base model.")
 @click.option("--resolution", type=int, help="Side of the pictures in pixels.")
-@click.option("--memory", type=click.FloatRange(min=1), help="The card's memory, as it is sold.")
+@click.option("--memory", type=card_gb, help="The card's memory, as it is sold: 8 or 8GB.")
 @click.option(
     "--table", is_flag=True, help="The three published bases and cards of 6 to 80 GB, in Markdown."
 )
@@ -79,10 +94,13 @@ def main(
             return
         if memory is None:
             raise ConfigError("--memory: how many GB has the card? With make: MEMORY=8.")
-        overrides = {"pretrained_model_name_or_path": base, "resolution": resolution}
-        given = {name: value for name, value in overrides.items() if value is not None}
-        with stage_settings(files, given) as settings:
-            print_rows(count(settings, round(memory * GIB), {}), memory)
+        overrides = {BASE: base, "resolution": resolution}
+        own = read_settings(files, {k: v for k, v in overrides.items() if v is not None})
+        settings = one_data_set(own)
+        for line in remarks(own, settings):
+            click.echo(line)
+        with one_base(settings) as found:
+            print_rows(count(found, round(memory * GIB), {}), memory)
 
 
 def count(
@@ -94,8 +112,12 @@ def count(
         settings: of each stage.
         card_bytes: the memory by which `--offload auto` chooses.
         known: what was counted before, and is counted now.
+
+    Raises:
+        ConfigError: a stage can be counted with no preset, for one reason.
     """
-    for stage, (config_class, need) in STAGES.items():
+    for stage, config_class in STAGES.items():
+        rows = []
         for preset in card_names():
             changes = settings_with(preset, stage, config_class)
             try:
@@ -103,37 +125,107 @@ def count(
                 free = card_bytes if getattr(config, "offload", None) == "auto" else None
                 if (config, free) not in known:
                     known[config, free] = need(config, free)
-                yield Row(stage, preset, known[config, free])
+                rows.append(Row(stage, preset, known[config, free]))
             except ConfigError as error:
-                yield Row(stage, preset, error)
+                rows.append(Row(stage, preset, error))
+        reasons = {str(row.need) if isinstance(row.need, ConfigError) else None for row in rows}
+        if len(reasons) == 1 and (reason := reasons.pop()):
+            raise ConfigError(f"{stage} could not be counted: {reason}")
+        yield from rows
 
 
-@contextlib.contextmanager
-def stage_settings(
+def need(config: Any, free: int | None) -> Need:
+    """Return the memory that a stage takes."""
+    # Imported only once the command line is known to be good: torch takes seconds.
+    from infer.memory import estimate as infer
+    from precompute.memory import estimate as precompute
+    from train.memory import estimate as train
+
+    needs: dict[type[Any], Callable[[Any, int | None], Need]] = {
+        PrecomputeConfig: precompute.need,
+        TrainConfig: train.need,
+        GenerateConfig: infer.need,
+    }
+    return needs[type(config)](config, free)
+
+
+def read_settings(
     files: tuple[Path, ...], overrides: Mapping[str, Any]
-) -> Iterator[dict[str, dict[str, Any]]]:
-    """Give the settings of each stage; the later stages' pictures are those of the first.
+) -> dict[str, dict[str, Any]]:
+    """Return each stage's own settings.
 
     Args:
         files: TOML files, of which later ones win.
         overrides: settings that win over the files.
+
+    Raises:
+        ConfigError: a file is wrong; there is no base, or more than one.
     """
     settings: dict[str, dict[str, Any]] = {}
-    for stage, (config_class, _) in STAGES.items():
+    for stage, config_class in STAGES.items():
         settings[stage] = {}
         for file in files:
             settings[stage] |= read_section(file, stage, config_class)
         settings[stage] |= overrides
-    first = settings["precompute"]
-    data: dict[str, Any] = {
-        name: first.get(name, getattr(PrecomputeConfig, name))
-        for name in ("resolution", "max_sequence_length")
-    }
-    if "pretrained_model_name_or_path" not in first:
+    bases = {stage: own[BASE] for stage, own in settings.items() if BASE in own}
+    if not bases:
         raise ConfigError("--config or --pretrained-model-name-or-path: give a base model.")
-    with configurations_of(str(first["pretrained_model_name_or_path"])) as folder:
-        base: dict[str, Any] = {"pretrained_model_name_or_path": folder}
-        yield {stage: data | own | base for stage, own in settings.items()}
+    if len(set(bases.values())) > 1:
+        listed = ", ".join(f"[{stage}] {base}" for stage, base in bases.items())
+        raise ConfigError(
+            f"all stages are counted with one base, and these differ: {listed}. Give one with "
+            "--pretrained-model-name-or-path (with make: BASE)."
+        )
+    return {stage: own | {BASE: next(iter(bases.values()))} for stage, own in settings.items()}
+
+
+def one_data_set(own: Mapping[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Return the stages' settings for data, cache and ControlNet that need not be there yet.
+
+    Raises:
+        ConfigError: SD3 has no such size.
+    """
+    first = own["precompute"]
+    sizes = {name: first.get(name, getattr(PrecomputeConfig, name)) for name in SIZES}
+    check_resolution(sizes["resolution"])
+    check_sequence_length(sizes["max_sequence_length"])
+    return {
+        stage: {name: value for name, value in one.items() if name not in MADE.get(stage, ())}
+        | sizes
+        for stage, one in own.items()
+    }
+
+
+def remarks(
+    own: Mapping[str, dict[str, Any]], settings: Mapping[str, dict[str, Any]]
+) -> Iterator[str]:
+    """Yield what is counted, and which of the stages' own settings are not, in lines."""
+    first = settings["precompute"]
+    side = first["resolution"]
+    yield f"{first[BASE]}, squares of {side} px, {first['max_sequence_length']} T5 tokens"
+    if first.get("buckets") and (shapes := bucket_shapes(side)):
+        more = max(width * height for width, height in shapes) / side**2 - 1
+        yield (
+            f"train and infer are counted with squares; the largest bucket has {more:.0%} more "
+            "pixels"
+        )
+    ignored = [
+        f"{name} of [{stage}]"
+        for stage, one in own.items()
+        for name, value in one.items()
+        if settings[stage].get(name) != value
+    ]
+    if ignored:
+        yield f"not looked at: {', '.join(ignored)}"
+
+
+@contextlib.contextmanager
+def one_base(
+    settings: Mapping[str, dict[str, Any]],
+) -> Iterator[dict[str, dict[str, Any]]]:
+    """Give the settings with a folder of configurations in the place of a published base."""
+    with configurations_of(str(settings["precompute"][BASE])) as folder:
+        yield {stage: one | {BASE: folder} for stage, one in settings.items()}
 
 
 def empty(config_class: type[Any]) -> dict[str, Any]:
@@ -149,6 +241,8 @@ def configurations_of(base: str) -> Iterator[str]:
     if name is None:
         yield base
         return
+    from benchmarks.random_weights import save_configurations  # imports torch
+
     with tempfile.TemporaryDirectory() as folder:
         save_configurations(Path(folder), TRANSFORMERS[name])
         yield folder
@@ -164,31 +258,38 @@ def print_rows(rows: Iterable[Row], memory: float) -> None:
         f"{PROCESS_BYTES / GB:.0f} for the process."
     )
     click.echo(f"\n{'stage':10}  preset  tensors  needs  host  fits")
-    best: dict[str, Row | None] = {}
+    verdicts = []
+    for stage, grouped in itertools.groupby(rows, attrgetter("stage")):
+        listed = list(grouped)
+        for row in listed:
+            click.echo(_line(row, card_bytes))
+        verdicts.append(f"{stage}: {_verdict(listed, card_bytes)}")
+    click.echo("\n" + "\n".join(verdicts))
+
+
+def _line(row: Row, card_bytes: int) -> str:
+    start = f"{row.stage:10}  {row.preset:6}"
+    if isinstance(row.need, ConfigError):
+        return f"{start}  {row.need}"
+    host = (row.need.host + PROCESS_BYTES) / GB
+    return (
+        f"{start}  {row.need.device / GB:7.1f}  {row.need.free / GB:5.1f}  {host:4.1f}  "
+        f"{'yes' if row.fits(card_bytes) else 'no':4}  {row.need.chosen}".rstrip()
+    )
+
+
+def _verdict(rows: list[Row], card_bytes: int) -> str:
+    """Return whether a stage fits, by its rows, the fastest first."""
     for row in rows:
-        best.setdefault(row.stage, None)
-        start = f"{row.stage:10}  {row.preset:6}"
-        if isinstance(row.need, ConfigError):
-            click.echo(f"{start}  {row.need}")
-            continue
-        fits = row.fits(card_bytes)
-        host = (row.need.host + PROCESS_BYTES) / GB
-        click.echo(
-            f"{start}  {row.need.device / GB:7.1f}  {row.need.free / GB:5.1f}  {host:4.1f}  "
-            f"{'yes' if fits else 'no':4}  {row.need.chosen}".rstrip()
-        )
-        if fits and best[row.stage] is None:
-            best[row.stage] = row
-    click.echo()
-    for stage, fastest in best.items():
-        click.echo(f"{stage}: {_verdict(fastest, stage)}")
-
-
-def _verdict(row: Row | None, stage: str) -> str:
-    if row is None:
-        return "does not fit with any preset"
-    cost = gives_up(row.preset, stage)
-    return f"fits with CARD={row.preset}" + (f", which gives up {cost}" if cost else "")
+        if row.fits(card_bytes):
+            cost = gives_up(row.preset, row.stage)
+            return f"fits with CARD={row.preset}" + (f", which gives up {cost}" if cost else "")
+    counted = [row for row in rows if isinstance(row.need, Need)]
+    if not counted:
+        return "could not be counted with any preset"
+    if len(counted) < len(rows):
+        return f"does not fit with the {len(counted)} of {len(rows)} presets that could be counted"
+    return "does not fit with any preset"
 
 
 def print_table() -> None:
@@ -197,7 +298,8 @@ def print_table() -> None:
     click.echo("|---" * (2 + len(STAGES)) + "|")
     for base in TRANSFORMERS:
         known: dict[Any, Need] = {}
-        with stage_settings((Path(f"configs/{base}.toml"),), {}) as settings:
+        own = read_settings((Path(f"configs/{base}.toml"),), {})
+        with one_base(one_data_set(own)) as settings:
             for card in CARDS_GB:
                 rows = list(count(settings, card * GIB, known))
                 cells = [_cell(rows, stage, card * GIB) for stage in STAGES]
