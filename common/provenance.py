@@ -51,6 +51,15 @@ def machine() -> str:
     return f"{cores} CPU cores"
 
 
+def read_settings(folder: Path) -> dict[str, Any]:
+    """Return the settings in a folder's `run.json`, or nothing if they cannot be read."""
+    try:
+        settings: dict[str, Any] = json.loads((folder / RUN).read_text("utf-8"))["config"]
+    except (OSError, ValueError, KeyError):
+        return {}
+    return settings
+
+
 def write_run(folder: Path, stage: str, config: Any, **more: Any) -> None:
     """Write `run.json` into a stage's output folder.
 

@@ -250,6 +250,7 @@ class TrainConfig:
                 if value is not None and value < least:
                     raise ConfigError(f"{flag(name)} {value}: must be at least {least}.")
         self._check_estimate()
+        self._check_fused_backward()
         if not 0 < self.local_cache_gb < math.inf:
             raise ConfigError(f"--local-cache-gb {self.local_cache_gb:g}: must be above 0.")
         if not 0 <= self.max_grad_norm < math.inf:
@@ -271,6 +272,27 @@ class TrainConfig:
             raise ConfigError(
                 f"--proportion-empty-prompts {self.proportion_empty_prompts}: must be in 0 to 1."
             )
+
+    def _check_fused_backward(self) -> None:
+        """Refuse settings that need all gradients at once beside --fused-backward-pass.
+
+        Raises:
+            ConfigError: naming the option at fault.
+        """
+        rules = (
+            (
+                self.max_grad_norm > 0,
+                f"--max-grad-norm {self.max_grad_norm:g} clips the norm of all gradients "
+                "together; --max-grad-norm 0 leaves that out",
+            ),
+            (
+                self.gradient_accumulation_steps > 1,
+                "--gradient-accumulation-steps keeps gradients from batch to batch",
+            ),
+        )
+        reasons = [reason for broken, reason in rules if broken]
+        if self.fused_backward_pass and reasons:
+            raise ConfigError(f"--fused-backward-pass: {'; '.join(reasons)}.")
 
     def _check_estimate(self) -> None:
         """Refuse what describes a cache, unless an estimate has to do without one.

@@ -60,9 +60,7 @@ def check(accelerator: Accelerator, config: TrainConfig) -> None:
         )
     if config.fused_backward_pass:
         fused_backward.check(
-            config,
-            num_processes=accelerator.num_processes,
-            scales_loss=accelerator.scaler is not None,
+            num_processes=accelerator.num_processes, scales_loss=accelerator.scaler is not None
         )
     if config.fp8_matmul:
         _check_fp8(accelerator.device)

@@ -27,7 +27,7 @@ from train.config import TrainConfig
 from train.loss import Objective
 from train.processes.agreement import check_same_everywhere, local_main_first, main_decides
 from train.saving.checkpoints import TrainState, read_state
-from train.saving.resuming import choose
+from train.saving.resuming import check_same_optimizer, choose
 from train.validation.held_out import held_out_records
 from train.validation.sampling import Pair, read_pairs
 
@@ -186,6 +186,7 @@ def _find_start(config: TrainConfig, cache: Cache, order: Order) -> tuple[Path |
         return None, new
     saved = read_state(checkpoint)
     check_same_order(checkpoint, saved, new, cache.manifest)
+    check_same_optimizer(checkpoint, config)
     return checkpoint, saved
 
 

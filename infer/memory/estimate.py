@@ -160,7 +160,7 @@ def need_with(drawings: Sequence[Drawing], offload: Offload) -> Need:
     """Return what drawing takes with an offload."""
     return Need(
         max(drawing.peak(offload) for drawing in drawings),
-        max(drawing.host for drawing in drawings),
+        max(drawing.host(offload) for drawing in drawings),
     )
 
 

@@ -65,11 +65,13 @@ class Bytes:
         whole: all of it.
         in_parts: what is on the device where its layers come in turn.
         loaded: in host memory, before it is quantised.
+        moving: in host memory on top, while its layers move into pinned memory.
     """
 
     whole: int
     in_parts: int
     loaded: int
+    moving: int = 0
 
 
 @dataclass(frozen=True)
@@ -99,10 +101,13 @@ class Drawing:
         """Return the most that is on the device at a time."""
         return max(sum(parts.values()) for parts in self.moments(offload).values())
 
-    @property
-    def host(self) -> int:
-        """The weights in host memory, through which all are loaded."""
-        return sum(model.loaded for model in self.models.values())
+    def host(self, offload: Offload) -> int:
+        """Return the most in host memory, through which all weights are loaded."""
+        models = self.models.values()
+        loading = sum(model.loaded for model in models)
+        if offload == "none":
+            return loading
+        return max(loading, sum(model.whole + model.moving for model in models))
 
     def _models(self, moment: str, offload: Offload) -> dict[str, int]:
         """Return the bytes of the models on the device; see `infer.placement`."""
@@ -162,7 +167,7 @@ def _encode_prompts(config: PipelineConfig, sizes: Sizes) -> Drawing:
     peaks = stage1.text_peaks(sizes.encoders, settings, sizes.batch_size)
     whole, in_parts = peaks["none"], peaks["groups"]
     return Drawing(
-        {TEXT: Bytes(whole.weights, in_parts.weights, max(whole.weights, in_parts.host))},
+        {TEXT: Bytes(whole.weights, in_parts.weights, whole.weights, in_parts.moving)},
         {PROMPTS: whole.activations},
         sizes.picture,
         sizes.batch_size,

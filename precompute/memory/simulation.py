@@ -58,11 +58,13 @@ class Peak:
         activations: everything else.
         host: in host memory, of weights that stay there, pinned; while they move there, which is
             when most is taken.
+        moving: of these, what is there twice at that moment.
     """
 
     weights: int
     activations: int
     host: int = 0
+    moving: int = 0
 
     @property
     def total(self) -> int:
@@ -123,9 +125,9 @@ def _in_groups(whole: Peak, t5: Any) -> Peak:
     layers = [sum(weight.nbytes for weight in layer.parameters()) for layer in t5.encoder.block]
     elsewhere = sum(layers) - sum(sorted(layers)[-LAYERS_AT_ONCE:])
     # T5 is loaded whole into host memory, from where the rest of it leaves for the device.
-    rest = sum(weight.nbytes for weight in t5.parameters()) - sum(layers)
-    host = host_peak([weight.nbytes for weight in t5.encoder.block.parameters()])
-    return Peak(whole.weights - elsewhere, whole.activations, host + rest)
+    loaded = sum(weight.nbytes for weight in t5.parameters())
+    moving = host_peak([weight.nbytes for weight in t5.encoder.block.parameters()]) - sum(layers)
+    return Peak(whole.weights - elsewhere, whole.activations, loaded + moving, moving)
 
 
 def image_peak(sizes: Sizes, settings: LatentSettings, batch: int) -> Peak:

@@ -11,16 +11,14 @@ import torch
 from torch import Tensor
 
 from common.errors import ConfigError
-from train.config import TrainConfig
 from train.optim.nonfinite import skip_next_update
 from train.optim.per_weight import only_weight
 
 
-def check(config: TrainConfig, *, num_processes: int, scales_loss: bool) -> None:
-    """Refuse settings that need all gradients at once.
+def check(*, num_processes: int, scales_loss: bool) -> None:
+    """Refuse a launch that needs all gradients at once; `TrainConfig` refuses such settings.
 
     Args:
-        config: settings of the run.
         num_processes: number of processes that train together.
         scales_loss: whether the loss is scaled, as for fp16.
 
@@ -28,15 +26,6 @@ def check(config: TrainConfig, *, num_processes: int, scales_loss: bool) -> None
         ConfigError: naming the option at fault.
     """
     rules = (
-        (
-            config.max_grad_norm > 0,
-            f"--max-grad-norm {config.max_grad_norm:g} clips the norm of all gradients "
-            "together; --max-grad-norm 0 leaves that out",
-        ),
-        (
-            config.gradient_accumulation_steps > 1,
-            "--gradient-accumulation-steps keeps gradients from batch to batch",
-        ),
         (num_processes > 1, "several processes exchange theirs first"),
         (scales_loss, "--mixed-precision fp16 looks at all of them to find its scale; use bf16"),
     )

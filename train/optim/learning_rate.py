@@ -1,11 +1,9 @@
 """What is said of a learning rate that is not as its user may think."""
 
-import json
 from pathlib import Path
-from typing import Any
 
 from common.options import flag
-from common.provenance import RUN
+from common.provenance import read_settings
 from train.config import TrainConfig
 
 # What the rate at a step depends on.
@@ -37,7 +35,7 @@ def describe_change(config: TrainConfig, checkpoint: Path, was: float, now: floa
     """
     changed = [
         f"{flag(name)} was {_shown(before)} and is {_shown(getattr(config, name))}"
-        for name, before in _settings(checkpoint).items()
+        for name, before in read_settings(checkpoint).items()
         if name in OPTIONS and before != getattr(config, name)
     ]
     reason = ", ".join(changed) or "the number of samples per step changed"
@@ -46,12 +44,3 @@ def describe_change(config: TrainConfig, checkpoint: Path, was: float, now: floa
 
 def _shown(value: object) -> object:
     return "not given" if value is None else value
-
-
-def _settings(checkpoint: Path) -> dict[str, Any]:
-    """Return the settings that wrote a checkpoint, or nothing if they cannot be read."""
-    try:
-        settings: dict[str, Any] = json.loads((checkpoint / RUN).read_text("utf-8"))["config"]
-    except (OSError, ValueError, KeyError):
-        return {}
-    return settings

@@ -33,7 +33,7 @@ class UncastState(torch.optim.Optimizer):
         (group,) = self.param_groups
         for number, parameter in enumerate(group["params"]):
             state = self.state[parameter]
-            for name, value in _flat(saved.get(number, {})).items():
+            for name, value in flat_state(saved.get(number, {})).items():
                 is_tensor = isinstance(value, Tensor)
                 state[name] = self.placed(value, parameter.device) if is_tensor else value
 
@@ -42,7 +42,7 @@ class UncastState(torch.optim.Optimizer):
         return saved.to(device, copy=True)
 
 
-def _flat(state: dict[str, Any]) -> dict[str, Any]:
+def flat_state(state: dict[str, Any]) -> dict[str, Any]:
     """Return a weight's saved state without the inner dictionary that bitsandbytes saves."""
     flat: dict[str, Any] = {}
     for name, value in state.items():

@@ -1,20 +1,28 @@
 """Which checkpoint a run goes on from: the newest that is whole, or the one that is named."""
 
 import json
+import math
 import pickle
 from pathlib import Path
 
 import click
+import torch
 from accelerate import Accelerator
+from accelerate.utils import OPTIMIZER_NAME
 from diffusers import SD3ControlNetModel
 from torch.distributed.checkpoint.api import CheckpointException
 
 from common.errors import ConfigError, os_error_line
 from common.memory.exhausted import is_out_of_memory
+from common.options import flag
+from common.provenance import read_settings
 from sd3.finite import nonfinite_weight_in
 from sd3.pretrained import read_config
+from train.config import TrainConfig
+from train.optim.per_weight import flat_state
 from train.saving.checkpoints import (
     STATE_FILE,
+    TrainState,
     find,
     find_all,
     parse_state,
@@ -122,6 +130,69 @@ def check_same_model(checkpoint: Path, controlnet: SD3ControlNetModel) -> None:
             f"{checkpoint}: holds a ControlNet of another shape ({'; '.join(wrong)}). Resume with "
             "the same --num-controlnet-layers and base model, or start in another --output-dir."
         )
+
+
+def check_same_optimizer(checkpoint: Path, config: TrainConfig) -> None:
+    """Check that a checkpoint holds AdamW's state in the form that a run's optimiser has.
+
+    torch's and bitsandbytes' load the state of each other, and fail at the next step.
+
+    Raises:
+        ConfigError: it holds another.
+    """
+    held = _is_8bit(checkpoint / f"{OPTIMIZER_NAME}.bin")
+    if held in (None, config.use_8bit_adam):
+        return
+    bits, given = ("8 bit", "--use-8bit-adam") if held else ("32 bit", "--no-use-8bit-adam")
+    now = "--use-8bit-adam" if config.use_8bit_adam else "--no-use-8bit-adam"
+    raise ConfigError(
+        f"{checkpoint}: holds AdamW's state in {bits}, and this run has {now}: give {given}, or "
+        "the --card that the run began with; or start in another --output-dir with this "
+        "checkpoint's controlnet/ as --controlnet-model-name-or-path."
+    )
+
+
+def _is_8bit(path: Path) -> bool | None:
+    """Return whether a file holds the state of bitsandbytes' AdamW or torch's, by its names.
+
+    None if that cannot be told: it has no state yet, or cannot be read, which `restore` explains.
+    FSDP2 and DeepSpeed write no such file, and go with torch's alone.
+    """
+    try:
+        saved = torch.load(path, map_location="cpu", mmap=True)["state"]  # reads no numbers
+        names = {name for state in saved.values() for name in flat_state(state)}
+    except (EOFError, OSError, RuntimeError, ValueError, KeyError, pickle.PickleError):
+        return None
+    return "state1" in names if names & {"state1", "exp_avg"} else None
+
+
+def describe_step_change(
+    checkpoint: Path, saved: TrainState, config: TrainConfig, num_processes: int
+) -> str | None:
+    """Return a sentence about steps that take another number of samples from a checkpoint on.
+
+    None if they take as many, or if the checkpoint's run.json does not say.
+
+    Args:
+        checkpoint: its folder.
+        saved: what it says.
+        config: of the run that goes on.
+        num_processes: that it goes on with.
+    """
+    before = read_settings(checkpoint)
+    names = ("train_batch_size", "gradient_accumulation_steps")
+    if not all(isinstance(before.get(name), int) for name in names):
+        return None
+    compared = [(flag(name), int(before[name]), int(getattr(config, name))) for name in names]
+    compared.append(("the number of processes", saved.num_processes, num_processes))
+    was, now = (math.prod(one[column] for one in compared) for column in (1, 2))
+    if was == now:
+        return None
+    changed = [f"{name} was {old} and is {new}" for name, old, new in compared if old != new]
+    return (
+        f"{checkpoint.name}: a step took {was} samples, and takes {now} from now on: "
+        f"{', '.join(changed)}"
+    )
 
 
 def _newest_whole(present: list[Path]) -> Path | None:

@@ -30,6 +30,7 @@ from infer.memory.simulation import (
     Drawing,
 )
 from infer.pipeline import load_pipeline
+from precompute.memory.layer_groups import host_peak
 from tests.conftest import PROMPTS as TEXTS
 from tests.conftest import TOKENS, Outcome
 
@@ -53,7 +54,7 @@ def config(base: Path, controlnet: Path, circles: Path, tmp_path: Path) -> Gener
 def drawing(**activations: int) -> Drawing:
     """Return a drawing of small numbers."""
     models = {
-        TEXT: Bytes(1000, 300, 1000),
+        TEXT: Bytes(1000, 300, 1000, 500),
         CONTROLNET: Bytes(200, 20, 200),
         TRANSFORMER: Bytes(100, 10, 400),
         VAE: Bytes(50, 50, 50),
@@ -73,7 +74,9 @@ def test_what_stands_together() -> None:
         "groups": [331, 82, 33, 84],
     }
     assert drawing().peak("model") == 303
-    assert drawing().host == 1650  # before the transformer is quantised
+    assert drawing().host("none") == 1650  # before the transformer is quantised
+    for offload in ("model", "groups"):  # after it is
+        assert drawing().host(offload) == 1850
 
 
 def test_auto_takes_the_fastest_that_fits(config: GenerateConfig) -> None:
@@ -116,6 +119,8 @@ def test_a_batch_takes_as_much_as_estimated(config: GenerateConfig, guidance: fl
             assert sum(one.nbytes for one in tensors) == found.models[part].whole
             for one in tensors:
                 meter.count(one, part)
+        layers = [one.nbytes for one in pipeline.text_encoder_3.encoder.block.parameters()]
+        assert found.models[TEXT].moving == host_peak(layers) - sum(layers)
         now = PROMPTS
 
         def enter(moment: str) -> None:

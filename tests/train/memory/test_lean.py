@@ -406,16 +406,21 @@ def test_weights_without_finite_gradients_stay(
 def test_what_needs_all_gradients_is_refused(
     unclipped: TrainConfig, settings: dict[str, Any], more: dict[str, Any], message: str
 ) -> None:
-    alone: dict[str, Any] = {"num_processes": 1, "scales_loss": False}
-    fused_backward.check(unclipped, **alone)
+    def check(settings: dict[str, Any], more: dict[str, Any], *, fused: bool = True) -> None:
+        replace(unclipped, fused_backward_pass=fused, **settings)
+        fused_backward.check(**({"num_processes": 1, "scales_loss": False} | more))
+
+    check({}, {})
+    check(settings, {}, fused=False)
     with pytest.raises(ConfigError, match=f"^--fused-backward-pass: {message}"):
-        fused_backward.check(replace(unclipped, **settings), **(alone | more))
+        check(settings, more)
 
 
+@pytest.mark.parametrize("more", [(), ("--estimate",)])
 def test_clipping_and_steps_in_the_backward_pass_end_in_one_line(
-    train_config: TrainConfig, command: Callable[..., Outcome]
+    more: tuple[str, ...], train_config: TrainConfig, command: Callable[..., Outcome]
 ) -> None:
-    outcome = command("train", *flags(replace(train_config, fused_backward_pass=True)))
+    outcome = command("train", *flags(train_config), "--fused-backward-pass", *more)
     assert outcome.exit_code == 2
     assert "--max-grad-norm 0 leaves that out" in outcome.output
     assert not train_config.output_dir.exists()

@@ -24,8 +24,9 @@ from tests.train.test_run import WEIGHTS, same, weights
 from train.compatibility import check_convention
 from train.config import TrainConfig
 from train.models import data_entry
+from train.optim.adamw import make_optimizer
 from train.run import train
-from train.saving import checkpoints
+from train.saving import checkpoints, resuming
 
 INFER = ("--width", 64, "--height", 64, "--num-inference-steps", 1, "--device", "cpu")
 
@@ -311,3 +312,61 @@ def test_a_converted_controlnet_learns_from_the_pooled_embedding(
     edit_config(start, {"force_zeros_for_pooled_projection": True})
     train(replace(going_on, learning_rate=1e-3, max_train_steps=2))
     assert weights(going_on.output_dir)["time_text_embed.text_embedder.linear_1.weight"].any()
+
+
+@pytest.mark.parametrize("offload", [False, True])
+@pytest.mark.parametrize("use_8bit", [False, pytest.param(True, marks=pytest.mark.extras)])
+def test_another_form_of_state_is_refused(
+    use_8bit: bool, offload: bool, train_config: TrainConfig, tmp_path: Path
+) -> None:
+    config = replace(train_config, use_8bit_adam=use_8bit, offload_optimizer=offload)
+    parameter = torch.nn.Parameter(torch.ones(5000))
+    optimizer = make_optimizer(config, [parameter], 1)
+    checkpoint = tmp_path / "checkpoint-500"
+    checkpoint.mkdir()
+
+    def check(wanted: bool) -> None:
+        torch.save(optimizer.state_dict(), checkpoint / "optimizer.bin")
+        resuming.check_same_optimizer(checkpoint, replace(config, use_8bit_adam=wanted))
+
+    check(not use_8bit)  # has no state yet
+    parameter.grad = torch.ones(5000)
+    optimizer.step()
+    check(use_8bit)
+    held, flag = (8, "--use-8bit-adam") if use_8bit else (32, "--no-use-8bit-adam")
+    with pytest.raises(ConfigError, match=f"checkpoint-500: holds .* in {held} bit.* give {flag},"):
+        check(not use_8bit)
+
+
+def test_a_state_in_8_bit_is_refused_before_networks_are_loaded(
+    train_config: TrainConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without bitsandbytes: by the names that it gives the two moments."""
+    train(replace(train_config, max_train_steps=1))
+    checkpoint = train_config.output_dir / "checkpoint-1"
+    saved = torch.load(checkpoint / "optimizer.bin")
+    for state in saved["state"].values():
+        state["state1"], state["state2"] = state.pop("exp_avg"), state.pop("exp_avg_sq")
+    torch.save(saved, checkpoint / "optimizer.bin")
+    path = checkpoint / "train_state.json"  # as before there were digests
+    state = {name: entry for name, entry in json.loads(path.read_text()).items() if name != "files"}
+    del state["digest"]
+    path.write_text(json.dumps(state))
+    monkeypatch.setattr("train.assembly._load_networks", None)
+    with pytest.raises(ConfigError, match="checkpoint-1: holds AdamW's state in 8 bit"):
+        train(replace(train_config, resume_from_checkpoint="latest"))
+
+
+def test_another_number_of_samples_a_step_is_said(
+    train_config: TrainConfig, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train(replace(train_config, max_train_steps=1))
+    resumed = replace(train_config, resume_from_checkpoint="latest")
+    train(replace(resumed, max_train_steps=2, train_batch_size=1, gradient_accumulation_steps=2))
+    assert "samples, and takes" not in capsys.readouterr().out
+    train(replace(resumed, max_train_steps=3, gradient_accumulation_steps=3))
+    said = (
+        "checkpoint-2: a step took 2 samples, and takes 6 from now on: --train-batch-size was 1 "
+        "and is 2, --gradient-accumulation-steps was 2 and is 3\n"
+    )
+    assert said in capsys.readouterr().out
