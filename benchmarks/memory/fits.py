@@ -22,7 +22,7 @@ from common.checks import check_resolution, check_sequence_length
 from common.command import CONTEXT, Command, user_errors
 from common.config_file import read_section
 from common.errors import ConfigError
-from common.memory.need import CUDA_BYTES, GB, GIB, LOST_SHARE, Need
+from common.memory.need import CUDA_BYTES, GB, GIB, LOST_SHARE, RESERVED_SHARE, Need, card_bytes
 from common.options import RequiredUnless, click_options, number
 from infer.config import GenerateConfig
 from precompute.config import PrecomputeConfig
@@ -53,9 +53,9 @@ class Row:
     preset: str
     need: Need | ConfigError
 
-    def fits(self, card_bytes: int) -> bool:
-        """Return whether a card of this size has room."""
-        return isinstance(self.need, Need) and self.need.fits(card_bytes)
+    def fits(self, free: int) -> bool:
+        """Return whether a card with so many bytes free has room."""
+        return isinstance(self.need, Need) and self.need.fits(free)
 
 
 def card_gb(value: str) -> float:
@@ -100,17 +100,17 @@ def main(
         for line in remarks(own, settings):
             click.echo(line)
         with one_base(settings) as found:
-            print_rows(count(found, round(memory * GIB), {}), memory)
+            print_rows(count(found, card_bytes(memory), {}), memory)
 
 
 def count(
-    settings: Mapping[str, dict[str, Any]], card_bytes: int, known: dict[Any, Need]
+    settings: Mapping[str, dict[str, Any]], free: int, known: dict[Any, Need]
 ) -> Iterator[Row]:
     """Yield what each stage takes with each preset, the fastest first.
 
     Args:
         settings: of each stage.
-        card_bytes: the memory by which `--offload auto` chooses.
+        free: bytes of the card that are free, by which `--offload auto` chooses.
         known: what was counted before, and is counted now.
 
     Raises:
@@ -122,10 +122,10 @@ def count(
             changes = settings_with(preset, stage, config_class)
             try:
                 config = config_class(**empty(config_class) | settings[stage] | changes)
-                free = card_bytes if getattr(config, "offload", None) == "auto" else None
-                if (config, free) not in known:
-                    known[config, free] = need(config, free)
-                rows.append(Row(stage, preset, known[config, free]))
+                asked = config, free if getattr(config, "offload", None) == "auto" else None
+                if asked not in known:
+                    known[asked] = need(*asked)
+                rows.append(Row(stage, preset, known[asked]))
             except ConfigError as error:
                 rows.append(Row(stage, preset, error))
         reasons = {str(row.need) if isinstance(row.need, ConfigError) else None for row in rows}
@@ -250,10 +250,11 @@ def configurations_of(base: str) -> Iterator[str]:
 
 def print_rows(rows: Iterable[Row], memory: float) -> None:
     """Print a line for each stage and preset, and for each stage the fastest that fits."""
-    card_bytes = round(memory * GIB)
+    free = card_bytes(memory)
     click.echo(
-        f"A card of {memory:g} GB has {memory:g} GiB, which are {card_bytes / GB:.2f} GB of 10^9 "
-        f"bytes, as all figures here. It needs the tensors' bytes, {LOST_SHARE:.0%} lost between "
+        f"A card of {memory:g} GB has {memory:g} GiB, which are {memory * GIB / GB:.2f} GB of 10^9 "
+        f"bytes, as all figures here; {free / GB:.2f} without the {RESERVED_SHARE:.0%} that a "
+        f"display and the driver take. It needs the tensors' bytes, {LOST_SHARE:.0%} lost between "
         f"them, and {CUDA_BYTES / GB:.1f} for CUDA; host memory includes "
         f"{PROCESS_BYTES / GB:.0f} for the process."
     )
@@ -262,26 +263,26 @@ def print_rows(rows: Iterable[Row], memory: float) -> None:
     for stage, grouped in itertools.groupby(rows, attrgetter("stage")):
         listed = list(grouped)
         for row in listed:
-            click.echo(_line(row, card_bytes))
-        verdicts.append(f"{stage}: {_verdict(listed, card_bytes)}")
+            click.echo(_line(row, free))
+        verdicts.append(f"{stage}: {_verdict(listed, free)}")
     click.echo("\n" + "\n".join(verdicts))
 
 
-def _line(row: Row, card_bytes: int) -> str:
+def _line(row: Row, free: int) -> str:
     start = f"{row.stage:10}  {row.preset:6}"
     if isinstance(row.need, ConfigError):
         return f"{start}  {row.need}"
     host = (row.need.host + PROCESS_BYTES) / GB
     return (
         f"{start}  {row.need.device / GB:7.1f}  {row.need.free / GB:5.1f}  {host:4.1f}  "
-        f"{'yes' if row.fits(card_bytes) else 'no':4}  {row.need.chosen}".rstrip()
+        f"{'yes' if row.fits(free) else 'no':4}  {row.need.chosen}".rstrip()
     )
 
 
-def _verdict(rows: list[Row], card_bytes: int) -> str:
+def _verdict(rows: list[Row], free: int) -> str:
     """Return whether a stage fits, by its rows, the fastest first."""
     for row in rows:
-        if row.fits(card_bytes):
+        if row.fits(free):
             cost = gives_up(row.preset, row.stage)
             return f"fits with CARD={row.preset}" + (f", which gives up {cost}" if cost else "")
     counted = [row for row in rows if isinstance(row.need, Need)]
@@ -301,14 +302,15 @@ def print_table() -> None:
         own = read_settings((Path(f"configs/{base}.toml"),), {})
         with one_base(one_data_set(own)) as settings:
             for card in CARDS_GB:
-                rows = list(count(settings, card * GIB, known))
-                cells = [_cell(rows, stage, card * GIB) for stage in STAGES]
+                free = card_bytes(card)
+                rows = list(count(settings, free, known))
+                cells = [_cell(rows, stage, free) for stage in STAGES]
                 click.echo(f"| {base} | {card} GB | " + " | ".join(cells) + " |")
 
 
-def _cell(rows: list[Row], stage: str, card_bytes: int) -> str:
+def _cell(rows: list[Row], stage: str, free: int) -> str:
     for row in rows:
-        if row.stage == stage and row.fits(card_bytes):
+        if row.stage == stage and row.fits(free):
             assert isinstance(row.need, Need)
             host = f" and {row.need.host / GB:.0f} of host" if row.need.host > GB else ""
             return f"`{row.preset}`: {row.need.device / GB:.1f} GB{host}"

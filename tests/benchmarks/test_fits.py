@@ -32,7 +32,9 @@ def _counted_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
         if isinstance(config, TrainConfig):
             if config.use_8bit_adam:
                 raise ConfigError("--use-8bit-adam: is not here.")
-            return Need(7_700_000_000 if config.fused_backward_pass else 30_000_000_000)
+            # 7.3 and 7.6 GB need 8.2 and 8.5: of 8 GiB, 8.59, 4 % are not free.
+            least = 7_300_000_000 if config.offload_base == 38 else 7_600_000_000
+            return Need(least if config.fused_backward_pass else 30_000_000_000)
         return Need(2_000_000_000, chosen="--offload model")
 
     monkeypatch.setattr(fits, "need", need)
@@ -71,15 +73,17 @@ def own(tmp_path: Path) -> Path:
 def test_what_fits_is_said_for_each_stage() -> None:
     output = run("--config", "configs/sd35-medium.toml", "--memory", "8")
     assert "A card of 8 GB has 8 GiB, which are 8.59 GB of 10^9 bytes" in output
+    assert "; 8.25 without the 4% that a display and the driver take" in output
     lines = {tuple(line.split()[:2]): line.split()[2:] for line in output.splitlines() if line}
     assert lines["precompute", "16gb"] == ["14.0", "15.2", "3.0", "no"]
     assert lines["precompute", "12gb"] == ["5.4", "6.2", "16.0", "yes"]
     assert lines["train", "16gb"] == ["30.0", "32.0", "3.0", "no"]
     assert " ".join(lines["train", "12gb"]) == "--use-8bit-adam: is not here."
-    assert lines["train", "8gb"] == ["7.7", "8.6", "3.0", "yes"]
+    assert lines["train", "8gb"] == ["7.6", "8.5", "3.0", "no"]
+    assert lines["train", "6gb"] == ["7.3", "8.2", "3.0", "yes"]
     assert lines["infer", "80gb"] == ["2.0", "2.6", "3.0", "yes", "--offload", "model"]
     assert "\nprecompute: fits with CARD=12gb, which gives up speed: T5" in output
-    assert "\ntrain: fits with CARD=8gb, which gives up precision: ControlNet" in output
+    assert "\ntrain: fits with CARD=6gb, which gives up precision: ControlNet" in output
     assert "\ninfer: fits with CARD=80gb" in output
 
 
@@ -95,7 +99,7 @@ def test_the_stages_are_asked_about_one_data_set(own: Path) -> None:
     assert {config.pretrained_model_name_or_path for config, _ in asked} == {"own"}
     assert {type(config) for config, _ in asked} == {PrecomputeConfig, TrainConfig, GenerateConfig}
     assert all(config.estimate for config, _ in asked)
-    # Six GiB are 6.44 GB.
+    # Six GiB are 6.44 GB, of which 6.18 are free.
     assert "train: does not fit with the 5 of 7 presets that could be counted" in output
     asked.clear()
     run("--config", str(own), "--memory", "6", "--resolution", "512")
