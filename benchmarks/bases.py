@@ -61,5 +61,5 @@ def train_settings(base: str) -> dict[str, Any]:
 
 def published(name: str) -> str | None:
     """Return which of `TRANSFORMERS` a base of this hub id has, or None."""
-    ids = {train_settings(base)["pretrained_model_name_or_path"]: base for base in TRANSFORMERS}
+    ids = {train_settings(base).get("pretrained_model_name_or_path"): base for base in TRANSFORMERS}
     return ids.get(name)
