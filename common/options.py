@@ -52,6 +52,13 @@ def flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
+def as_argument(name: str, value: Any) -> str:
+    """Return a setting as it is written on a command line: `--train-batch-size 4`."""
+    if value is True:
+        return flag(name)
+    return f"{flag(name)} {value:g}" if value == 0 else f"{flag(name)} {value}"
+
+
 def as_dict(config: Any) -> dict[str, Any]:
     """Return a config as plain JSON values, for `run.json` and checkpoints; without secrets."""
 

@@ -58,8 +58,6 @@ def precompute(config: PrecomputeConfig) -> None:
     context = choose_offload(prepare(config))
     try:
         _precompute(context)
-    except RunError:
-        raise
     except RuntimeError as error:
         if not is_out_of_memory(error):
             raise

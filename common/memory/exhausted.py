@@ -20,12 +20,14 @@ ALLOCATION_FAILURES = (
 
 def is_out_of_memory(error: Exception) -> bool:
     """Tell whether an error of torch says that memory is full, the device's or the host's."""
-    if isinstance(error, torch.OutOfMemoryError) or should_reduce_batch_size(error):
+    if isinstance(error, torch.OutOfMemoryError):
         return True
     # Torch's classes alone: an error of ours may quote one.
     if type(error).__name__ not in ("RuntimeError", "AcceleratorError"):
         return False
-    return any(one in str(error) for one in ALLOCATION_FAILURES)
+    return should_reduce_batch_size(error) or any(
+        failure in str(error) for failure in ALLOCATION_FAILURES
+    )
 
 
 def first_line(error: Exception) -> str:

@@ -10,7 +10,7 @@ import click
 from common.device import free_gpu_bytes
 from common.errors import ConfigError
 from common.memory.need import GB, GIB, Need
-from common.options import flag
+from common.options import as_argument
 from infer.config import GenerateConfig, Offload, PipelineConfig
 from infer.convention import check_positions, given_sizes, native_sizes, read_convention
 from infer.memory.simulation import Drawing, Sizes, simulate
@@ -200,7 +200,7 @@ def remedies(config: PipelineConfig) -> list[tuple[str, int]]:
             continue
         saved = now - need(changed, None).device
         if saved > now / 100:
-            savings.append((" ".join(_words(*setting) for setting in change.items()), saved))
+            savings.append((" ".join(as_argument(*setting) for setting in change.items()), saved))
     return sorted(savings, key=lambda saving: -saving[1])
 
 
@@ -277,8 +277,3 @@ def print_report(config: PipelineConfig) -> None:
     free = free_gpu_bytes(config.device)
     click.echo(report(config, free))
     click.echo(advice(config, free))  # takes a while
-
-
-def _words(name: str, value: Any) -> str:
-    """Return a setting as it is written on a command line."""
-    return flag(name) if value is True else f"{flag(name)} {value}"

@@ -6,11 +6,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
+from common.device import free_gpu_bytes
 from common.errors import ConfigError
 from common.memory.need import CUDA_BYTES, GB, LOST_SHARE, Need
-from common.options import flag
+from common.options import as_argument, flag
 from sd3.pretrained import find_base, find_controlnet, largest_side, read_config, vae_factor
 from shards.reading.cache import Cache
 from shards.remote.streaming import open_files
@@ -143,7 +142,7 @@ def remedies(config: TrainConfig, sizes: Sizes, now: Estimate) -> list[tuple[str
         vae = sizes.vae if changed.validation_decode == "vae" else None
         saved = now.peak - simulate(changed, replace(sizes, vae=vae)).peak
         if saved > now.peak / 100:
-            savings.append((" ".join(_flag(*setting) for setting in change.items()), saved))
+            savings.append((" ".join(as_argument(*setting) for setting in change.items()), saved))
     return sorted(savings, key=lambda saving: -saving[1])
 
 
@@ -169,10 +168,8 @@ def report(config: TrainConfig, sizes: Sizes, estimate: Estimate) -> str:
 
 def _free_now() -> str:
     """Return how much a GPU of this machine has free, in words; nothing without one."""
-    if not torch.cuda.is_available():
-        return ""
-    free, _ = torch.cuda.mem_get_info()
-    return f"; {free / GB:.2f} is free on this machine"
+    free = free_gpu_bytes(None)
+    return "" if free is None else f"; {free / GB:.2f} is free on this machine"
 
 
 def advice(config: TrainConfig, sizes: Sizes, now: Estimate) -> str:
@@ -208,10 +205,3 @@ def _is_supported(config: TrainConfig, change: dict[str, Any]) -> bool:
     if "fused_backward_pass" in change:
         return one_process and mixed_precision(config) != "fp16"
     return one_process or "bf16_weights" not in change
-
-
-def _flag(name: str, value: Any) -> str:
-    """Return a setting as it is written on a command line."""
-    if value is True:
-        return flag(name)
-    return f"{flag(name)} {value:g}" if value == 0 else f"{flag(name)} {value}"

@@ -172,6 +172,7 @@ def test_an_attempt_does_not_shrink() -> None:
         (RuntimeError("CUDA driver error: out of memory"), True),
         (getattr(torch, "AcceleratorError", RuntimeError)("CUDA error: out of memory"), True),
         (RunError("CUDA error: out of memory"), False),  # ours, which quotes torch's
+        (RunError("a single prompt: memory is full (CUDA out of memory. Tried)"), False),
         (RuntimeError("CUDA error: an illegal memory access was encountered"), False),
         (RuntimeError("The size of tensor a (3) must match the size of tensor b (4)"), False),
         (ValueError("CUBLAS_STATUS_ALLOC_FAILED"), False),
