@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import torch
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection, T5Config, T5EncoderModel
@@ -15,6 +16,18 @@ from common.device import default_dtype
 from demo.base_model.tokenizers import build_clip_tokenizer, build_t5_tokenizer
 
 CLIP_TOKENS = 77
+# Library and class of each component, as model_index.json has them.
+COMPONENTS = {
+    "scheduler": ("diffusers", "FlowMatchEulerDiscreteScheduler"),
+    "transformer": ("diffusers", "SD3Transformer2DModel"),
+    "vae": ("diffusers", "AutoencoderKL"),
+    "text_encoder": ("transformers", "CLIPTextModelWithProjection"),
+    "text_encoder_2": ("transformers", "CLIPTextModelWithProjection"),
+    "text_encoder_3": ("transformers", "T5EncoderModel"),
+    "tokenizer": ("transformers", "CLIPTokenizer"),
+    "tokenizer_2": ("transformers", "CLIPTokenizer"),
+    "tokenizer_3": ("transformers", "T5Tokenizer"),
+}
 
 
 def save_encoders(folder: Path, *, dtype: torch.dtype, layers: int | None = None) -> None:
@@ -53,6 +66,12 @@ def save_transformer(folder: Path, config: dict[str, Any], *, weights: bool = Tr
     torch.manual_seed(0)
     with default_dtype(torch.bfloat16), _fastest_device():
         SD3Transformer2DModel.from_config(config).save_pretrained(folder / "transformer")
+
+
+def save_index(folder: Path) -> None:
+    """Save what makes a base model of saved parts: the file that names them all."""
+    index = {"_class_name": "StableDiffusion3Pipeline", "_diffusers_version": diffusers.__version__}
+    write_text(folder / "model_index.json", json.dumps(index | COMPONENTS))
 
 
 def save_configurations(folder: Path, transformer: dict[str, Any]) -> None:

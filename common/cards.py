@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 from common.config_file import GIVES_UP, read_section
 from common.errors import ConfigError
 from common.memory.need import GB, Need
+from common.processes import map_in_processes
 
 Config = TypeVar("Config")
 FOLDER = Path(__file__).parents[1] / "configs" / "cards"
@@ -102,14 +103,17 @@ def choose_card(
     """
     room = f"{free.device / GB:.1f} GB of {free.name} are free"
     tried = []
-    for name, config in configs.items():
-        if isinstance(config, ConfigError):
-            tried.append(f"  {name}: {config}")
-            continue
+
+    def answer(config: Config | ConfigError) -> Need | ConfigError:
         try:
-            needed = need(config, free.device)
+            return config if isinstance(config, ConfigError) else need(config, free.device)
         except ConfigError as error:
-            tried.append(f"  {name}: {error}")
+            return error
+
+    answers = map_in_processes(answer, list(configs.values()))
+    for name, needed in zip(configs, answers, strict=True):
+        if isinstance(needed, ConfigError):
+            tried.append(f"  {name}: {needed}")
             continue
         figures = f"needs {needed.free / GB:.1f} GB of it"
         if needed.host:

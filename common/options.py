@@ -8,6 +8,7 @@ click options (`--train-batch-size`), the keys of the stage's table in a TOML fi
 import dataclasses
 import inspect
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
@@ -52,11 +53,15 @@ def flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
-def as_argument(name: str, value: Any) -> str:
-    """Return a setting as it is written on a command line: `--train-batch-size 4`."""
-    if value is True:
-        return flag(name)
-    return f"{flag(name)} {value:g}" if value == 0 else f"{flag(name)} {value}"
+def as_arguments(settings: Mapping[str, Any]) -> str:
+    """Return settings as they are written on a command line: `--train-batch-size 4`."""
+
+    def argument(name: str, value: Any) -> str:
+        if value is True:
+            return flag(name)
+        return f"{flag(name)} {value:g}" if value == 0 else f"{flag(name)} {value}"
+
+    return " ".join(argument(*setting) for setting in settings.items())
 
 
 def as_dict(config: Any) -> dict[str, Any]:

@@ -266,7 +266,11 @@ def test_the_commands_of_a_page_run(page: str, reader: Path, command: Callable[.
         else:
             if words[0] == "python":
                 words[0] = sys.executable
-            subprocess.run(" ".join(map(redirection, words)), shell=True, check=True)
+            # The benchmarks are no part of what is installed: they are run in a clone.
+            environment = os.environ | {"PYTHONPATH": str(REPOSITORY)}
+            subprocess.run(
+                " ".join(map(redirection, words)), shell=True, check=True, env=environment
+            )
 
 
 def smaller(arguments: list[str]) -> list[str]:

@@ -10,7 +10,7 @@ import itertools
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from operator import attrgetter
+from operator import attrgetter, itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from common.config_file import read_section
 from common.errors import ConfigError
 from common.memory.need import CUDA_BYTES, GB, GIB, LOST_SHARE, RESERVED_SHARE, Need, card_bytes
 from common.options import RequiredUnless, click_options, number
+from common.processes import map_in_processes
 from infer.config import GenerateConfig
 from precompute.config import PrecomputeConfig
 from sd3.buckets import bucket_shapes
@@ -104,7 +105,7 @@ def main(
 
 
 def count(
-    settings: Mapping[str, dict[str, Any]], free: int, known: dict[Any, Need]
+    settings: Mapping[str, dict[str, Any]], free: int, known: dict[Any, Need | ConfigError]
 ) -> Iterator[Row]:
     """Yield what each stage takes with each preset, the fastest first.
 
@@ -116,37 +117,64 @@ def count(
     Raises:
         ConfigError: a stage can be counted with no preset, for one reason.
     """
-    for stage, config_class in STAGES.items():
+    asked = [
+        (stage, preset, _question(stage, preset, settings[stage], free))
+        for stage in STAGES
+        for preset in card_names()
+    ]
+    missing = [one for one in dict.fromkeys(one for _, _, one in asked) if one not in known]
+    estimates()  # imports torch here, and not in each process
+    answers = map_in_processes(_answer, missing)
+    for stage, questions in itertools.groupby(asked, itemgetter(0)):
         rows = []
-        for preset in card_names():
-            changes = settings_with(preset, stage, config_class)
-            try:
-                config = config_class(**empty(config_class) | settings[stage] | changes)
-                asked = config, free if getattr(config, "offload", None) == "auto" else None
-                if asked not in known:
-                    known[asked] = need(*asked)
-                rows.append(Row(stage, preset, known[asked]))
-            except ConfigError as error:
-                rows.append(Row(stage, preset, error))
+        for _, preset, one in questions:
+            if one not in known:
+                known[one] = next(answers)
+            rows.append(Row(stage, preset, known[one]))
         reasons = {str(row.need) if isinstance(row.need, ConfigError) else None for row in rows}
         if len(reasons) == 1 and (reason := reasons.pop()):
             raise ConfigError(f"{stage} could not be counted: {reason}")
         yield from rows
 
 
+def _question(stage: str, preset: str, settings: dict[str, Any], free: int) -> Any:
+    """Return the arguments of `need` for a stage and a preset, or why they do not go together."""
+    config_class = STAGES[stage]
+    changes = settings_with(preset, stage, config_class)
+    try:
+        config = config_class(**empty(config_class) | settings | changes)
+    except ConfigError as error:
+        return error
+    return config, free if getattr(config, "offload", None) == "auto" else None
+
+
+def _answer(question: Any) -> Need | ConfigError:
+    """Return what `need` says, or why it cannot say it."""
+    if isinstance(question, ConfigError):
+        return question
+    try:
+        return need(*question)
+    except ConfigError as error:
+        return error
+
+
 def need(config: Any, free: int | None) -> Need:
     """Return the memory that a stage takes."""
+    return estimates()[type(config)](config, free)
+
+
+def estimates() -> dict[type[Any], Callable[[Any, int | None], Need]]:
+    """Return each stage's estimate, by the class of its settings."""
     # Imported only once the command line is known to be good: torch takes seconds.
     from infer.memory import estimate as infer
     from precompute.memory import estimate as precompute
     from train.memory import estimate as train
 
-    needs: dict[type[Any], Callable[[Any, int | None], Need]] = {
+    return {
         PrecomputeConfig: precompute.need,
         TrainConfig: train.need,
         GenerateConfig: infer.need,
     }
-    return needs[type(config)](config, free)
 
 
 def read_settings(
@@ -251,6 +279,8 @@ def configurations_of(base: str) -> Iterator[str]:
 def print_rows(rows: Iterable[Row], memory: float) -> None:
     """Print a line for each stage and preset, and for each stage the fastest that fits."""
     free = card_bytes(memory)
+    rows = iter(rows)
+    rows = itertools.chain([next(rows)], rows)  # nothing is printed if nothing can be counted
     click.echo(
         f"A card of {memory:g} GB has {memory:g} GiB, which are {memory * GIB / GB:.2f} GB of 10^9 "
         f"bytes, as all figures here; {free / GB:.2f} without the {RESERVED_SHARE:.0%} that a "
@@ -298,7 +328,7 @@ def print_table() -> None:
     click.echo("| base | card | " + " | ".join(STAGES) + " |")
     click.echo("|---" * (2 + len(STAGES)) + "|")
     for base in TRANSFORMERS:
-        known: dict[Any, Need] = {}
+        known: dict[Any, Need | ConfigError] = {}
         own = read_settings((Path(f"configs/{base}.toml"),), {})
         with one_base(one_data_set(own)) as settings:
             for card in CARDS_GB:

@@ -21,7 +21,7 @@ import torch
 from matplotlib.figure import Figure
 
 from benchmarks.bases import TRANSFORMERS
-from benchmarks.random_weights import save_encoders, save_transformer
+from benchmarks.random_weights import save_encoders, save_index, save_transformer
 from benchmarks.reference.runs import flags, reference_flags, run_python, write_data
 from common.atomic_files import write_text
 from common.command import CONTEXT, user_errors
@@ -261,9 +261,7 @@ def write_base(folder: Path, name: str) -> None:
         return
     save_encoders(folder, dtype=torch.bfloat16)
     save_transformer(folder, TRANSFORMERS[name])
-    miniature = folder.with_name("miniature")
-    save_base(miniature, build_pipeline(SEED))
-    shutil.copy(miniature / "model_index.json", folder)
+    save_index(folder)
 
 
 if __name__ == "__main__":

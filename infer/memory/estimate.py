@@ -1,5 +1,6 @@
 """What drawing takes, from configurations alone; `--offload auto`; what would make it less."""
 
+import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
@@ -10,7 +11,8 @@ import click
 from common.device import free_gpu_bytes
 from common.errors import ConfigError
 from common.memory.need import GB, GIB, Need
-from common.options import as_argument
+from common.options import as_arguments
+from common.processes import map_in_processes
 from infer.config import GenerateConfig, Offload, PipelineConfig
 from infer.convention import check_positions, given_sizes, native_sizes, read_convention
 from infer.memory.simulation import Drawing, Sizes, simulate
@@ -192,16 +194,19 @@ def remedies(config: PipelineConfig) -> list[tuple[str, int]]:
     if config.offload == "auto":
         config = replace(config, offload="model" if config.compile else "groups")
     now = need(config, None).device
-    savings = []
+    changes = []
     for change in _possible_changes(config):
-        try:
-            changed = replace(config, **change)
-        except ConfigError:
-            continue
-        saved = now - need(changed, None).device
-        if saved > now / 100:
-            savings.append((" ".join(as_argument(*setting) for setting in change.items()), saved))
-    return sorted(savings, key=lambda saving: -saving[1])
+        with contextlib.suppress(ConfigError):  # the two do not go together
+            changes.append((change, replace(config, **change)))
+    needs = map_in_processes(
+        lambda changed: need(changed, None), [changed for _, changed in changes]
+    )
+    savings = [
+        (as_arguments(change), now - less.device)
+        for (change, _), less in zip(changes, needs, strict=True)
+    ]
+    worthwhile = [saving for saving in savings if saving[1] > now / 100]
+    return sorted(worthwhile, key=lambda saving: -saving[1])
 
 
 def _possible_changes(config: PipelineConfig) -> Iterator[dict[str, Any]]:

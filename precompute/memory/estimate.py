@@ -9,7 +9,7 @@ import click
 
 from common.device import free_gpu_bytes
 from common.memory.need import CUDA_BYTES, GB, GIB, Need
-from common.options import as_argument
+from common.options import as_arguments
 from precompute.config import PrecomputeConfig
 from precompute.fingerprints.encoder_spec import (
     CLIP_COMPONENTS,
@@ -163,11 +163,10 @@ def advice(config: PrecomputeConfig, sizes: Sizes, found: Estimate) -> list[str]
         ("images", found.images, IMAGE_REMEDIES),
     ):
         for change in changes:
-            (setting,) = change.items()
             peak = _changed(base, sizes, name, change)
             if peak.total < 0.95 * now.total:
                 host = f", and {peak.host / GB:.1f} of host memory" if peak.host else ""
-                lines.append(f"{peak.total / GB:8.2f}  {name} with {as_argument(*setting)}{host}")
+                lines.append(f"{peak.total / GB:8.2f}  {name} with {as_arguments(change)}{host}")
     return ["less, in GB:", *lines] if lines else ["no option would make it less"]
 
 

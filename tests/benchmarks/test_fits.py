@@ -38,6 +38,7 @@ def _counted_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
         return Need(2_000_000_000, chosen="--offload model")
 
     monkeypatch.setattr(fits, "need", need)
+    monkeypatch.setattr(fits, "map_in_processes", map)  # so that `asked` is seen here
 
 
 def run(*words: str, code: int = 0) -> str:

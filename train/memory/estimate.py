@@ -1,5 +1,6 @@
 """How much device memory a run will take, and which options would reduce it."""
 
+import contextlib
 import os
 from collections.abc import Iterator
 from dataclasses import replace
@@ -9,7 +10,8 @@ from typing import Any
 from common.device import free_gpu_bytes
 from common.errors import ConfigError
 from common.memory.need import CUDA_BYTES, GB, LOST_SHARE, Need
-from common.options import as_argument, flag
+from common.options import as_arguments, flag
+from common.processes import map_in_processes
 from sd3.pretrained import find_base, find_controlnet, largest_side, read_config, vae_factor
 from shards.reading.cache import Cache
 from shards.remote.streaming import open_files
@@ -133,17 +135,22 @@ def _planned_records(
 
 def remedies(config: TrainConfig, sizes: Sizes, now: Estimate) -> list[tuple[str, int]]:
     """Return flags that would reduce the peak, with the bytes saved, the largest saving first."""
-    savings = []
+    changes = []
     for change in _possible_changes(config, int(sizes.transformer["num_layers"])):
-        try:
-            changed = replace(config, **change)
-        except ConfigError:
-            continue
+        with contextlib.suppress(ConfigError):  # the two do not go together
+            changes.append((change, replace(config, **change)))
+
+    def peak(changed: TrainConfig) -> int:
         vae = sizes.vae if changed.validation_decode == "vae" else None
-        saved = now.peak - simulate(changed, replace(sizes, vae=vae)).peak
-        if saved > now.peak / 100:
-            savings.append((" ".join(as_argument(*setting) for setting in change.items()), saved))
-    return sorted(savings, key=lambda saving: -saving[1])
+        return simulate(changed, replace(sizes, vae=vae)).peak
+
+    peaks = map_in_processes(peak, [changed for _, changed in changes])
+    savings = [
+        (as_arguments(change), now.peak - less)
+        for (change, _), less in zip(changes, peaks, strict=True)
+    ]
+    worthwhile = [saving for saving in savings if saving[1] > now.peak / 100]
+    return sorted(worthwhile, key=lambda saving: -saving[1])
 
 
 def report(config: TrainConfig, sizes: Sizes, estimate: Estimate) -> str:

@@ -1,0 +1,55 @@
+"""Work shared out to the cores, in processes that are copies of this one."""
+
+import multiprocessing
+import os
+import signal
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, TypeVar
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+# What a process of `map_in_processes` computes: a function and its arguments, set when it starts.
+_work: tuple[Callable[[Any], Any], Sequence[Any]]
+
+
+def map_in_processes(function: Callable[[Item], Result], items: Sequence[Item]) -> Iterator[Result]:
+    """Yield a function's results in the order of the items, computed on all cores at once.
+
+    Where a process cannot be copied safely, that is anywhere but on Linux, and for a single item
+    or core, they are computed here. Close the iterator to stop early: nothing goes on after it.
+
+    Args:
+        function: must not use the GPU; its results and errors are pickled.
+        items: arguments, one a call.
+
+    Raises:
+        Exception: what the function raised, when its result is due.
+    """
+    count = min(len(items), num_cores())
+    if count < 2 or sys.platform != "linux":
+        yield from map(function, items)
+        return
+    # Copies need not import torch again, which takes longer than most of what is asked.
+    context = multiprocessing.get_context("fork")
+    with context.Pool(count, _begin, (function, items)) as pool:
+        yield from pool.imap(_compute, range(len(items)))
+
+
+def num_cores() -> int:
+    """Return the number of cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
+
+
+def _begin(function: Callable[[Any], Any], items: Sequence[Any]) -> None:
+    global _work
+    _work = function, items
+    # Ctrl-C reaches all processes; the first one ends the others.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if torch := sys.modules.get("torch"):
+        torch.set_num_threads(1)  # the threads of OpenMP are not copied
+
+
+def _compute(index: int) -> Any:
+    function, items = _work
+    return function(items[index])
