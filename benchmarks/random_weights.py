@@ -14,8 +14,8 @@ from benchmarks.bases import VAE
 from common.atomic_files import write_text
 from common.device import default_dtype
 from demo.base_model.tokenizers import build_clip_tokenizer, build_t5_tokenizer
+from sd3.prompt_embeds import CLIP_TOKENS
 
-CLIP_TOKENS = 77
 # Library and class of each component, as model_index.json has them.
 COMPONENTS = {
     "scheduler": ("diffusers", "FlowMatchEulerDiscreteScheduler"),

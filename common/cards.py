@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 from common.config_file import GIVES_UP, read_section
 from common.errors import ConfigError
 from common.memory.need import GB, Need
-from common.processes import map_in_processes
+from common.memory.processes import map_in_processes
 
 Config = TypeVar("Config")
 FOLDER = Path(__file__).parents[1] / "configs" / "cards"

@@ -149,7 +149,10 @@ class StageCommand(Command):
         }
         sections: dict[str, list[tuple[str, str]]] = {}
         for name, heading in self.headings.items():
-            sections.setdefault(heading, []).append(records.pop(name))
+            lines = sections.setdefault(heading, [])
+            if name == "estimate" and "card" in records:  # both are about a device's memory
+                lines.append(records.pop("card"))
+            lines.append(records.pop(name))
         sections["General"] = list(records.values())
         for heading, lines in sections.items():
             with formatter.section(heading):

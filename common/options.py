@@ -102,6 +102,13 @@ class RequiredUnless(click.Option):
         super().__init__(*args, **kwargs)
         self.unless, self.empty = unless, empty
 
+    def get_help_record(self, ctx: click.Context) -> tuple[str, str] | None:
+        """Return the option and its help, which says without which flag it is required."""
+        record = super().get_help_record(ctx)
+        if record is None:
+            return None
+        return record[0], record[1].replace("[required]", f"[required unless {flag(self.unless)}]")
+
     def is_needless(self, ctx: click.Context) -> bool:
         """Return whether the flag is given; the context has processed it by now."""
         return bool(ctx.params.get(self.unless))

@@ -8,6 +8,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+CLIP_TOKENS = 77  # of both of SD3's, as the stock pipeline pads prompts
+
 
 def prompt_embeds(clip_embeds: Tensor, t5_embeds: Tensor) -> Tensor:
     """Return a prompt's embedding: CLIP's, padded with zeros to T5's width, then T5's.

@@ -116,7 +116,7 @@ class TrainConfig:
         False,
         help="Print how much memory the run would need, and what would reduce it; do not train. "
         "Needs no cache, weights or GPU.",
-        heading="Memory and speed",
+        heading="Speed and memory",
     )
     resolution: int | None = option(
         None, help="With --estimate and without --cache: side of the square pictures, in pixels."
@@ -288,6 +288,10 @@ class TrainConfig:
             (
                 self.gradient_accumulation_steps > 1,
                 "--gradient-accumulation-steps keeps gradients from batch to batch",
+            ),
+            (
+                self.mixed_precision == "fp16",
+                "--mixed-precision fp16 looks at all of them to find its scale; use bf16",
             ),
         )
         reasons = [reason for broken, reason in rules if broken]

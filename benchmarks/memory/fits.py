@@ -23,8 +23,8 @@ from common.command import CONTEXT, Command, user_errors
 from common.config_file import read_section
 from common.errors import ConfigError
 from common.memory.need import CUDA_BYTES, GB, GIB, LOST_SHARE, RESERVED_SHARE, Need, card_bytes
+from common.memory.processes import map_in_processes
 from common.options import RequiredUnless, click_options, number
-from common.processes import map_in_processes
 from infer.config import GenerateConfig
 from precompute.config import PrecomputeConfig
 from sd3.buckets import bucket_shapes

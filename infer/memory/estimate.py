@@ -11,21 +11,21 @@ import click
 from common.device import free_gpu_bytes
 from common.errors import ConfigError
 from common.memory.need import GB, GIB, Need
+from common.memory.processes import map_in_processes
 from common.options import as_arguments
-from common.processes import map_in_processes
 from infer.config import GenerateConfig, Offload, PipelineConfig
 from infer.convention import check_positions, given_sizes, native_sizes, read_convention
 from infer.memory.simulation import Drawing, Sizes, simulate
 from precompute.config import PrecomputeConfig
 from precompute.memory.simulation import read_sizes
 from sd3.pretrained import controlnet_mismatches, find_base, find_controlnet, read_config
+from sd3.prompt_embeds import CLIP_TOKENS
 from train.models import controlnet_config
 
 Config = TypeVar("Config", bound=PipelineConfig)
 # From the fastest to the leanest.
 OFFLOADS: tuple[Offload, ...] = ("none", "model", "groups")
 COMPONENTS = ("transformer", "vae", "text_encoder", "text_encoder_2", "text_encoder_3")
-CLIP_TOKENS = 77  # of SD3's CLIPs, whose configurations are not read where a cache has the prompts
 # Changes that may help, each with the settings that it requires.
 REMEDIES: tuple[dict[str, Any], ...] = (
     {"batch_size": 1},
@@ -120,6 +120,7 @@ def simulate_sets(
             vae=read_config(base, "vae"),
             encoders=encoders,
             picture=max(pictures, key=lambda size: size[0] * size[1]),
+            # Where a cache has the prompts, the encoders' configurations are not read.
             clip_tokens=CLIP_TOKENS
             if encoders is None
             else int(encoders.clips[0]["max_position_embeddings"]),

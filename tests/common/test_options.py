@@ -13,6 +13,7 @@ from click.testing import CliRunner, Result
 from common.checks import pair_up
 from common.command import stage_command
 from common.errors import ConfigError, ShardError
+from common.memory.need import Need
 from common.options import as_dict, option
 
 
@@ -124,6 +125,15 @@ def test_an_option_is_not_required_where_a_flag_makes_it_needless(tmp_path: Path
     from_file, from_file_too, empty = asked
     assert from_file == from_file_too == Asked("c", Path(), (), estimate=True)
     assert empty == Asked("", Path("x"), (), estimate=True)
+
+
+def test_the_help_says_when_it_is_not_required_and_has_the_card_beside_the_estimate() -> None:
+    main = stage_command("test", Asked, [].append, section="train", need=lambda _, __: Need(0))
+    lines = CliRunner().invoke(main, ["--help"]).output.splitlines()
+    assert sum(line.endswith("[required unless --estimate]") for line in lines) == 3
+    (card,) = (number for number, line in enumerate(lines) if "--card" in line)
+    (estimate,) = (number for number, line in enumerate(lines) if "  --estimate /" in line)
+    assert card < estimate < lines.index("General:")
 
 
 def test_the_reference_scripts_spelling_works(call: Call) -> None:

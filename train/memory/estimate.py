@@ -10,9 +10,10 @@ from typing import Any
 from common.device import free_gpu_bytes
 from common.errors import ConfigError
 from common.memory.need import CUDA_BYTES, GB, LOST_SHARE, Need
+from common.memory.processes import map_in_processes
 from common.options import as_arguments, flag
-from common.processes import map_in_processes
 from sd3.pretrained import find_base, find_controlnet, largest_side, read_config, vae_factor
+from sd3.prompt_embeds import CLIP_TOKENS
 from shards.reading.cache import Cache
 from shards.remote.streaming import open_files
 from train import models
@@ -21,7 +22,6 @@ from train.distribution import UNSUPPORTED
 from train.memory.simulation import Estimate, Sizes, simulate
 from train.models import mixed_precision
 
-CLIP_TOKENS = 77  # of both, in the stock pipeline
 # Changes that may help, each with the settings that it requires.
 REMEDIES: tuple[dict[str, Any], ...] = (
     {"mixed_precision": "bf16"},

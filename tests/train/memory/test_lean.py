@@ -399,6 +399,7 @@ def test_weights_without_finite_gradients_stay(
     [
         ({"max_grad_norm": 1.0}, {}, "--max-grad-norm 1 clips the norm of all"),
         ({"gradient_accumulation_steps": 2}, {}, "--gradient-accumulation-steps keeps"),
+        ({"mixed_precision": "fp16"}, {}, "--mixed-precision fp16 looks at all"),
         ({}, {"num_processes": 2}, "several processes exchange theirs first"),
         ({}, {"scales_loss": True}, "--mixed-precision fp16 looks at all"),
     ],

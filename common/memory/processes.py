@@ -4,6 +4,7 @@ import multiprocessing
 import os
 import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
@@ -16,8 +17,9 @@ _work: tuple[Callable[[Any], Any], Sequence[Any]]
 def map_in_processes(function: Callable[[Item], Result], items: Sequence[Item]) -> Iterator[Result]:
     """Yield a function's results in the order of the items, computed on all cores at once.
 
-    Where a process cannot be copied safely, that is anywhere but on Linux, and for a single item
-    or core, they are computed here. Close the iterator to stop early: nothing goes on after it.
+    Where a process cannot be copied safely, that is anywhere but on Linux and while other threads
+    work, and for a single item or core, they are computed here. Close the iterator to stop early:
+    nothing goes on after it.
 
     Args:
         function: must not use the GPU; its results and errors are pickled.
@@ -27,7 +29,7 @@ def map_in_processes(function: Callable[[Item], Result], items: Sequence[Item]) 
         Exception: what the function raised, when its result is due.
     """
     count = min(len(items), num_cores())
-    if count < 2 or sys.platform != "linux":
+    if count < 2 or sys.platform != "linux" or _others_work():
         yield from map(function, items)
         return
     # Copies need not import torch again, which takes longer than most of what is asked.
@@ -39,6 +41,17 @@ def map_in_processes(function: Callable[[Item], Result], items: Sequence[Item]) 
 def num_cores() -> int:
     """Return the number of cores that this process may use."""
     return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
+
+
+def _others_work() -> bool:
+    """Return whether other threads work, whose locks would be copied without them.
+
+    Those that only wait, such as tqdm's, are daemons.
+    """
+    return threading.current_thread() is not threading.main_thread() or any(
+        thread is not threading.main_thread() and not thread.daemon
+        for thread in threading.enumerate()
+    )
 
 
 def _begin(function: Callable[[Any], Any], items: Sequence[Any]) -> None:

@@ -4,14 +4,15 @@ import multiprocessing
 import os
 import signal
 import sys
-from contextlib import closing
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing, nullcontext
 
 import pytest
 import torch
 
-from common import processes
 from common.errors import ConfigError
-from common.processes import map_in_processes, num_cores
+from common.memory import processes
+from common.memory.processes import map_in_processes, num_cores
 
 on_linux = pytest.mark.skipif(sys.platform != "linux", reason="processes are copied on Linux only")
 
@@ -44,7 +45,7 @@ def test_they_are_computed_in_other_processes() -> None:
     assert {threads for _, _, threads in about} == {1}
 
 
-@pytest.mark.parametrize("reason", ["items", "cores", "platform"])
+@pytest.mark.parametrize("reason", ["items", "cores", "platform", "thread"])
 def test_without_need_or_without_safety_they_are_computed_here(
     reason: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -53,7 +54,16 @@ def test_without_need_or_without_safety_they_are_computed_here(
     if reason == "platform":
         monkeypatch.setattr(sys, "platform", "darwin")
     items = range(1 if reason == "items" else 3)
-    assert {*map_in_processes(lambda _: os.getpid(), items)} == {os.getpid()}
+    with ThreadPoolExecutor(1) if reason == "thread" else nullcontext() as pool:
+        if pool:
+            pool.submit(int)  # it waits for more from now on
+        assert {*map_in_processes(lambda _: os.getpid(), items)} == {os.getpid()}
+
+
+def test_a_thread_copies_no_process() -> None:
+    with ThreadPoolExecutor(1) as pool:
+        pids = pool.submit(lambda: {*map_in_processes(lambda _: os.getpid(), range(3))})
+        assert pids.result() == {os.getpid()}
 
 
 def test_an_error_is_raised_when_its_result_is_due() -> None:
