@@ -38,7 +38,7 @@ KIBIBYTE = 1024  # Linux counts resident memory in them
 @click.option(
     "--base", type=click.Choice(list(TRANSFORMERS)), default="sd3-medium", show_default=True
 )
-@click.option("--card", default="8gb", show_default=True, help="A preset of configs/cards/.")
+@click.option("--card", default="8gb", show_default=True, help="Preset of training.")
 @click.option("--px", default=1024, show_default=True, help="Side of the pictures.")
 @click.option("--rows", default=6, show_default=True, help="Rows that stage 1 encodes.")
 @click.option("--steps", default=2, show_default=True, help="Steps of training or of drawing.")
@@ -65,7 +65,7 @@ def main(
     if stage == "precompute":
         command = _precompute(work_dir, px, rows)
     elif stage == "infer":
-        command = _infer(work_dir, base, card, steps)
+        command = _infer(work_dir, base, steps)
     else:
         command = _train(work_dir, base, card, px, steps, num_controlnet_layers)
     click.echo(shlex.join(command))
@@ -113,7 +113,7 @@ def _train(
     ]
 
 
-def _infer(work_dir: Path, base: str, card: str, steps: int) -> list[str]:
+def _infer(work_dir: Path, base: str, steps: int) -> list[str]:
     """Return the command that draws a picture for the first of the rows that were encoded."""
     source, controlnet = work_dir / "circles", work_dir / "controlnet"
     for folder, stage in ((work_dir / "encoded", "precompute"), (controlnet, "train")):
@@ -122,8 +122,7 @@ def _infer(work_dir: Path, base: str, card: str, steps: int) -> list[str]:
     save_index(work_dir / "base")
     row = json.loads((source / "prompt.json").read_text().splitlines()[0])
     return [
-        *("python", "-m", "infer", "generate"),
-        *("--config", f"configs/{base}.toml", "--config", f"configs/cards/{card}.toml"),
+        *("python", "-m", "infer", "generate", "--config", f"configs/{base}.toml"),
         *("--pretrained-model-name-or-path", str(work_dir / "base")),
         *("--controlnet", str(controlnet), "--cache", str(work_dir / "encoded")),
         *("--prompt", row["prompt"], "--image", str(source / row["source"])),
