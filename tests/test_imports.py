@@ -192,18 +192,6 @@ def loaded_modules(statement: str) -> set[str]:
     return set(done.stdout.split())
 
 
-def test_training_imports_no_data_set_library_no_text_encoder_and_no_vae() -> None:
-    loaded = loaded_modules("import train.run")
-    assert "diffusers.models.controlnets.controlnet_sd3" in loaded
-    for name in (
-        "datasets",
-        "transformers.models.clip.modeling_clip",
-        "transformers.models.t5.modeling_t5",
-        "diffusers.models.autoencoders.autoencoder_kl",
-    ):
-        assert name not in loaded
-
-
 COMMANDS = [
     ["precompute"],
     ["train"],

@@ -253,14 +253,14 @@ def test_one_whole_later_checkpoint_is_enough_to_refuse_an_earlier_one(config: T
         resuming.choose(out, "checkpoint-2")
 
 
-def test_every_flipped_bit_of_the_state_is_noticed(config: TrainConfig) -> None:
+def test_a_flipped_bit_in_any_byte_of_the_state_is_noticed(config: TrainConfig) -> None:
     checkpoint = config.output_dir / "checkpoint-4"
     path = checkpoint / "train_state.json"
     data = path.read_bytes()
     assert checkpoints.parse_state(checkpoint).step == 4
-    for bit in range(8 * len(data)):
+    for at in range(len(data)):
         flipped = bytearray(data)
-        flipped[bit // 8] ^= 1 << bit % 8
+        flipped[at] ^= 1 << at % 8
         path.write_bytes(flipped)
         problem = resuming.find_damage(checkpoint)
         assert problem is not None
