@@ -73,7 +73,6 @@ FLAGS: dict[str, dict[str, Any]] = {
         "use_8bit_adam": True,
     },
     "compiled": {"compile": True},
-    "fp8 products, compiled": {"quantize_base": "fp8", "fp8_matmul": True, "compile": True},
 }
 SIZES = [(px, batch) for px in (512, 1024) for batch in (1, 4, 8)]
 

@@ -174,7 +174,7 @@ def load_pipeline(
             pipeline.scheduler.config, shift=config.shift
         )
     if config.quantize_base is not None:
-        quantize(pipeline.transformer.requires_grad_(False), config.quantize_base)
+        quantize(pipeline.transformer.requires_grad_(False), config.quantize_base, device)
     save_memory(pipeline.vae, tiling=config.vae_tiling)
     if config.compile:
         compile_blocks(pipeline.transformer, *networks)

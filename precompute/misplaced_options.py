@@ -35,7 +35,6 @@ TRAIN_OPTIONS = (
     "--offload-activations",
     "--offload-base",
     "--compile",
-    "--fp8-matmul",
     "--validation-steps",
     "--num-validation-images",
     "--validation-inference-steps",

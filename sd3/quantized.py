@@ -15,19 +15,20 @@ LARGEST = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}
 DTYPES = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}
 
 
-def quantize(transformer: Any, kind: str, *, fp8_matmul: bool = False) -> None:
+def quantize(transformer: Any, kind: str, device: torch.device | None = None) -> None:
     """Quantize a transformer in place; `nf4` takes effect when it is moved to its device.
 
     Args:
         transformer: an SD3 transformer, frozen.
         kind: `int8` or `fp8` (E4M3), with one scale per row; `nf4` with one scale per 64 weights,
             Dettmers et al. 2023, arXiv:2305.14314.
-        fp8_matmul: whether to compute matrix products in 8 bit, for `fp8`.
+        device: where to compute `int8` and `fp8`, a layer at a time; by default where the layer is.
+            The quantized layer lies where the layer lay.
     """
     if kind == "nf4":
         replace_linear(transformer, _nf4)
     else:
-        replace_linear(transformer, lambda layer: RowLinear(layer, DTYPES[kind], fp8_matmul))
+        replace_linear(transformer, lambda layer: RowLinear(layer, DTYPES[kind], device))
 
 
 def replace_linear(transformer: Any, replacement: Callable[[nn.Linear], nn.Module]) -> None:
@@ -44,24 +45,25 @@ class RowLinear(nn.Module):
     Args:
         linear: the layer to quantize.
         dtype: int8 or float8_e4m3fn.
-        fp8_matmul: whether to compute products in 8 bit.
+        device: where to compute; by default where the layer is.
     """
 
     values: Tensor
     scale: Tensor
 
-    def __init__(self, linear: nn.Linear, dtype: torch.dtype, fp8_matmul: bool) -> None:
+    def __init__(
+        self, linear: nn.Linear, dtype: torch.dtype, device: torch.device | None = None
+    ) -> None:
         super().__init__()
-        self.product = _Fp8Product if fp8_matmul else _Product
-        values, scale = rounded_rows(linear.weight.detach(), dtype)
-        self.register_buffer("values", values)
-        self.register_buffer("scale", scale)
+        weight = linear.weight.detach()
+        values, scale = rounded_rows(weight.to(device or weight.device), dtype)
+        self.register_buffer("values", values.to(weight.device))
+        self.register_buffer("scale", scale.to(weight.device))
         self.bias = linear.bias
 
     def forward(self, inputs: Tensor) -> Tensor:
         """Return [..., out] from [..., in]."""
-        outputs: Tensor = self.product.apply(inputs, self.values, self.scale)  # type: ignore[no-untyped-call]
-        return outputs if self.bias is None else outputs + self.bias
+        return _Product.apply(inputs, self.values, self.scale, self.bias)  # type: ignore[no-any-return,no-untyped-call]
 
 
 def rounded_rows(matrix: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -75,53 +77,32 @@ def rounded_rows(matrix: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     return (scaled.round() if dtype == torch.int8 else scaled).to(dtype), scale
 
 
+def unpacked(values: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return the matrix that `rounded_rows` rounded, in a number format of 16 bit or more."""
+    if values.dtype == torch.int8:  # in one kernel
+        return torch.mul(values, scale, out=values.new_empty(values.shape, dtype=dtype))
+    # torch multiplies no float8. 16 bit formats represent it exactly.
+    return values.to(dtype).mul_(scale)
+
+
 class _Product(torch.autograd.Function):
-    """Inputs times quantized rows, which 16 bit formats represent exactly; then the scales."""
+    """A linear layer's outputs. Its backward pass unpacks the weight again instead of storing it.
+
+    The weight is scaled, not the outputs: of a picture of 1024 px these are 2.7 times as large in
+    SD3 medium, and of eight pictures 21 times.
+    """
 
     @staticmethod
-    def forward(ctx: Any, inputs: Tensor, values: Tensor, scale: Tensor) -> Tensor:
+    def forward(
+        ctx: Any, inputs: Tensor, values: Tensor, scale: Tensor, bias: Tensor | None
+    ) -> Tensor:
         ctx.values, ctx.scale = values, scale
-        weight, row = values.t().to(inputs.dtype), scale.t().to(inputs.dtype)
-        # Products of numbers up to 448 overflow float16.
-        return inputs @ (weight * row) if inputs.dtype == torch.float16 else inputs @ weight * row
+        return nn.functional.linear(inputs, unpacked(values, scale, inputs.dtype), bias)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None]:
         (gradient,) = gradients
-        dtype = gradient.dtype
-        return gradient * ctx.scale.t().to(dtype) @ ctx.values.to(dtype), None, None
-
-
-class _Fp8Product(torch.autograd.Function):
-    """Inputs times quantized rows, with inputs and gradients also rounded to 8 bit by row."""
-
-    @staticmethod
-    def forward(ctx: Any, inputs: Tensor, values: Tensor, scale: Tensor) -> Tensor:
-        ctx.values, ctx.scale = values, scale
-        return _fp8_product(inputs, values.t(), scale.t())
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
-        (gradient,) = gradients
-        # The sum runs over the rows, so their scales are applied to the gradient first.
-        gradient = gradient * ctx.scale.t().to(gradient.dtype)
-        # The hardware needs the second matrix in column-major order.
-        values = ctx.values.t().contiguous().t()
-        ones = ctx.scale.new_ones(1, values.shape[1])
-        return _fp8_product(gradient, values, ones), None, None
-
-
-def _fp8_product(inputs: Tensor, values: Tensor, scale: Tensor) -> Tensor:
-    """Return [..., N] from inputs [..., K], 8 bit values [K, N] and column scales [1, N]."""
-    rounded, row_scale = rounded_rows(inputs.flatten(0, -2), torch.float8_e4m3fn)
-    product = torch._scaled_mm(
-        rounded,
-        values,
-        scale_a=row_scale,
-        scale_b=scale.contiguous(),
-        out_dtype=torch.bfloat16,
-    )
-    return product.view(*inputs.shape[:-1], -1).to(inputs.dtype)
+        return gradient @ unpacked(ctx.values, ctx.scale, gradient.dtype), None, None, None
 
 
 def _nf4(linear: nn.Linear) -> nn.Module:

@@ -4,6 +4,7 @@ import math
 import os
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from tqdm import tqdm
 from common.device import compile_blocks
 from sd3.pooled_convention import take_pooled_and_shift, takes_zeros
 from sd3.pretrained import DATA_KEY
+from sd3.quantized import quantize
 from train import distribution, models
 from train.compatibility import check_controlnet, check_same_distribution
 from train.config import TrainConfig
@@ -184,7 +186,7 @@ def _load_networks(
     """
     dtype = models.WEIGHT_DTYPES[accelerator.mixed_precision]
     transformer = models.load_transformer(inputs.base, config.variant, dtype)
-    models.prepare_base(config, transformer)
+    models.prepare_base(config, transformer, partial(quantize, device=accelerator.device))
     if config.offload_base:
         StreamedBlocks(transformer, config.offload_base, accelerator.device)
     else:

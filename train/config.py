@@ -160,11 +160,6 @@ class TrainConfig:
         False,
         help="Compile the blocks of both networks; the first step then takes a minute or more.",
     )
-    fp8_matmul: bool = option(
-        False,
-        help="Compute the frozen base's matrix products in 8 bit, with --quantize-base fp8; on "
-        "Ada, Hopper and later; best with --compile.",
-    )
     allow_tf32: bool = option(
         False, help="Use TensorFloat-32 for float32 products; on Ampere and later."
     )
@@ -255,8 +250,6 @@ class TrainConfig:
             raise ConfigError(f"--local-cache-gb {self.local_cache_gb:g}: must be above 0.")
         if not 0 <= self.max_grad_norm < math.inf:
             raise ConfigError(f"--max-grad-norm {self.max_grad_norm:g}: must be at least 0.")
-        if self.fp8_matmul and self.quantize_base != "fp8":
-            raise ConfigError("--fp8-matmul: goes with --quantize-base fp8.")
         if self.offload_base and self.compile:
             raise ConfigError(
                 f"--offload-base {self.offload_base}: blocks that are compiled stay on the device; "

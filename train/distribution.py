@@ -15,7 +15,6 @@ from train.optim import fused_backward
 from train.processes.strategy import STRATEGIES, Strategy, keeps_gradients, strategy
 
 ZERO_STAGES = (2, 3)
-FP8_CAPABILITY = (8, 9)  # Ada; Hopper is 9.0
 
 _OFFLOAD = (
     "accelerate's own configuration says what is offloaded with FSDP2 and DeepSpeed; leave it out, "
@@ -62,8 +61,6 @@ def check(accelerator: Accelerator, config: TrainConfig) -> None:
         fused_backward.check(
             num_processes=accelerator.num_processes, scales_loss=accelerator.scaler is not None
         )
-    if config.fp8_matmul:
-        _check_fp8(accelerator.device)
     if config.bf16_weights:
         if accelerator.num_processes > 1:
             raise ConfigError("--bf16-weights: each process would round in its own way; use one.")
@@ -73,18 +70,6 @@ def check(accelerator: Accelerator, config: TrainConfig) -> None:
         if strategy(accelerator) == unsupported and _is_given(config, option):
             raise ConfigError(f"{option}: {reason}")
     _check_plugin(accelerator)
-
-
-def _check_fp8(device: torch.device) -> None:
-    if device.type != "cuda":
-        return
-    capability = torch.cuda.get_device_capability(device)
-    if capability < FP8_CAPABILITY:
-        raise ConfigError(
-            f"--fp8-matmul: {torch.cuda.get_device_name(device)} has none (compute capability "
-            f"{'.'.join(map(str, capability))}, {'.'.join(map(str, FP8_CAPABILITY))} is "
-            "needed); leave it out, --quantize-base fp8 works without."
-        )
 
 
 def _is_given(config: TrainConfig, option: str) -> bool:

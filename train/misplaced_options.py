@@ -51,4 +51,6 @@ MISPLACED = {
     "--num-extra-conditioning-channels": "further channels, a mask's for instance, need data that "
     "neither the reference nor this cache has; leave it out.",
     "--set-grads-to-none": "gradients are always set to None; leave it out.",
+    "--fp8-matmul": "was taken out; --quantize-base fp8 stores the base in 8 bit and computes its "
+    "products in 16.",
 }

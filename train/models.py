@@ -35,7 +35,7 @@ def mixed_precision(config: TrainConfig) -> str:
         raise ConfigError(
             f"accelerate's configuration says mixed_precision: {found}; training supports "
             f"{', '.join(WEIGHT_DTYPES)}: give --mixed-precision bf16. (--quantize-base fp8 stores "
-            "the base in 8 bit, --fp8-matmul computes with it.)"
+            "the base in 8 bit.)"
         )
     return found
 
@@ -168,7 +168,7 @@ def prepare_base(
     """
     transformer.requires_grad_(False).eval()
     if config.quantize_base is not None:
-        quantize(transformer, config.quantize_base, fp8_matmul=config.fp8_matmul)
+        quantize(transformer, config.quantize_base)
     if config.gradient_checkpointing:
         transformer.enable_gradient_checkpointing()
 

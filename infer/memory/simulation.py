@@ -198,7 +198,7 @@ class _Pipeline:
             save_memory(vae, tiling=config.vae_tiling)
             loaded = _bytes(transformer)
             if config.quantize_base is not None:
-                quantize(transformer.requires_grad_(False), config.quantize_base, fp8_matmul=False)
+                quantize(transformer.requires_grad_(False), config.quantize_base)
             controlnet = nets[0] if len(nets) == 1 else SD3MultiControlNetModel(nets)
             self.pipeline = StableDiffusion3ControlNetPipeline(
                 transformer=transformer,

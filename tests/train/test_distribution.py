@@ -106,19 +106,6 @@ def test_checkpoints_resume_with_the_same_strategy(
         compatibility.check_same_distribution(folder, state, accelerator(now))
 
 
-def test_products_in_8_bit_need_hardware(
-    train_config: TrainConfig, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    config = replace(train_config, quantize_base="fp8", fp8_matmul=True)
-    card = accelerator(DistributedType.NO, num_processes=1, device=torch.device("cuda"))
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a card")
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 6))
-    with pytest.raises(ConfigError, match=r"--fp8-matmul: a card has none .*8\.6, 8\.9 is needed"):
-        distribution.check(card, config)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    distribution.check(card, config)
-
-
 @pytest.mark.parametrize("name", ["fp8", "BF16"])
 def test_accelerate_may_ask_for_a_precision_that_training_lacks(
     name: str, train_config: TrainConfig, monkeypatch: pytest.MonkeyPatch

@@ -110,7 +110,6 @@ OURS = {
     "shuffle_window",
     "on_nonfinite",
     "quantize_base",
-    "fp8_matmul",
     "bf16_weights",
     "offload_optimizer",
     "offload_activations",

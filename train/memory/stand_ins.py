@@ -36,18 +36,17 @@ def network_bytes(network: nn.Module) -> int:
     return sum(tensor.nbytes for tensor in (*network.parameters(), *network.buffers()))
 
 
-def quantize(transformer: Any, kind: str, *, fp8_matmul: bool) -> None:
+def quantize(transformer: Any, kind: str) -> None:
     """Quantise a transformer as `sd3.quantized.quantize` does, without bitsandbytes.
 
     Args:
         transformer: an SD3 transformer, frozen.
         kind: `int8`, `fp8` or `nf4`.
-        fp8_matmul: compute the matrix products in 8 bit too, with `fp8`.
     """
     if kind == "nf4":
         replace_linear(transformer, Nf4Linear)
     else:
-        quantized.quantize(transformer, kind, fp8_matmul=fp8_matmul)
+        quantized.quantize(transformer, kind)
 
 
 def stream_blocks(network: Any, count: int) -> int:

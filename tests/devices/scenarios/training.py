@@ -47,7 +47,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "fp16": {"mixed_precision": "fp16"},
     "accumulation": {"gradient_accumulation_steps": 2},
     "int8": {"quantize_base": "int8"},
-    "fp8": {"quantize_base": "fp8", "fp8_matmul": True},
+    "fp8": {"quantize_base": "fp8"},
     "nf4": {"quantize_base": "nf4", "max_train_steps": 1},
     "8bit-adam": {"use_8bit_adam": True, "max_train_steps": 1},
     "base-nf4": {"offload_base": 3, "quantize_base": "nf4", "max_train_steps": 1},
