@@ -152,11 +152,6 @@ def unseen_circles(config: CirclesConfig) -> list[Circle]:
     return random_circles(config.num_unseen, config.seed + 1, held_out=True)
 
 
-def unseen_image_path(config: CirclesConfig, number: int) -> Path:
-    """Return the path of an unseen circle's conditioning image."""
-    return config.output_dir / "unseen" / "source" / f"{number}.png"
-
-
 def draw_data_sets(config: CirclesConfig) -> None:
     """Draw `train` and `unseen`, unless they are there already.
 

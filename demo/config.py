@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 from common.config_file import config_files, read_section
 from common.errors import ConfigError
 from common.options import option
-from demo.circles import CirclesConfig, unseen_circles, unseen_image_path
+from demo.circles import CirclesConfig
 from infer.config import GenerateConfig, ScoreConfig
 from precompute.config import PrecomputeConfig
 from train.config import TrainConfig
@@ -63,17 +63,6 @@ def load_config(*paths: Path) -> DemoConfig:
         infer=_read_table(paths, "infer", GenerateConfig),
         score=_read_table(paths, "score", ScoreConfig),
     )
-    # The report's pictures "before training" are the first that score draws without a ControlNet.
-    unseen = unseen_circles(config.circles)[: config.score.num_samples]
-    pairs = [
-        (circle.prompt, unseen_image_path(config.circles, k)) for k, circle in enumerate(unseen)
-    ]
-    validation = config.precompute.validation_pairs()
-    if validation != pairs[: len(validation)]:
-        raise ConfigError(
-            f"{_names(paths)}: the validation pairs in [precompute] must be the first of the "
-            f"unseen circles that [score] draws: {pairs[0][0]!r}, {pairs[0][1]}, and so on."
-        )
     if config.train.report_to != "tensorboard":
         raise ConfigError(
             f"{_names(paths)}: report_to in [train] must be tensorboard, for the loss curve."

@@ -15,11 +15,10 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from common.provenance import commit, machine, versions
 from demo.comparison import compare
 from demo.config import DemoConfig
-from infer.scoring.results import WITHOUT
 from sd3 import images
 from sd3.contact_sheet import contact_sheet
 
-NUM_STEPS_SHOWN = 6  # columns of validation pictures; further steps are left out
+NUM_STEPS_SHOWN = 7  # columns of validation pictures; further steps are left out
 SMOOTHING = 10  # the curve's points are means of so many logged losses
 
 
@@ -100,11 +99,7 @@ def draw_losses(losses: list[tuple[int, float]]) -> str:
 
 
 def draw_progress(config: DemoConfig) -> Image.Image:
-    """Return the validation pairs before, during and after training, one row for each pair.
-
-    Before training the ControlNet adds nothing, so its pictures are those of the base model alone.
-    Score has drawn them, without the ControlNet and from the same noise.
-    """
+    """Return the validation pairs before, during and after training, one row for each pair."""
     folders = sorted((config.train.output_dir / "validation").glob("step-*"))
     num_columns = min(len(folders), NUM_STEPS_SHOWN)
     shown = np.unique(np.linspace(0, len(folders) - 1, num_columns).round().astype(int))
@@ -112,11 +107,11 @@ def draw_progress(config: DemoConfig) -> Image.Image:
     rows = []
     for number, (prompt, path) in enumerate(config.precompute.validation_pairs()):
         conditioning = images.load(path)[0]
-        before = Image.open(config.score.output_dir / WITHOUT / f"{number:03d}.png")
         drawn = [_crop_result(folder / f"{number}.png") for folder in columns]
-        rows.append(([images.fit(conditioning, before.width), before, *drawn], prompt))
-    headings = [f"step {int(folder.name.removeprefix('step-'))}" for folder in columns]
-    return contact_sheet(rows, ["conditioning", "before training", *headings])
+        rows.append(([images.fit(conditioning, drawn[0].width), *drawn], prompt))
+    steps = [int(folder.name.removeprefix("step-")) for folder in columns]
+    headings = [f"step {step}" if step else "before training" for step in steps]
+    return contact_sheet(rows, ["conditioning", *headings])
 
 
 def _crop_result(path: Path) -> Image.Image:

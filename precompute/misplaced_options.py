@@ -36,6 +36,7 @@ TRAIN_OPTIONS = (
     "--offload-base",
     "--compile",
     "--validation-steps",
+    "--validation-batch-size",
     "--num-validation-images",
     "--validation-inference-steps",
     "--validation-guidance-scale",

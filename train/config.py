@@ -171,8 +171,11 @@ class TrainConfig:
     validation_steps: int = option(
         100,
         help="Steps between validations, which draw the cache's validation pairs and measure the "
-        "loss on its held-out rows; 0 turns them off.",
+        "loss on its held-out rows; the first is before training; 0 turns them off.",
         heading="Validation",
+    )
+    validation_batch_size: int | None = option(
+        None, help="Held-out samples per batch and process; by default --train-batch-size."
     )
     num_validation_images: int = option(4, help="Pictures per validation pair.")
     validation_inference_steps: int = option(20, help="Sampling steps per picture.")
@@ -228,6 +231,7 @@ class TrainConfig:
             "shuffle_window",
             "checkpointing_steps",
             "checkpoints_total_limit",
+            "validation_batch_size",
             "num_validation_images",
             "validation_inference_steps",
             "logging_steps",

@@ -67,8 +67,8 @@ def take_steps(run: Run, received: Received) -> tuple[TrainState, Signals | None
         sample_key=samples.key,
         print=tqdm.write,
     )
-    if state.step and pictures.is_due(run, state.step) and not pictures.is_done(run, state.step):
-        # The run was killed between that step's checkpoint and its validation.
+    if pictures.is_due(run, state.step) and not (state.step and pictures.is_done(run, state.step)):
+        # The run is new; or it was killed between that step's checkpoint and its validation.
         pictures.validate(run, state.step)
     with _progress(run) as progress:
         state, signal = _loop(run, batches, guard, _agreement(accelerator, received), progress)

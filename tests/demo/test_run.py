@@ -1,6 +1,7 @@
 """`python -m demo`: every stage runs, the page stands alone, and a second run keeps everything."""
 
 import html
+import itertools
 import json
 import re
 import time
@@ -94,9 +95,9 @@ def test_the_demonstration_ends_with_a_page_that_stands_alone(
     times = json.loads((run / "times.json").read_text())
     assert times["finished"] == ["circles", "precompute", "train", "infer", "score"]
     # At a learning rate of 0 the ControlNet stays as it begins, adding nothing: training's pictures
-    # are those of the base alone, which the page shows as before training.
-    for number in range(2):
-        pair = Image.open(run / "controlnet" / "validation" / "step-000004" / f"{number}.png")
+    # are those of the base alone, at step 0, which the page shows as before training, and later.
+    for number, step in itertools.product(range(2), (0, 4)):
+        pair = Image.open(run / f"controlnet/validation/step-{step:06d}/{number}.png")
         trained = np.asarray(pair.crop((128, 0, 256, 128)), dtype=float)
         alone = np.asarray(Image.open(run / "score" / WITHOUT / f"{number:03d}.png"), dtype=float)
         assert np.abs(trained - alone).mean() < 1  # embeddings came through 16 bit
@@ -122,8 +123,6 @@ def test_a_stage_that_fails_ends_the_demonstration(configs: list[Path]) -> None:
     ("old", "new", "message"),
     [
         ("output_dir", "# output_dir", r"\[demo\] lacks output_dir"),
-        ("light yellow circle", "dark red circle", "must be the first of the unseen circles"),
-        ("num_samples = 12", "num_samples = 3", "must be the first of the unseen circles"),
         ("[train]", '[train]\nreport_to = "none"', "must be tensorboard"),
     ],
 )

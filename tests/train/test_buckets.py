@@ -142,7 +142,7 @@ def test_validation_pairs_are_drawn_in_their_own_shapes(
             report_to="tensorboard",
         )
     )
-    drawn = sorted((config.output_dir / "validation").rglob("*.png"))
+    drawn = sorted((config.output_dir / "validation/step-000001").glob("*.png"))
     # The conditioning image and two pictures side by side.
     assert [Image.open(path).size for path in drawn] == [(3 * 96, 32), (3 * 64, 64)]
 

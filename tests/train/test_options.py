@@ -119,6 +119,7 @@ OURS = {
     "compile",
     "deterministic",
     "ema_decay",
+    "validation_batch_size",
     "validation_inference_steps",
     "validation_guidance_scale",
     "validation_decode",

@@ -265,7 +265,7 @@ def test_latents_that_were_kept_are_decoded_elsewhere(
     base = ("--pretrained-model-name-or-path", config.pretrained_model_name_or_path)
     outcome = command("infer", *decode, *base)
     assert outcome.exit_code == 0, outcome.output
-    assert "4 files of latents, 4 to decode" in outcome.output
+    assert "6 files of latents, 6 to decode" in outcome.output  # two of step 0
     vae = AutoencoderKL.from_pretrained(config.pretrained_model_name_or_path, subfolder="vae")
     for name in ("0-ema", "0", "1-ema", "1"):
         decoded, drawn, cpu = (
@@ -283,7 +283,7 @@ def test_latents_that_were_kept_are_decoded_elsewhere(
         assert np.abs(drawn[:, 64:] - expected.numpy()).max() <= 1
         assert (drawn[:, :64] == saved["conditioning_image"].permute(1, 2, 0).numpy()).all()
         assert expected.std() > 1
-    assert "4 files of latents, 0 to decode" in command("infer", *decode, *base).output
+    assert "6 files of latents, 0 to decode" in command("infer", *decode, *base).output
 
 
 def test_nothing_to_decode_says_what_makes_it(
@@ -303,16 +303,23 @@ def test_nothing_to_decode_says_what_makes_it(
 def test_a_validation_cut_short_is_repeated_on_resuming(
     config: TrainConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """And the one before training, which a checkpoint follows, is not."""
     from train.validation import pictures
 
-    def killed(*_: Any) -> None:
-        raise KeyboardInterrupt
+    decode, folder = pictures._decode, config.output_dir / "validation"
+
+    def killed_after_the_first(*args: Any) -> Any:
+        if (folder / "step-000000").exists():
+            raise KeyboardInterrupt
+        return decode(*args)
 
     with monkeypatch.context() as patch:
-        patch.setattr(pictures, "_decode", killed)
+        patch.setattr(pictures, "_decode", killed_after_the_first)
         with pytest.raises(KeyboardInterrupt):
             train(config)
-    assert not (config.output_dir / "validation/step-000002").exists()
+    assert not (folder / "step-000002").exists()
+    drawn_at = (folder / "step-000000/0.png").stat().st_mtime_ns
     train(replace(config, resume_from_checkpoint="latest"))
+    assert (folder / "step-000000/0.png").stat().st_mtime_ns == drawn_at
     drawn = {path.name for path in (config.output_dir / "validation/step-000002").iterdir()}
     assert drawn == {"0.png", "0-ema.png", "1.png", "1-ema.png"}

@@ -56,18 +56,20 @@ def need(config: TrainConfig, free: int | None) -> Need:
 def find_sizes(config: TrainConfig) -> Sizes:
     """Return the sizes that decide a run's memory, from configurations and the cache's manifest.
 
-    Without a cache, of one with validation pairs and squares of `config.resolution`.
+    Without a cache, of one with validation pairs, held-out rows and squares of
+    `config.resolution`.
 
     Raises:
         ConfigError: the base or the ControlNet is missing, or they do not go together.
         ShardError: the cache is missing.
     """
     manifest = None
-    validates = config.validation_steps > 0
+    validates = measures_held_out = config.validation_steps > 0
     if config.cache:
         files = open_files(config.cache, config.local_cache_dir, config.local_cache_gb)
         manifest = Cache(files, config.conditioning_name).manifest
         validates &= manifest.validation[config.conditioning_name].num_records > 0
+        measures_held_out &= bool(manifest.held_out)
     decodes = validates and config.validation_decode == "vae"
     base = find_base(
         config.pretrained_model_name_or_path,
@@ -102,6 +104,7 @@ def find_sizes(config: TrainConfig) -> Sizes:
         clip=clip,
         t5=t5,
         validates=validates,
+        measures_held_out=measures_held_out,
     )
 
 

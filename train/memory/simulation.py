@@ -22,7 +22,7 @@ from sd3.prompt_embeds import prompt_embeds
 from shards.format.specs import LatentSpec
 from train.config import TrainConfig
 from train.data import Batch
-from train.loss import Objective, batch_losses
+from train.loss import Objective, batch_losses, predict
 from train.memory.stand_ins import (
     DroppedActivations,
     build_network,
@@ -58,6 +58,7 @@ class Sizes:
         clip: tokens and width of the CLIP embeddings.
         t5: tokens and width of the T5 embeddings.
         validates: whether pictures are drawn.
+        measures_held_out: whether the loss on held-out rows is measured.
     """
 
     transformer: Mapping[str, Any]
@@ -67,6 +68,7 @@ class Sizes:
     clip: tuple[int, int]
     t5: tuple[int, int]
     validates: bool
+    measures_held_out: bool = False
 
 
 @dataclass(frozen=True)
@@ -111,7 +113,7 @@ def simulate(config: TrainConfig, sizes: Sizes) -> Estimate:
         run.step()
         step = max(run.meter.peak, run.between_steps(), key=lambda parts: sum(parts.values()))
         step = {part: step.get(part, 0) for part in PARTS}
-        validation = run.validation() if sizes.validates else 0
+        validation = run.validation()
         return Estimate(step, validation, run.host, run.loading)
 
 
@@ -194,12 +196,24 @@ class Simulation:
         return held
 
     def validation(self) -> int:
-        """Return the most bytes that drawing and decoding take."""
+        """Return the most bytes that drawing, decoding and the held-out loss take; 0 if none does.
+
+        Of the held-out loss, batches of at most a step's size are left out: a step takes more.
+        """
+        held_out = 0
+        if self.sizes.measures_held_out:
+            held_out = self.config.validation_batch_size or 0
+        measures = held_out > self.config.train_batch_size
+        if not (self.sizes.validates or measures):
+            return 0
         self.controlnet.eval()
         with self.meter, torch.no_grad():
             self.meter.reset_peak()
             with self.ema.applied() if self.ema else nullcontext():
-                self._draw()
+                if self.sizes.validates:
+                    self._draw()
+                if measures:
+                    self._measure(held_out)
             if self.sizes.vae is not None:
                 self._decode(self.sizes.vae)
         return sum(self.meter.peak.values())
@@ -299,6 +313,12 @@ class Simulation:
         residuals = self.controlnet(controlnet_cond=batch.latent.to(self.dtype), **common)[0]
         residuals = [residual.to(self.dtype) for residual in residuals]
         self.transformer(block_controlnet_hidden_states=residuals, **common)
+
+    def _measure(self, count: int) -> None:
+        """Take a batch of the held-out loss."""
+        batch = self._batch(count)
+        sigma = batch.uniform
+        predict(batch, sigma, sigma, self.controlnet, self.transformer, self._objective())
 
     def _decode(self, vae_config: Mapping[str, Any]) -> None:
         """Decode one picture."""

@@ -1,5 +1,6 @@
 """Validation: pictures of the cached pairs, and the loss on held-out rows.
 
+    validation/step-000000/   before the first step, what the others are compared with
     validation/step-000500/
         0.png                 a pair's conditioning image, then the pictures drawn from it
         0-ema.png             the same, drawn with the averaged weights
@@ -30,6 +31,7 @@ from sd3 import vae_decoder
 from sd3.vae_decoder import to_bytes
 from train import models
 from train.assembly import Run
+from train.optim.ema import Ema
 from train.processes.agreement import main_decides
 from train.processes.sharding import reshard
 from train.validation.held_out import held_out_loss
@@ -67,7 +69,7 @@ def folder(run: Run, step: int) -> Path:
 
 
 def is_due(run: Run, step: int) -> bool:
-    """Return whether a validation follows a step."""
+    """Return whether a validation follows a step; step 0 is the run's start."""
     if not run.inputs.validates:
         return False
     return step % run.config.validation_steps == 0 or step == run.num_steps
@@ -81,6 +83,8 @@ def is_done(run: Run, step: int) -> bool:
 def validate(run: Run, step: int) -> None:
     """Draw the pairs and measure the held-out loss, with the weights and with their average.
 
+    At step 0 the average is the weights, so only these are validated.
+
     Every process must call this.
 
     Raises:
@@ -93,7 +97,7 @@ def validate(run: Run, step: int) -> None:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
     run.accelerator.wait_for_everyone()
-    drawings, losses = _evaluate(run)
+    drawings, losses = _evaluate(run, [run.ema] if run.ema and step else [])
     drawings = _decode(run, drawings)
     for drawing in drawings:
         _save(partial, drawing)
@@ -109,13 +113,13 @@ def validate(run: Run, step: int) -> None:
         move_into_place(partial, final)
 
 
-def _evaluate(run: Run) -> tuple[list[Drawing], dict[str, list[float]]]:
+def _evaluate(run: Run, averages: list[Ema]) -> tuple[list[Drawing], dict[str, list[float]]]:
     """Return this process's drawings, not decoded, and the held-out losses by name and level."""
     controlnet = run.accelerator.unwrap_model(run.controlnet)
     drawings: list[Drawing] = []
     losses: dict[str, list[float]] = {}
     controlnet.eval()
-    for ema in [None, run.ema] if run.ema else [None]:
+    for ema in [None, *averages]:
         with ema.applied() if ema else contextlib.nullcontext():
             if run.inputs.draws_pictures:
                 drawings += _draw(run, controlnet, "-ema" if ema else "")
@@ -126,7 +130,7 @@ def _evaluate(run: Run) -> tuple[list[Drawing], dict[str, list[float]]]:
                     controlnet,
                     run.transformer,
                     run.objective,
-                    run.config.train_batch_size,
+                    run.config.validation_batch_size or run.config.train_batch_size,
                 )
     controlnet.train()
     reshard(controlnet)

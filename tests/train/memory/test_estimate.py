@@ -254,6 +254,16 @@ def test_validation_counts_drawing_and_decoding(config: TrainConfig) -> None:
     assert decoded > few + 3 * 256 * 256 * 4
 
 
+def test_validation_counts_held_out_batches_that_are_larger_than_a_steps(
+    config: TrainConfig,
+) -> None:
+    sizes = replace(find_sizes(config), validates=False, measures_held_out=True)
+    assert simulate(config, sizes).validation == 0  # a step of that size takes more
+    large = simulate(replace(config, validation_batch_size=64), sizes)
+    # The latents of 64 pictures, with their noise, in float32.
+    assert large.validation > sum(large.step.values()) + 64 * 2 * 16 * 32 * 32 * 4
+
+
 def vae_config(config: TrainConfig) -> dict[str, Any]:
     return read_config(Path(config.pretrained_model_name_or_path), "vae")
 

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -23,7 +24,14 @@ from train.config import TrainConfig
 from train.loss import Objective
 from train.run import train
 from train.validation import held_out as measured
-from train.validation.held_out import NUM_LEVELS, batches, held_out_records, level_losses, read
+from train.validation.held_out import (
+    NUM_LEVELS,
+    batches,
+    held_out_records,
+    measurements,
+    read,
+    velocity_losses,
+)
 
 
 @pytest.fixture
@@ -59,19 +67,37 @@ def test_levels_are_eighths_and_losses_the_squared_error_of_the_velocity(
 ) -> None:
     cache = Cache(held_out)
     samples = read(cache, held_out_records(cache)[:2])
+    levels = torch.tensor([2, 7])
     scaled = (samples.latent - objective.latent_spec.shift_factor) * (
         objective.latent_spec.scaling_factor
     )
     right = samples.noise - scaled
     off = torch.tensor([1.0, 3.0]).view(2, 1, 1, 1)
     oracle = Oracle(right + off)
-    losses = level_losses(samples, no_control, oracle, objective)
-    torch.testing.assert_close(losses, torch.tensor([[1.0, 9.0]]).expand(NUM_LEVELS, 2))
-    for level, asked in enumerate(oracle.asked):
-        share = level / 8
-        assert asked["timestep"].tolist() == [1000 * share] * 2
-        expected = (1 - share) * scaled + share * samples.noise
-        torch.testing.assert_close(asked["hidden_states"], expected)
+    losses = velocity_losses(samples, levels, no_control, oracle, objective)
+    torch.testing.assert_close(losses, torch.tensor([1.0, 9.0]))
+    (asked,) = oracle.asked
+    assert asked["timestep"].tolist() == [250, 875]
+    for sample, share in enumerate((2 / 8, 7 / 8)):
+        expected = (1 - share) * scaled[sample] + share * samples.noise[sample]
+        torch.testing.assert_close(asked["hidden_states"][sample], expected)
+
+
+@pytest.mark.parametrize(("num_rows", "num_measured"), [(3, 8), (8, 8), (13, 16), (256, 256)])
+def test_each_row_is_measured_at_one_level_and_each_level_as_often(
+    held_out: Path, monkeypatch: pytest.MonkeyPatch, num_rows: int, num_measured: int
+) -> None:
+    """One forward pass a row; a few rows again where they are no multiple of eight."""
+    rows = [(0, row) for row in range(num_rows)]
+    monkeypatch.setattr(measured, "held_out_records", lambda _: rows)
+    found = measurements(Cache(held_out))
+    assert len(found) == num_measured
+    assert [number for number, _ in found] == list(range(num_measured))
+    assert [record for _, record in found][:num_rows] == rows
+    at_level = Counter(number % NUM_LEVELS for number, _ in found)
+    assert at_level == dict.fromkeys(range(8), num_measured // 8)
+    # No row twice at one level.
+    assert len({(number % NUM_LEVELS, record) for number, record in found}) == num_measured
 
 
 def test_the_noise_belongs_to_the_image(held_out: Path) -> None:
@@ -105,11 +131,13 @@ def test_batches_are_of_one_bucket(bucketed: Path) -> None:
     cache = Cache(bucketed)
     cache.manifest.held_out.extend([1, 2, 3, 4])
     found = batches(cache, 4)
-    assert sorted(record for batch in found for record in batch) == [
-        (shard, index) for shard in (1, 2, 3, 4) for index in range(5)
+    rows = [(shard, index) for shard in (1, 2, 3, 4) for index in range(5)]
+    assert sorted(measurement for batch in found for measurement in batch) == [
+        *enumerate(rows),
+        *enumerate(rows[:4], start=20),
     ]
     for batch in found:
-        assert len({cache.conditioning.bucket(shard) for shard, _ in batch}) == 1
+        assert len({cache.conditioning.bucket(record[0]) for _, record in batch}) == 1
         assert 1 <= len(batch) <= 4
 
 
@@ -147,15 +175,39 @@ def test_two_processes_measure_what_one_does(
     whole = measured.held_out_loss(cache, Accelerator(cpu=True), *common, 2)
     assert len(whole) == NUM_LEVELS
     passes: list[int] = []
-    original = measured.level_losses
-    monkeypatch.setattr(measured, "level_losses", lambda *args: passes.append(0) or original(*args))
+    original = measured.velocity_losses
+    monkeypatch.setattr(
+        measured, "velocity_losses", lambda *args: passes.append(0) or original(*args)
+    )
     ranks = [Rank(0), Rank(1)]
     for rank in ranks:
-        measured.held_out_loss(cache, rank, *common, 1)
-    # Three samples: the second process computes as many batches as the first, and counts one.
+        measured.held_out_loss(cache, rank, *common, 3)
+    # Batches of 3, 3 and 2: the second process computes as many as the first, and counts one.
     assert len(passes) == 4
-    sums = sum(rank.sums[0] for rank in ranks)
-    assert (sums[:-1] / sums[-1]).tolist() == pytest.approx(whole, rel=1e-5)
+    losses = sum(rank.sums[0] for rank in ranks)
+    assert losses.tolist() == pytest.approx(whole, rel=1e-5)
+
+
+def test_its_batches_may_be_larger_than_trainings(
+    config: TrainConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And before training it is measured once: the average of the weights is the weights."""
+    sizes: list[int] = []
+    original = measured.velocity_losses
+    monkeypatch.setattr(
+        measured,
+        "velocity_losses",
+        lambda samples, *args: sizes.append(len(samples.noise)) or original(samples, *args),
+    )
+    config = replace(config, max_train_steps=1, ema_decay=0.5, validation_inference_steps=1)
+    train(replace(config, validation_batch_size=5, validation_decode="latents"))
+    assert sizes == [5, 3] * 3  # of eight, at step 0, and at step 1 twice
+    before, after = (
+        json.loads((config.output_dir / f"validation/step-00000{step}/held_out.json").read_text())
+        for step in (0, 1)
+    )
+    assert before.keys() == {"held_out_loss"}
+    assert after.keys() == {"held_out_loss", "ema_held_out_loss"}
 
 
 def test_it_is_logged_whole_and_by_level_and_kept(
@@ -164,10 +216,12 @@ def test_it_is_logged_whole_and_by_level_and_kept(
     config = replace(config, learning_rate=1e-2, validation_inference_steps=1)
     train(replace(config, report_to="tensorboard", ema_decay=0.5, validation_decode="latents"))
     events = EventAccumulator(str(config.output_dir / "logs" / "train_controlnet")).Reload()
-    for step in (2, 4):
+    for step in (0, 2, 4):
         text = (config.output_dir / f"validation/step-{step:06d}/held_out.json").read_text()
         kept = json.loads(text)
-        assert kept.keys() == {"held_out_loss", "ema_held_out_loss"}
+        assert kept.keys() == (
+            {"held_out_loss", "ema_held_out_loss"} if step else {"held_out_loss"}
+        )
         for name, levels in kept.items():
             logged = {event.step: event.value for event in events.Scalars(name)}
             assert logged[step] == pytest.approx(sum(levels) / 8)
@@ -224,12 +278,14 @@ def test_a_cache_that_is_changed_meanwhile_is_called_that_and_can_be_had_back(
         return losses
 
     in_batch(2, hold_out_others)
-    config = replace(config, cache=str(cache), max_train_steps=3)
+    config = replace(config, cache=str(cache), max_train_steps=3, resume_from_checkpoint="latest")
+    # A run that goes on has not read its held-out rows before.
+    train(replace(config, max_train_steps=1))
     with pytest.raises(ShardError, match="the cache was changed while the run read it") as raised:
         train(config)
     assert "\n" not in str(raised.value)
     precompute(before)
-    train(replace(config, resume_from_checkpoint="latest"))
+    train(config)
     assert (config.output_dir / "validation/step-000003/held_out.json").is_file()
 
 

@@ -76,7 +76,9 @@ def test_a_run_draws_what_the_stock_pipeline_draws(
     )
     train(config)
     folders = {path.name for path in (config.output_dir / "validation").iterdir()}
-    assert folders == {"step-000002", "step-000003"}  # a multiple, and the last
+    # Before training, a multiple, and the last.
+    assert folders == {"step-000000", "step-000002", "step-000003"}
+    before = Image.open(config.output_dir / "validation/step-000000/0.png")
     drawn: dict[str, NDArray[np.float64]] = {}
     for suffix, weights in (
         ("", config.output_dir),
@@ -115,3 +117,5 @@ def test_a_run_draws_what_the_stock_pipeline_draws(
             assert np.abs(drawn[f"{number}{suffix}"] - stock).max() < 2.5 / 255
     # What must be told apart is further apart than that.
     assert np.abs(drawn["0"] - drawn["0-ema"]).max() > 5 / 255
+    alone = np.stack(np.split(np.asarray(before) / 255, 3, axis=1)[1:])
+    assert np.abs(drawn["0"] - alone).max() > 5 / 255
