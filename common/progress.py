@@ -71,9 +71,18 @@ class Progress:
         if self._seconds() >= INTERVAL_S or (self._has_said and self._is_at_end()):
             self._say({})
 
-    def show(self, values: Mapping[str, str]) -> None:
-        """Show values beside the bar, or in a line; the first and the last at once."""
-        self._bar.set_postfix(values)
+    def show(self, values: Mapping[str, str], *, rate: float | None = None) -> None:
+        """Show values beside the bar, or in a line; the first and the last at once.
+
+        Args:
+            values: by name, in the order that they are shown in.
+            rate: what `rate_unit` counts, a second. The bar shows it; lines have a rate of their
+                own.
+        """
+        of_bar = dict(values)
+        if rate is not None:
+            of_bar[f"{self._rate_unit}/s"] = f"{rate:.3g}"
+        self._bar.set_postfix(of_bar)
         if not self._prints_lines:
             return
         if not self._has_said or self._seconds() >= INTERVAL_S or self._is_at_end():

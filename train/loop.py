@@ -1,14 +1,11 @@
 """The loop of stage 2: optimiser steps, and what is due between them."""
 
 import itertools
-import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from signal import Signals
 
 import torch
-import torch.distributed
-from accelerate import Accelerator
 from tqdm import tqdm
 
 from common.interruption import Received
@@ -18,10 +15,12 @@ from train.data import Batch, RankPlaces, TrainingSamples, read_batches
 from train.inputs import samples_per_step
 from train.loss import batch_losses
 from train.optim.nonfinite import NonFiniteGuard
+from train.processes.agreement import HostGroup
 from train.processes.sharding import clip_gradients
 from train.processes.strategy import keeps_gradients, strategy
 from train.saving import checkpoints
 from train.saving.checkpoints import TrainState
+from train.step_log import StepLog
 from train.validation import pictures
 
 
@@ -70,8 +69,10 @@ def take_steps(run: Run, received: Received) -> tuple[TrainState, Signals | None
     if pictures.is_due(run, state.step) and not (state.step and pictures.is_done(run, state.step)):
         # The run is new; or it was killed between that step's checkpoint and its validation.
         pictures.validate(run, state.step)
+    hosts = HostGroup()
     with _progress(run) as progress:
-        state, signal = _loop(run, batches, guard, _agreement(accelerator, received), progress)
+        log = StepLog(run, guard, hosts, progress)
+        state, signal = _loop(run, batches, log, lambda: hosts.agreed_signal(received()))
     batches.close()
     if guard.num_skipped:
         run.print(f"{guard.num_skipped} steps were left out, since their gradient was not finite")
@@ -94,28 +95,28 @@ def _progress(run: Run) -> Progress:
 def _loop(
     run: Run,
     batches: Iterator[tuple[list[int], Batch]],
-    guard: NonFiniteGuard,
+    log: StepLog,
     agreed_signal: Received,
-    progress: Progress,
 ) -> tuple[TrainState, Signals | None]:
     """Take the steps; log, save and validate between them."""
     config, state = run.config, run.inputs.state
     step_samples = samples_per_step(config, run.accelerator.num_processes)
     signal = None
     while state.step < run.num_steps and not signal:
-        norm = take_step(run, batches, guard, state.step + 1)
+        norm = take_step(run, batches, log.guard, state.step + 1)
+        log.write()  # of the step before, which has been examined meanwhile
         state = replace(state, step=state.step + 1, place=state.place + step_samples)
-        progress.update()
+        log.progress.update()
         signal = agreed_signal()
         last = state.step == run.num_steps or bool(signal)
         if state.step % config.logging_steps == 0 or last:
-            _log(run, guard, state, norm, progress)
+            log.note(state, norm)
         if state.step % config.checkpointing_steps == 0 or last:
-            guard.finish()
-            checkpoints.save(run.accelerator, config, state, run.ema)
+            with log.paused():
+                checkpoints.save(run.accelerator, config, state, run.ema)
         if pictures.is_due(run, state.step) and not signal:
-            pictures.validate(run, state.step)
-    guard.finish()
+            with log.paused():
+                pictures.validate(run, state.step)
     return state, signal
 
 
@@ -165,47 +166,3 @@ def take_step(
             run.ema.step()
     guard.after_update(step, step_places, torch.cat(losses), nonfinite)
     return norm
-
-
-def _log(
-    run: Run,
-    guard: NonFiniteGuard,
-    state: TrainState,
-    norm: torch.Tensor | None,
-    progress: Progress,
-) -> None:
-    """Log the mean loss since the last call, over all processes, gradient norm and rate.
-
-    Losses that are not finite are left out of the mean; without any other it is NaN.
-    """
-    sums = guard.pop_loss_sum().to(run.accelerator.device)
-    loss_sum, count = run.accelerator.reduce(sums, reduction="sum").tolist()
-    loss, lr = loss_sum / count if count else math.nan, run.schedule.get_last_lr()[0]
-    epoch = run.inputs.order.epochs(state.place)
-    values, shown = {"loss": loss, "lr": lr, "epoch": epoch}, {"loss": f"{loss:.4f}"}
-    if norm is not None:
-        values["gradient_norm"] = float(norm)
-        shown["gradient norm"] = f"{float(norm):.3g}"
-    if guard.num_skipped:
-        values["steps_left_out"] = guard.num_skipped
-    run.accelerator.log(values, step=state.step)
-    progress.show(shown | {"lr": f"{lr:.2g}"})
-
-
-def _agreement(accelerator: Accelerator, received: Received) -> Callable[[], Signals | None]:
-    """Return a function that returns the signal that any process has received, or None.
-
-    All processes must call it together: a signal does not reach them in the same step, but they
-    must end after the same one.
-    """
-    if accelerator.num_processes == 1:
-        return received
-    # On the hosts, so that no process waits for its device.
-    group = torch.distributed.new_group(backend="gloo")
-
-    def agreed() -> Signals | None:
-        number = torch.tensor(received() or 0)
-        torch.distributed.all_reduce(number, torch.distributed.ReduceOp.MAX, group)
-        return Signals(int(number)) if number else None
-
-    return agreed

@@ -167,10 +167,9 @@ class NonFiniteGuard:
         exception = ", but for weights with finite gradients" if self.updates_per_weight else ""
         self.print(f"{line} Left out{exception}.")
 
-    def pop_loss_sum(self) -> Tensor:
-        """Return sum and number of the finite losses since the last call, [2]."""
-        self.finish()
-        sums = torch.tensor([self.loss_sum, self.num_losses], dtype=torch.float32)
+    def pop_loss_sum(self) -> list[float]:
+        """Return sum and number of the finite losses examined since the last call."""
+        sums = [self.loss_sum, self.num_losses]
         self.loss_sum, self.num_losses = 0.0, 0
         return sums
 

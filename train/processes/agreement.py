@@ -1,8 +1,11 @@
 """What all processes must agree on, though each looks at the disk for itself."""
 
 from collections.abc import Callable, Mapping
+from signal import Signals
 from typing import Any, TypeVar
 
+import torch
+import torch.distributed
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list, gather_object
 
@@ -70,3 +73,36 @@ def check_same_everywhere(found: Mapping[str, str]) -> None:
                         "again."
                     )
                 )
+
+
+class HostGroup:
+    """All processes, joined through their hosts, so that none waits for its device.
+
+    Every process must make one, and call its methods together.
+    """
+
+    def __init__(self) -> None:
+        several = PartialState().num_processes > 1
+        self._group = torch.distributed.new_group(backend="gloo") if several else None
+
+    def agreed_signal(self, signal: Signals | None) -> Signals | None:
+        """Return the signal that any process has received, or None.
+
+        A signal does not reach all processes in the same step, but they must end after the same.
+        """
+        (number,) = self._reduce([signal or 0], torch.distributed.ReduceOp.MAX)
+        return Signals(int(number)) if number else None
+
+    def sum(self, numbers: list[float]) -> list[float]:
+        """Return the sums of numbers over all processes."""
+        return self._reduce(numbers, torch.distributed.ReduceOp.SUM)
+
+    def _reduce(
+        self, numbers: list[float], operation: torch.distributed.ReduceOp.RedOpType
+    ) -> list[float]:
+        if self._group is None:
+            return numbers
+        tensor = torch.tensor(numbers, dtype=torch.float64)
+        torch.distributed.all_reduce(tensor, operation, self._group)
+        reduced: list[float] = tensor.tolist()
+        return reduced

@@ -1,0 +1,116 @@
+"""What a run tells of its steps, to its tracker and beside its bar, without waiting for the device.
+
+A step's values are read while the next one runs, so they come a step late, under their own number.
+"""
+
+import contextlib
+import math
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from common.device import AsyncHostCopy
+from common.progress import Progress
+from train.assembly import Run
+from train.optim.nonfinite import NonFiniteGuard
+from train.processes.agreement import HostGroup
+from train.saving.checkpoints import TrainState
+
+
+@dataclass(frozen=True)
+class Entry:
+    """What is known of a step when it is queued.
+
+    Attributes:
+        state: of the run after it.
+        lr: learning rate after it.
+        norm: its gradient's norm, before it was clipped; None where it is never whole.
+        seconds: when it was queued, on a clock that stands still in pauses.
+    """
+
+    state: TrainState
+    lr: float
+    norm: AsyncHostCopy | None
+    seconds: float
+
+
+class StepLog:
+    """Logs mean loss, gradient norm and rate of steps.
+
+    Args:
+        run: whose steps they are.
+        guard: examines each step while the next one runs, and adds its losses up.
+        hosts: of all processes.
+        progress: shows the values.
+    """
+
+    def __init__(
+        self, run: Run, guard: NonFiniteGuard, hosts: HostGroup, progress: Progress
+    ) -> None:
+        self.run = run
+        self.guard = guard
+        self.hosts = hosts
+        self.progress = progress
+        self._pending: Entry | None = None
+        self._logged: Entry | None = None
+        self._paused = 0.0
+
+    def note(self, state: TrainState, norm: Tensor | None) -> None:
+        """Have a step logged once it is known; nothing is read from the device yet.
+
+        Args:
+            state: of the run after the step.
+            norm: of its gradient, [].
+        """
+        copy = None if norm is None else AsyncHostCopy({"norm": norm.detach()})
+        lr = self.run.schedule.get_last_lr()[0]
+        self._pending = Entry(state, lr, copy, time.monotonic() - self._paused)
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Wait for the last step, log it if it was noted, and stop the clock for a block.
+
+        Raises:
+            RunError: the step's gradient was not finite, and the run is to stop then.
+        """
+        self.guard.finish()
+        self.write()
+        start = time.monotonic()
+        yield
+        self._paused += time.monotonic() - start
+
+    def write(self) -> None:
+        """Log the step that was noted, if one was; the guard has examined it.
+
+        Every process must call this. Losses that are not finite are left out of the mean, which is
+        over all samples since the step logged before; without any it is NaN. The rate is of the
+        same steps, over all processes and without pauses; the first log has none, since the device
+        was idle before.
+        """
+        entry, self._pending = self._pending, None
+        if entry is None:
+            return
+        loss_sum, count = self.hosts.sum(self.guard.pop_loss_sum())
+        loss = loss_sum / count if count else math.nan
+        values = {
+            "loss": loss,
+            "lr": entry.lr,
+            "epoch": self.run.inputs.order.epochs(entry.state.place),
+        }
+        shown, rate = {"loss": f"{loss:.4f}"}, None
+        if self._logged is not None:
+            seconds = max(entry.seconds - self._logged.seconds, 1e-9)
+            values["samples_per_second"] = rate = (
+                entry.state.place - self._logged.state.place
+            ) / seconds
+        if entry.norm is not None:
+            norm = float(entry.norm.wait()["norm"])
+            values["gradient_norm"] = norm
+            shown["gradient norm"] = f"{norm:.3g}"
+        if self.guard.num_skipped:
+            values["steps_left_out"] = self.guard.num_skipped
+        self.run.accelerator.log(values, step=entry.state.step)
+        self.progress.show(shown | {"lr": f"{entry.lr:.2g}"}, rate=rate)
+        self._logged = entry
