@@ -22,9 +22,11 @@ from infer.drawing import metadata
 from infer.drawing.controlnet_set import ControlNetSet, find_controlnet_sets
 from infer.drawing.generate import draw
 from infer.drawing.pictures import plan_pictures
+from infer.drawing.prompts import EncodedPrompts
 from infer.drawing.requests import DrawRequest, load_control
+from infer.loaded_base import LoadedBase
 from infer.photographs import Photograph, Redrawing, draw_controls, find_redrawing
-from infer.pipeline import full_memory_explained, load_pipeline, with_dtype
+from infer.pipeline import full_memory_explained, with_dtype
 from sd3.annotators.drawing import Drawing
 from sd3.contact_sheet import save_png
 
@@ -52,6 +54,7 @@ class DrawService:
         self.controlnets = {controlnet.title: controlnet for controlnet in sets}
         self.redrawings = _find_redrawings(config, sets)
         self._drawings: dict[str, Drawing] = {}
+        self._loaded: LoadedBase | None = None
         self._pipeline: Any = None
         self._loaded_title: str | None = None
         config.output_dir.mkdir(parents=True, exist_ok=True)
@@ -162,18 +165,21 @@ class DrawService:
         try:
             with full_memory_explained(self.config):
                 self._load(controlnet)
-                (image,) = draw(self._pipeline, [picture], controlnet, None, config)
+                (image,) = draw(self._pipeline, [picture], controlnet, EncodedPrompts(), config)
         except RunError:
-            self._pipeline, self._loaded_title = None, None
+            self._loaded = self._pipeline = self._loaded_title = None
             raise
         save_png(path, image, metadata.png_info(picture.description))
 
     def _load(self, controlnet: ControlNetSet) -> None:
-        """Load a ControlNet's pipeline, unless it is loaded."""
+        """Load a ControlNet, unless it is loaded, and at first the base model."""
         if self._loaded_title == controlnet.title:
             return
         self._pipeline, self._loaded_title = None, None  # frees its memory first
-        self._pipeline = load_pipeline(self.config, self._base, controlnet.folders, batch_size=1)
+        if self._loaded is None:
+            sets = [one.folders for one in self.controlnets.values()]
+            self._loaded = LoadedBase(self.config, self._base, sets, batch_size=1)
+        self._pipeline = self._loaded.with_controlnets(controlnet.folders)
         self._pipeline.set_progress_bar_config(disable=True)
         self._loaded_title = controlnet.title
 

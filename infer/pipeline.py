@@ -1,4 +1,4 @@
-"""The stock diffusers pipeline with ControlNets: finding the models, checking and loading them."""
+"""The stock diffusers pipeline with ControlNets: finding and checking its models, full memory."""
 
 import contextlib
 from collections.abc import Iterator, Sequence
@@ -6,37 +6,17 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar
 
-import click
-import torch
-from diffusers import (
-    FlowMatchEulerDiscreteScheduler,
-    SD3ControlNetModel,
-    SD3MultiControlNetModel,
-    StableDiffusion3ControlNetPipeline,
-)
-
-from common.device import (
-    compile_blocks,
-    free_gpu_bytes,
-    free_memory,
-    keep_freed_memory,
-    pick_device,
-)
+from common.device import pick_device
 from common.errors import ConfigError, RunError
 from common.memory.exhausted import first_line, is_out_of_memory
-from common.memory.need import GB
-from infer.config import Offload, PipelineConfig
-from infer.memory.estimate import choose_offload, need_with, remedies, simulate_sets
-from infer.placement import check_offload, place
-from infer.vae import save_memory
-from sd3.finite import check_finite
+from infer.config import PipelineConfig
+from infer.memory.estimate import remedies
 from sd3.pretrained import (
     controlnet_mismatches,
     find_base,
     find_controlnet,
     read_config,
 )
-from sd3.quantized import quantize
 
 COMPONENTS = (
     "transformer",
@@ -116,104 +96,6 @@ def short_titles(names: Sequence[str]) -> list[str]:
         if len(set(titles)) == len(titles):
             return titles
     return [f"{number}-{'-'.join(path[-1:])}" for number, path in enumerate(paths)]
-
-
-def load_controlnet(folder: Path, config: PipelineConfig) -> SD3ControlNetModel:
-    """Return a ControlNet; with the convention `train_controlnet_sd3`, correct its configuration.
-
-    diffusers' script trains with the pooled embedding and saves a configuration that zeroes it.
-
-    Raises:
-        ConfigError: a weight is not finite.
-    """
-    controlnet = SD3ControlNetModel.from_pretrained(folder, dtype=getattr(torch, config.dtype))
-    check_finite(controlnet, f"--controlnet {folder}, as {config.dtype}")
-    if config.convention == "train_controlnet_sd3":
-        controlnet.register_to_config(force_zeros_for_pooled_projection=False)
-    return controlnet
-
-
-def load_pipeline(
-    config: PipelineConfig,
-    base: Path,
-    folders: Sequence[Path],
-    *,
-    batch_size: int,
-    with_text_encoders: bool = True,
-) -> StableDiffusion3ControlNetPipeline:
-    """Return the stock pipeline with ControlNets, placed on the device as the settings say.
-
-    Args:
-        config: settings of the run, with a number format.
-        base: folder of the base model.
-        folders: folder of the ControlNet, or of several that are combined.
-        batch_size: pictures drawn at a time.
-        with_text_encoders: whether the text encoders are loaded.
-
-    Raises:
-        ConfigError: --offload needs a device other than the CPU.
-    """
-    device = pick_device(config.device)
-    check_offload(config.offload, device)
-    keep_freed_memory(device)
-    free_memory()
-    offload = find_offload(
-        config, base, folders, device, batch_size=batch_size, with_text_encoders=with_text_encoders
-    )
-    networks = [load_controlnet(folder, config) for folder in folders]
-    absent = {} if with_text_encoders else dict.fromkeys(TEXT_COMPONENTS)
-    pipeline = StableDiffusion3ControlNetPipeline.from_pretrained(
-        base,
-        controlnet=networks[0] if len(networks) == 1 else SD3MultiControlNetModel(networks),
-        dtype=getattr(torch, config.dtype),
-        variant=config.variant,
-        **absent,
-    )
-    if config.shift is not None:
-        pipeline.scheduler = FlowMatchEulerDiscreteScheduler.from_config(
-            pipeline.scheduler.config, shift=config.shift
-        )
-    if config.quantize_base is not None:
-        quantize(pipeline.transformer.requires_grad_(False), config.quantize_base, device)
-    save_memory(pipeline.vae, tiling=config.vae_tiling)
-    if config.compile:
-        compile_blocks(pipeline.transformer, *networks)
-    place(pipeline, offload, device)
-    return pipeline
-
-
-def find_offload(
-    config: PipelineConfig,
-    base: Path,
-    folders: Sequence[Path],
-    device: torch.device,
-    *,
-    batch_size: int,
-    with_text_encoders: bool,
-) -> Offload:
-    """Return the offload of the settings; for `auto`, the fastest that fits a GPU's free memory."""
-    if config.offload != "auto":
-        return config.offload
-    if device.type != "cuda":
-        return "none"  # other devices share their memory with the host
-    drawings = simulate_sets(
-        config,
-        base,
-        [folders],
-        with_text_encoders=with_text_encoders,
-        batch_size=batch_size,
-    )
-    free = free_gpu_bytes(str(device))
-    assert free is not None
-    chosen = choose_offload(config, drawings, free)
-    if chosen != "none":
-        whole, needed = (need_with(drawings, one).free / GB for one in ("none", chosen))
-        click.echo(
-            f"--offload {chosen}: needs {needed:.1f} GB, {whole:.1f} GB without it, and "
-            f"{free / GB:.1f} GB of {device} are free",
-            err=True,
-        )
-    return chosen
 
 
 @contextlib.contextmanager

@@ -41,25 +41,48 @@ def place(pipeline: Any, offload: Offload, device: torch.device) -> None:
 
     With `model` and `groups` only the models that compute together are on the device; of T5, which
     is larger than all others, a layer or two at a time. With `groups` transformer and ControlNet
-    stay, and their blocks visit two places there in turn.
+    stay, and their blocks visit two places there in turn. `place_controlnet` follows.
 
     Args:
-        pipeline: pipeline with all models in host memory.
+        pipeline: pipeline without a ControlNet, with all models in host memory.
         offload: which of these.
         device: device to compute on.
     """
     if offload == "none":
         pipeline.to(device)
         return
-    stationary: list[Any] = []  # models that are not moved whole
     if t5 := pipeline.components.get("text_encoder_3"):
         bring_in_groups(t5, device)
-        stationary.append(t5)
     if offload == "groups":
-        for network in _networks(pipeline):
-            StreamedBlocks(network.requires_grad_(False), len(network.transformer_blocks), device)
-        stationary += [pipeline.controlnet, pipeline.transformer]
-    sets = [[pipeline.components.get(name) for name in names] for names in TOGETHER]
+        _stream_blocks([pipeline.transformer], device)
+    take_turns(pipeline, offload, device)
+
+
+def place_controlnet(pipeline: Any, offload: Offload, device: torch.device) -> None:
+    """Place a pipeline's ControlNet, which is in host memory, beside models that are placed."""
+    if offload == "none":
+        pipeline.controlnet.to(device)
+        return
+    if offload == "groups":
+        controlnet = pipeline.controlnet
+        _stream_blocks(getattr(controlnet, "nets", [controlnet]), device)
+    take_turns(pipeline, offload, device)
+
+
+def take_turns(pipeline: Any, offload: Offload, device: torch.device) -> None:
+    """Have each of a pipeline's models come when it computes, and those of other times leave.
+
+    This replaces what was said before of models that the pipeline shares with another.
+
+    Args:
+        pipeline: pipeline with placed models.
+        offload: `model` or `groups`.
+        device: device to compute on.
+    """
+    found = pipeline.components
+    fixed = ["text_encoder_3"] + (["controlnet", "transformer"] if offload == "groups" else [])
+    stationary = [found.get(name) for name in fixed]  # models that are not moved whole
+    sets = [[found.get(name) for name in names] for names in TOGETHER]
     sets = [[model for model in models if model is not None] for models in sets]
     for models in sets:
         others = [model for other in sets if other is not models for model in other]
@@ -69,10 +92,9 @@ def place(pipeline: Any, offload: Offload, device: torch.device) -> None:
             add_hook_to_module(model, Visit(device, moving, comes=comes))
 
 
-def _networks(pipeline: Any) -> list[Any]:
-    """Return the transformer and each ControlNet."""
-    controlnet = pipeline.controlnet
-    return [pipeline.transformer, *getattr(controlnet, "nets", [controlnet])]
+def _stream_blocks(networks: Sequence[Any], device: torch.device) -> None:
+    for network in networks:
+        StreamedBlocks(network.requires_grad_(False), len(network.transformer_blocks), device)
 
 
 class Visit(ModelHook):  # type: ignore[misc]

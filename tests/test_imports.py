@@ -23,6 +23,7 @@ DRAWING = {
     "infer.batches",
     "infer.config",
     "infer.convention",
+    "infer.loaded_base",
     "infer.photographs",
     "infer.pipeline",
 }

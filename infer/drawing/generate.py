@@ -17,10 +17,11 @@ from infer.convention import prepare_control_image
 from infer.drawing import metadata
 from infer.drawing.controlnet_set import ControlNetSet, combine, find_controlnet_sets
 from infer.drawing.pictures import Picture, batch_pictures, plan_pictures
-from infer.drawing.prompts import CachedPrompts
+from infer.drawing.prompts import CachedPrompts, EncodedPrompts
 from infer.drawing.requests import DrawRequest, find_requests
+from infer.loaded_base import LoadedBase
 from infer.photographs import Redrawing, find_redrawing
-from infer.pipeline import full_memory_explained, load_pipeline, with_dtype
+from infer.pipeline import full_memory_explained, with_dtype
 from sd3.contact_sheet import contact_sheet, save_png, thumbnail
 from sd3.pretrained import read_config
 from shards.reading.cache import Cache
@@ -68,10 +69,8 @@ def generate(config: GenerateConfig) -> None:
     config.output_dir.mkdir(parents=True, exist_ok=True)
     write_run(config.output_dir, "infer", config)
     missing = _find_missing(list(chain.from_iterable(plans)))
-    with tqdm(total=len(missing), unit="picture", desc="generate", disable=None) as bar:
-        for controlnets, pictures in zip(sets, plans, strict=True):
-            if any(picture.path in missing for picture in pictures):
-                _draw_missing(config, base, controlnets, pictures, missing, prompts, bar)
+    if missing:
+        _draw_missing(config, base, sets, plans, missing, prompts)
     sheet = config.output_dir / "contact_sheet.png"
     save_png(sheet, _draw_sheet(sets, plans))
     click.echo(sheet)
@@ -130,44 +129,67 @@ def _find_missing(pictures: Sequence[Picture]) -> set[Path]:
 def _draw_missing(
     config: GenerateConfig,
     base: Path,
-    controlnets: ControlNetSet,
-    pictures: Sequence[Picture],
+    sets: Sequence[ControlNetSet],
+    plans: Sequence[Sequence[Picture]],
     missing: Set[Path],
     prompts: CachedPrompts | None,
-    bar: "tqdm[Any]",
 ) -> None:
-    """Draw the batches of a set's pictures that have missing ones, and save those."""
-    with full_memory_explained(config):
-        pipeline = load_pipeline(
+    """Draw what is missing, set by set, with a base model that is loaded once."""
+    drawing = [
+        (controlnets, pictures)
+        for controlnets, pictures in zip(sets, plans, strict=True)
+        if any(picture.path in missing for picture in pictures)
+    ]
+    with (
+        tqdm(total=len(missing), unit="picture", desc="generate", disable=None) as bar,
+        full_memory_explained(config),
+    ):
+        loaded = LoadedBase(
             config,
             base,
-            controlnets.folders,
+            [controlnets.folders for controlnets, _ in drawing],
             batch_size=config.batch_size,
             with_text_encoders=prompts is None,
         )
-        # Only now is it known that the weights are whole.
-        replaced = {picture.path for picture in pictures if picture.path in missing}
-        if count := sum(path.exists() for path in replaced):
-            tqdm.write(f"{count} that were drawn otherwise are replaced")
-        pipeline.set_progress_bar_config(desc="steps", leave=False, position=1, disable=None)
-        for batch in batch_pictures(pictures, config.batch_size):
-            num_missing = sum(picture.path in missing for picture in batch)
-            if not num_missing:
-                continue
-            # The batch is drawn whole: a picture depends a little on what is drawn with it.
-            drawn = draw(pipeline, batch, controlnets, prompts, config)
-            for picture, image in zip(batch, drawn, strict=True):
-                if picture.path in missing:
-                    save_png(picture.path, image, metadata.png_info(picture.description))
-                    tqdm.write(str(picture.path))
-            bar.update(num_missing)
+        embeddings = prompts or EncodedPrompts()
+        for controlnets, pictures in drawing:
+            _draw_set(config, loaded, controlnets, pictures, missing, embeddings, bar)
+
+
+def _draw_set(
+    config: GenerateConfig,
+    loaded: LoadedBase,
+    controlnets: ControlNetSet,
+    pictures: Sequence[Picture],
+    missing: Set[Path],
+    prompts: CachedPrompts | EncodedPrompts,
+    bar: "tqdm[Any]",
+) -> None:
+    """Draw the batches of a set's pictures that have missing ones, and save those."""
+    pipeline = loaded.with_controlnets(controlnets.folders)
+    # Only now is it known that the weights are whole.
+    replaced = {picture.path for picture in pictures if picture.path in missing}
+    if count := sum(path.exists() for path in replaced):
+        tqdm.write(f"{count} that were drawn otherwise are replaced")
+    pipeline.set_progress_bar_config(desc="steps", leave=False, position=1, disable=None)
+    for batch in batch_pictures(pictures, config.batch_size):
+        num_missing = sum(picture.path in missing for picture in batch)
+        if not num_missing:
+            continue
+        # The batch is drawn whole: a picture depends a little on what is drawn with it.
+        drawn = draw(pipeline, batch, controlnets, prompts, config)
+        for picture, image in zip(batch, drawn, strict=True):
+            if picture.path in missing:
+                save_png(picture.path, image, metadata.png_info(picture.description))
+                tqdm.write(str(picture.path))
+        bar.update(num_missing)
 
 
 def draw(
     pipeline: StableDiffusion3ControlNetPipeline,
     batch: Sequence[Picture],
     controlnets: ControlNetSet,
-    prompts: CachedPrompts | None,
+    prompts: CachedPrompts | EncodedPrompts,
     config: GenerateConfig,
 ) -> list[Image.Image]:
     """Return the images of a batch.
@@ -180,7 +202,7 @@ def draw(
         pipeline: pipeline with the set's ControlNets.
         batch: pictures of one size.
         controlnets: the set.
-        prompts: embeddings of the prompts, or None to use the pipeline's text encoders.
+        prompts: embeddings of the prompts.
         config: settings of the run.
     """
     controls: list[Any] = [
@@ -189,11 +211,16 @@ def draw(
     ]
     several = len(controls) > 1
     scale = config.controlnet_conditioning_scale
+    negative = None
+    if config.guidance_scale > 1:
+        negative = [picture.request.negative_prompt for picture in batch]
+    tokens = controlnets.convention.max_sequence_length
+    texts = [picture.request.prompt for picture in batch]
     generator: Any = torch.manual_seed(batch[0].seed)
     if len(batch) > 1:
         generator = [torch.Generator().manual_seed(picture.seed) for picture in batch]
     result = pipeline(
-        **_prompt_arguments(pipeline, batch, prompts, config),
+        **prompts.arguments(pipeline, texts, negative, tokens),
         control_image=controls if several else controls[0],
         width=batch[0].size[0],
         height=batch[0].size[1],
@@ -202,28 +229,11 @@ def draw(
         controlnet_conditioning_scale=[scale] * len(controls) if several else scale,
         control_guidance_start=config.control_guidance_start,
         control_guidance_end=config.control_guidance_end,
-        max_sequence_length=controlnets.convention.max_sequence_length,
+        max_sequence_length=tokens,
         generator=generator,
     )
     drawn: list[Image.Image] = result.images
     return drawn
-
-
-def _prompt_arguments(
-    pipeline: StableDiffusion3ControlNetPipeline,
-    batch: Sequence[Picture],
-    prompts: CachedPrompts | None,
-    config: GenerateConfig,
-) -> dict[str, Any]:
-    """Return the pipeline's arguments for a batch's prompts: texts, or cached embeddings."""
-    texts = [picture.request.prompt for picture in batch]
-    negative = None
-    if config.guidance_scale > 1:
-        negative = [picture.request.negative_prompt for picture in batch]
-    if prompts is None:
-        return {"prompt": texts, "negative_prompt": negative}
-    device, dtype = pipeline._execution_device, pipeline.transformer.dtype
-    return prompts.arguments(texts, negative, device, dtype)
 
 
 def _draw_sheet(sets: Sequence[ControlNetSet], plans: Sequence[Sequence[Picture]]) -> Image.Image:

@@ -15,6 +15,7 @@ from common.progress import Progress
 from infer.batches import split_into_batches
 from infer.config import ScoreConfig
 from infer.convention import Convention, prepare_control_image
+from infer.drawing.prompts import EncodedPrompts
 from infer.scoring.measures import Measure, Sample
 from infer.scoring.results import SampleResult
 from sd3.contact_sheet import save_png
@@ -40,6 +41,7 @@ class SampleDrawer:
         self.config = config
         self.measures = measures
         self.progress = progress
+        self.prompts = EncodedPrompts()
         self.batches = split_into_batches(sorted(results, key=_size), _size, config.batch_size)
 
     def draw_all(self, variant: str, pipeline: Any, convention: Convention) -> None:
@@ -54,7 +56,7 @@ class SampleDrawer:
         self.progress.show({"drawing": variant})
         for batch in self.batches:
             samples = [result.sample for result in batch]
-            pictures = _draw(self.config, pipeline, convention, samples)
+            pictures = _draw(self.config, pipeline, convention, self.prompts, samples)
             for result, picture in zip(batch, pictures, strict=True):
                 path = self.config.output_dir / variant / f"{result.sample.number:03d}.png"
                 save_png(path, picture)
@@ -78,6 +80,7 @@ def _draw(
     config: ScoreConfig,
     pipeline: StableDiffusion3ControlNetPipeline | StableDiffusion3Pipeline,
     convention: Convention,
+    prompts: EncodedPrompts,
     batch: Sequence[Sample],
 ) -> list[Image.Image]:
     """Draw a batch, from the same noise with every pipeline.
@@ -86,14 +89,16 @@ def _draw(
     little on how the samples are batched.
     """
     width, height = batch[0].conditioning.size
+    tokens = convention.max_sequence_length
+    texts = [sample.prompt for sample in batch]
+    negative = [config.negative_prompt] * len(batch) if config.guidance_scale > 1 else None
     arguments: dict[str, Any] = {
-        "prompt": [sample.prompt for sample in batch],
-        "negative_prompt": [config.negative_prompt] * len(batch),
+        **prompts.arguments(pipeline, texts, negative, tokens),
         "height": height,
         "width": width,
         "num_inference_steps": config.num_inference_steps,
         "guidance_scale": config.guidance_scale,
-        "max_sequence_length": convention.max_sequence_length,
+        "max_sequence_length": tokens,
         "latents": _draw_noise(pipeline, batch, config.seed),
     }
     torch.manual_seed(config.seed + batch[0].number)

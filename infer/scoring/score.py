@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 import click
-from diffusers import StableDiffusion3Pipeline
 
 from common.atomic_files import atomic_file, write_text
 from common.errors import ConfigError
@@ -12,11 +11,10 @@ from common.progress import Progress
 from common.provenance import write_run
 from infer.config import ScoreConfig
 from infer.convention import Convention, find_convention
+from infer.loaded_base import LoadedBase
 from infer.pipeline import (
-    COMPONENTS,
     find_models,
     full_memory_explained,
-    load_pipeline,
     short_titles,
     with_dtype,
 )
@@ -69,14 +67,12 @@ def score(config: ScoreConfig) -> None:
         num_pictures = len(samples) * (len(titles) + 1)
         with Progress(num_pictures, "picture", "score") as progress:
             drawer = SampleDrawer(config, measures, results, progress)
-            pipeline = None
+            sets = [[folder] for folder in folders]
+            loaded = LoadedBase(config, base, sets, batch_size=config.batch_size)
             for title, folder, convention in zip(titles, folders, conventions, strict=True):
-                del pipeline  # frees its memory first
-                pipeline = load_pipeline(config, base, [folder], batch_size=config.batch_size)
-                drawer.draw_all(title, pipeline, convention)
-            parts = {name: getattr(pipeline, name) for name in COMPONENTS}
-            drawer.draw_all(WITHOUT, StableDiffusion3Pipeline(**parts), conventions[0])
-            del drawer, pipeline, parts  # frees their memory for what draws the controls
+                drawer.draw_all(title, loaded.with_controlnets([folder]), convention)
+            drawer.draw_all(WITHOUT, loaded.alone(), conventions[0])
+            del drawer, loaded  # frees their memory for what draws the controls
     try:
         measure_redrawn(measures, results, redrawing)
     finally:  # whatever becomes of the annotator, the other measures' figures are there

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from diffusers import SD3ControlNetModel
 from PIL import Image
 
 from common.device import pick_device
@@ -18,7 +19,7 @@ from infer.drawing.generate import generate
 from shards.preview import preview
 from shards.reading.cache import Cache
 from shards.remote.streaming import LOCAL_CACHE_GB, open_files
-from tests.conftest import PROMPTS
+from tests.conftest import PROMPTS, awaken
 from tests.devices import stand_in
 
 
@@ -55,6 +56,26 @@ def picture(config: GenerateConfig, name: str) -> np.ndarray[Any, Any]:
 def test_a_placement_changes_no_pixel(placement: Any, config: GenerateConfig) -> None:
     on_device = picture(config, "none")
     assert np.array_equal(on_device, picture(replace(config, offload=placement), placement))
+
+
+@pytest.mark.parametrize("placement", ["none", "model", "groups"])
+def test_the_second_of_two_controlnets_draws_what_it_draws_alone(
+    placement: Any, config: GenerateConfig, tmp_path: Path
+) -> None:
+    """Whatever the first has left on the device."""
+    network = SD3ControlNetModel.from_pretrained(config.controlnet[0])
+    awaken(network, seed=1)
+    network.save_pretrained(tmp_path / "second")
+    config = replace(config, offload=placement)
+    alone = picture(replace(config, controlnet=(str(tmp_path / "second"),)), "alone")
+    both = replace(
+        config,
+        controlnet=(*config.controlnet, str(tmp_path / "second")),
+        output_dir=tmp_path / "both",
+    )
+    generate(both)
+    assert np.array_equal(np.array(Image.open(tmp_path / "both" / "000-second.png")), alone)
+    assert not np.array_equal(picture(config, "first"), alone)
 
 
 @pytest.mark.parametrize("quantization", ["int8", "fp8"])

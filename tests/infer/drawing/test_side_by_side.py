@@ -276,7 +276,7 @@ def test_what_is_drawn_already_is_left(
     assert "1 of 2 pictures are there already" in capsys.readouterr().out
     assert (config.output_dir / "000.png").stat().st_mtime_ns == before
     with monkeypatch.context() as patched:
-        patched.setattr("infer.drawing.generate.load_pipeline", None)
+        patched.setattr("infer.drawing.generate.LoadedBase", None)
         generate(config)
     capsys.readouterr()
     generate(replace(config, guidance_scale=2.0))

@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 
 from common.errors import ConfigError
-from infer import pipeline
 from infer.config import GenerateConfig, PipelineConfig, ScoreConfig, ServeConfig
 from infer.drawing import metadata
 from infer.drawing.controlnet_set import find_controlnet_sets
+from infer.loaded_base import LoadedBase
 from precompute.config import PrecomputeConfig
 from precompute.fingerprints.encoder_spec import read_specs
 from tests.conftest import PROMPTS, RESOLUTION_PX, TOKENS, Outcome, flags
@@ -35,7 +35,7 @@ def configs(
     def load(*_: object, **__: object) -> None:
         raise AssertionError("a model is loaded")
 
-    monkeypatch.setattr(pipeline, "load_controlnet", load)
+    monkeypatch.setattr(LoadedBase, "__init__", load)
     common = {
         "pretrained_model_name_or_path": str(base),
         "controlnet": (str(controlnet),),

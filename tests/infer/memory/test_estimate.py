@@ -15,6 +15,7 @@ from common.memory.meter import Meter
 from common.memory.need import Need
 from infer.config import GenerateConfig, ScoreConfig
 from infer.drawing.generate import generate
+from infer.loaded_base import LoadedBase
 from infer.memory import estimate
 from infer.memory.estimate import choose_offload, find_drawings, need, remedies
 from infer.memory.simulation import (
@@ -29,7 +30,6 @@ from infer.memory.simulation import (
     Bytes,
     Drawing,
 )
-from infer.pipeline import load_pipeline
 from precompute.memory.layer_groups import host_peak
 from tests.conftest import PROMPTS as TEXTS
 from tests.conftest import TOKENS, Outcome
@@ -97,12 +97,9 @@ def test_auto_takes_the_fastest_that_fits(config: GenerateConfig) -> None:
 def test_a_batch_takes_as_much_as_estimated(config: GenerateConfig, guidance: float) -> None:
     config = replace(config, guidance_scale=guidance)
     (found,) = find_drawings(config)
-    pipeline: Any = load_pipeline(
-        config,
-        Path(config.pretrained_model_name_or_path),
-        [Path(config.controlnet[0])],
-        batch_size=2,
-    )
+    folders = [Path(config.controlnet[0])]
+    loaded = LoadedBase(config, Path(config.pretrained_model_name_or_path), [folders], batch_size=2)
+    pipeline: Any = loaded.with_controlnets(folders)
     names = {
         TEXT: ("text_encoder", "text_encoder_2", "text_encoder_3"),
         CONTROLNET: ("controlnet",),

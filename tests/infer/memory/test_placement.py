@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from infer.placement import TOGETHER, place
+from infer.placement import TOGETHER, place, place_controlnet
 
 META = torch.device("meta")
 
@@ -30,9 +30,14 @@ def calls(offload: Any, monkeypatch: pytest.MonkeyPatch) -> dict[str, list[tuple
     monkeypatch.setattr("infer.placement.StreamedBlocks", lambda network, count, device: None)
     notes: list[tuple[str, str]] = []
     models = {name: Noted(name, notes) for names in TOGETHER for name in names}
-    for name in ("transformer", "controlnet"):
-        models[name].transformer_blocks = nn.ModuleList([nn.Identity()])
-    place(SimpleNamespace(components=models, **models), offload, META)
+    models["transformer"].transformer_blocks = nn.ModuleList([nn.Identity()])
+    base = {name: model for name, model in models.items() if name != "controlnet"}
+    place(SimpleNamespace(components=base, **base), offload, META)
+    # One ControlNet after another; nothing is heard of the first again.
+    for controlnet in (Noted("before", notes), models["controlnet"]):
+        controlnet.transformer_blocks = nn.ModuleList([nn.Identity()])
+        changed = base | {"controlnet": controlnet}
+        place_controlnet(SimpleNamespace(components=changed, **changed), offload, META)
     found = {}
     for name, model in models.items():
         notes.clear()
