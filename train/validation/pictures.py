@@ -10,9 +10,9 @@
 Axes: B pictures, C latent channels, h x w latent grid, H x W pixels.
 """
 
-import contextlib
 import json
 import shutil
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -97,7 +97,10 @@ def validate(run: Run, step: int) -> None:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
     run.accelerator.wait_for_everyone()
-    drawings, losses = _evaluate(run, [run.ema] if run.ema and step else [])
+    # Without gradients, and at other batch sizes, all blocks would be compiled once more.
+    uncompiled = torch.compiler.set_stance("force_eager") if run.config.compile else nullcontext()
+    with uncompiled:
+        drawings, losses = _evaluate(run, [run.ema] if run.ema and step else [])
     drawings = _decode(run, drawings)
     for drawing in drawings:
         _save(partial, drawing)
@@ -120,7 +123,7 @@ def _evaluate(run: Run, averages: list[Ema]) -> tuple[list[Drawing], dict[str, l
     losses: dict[str, list[float]] = {}
     controlnet.eval()
     for ema in [None, *averages]:
-        with ema.applied() if ema else contextlib.nullcontext():
+        with ema.applied() if ema else nullcontext():
             if run.inputs.draws_pictures:
                 drawings += _draw(run, controlnet, "-ema" if ema else "")
             if run.inputs.measures_held_out:
