@@ -17,6 +17,7 @@ from shards.format import sidecar
 from shards.format.keys import slot_of
 from shards.format.members import LARGEST_METADATA_BYTES, metadata_from_bytes
 from shards.format.product import Product
+from shards.format.sidecar import Sidecar
 from shards.format.tensor_spec import (
     LARGEST_HEADER_BYTES,
     LENGTH_BYTES,
@@ -24,11 +25,11 @@ from shards.format.tensor_spec import (
     record_bytes,
     tensor_order,
 )
-from shards.reading.index import ShardIndex
+from shards.reading.index import PackedIndexes, ShardIndex, pack
 from shards.reading.location import Files
 
-# Bounds a reader's memory, whatever the size of the cache: about 10 MB of indexes, more where
-# images have many captions.
+# Bounds a reader's memory, whatever the size of the cache: about 7 MB of indexes, more where
+# images have many captions. Those of a larger cache lie in a temporary file.
 INDEXED_RECORDS = 65536
 
 
@@ -56,6 +57,7 @@ class ProductReader:
         self.product = product
         self.specs = [dict(tensors) for tensors in specs]
         self._data_bytes = [record_bytes(tensors) for tensors in specs]
+        self._packed = PackedIndexes() if product.num_records > INDEXED_RECORDS else None
         largest = max(product.shard_records, default=0)
         self.index = lru_cache(max(2, INDEXED_RECORDS // max(largest, 1)))(self._load_index)
         # By bucket, the header of the last record and the order of its tensors. Records of a bucket
@@ -154,6 +156,15 @@ class ProductReader:
         return f"{self.files.name(self.folder, shard)}: record {self.index(shard).key(index)}"
 
     def _load_index(self, shard: int) -> ShardIndex:
+        if self._packed is None:
+            return ShardIndex(pack(self._load_sidecar(shard)))
+        data = self._packed.find(shard)
+        if data is None:
+            data = pack(self._load_sidecar(shard))
+            self._packed.add(shard, data)
+        return ShardIndex(data)
+
+    def _load_sidecar(self, shard: int) -> Sidecar:
         name = self.files.name(self.folder, shard).removesuffix("tar") + "json"
         data = self.files.sidecar(self.folder, shard)
         if hashlib.sha256(data).hexdigest() != self.product.sidecar_sha256[shard]:
@@ -165,7 +176,7 @@ class ProductReader:
         expected = self.product.shard_records[shard]
         if loaded.num_records != expected:
             raise ShardError(f"{name}: {loaded.num_records} records, {expected} in the manifest")
-        return ShardIndex(loaded)
+        return loaded
 
     def _read_header(self, shard: int, index: int) -> tuple[bytes, tuple[str, ...]]:
         """Read and check a record's header; later records of its bucket are compared with it."""

@@ -18,12 +18,10 @@ from shards import verify
 from shards.format import manifest, sidecar
 from shards.format.members import Members
 from shards.format.product import Product, captions_digest, product_of
-from shards.format.records import Record
 from shards.format.tensor_spec import TensorSpec
 from shards.format.writer import write_shard
 from shards.reading import location
 from shards.reading.cache import Cache
-from shards.reading.index import ShardIndex
 from shards.reading.location import LocalFiles, OpenFile
 from shards.reading.reader import ProductReader
 from shards.reading.tensors import empty_tensors
@@ -135,15 +133,6 @@ def test_records_whose_tensors_lie_in_another_order(tmp_path: Path) -> None:
         assert {name: data.view("<f4").tolist() for name, data in found.items()} == {
             name: [value, value] for name, value in values[index].items()
         }
-
-
-def test_keys_of_several_lengths(tmp_path: Path) -> None:
-    short, long = "000001-00002-0123456789abcdef", "1000000-00002-0123456789abcdef"
-    prompts = [[short, long], [short]]
-    records = [Record(f"000000-{slot:05d}-0123456789abcdef", {}, {}) for slot in range(2)]
-    index = ShardIndex(write_shard(tmp_path, 0, records, fingerprint="f", prompts=prompts))
-    assert [index.prompts(at) for at in range(2)] == prompts
-    assert index.shards_of_prompts() == {1, 1_000_000}
 
 
 def test_a_read_that_is_cut_short_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
