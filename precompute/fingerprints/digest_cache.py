@@ -16,7 +16,9 @@ from numpy.typing import NDArray
 
 from common.atomic_files import atomic_file
 
+# The file is written whole, so a large one more seldom: that takes a twentieth of the time at most.
 SAVE_EVERY_S = 60.0
+SAVES_APART = 20  # as many times as long as the last one took
 # What each version of this program kept of a file, the present one last.
 ENTRIES = [
     np.dtype([("version", "<u8", 2), ("digest", "<u8", 2), ("width", "<u4"), ("height", "<u4")])
@@ -59,7 +61,7 @@ class DigestCache:
         self.path = path
         self.keep = keep
         self._new: dict[bytes, Content] = {}
-        self._saved_at = time.monotonic()
+        self._save_after = time.monotonic() + SAVE_EVERY_S
         self._load()
 
     @classmethod
@@ -101,14 +103,18 @@ class DigestCache:
         """Remember the content of a version, if it has one and is not at fault."""
         if version is not None and not content.fault:
             self._new[version] = content
-            if time.monotonic() - self._saved_at > SAVE_EVERY_S:
+            if time.monotonic() > self._save_after:
                 self.save()
 
     def save(self) -> None:
         """Write what was added to the file."""
-        self._saved_at = time.monotonic()
-        if not (self.keep and self._new):
-            return
+        start = time.monotonic()
+        if self.keep and self._new:
+            self._merge()
+        end = time.monotonic()
+        self._save_after = end + max(SAVE_EVERY_S, SAVES_APART * (end - start))
+
+    def _merge(self) -> None:
         self._load()  # what other workers have saved meanwhile stays
         new = np.empty(len(self._new), ENTRY)
         for at, (version, content) in enumerate(self._new.items()):

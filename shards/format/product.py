@@ -93,4 +93,9 @@ def product_of(
 
 def captions_digest(latents: Iterable[Sidecar]) -> str:
     """Return the digest of which prompts caption which image, from the latents' sidecars."""
-    return digest([digest([sidecar.keys, sidecar.prompts]) for sidecar in latents])
+    return digest(list(map(shard_captions_digest, latents)))
+
+
+def shard_captions_digest(latents: Sidecar) -> str:
+    """Return the digest of which prompts caption which image of a shard of latents."""
+    return digest([latents.keys, latents.prompts])

@@ -15,7 +15,7 @@ from shards.format import bad_rows, manifest, sidecar
 from shards.format.expected_cache import ExpectedCache, ExpectedProduct
 from shards.format.json_files import digest
 from shards.format.manifest import Manifest, conditioning_folder, validation_folder
-from shards.format.product import Product, captions_digest, product_of
+from shards.format.product import Product, product_of, shard_captions_digest
 from shards.format.sidecar import Sidecar, Skipped
 from shards.format.specs import AnnotatorSpec, ConditioningSpec
 
@@ -56,8 +56,7 @@ def seal(cache: Path, expected: ExpectedCache) -> Manifest:
     missing = expected.missing(cache)
     if missing:
         raise ShardError(f"{cache}: not complete; {expected.describe(missing)}")
-    products, skipped = _products(cache, expected)
-    captions = captions_digest(_sidecars(cache / "latents", expected.products["latents"]))
+    products, skipped, captions = _products(cache, expected)
     num_skipped = _num_skipped(expected, products, skipped)
 
     def with_controls_of(before: Manifest | None) -> Manifest:
@@ -129,24 +128,26 @@ def _controls(
 
 def _products(
     cache: Path, expected: ExpectedCache
-) -> tuple[dict[str, Product], dict[str, Skipped]]:
-    """Return the manifest's entries by folder, and the source rows left out, by name."""
-    skipped: dict[str, Skipped] = {}
+) -> tuple[dict[str, Product], dict[str, Skipped], str]:
+    """Return the manifest's entries by folder, the source rows left out, and `Manifest.captions`.
 
-    def noting_skipped(sidecars: Iterator[Sidecar]) -> Iterator[Sidecar]:
-        for each in sidecars:
+    Each sidecar is parsed once.
+    """
+    skipped: dict[str, Skipped] = {}
+    captions: list[str] = []
+
+    def noted(folder: str, product: ExpectedProduct) -> Iterator[Sidecar]:
+        for each in _sidecars(cache / folder, product):
             skipped.update((one.row, one) for one in each.skipped)
+            if folder == "latents":
+                captions.append(shard_captions_digest(each))
             yield each
 
     products = {
-        folder: product_of(
-            cache / folder,
-            noting_skipped(_sidecars(cache / folder, product)),
-            product.shard_buckets,
-        )
+        folder: product_of(cache / folder, noted(folder, product), product.shard_buckets)
         for folder, product in expected.products.items()
     }
-    return products, skipped
+    return products, skipped, digest(captions)
 
 
 def _num_skipped(

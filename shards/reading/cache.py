@@ -92,17 +92,26 @@ class Cache:
     def _check_room(self, order: Order, place: int, limit: int) -> None:
         """Refuse a window that has no room here beside the next one."""
         windows = [shards for _, shards in itertools.islice(order.windows(place), 2)]
-        needed = set(self._shards_of([shard for shards in windows for shard in shards]))
-        products = dict(self.manifest.products())
-        size = sum(products[folder].shard_bytes[shard] for folder, shard in needed)
+        shards = [shard for window in windows for shard in window]
+        size = self._bytes_of(shards)
         if size > limit:
             window = min(order.window, self.conditioning.product.num_shards)
+            # Where captions repeat, a smaller window may need nearly as much text.
+            smaller = window * limit // size
+            while smaller and self._bytes_of(shards[: 2 * smaller]) > limit:
+                smaller //= 2
+            advice = f"--shuffle-window {smaller}, or " if smaller else ""
             raise ShardError(
                 f"{self.files}: {window} shards mixed at a time and the next {window} take "
                 f"{size / 1e9:.3g} GB, and --local-cache-gb is {limit / 1e9:.3g}; give "
-                f"--shuffle-window {max(1, window * limit // size)}, or room for "
-                f"{size / 1e9:.3g} GB or more"
+                f"{advice}room for {size / 1e9:.3g} GB or more"
             )
+
+    def _bytes_of(self, conditioning_shards: list[int]) -> int:
+        """Return the size of all shards that hold the samples of some conditioning shards."""
+        products = dict(self.manifest.products())
+        needed = set(self._shards_of(conditioning_shards))
+        return sum(products[folder].shard_bytes[shard] for folder, shard in needed)
 
     def _shards_of(self, conditioning_shards: list[int]) -> list[ShardId]:
         """Return all shards that hold the samples of some conditioning shards."""

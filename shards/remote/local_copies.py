@@ -47,6 +47,7 @@ class LocalCopies:
         self.root.mkdir(parents=True, exist_ok=True)
         remove_abandoned(folder)
         self.limit_bytes = limit_bytes
+        self._parts: dict[Path, dict[str, list[Path]]] = {}
         self.changed = threading.Condition()
         self.arriving: dict[ShardId, int] = {}
         self._open: OrderedDict[ShardId, SharedFile] = OrderedDict()
@@ -84,11 +85,23 @@ class LocalCopies:
         with path.with_suffix(f"{path.suffix}.lock").open("w") as file:
             alone = _lock(file.fileno(), fcntl.LOCK_EX, self.folder)
             if not path.exists():
-                if alone:  # what is left of a process that was killed
-                    for part in path.parent.glob(f"{path.name}.*.part"):
+                if alone:
+                    for part in self._left_over(path.parent).pop(path.name, []):
                         part.unlink(missing_ok=True)
                 name = path.relative_to(self.root).as_posix()
                 self.remote.fetch(name, path, size=size, sha256=sha256)
+
+    def _left_over(self, folder: Path) -> dict[str, list[Path]]:
+        """Return the parts that killed processes left in a folder, by the name of the file.
+
+        They are looked for once a folder, which may hold very many files.
+        """
+        if folder not in self._parts:
+            parts: dict[str, list[Path]] = {}
+            for part in folder.glob("*.part"):
+                parts.setdefault(part.name.rsplit(".", 2)[0], []).append(part)
+            self._parts[folder] = parts
+        return self._parts[folder]
 
     def opened(self, shard_id: ShardId) -> OpenFile | None:
         """Return a shard's tar if this process has it open."""

@@ -50,6 +50,27 @@ def test_what_was_added_is_found_again(tmp_path: Path) -> None:
     assert (len(entries), entries.itemsize) == (4, 42)
 
 
+def test_saving_takes_a_twentieth_of_the_time_at_most(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = 0.0
+    saved_at: list[float] = []
+
+    def merge(_: DigestCache) -> None:
+        nonlocal now
+        saved_at.append(now)
+        now += 30  # as long as writing some hundred million entries
+
+    monkeypatch.setattr(time, "monotonic", lambda: now)
+    monkeypatch.setattr(DigestCache, "_merge", merge)
+    digests = DigestCache(tmp_path / "hashes.npy")
+    while now < 2000:
+        now += 1
+        digests.add(version(1), content(1))
+    # The first after a minute; each then 20 times 30 seconds after the end of the one before.
+    assert saved_at == [61, 61 + 30 + 601, 61 + 2 * (30 + 601), 61 + 3 * (30 + 601)]
+
+
 def test_a_damaged_file_is_as_good_as_none(tmp_path: Path) -> None:
     path = tmp_path / "hashes.npy"
     for damaged in (b"", b"nothing", b"\x93NUMPY\x01\x00garbage", b"\x93NUMPY" + bytes(200)):

@@ -4,6 +4,7 @@ import json
 import shutil
 import threading
 import time
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ import pytest
 
 from common.errors import ShardError
 from shards import verify
-from shards.format import manifest, seal
+from shards.format import manifest, seal, sidecar
 from shards.format.expected_cache import ExpectedCache, read_expected, write_expected
 
 
@@ -70,6 +71,21 @@ def test_a_sealed_cache_is_left_alone(copy: Path) -> None:
     before = copy.stat().st_mtime_ns  # changes when a file is made, renamed or removed in it
     assert seal.seal(copy, expected) == manifest.load(copy)
     assert copy.stat().st_mtime_ns == before
+
+
+def test_each_sidecar_is_parsed_once(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected, _ = read_expected(copy)
+    parsed: Counter[str] = Counter()
+    original = sidecar.from_json
+
+    def from_json(data: bytes, shard: int, where: object) -> sidecar.Sidecar:
+        parsed[str(where)] += 1
+        return original(data, shard, where)
+
+    monkeypatch.setattr(sidecar, "from_json", from_json)
+    seal.seal(copy, expected)
+    assert len(parsed) == sum(len(each.fingerprints) for each in expected.products.values())
+    assert {*parsed.values()} == {1}
 
 
 def test_shards_with_other_captions_or_fingerprints_count_as_missing(copy: Path) -> None:

@@ -395,11 +395,33 @@ def test_a_window_without_room_is_refused_before_anything_is_fetched(
     server = serve(cache)
     found = open_remote(server.url, tmp_path / "local", 30_000)
     order = Order(found.conditioning.product.shard_records, seed=0)
+    # Not even single shards have room: the two that there are take as much one by one.
     with (
-        pytest.raises(ShardError, match=r"2 shards mixed at a time .* give --shuffle-window 1"),
+        pytest.raises(ShardError, match=r"2 shards mixed at a time .* is 3e-05; give room for"),
         found.read_ahead(order, 0),
     ):
         pass
+
+
+def test_a_smaller_window_is_advised_where_it_has_room(
+    tmp_path: Path, serve: Callable[[Path], Server]
+) -> None:
+    synthetic.write_cache(tmp_path / "cache", synthetic.TINY, num_shards=8, images_per_shard=4)
+    here = Cache(tmp_path / "cache")
+    products = (here.text.product, here.latents.product, here.conditioning.product)
+    # All shards are alike but that of the empty prompt, which every window needs.
+    empty, *_ = here.text.product.shard_bytes
+    each = (sum(product.num_bytes for product in products) - empty) // 8
+    url = serve(tmp_path / "cache").url
+    for limit, advice in (
+        (empty + 4 * each, r"give --shuffle-window 2, or room"),
+        (empty + 4 * each - 1, r"give --shuffle-window 1, or room"),
+        (empty + 2 * each - 1, r"give room"),
+    ):
+        found = open_remote(url, tmp_path / f"local-{limit}", limit)
+        order = Order(found.conditioning.product.shard_records, seed=0, window=4)
+        with pytest.raises(ShardError, match=advice), found.read_ahead(order, 0):
+            pass
 
 
 def test_two_windows_must_have_room(
