@@ -6,6 +6,7 @@ Axes: N rows, P captions.
 """
 
 import contextlib
+import itertools
 from array import array
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -164,7 +165,7 @@ class _ImageHasher:
 
     def contents(self, indices: Sequence[int], kind: Kind) -> list[Content | str]:
         """Return the content of each row's image, or why it cannot be read."""
-        versions = [self.source.version(index, kind) for index in indices]
+        versions = self._versions(indices, kind)
         known = self._known(versions)
         if None in known and any(versions) and not self.has_lock:
             self.resources.enter_context(self.digests.hashing_lock())
@@ -181,6 +182,18 @@ class _ImageHasher:
             if isinstance(content, Content):
                 self.digests.add(versions[at], content)
         return contents
+
+    def _versions(self, indices: Sequence[int], kind: Kind) -> list[bytes | None]:
+        """Return the version of each row's image.
+
+        On a network's disk a look at a file takes long, so that threads share them.
+        """
+        size = -(-len(indices) // HASHING_THREADS)
+        parts = [indices[start : start + size] for start in range(0, len(indices), size)]
+        found = self.pool.map(
+            lambda part: [self.source.version(index, kind) for index in part], parts
+        )
+        return list(itertools.chain.from_iterable(found))
 
     def _known(self, versions: Sequence[bytes | None]) -> list[Content | None]:
         """Return the contents that are known, as far as it matters."""

@@ -66,11 +66,14 @@ def take_survey(tree: Tree, endings: tuple[str, ...]) -> Survey:
     survey = Survey()
     for folder, files in tree.folders():
         pictures = [name for name in files if is_picture(name)]
-        stems = {stem(name) for name in pictures}
         if pictures:
             survey.picture_folders.append(folder)
             survey.num_pictures += len(pictures)
-        for name in files:
+        # Most files are pictures, by the million, so of these no more is asked.
+        own = set(pictures).difference(name for name in pictures if has_ending(name, endings))
+        others = [name for name in files if name not in own]
+        stems = {stem(name) for name in pictures} if others else set()
+        for name in others:
             path = f"{folder}/{name}" if folder else name
             kind = ending(name)
             if pictures and has_ending(name, endings):
