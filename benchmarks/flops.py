@@ -19,7 +19,7 @@ def count_step_flops(config: TrainConfig, sizes: Sizes) -> int:
         config: settings of training.
         sizes: sizes of the networks and of the batch's tensors.
     """
-    plain = replace(config, gradient_checkpointing=False, quantize_base=None, compile=False)
+    plain = replace(config, checkpointing="none", quantize_base=None, compile=False)
     aten: Any = torch.ops.aten
     attention = {
         aten._scaled_dot_product_flash_attention_for_cpu: attention_flops,

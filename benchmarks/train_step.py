@@ -55,7 +55,9 @@ PLAIN: dict[str, Any] = {
 }
 FLAGS: dict[str, dict[str, Any]] = {
     "plain": {},
-    "gradient checkpointing": {"gradient_checkpointing": True},
+    "checkpointing controlnet": {"checkpointing": "controlnet"},
+    "checkpointing selective": {"checkpointing": "selective"},
+    "checkpointing full": {"checkpointing": "full"},
     "8 bit AdamW": {"use_8bit_adam": True},
     "base in int8": {"quantize_base": "int8"},
     "base in fp8": {"quantize_base": "fp8"},

@@ -14,7 +14,7 @@ import click
 from safetensors import SafetensorError
 
 from common.cards import AUTO, card_names, choose_card, free_memory_of, settings_with
-from common.config_file import aliases, read_section
+from common.config_file import aliases, read_section, switches
 from common.errors import (
     ConfigError,
     RunError,
@@ -100,6 +100,11 @@ class StageCommand(Command):
         super().__init__(*args, **kwargs)
         self.headings = headings(config_class)
         self.aliases = {flag(alias): flag(name) for alias, name in aliases(config_class).items()}
+        self.switches = {
+            prefix + name.replace("_", "-"): (flag(field), values[given])
+            for name, (field, values) in switches(config_class).items()
+            for prefix, given in (("--", True), ("--no-", False))
+        }
         self.misplaced = misplaced
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
@@ -129,6 +134,11 @@ class StageCommand(Command):
             if name := argument_flag(arg):
                 _, equals, value = arg.partition("=")
                 current = self.aliases.get(name, name)
+                if name in self.switches:
+                    if equals:
+                        raise CommandError(f"{name}: takes no value.")
+                    equals = "="
+                    current, value = self.switches[name]
                 if spelt.setdefault(current, name) != name:
                     raise CommandError(f"{spelt[current]} and {name} are one option; give one.")
                 rewritten.append(current + equals + value)

@@ -61,6 +61,15 @@ def aliases(config_class: type[Any]) -> dict[str, str]:
     }
 
 
+def switches(config_class: type[Any]) -> dict[str, tuple[str, dict[bool, Any]]]:
+    """Return flags that stand for values of a field: its name, and the values if given or not."""
+    return {
+        switch: (field.name, {True: value, False: field.default})
+        for field in dataclasses.fields(config_class)
+        for switch, value in field.metadata.get("switches", {}).items()
+    }
+
+
 def _documents(path: Path) -> list[tuple[Path, dict[str, Any]]]:
     """Return a file and the files that it extends, with what they hold, the extended ones first."""
     documents = [(path, _document(path))]
@@ -96,12 +105,17 @@ def _settings(
             raise ConfigError(f"{path}: unknown table [{name}].{nearest(name, known)}")
     hints = get_type_hints(config_class)
     field_names = aliases(config_class)
+    flags = switches(config_class)
     table = document.get(section, {})
     if not isinstance(table, dict):
         raise ConfigError(f"{path}: {section} must be a table, [{section}], found {table!r}.")
     settings: dict[str, Any] = {}
     for key, value in table.items():
         name = key.replace("-", "_")
+        where = f"{path}: {key} in [{section}]"
+        if name in flags:
+            name, values = flags[name]
+            value = values[_checked(value, bool, where)]
         name = field_names.get(name, name)
         if name in settings:
             raise ConfigError(f"{path}: {name} is given twice in [{section}], as {key!r} too.")
@@ -111,7 +125,7 @@ def _settings(
             raise ConfigError(
                 f"{path}: unknown key {key!r} in [{section}].{nearest(name, list(hints))}"
             )
-        settings[name] = _checked(value, hints[name], f"{path}: {key} in [{section}]")
+        settings[name] = _checked(value, hints[name], where)
     return settings
 
 

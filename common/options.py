@@ -25,6 +25,7 @@ def option(
     aliases: tuple[str, ...] = (),
     secret: bool = False,
     unless: str | None = None,
+    switches: Mapping[str, str] | None = None,
 ) -> Any:
     """Return a dataclass field that is also a command line option.
 
@@ -37,6 +38,8 @@ def option(
             `--help` does not list them.
         secret: whether to leave the value out of `run.json` and of checkpoints.
         unless: a flag's field name; if the flag is given, this option is not required, and empty.
+        switches: flags, as field names, each with the value of this option that it stands for.
+            Where one is false, it stands for the default. `--help` does not list them.
     """
     metadata = {
         "help": help,
@@ -44,6 +47,7 @@ def option(
         "aliases": aliases,
         "secret": secret,
         "unless": unless,
+        "switches": switches or {},
     }
     return dataclasses.field(default=default, metadata=metadata)
 

@@ -3,7 +3,7 @@
 from dataclasses import fields
 from typing import Any
 
-from common.config_file import aliases
+from common.config_file import aliases, switches
 from common.options import flag
 from infer.config import DecodeConfig, GenerateConfig, ScoreConfig, ServeConfig
 from precompute.config import PrecomputeConfig
@@ -36,4 +36,4 @@ def misplaced(config_class: type[Any]) -> dict[str, str]:
 
 def _flags(config_class: type[Any]) -> set[str]:
     names = [field.name for field in fields(config_class)]
-    return {flag(name) for name in (*names, *aliases(config_class))}
+    return {flag(name) for name in (*names, *aliases(config_class), *switches(config_class))}

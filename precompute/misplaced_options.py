@@ -26,6 +26,7 @@ TRAIN_OPTIONS = (
     "--on-nonfinite",
     "--mixed-precision",
     "--deterministic",
+    "--checkpointing",
     "--gradient-checkpointing",
     "--quantize-base",
     "--use-8bit-adam",

@@ -13,6 +13,8 @@ from shards.remote.streaming import LOCAL_CACHE_GB
 from train.misplaced_options import AT_PRECOMPUTE
 
 DEFAULT_SEQUENCE_LENGTH = 77  # T5 tokens; stage 1's default too
+# Each takes less memory than the one before, and more time.
+Checkpointing = Literal["none", "controlnet", "selective", "full"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,8 +128,12 @@ class TrainConfig:
         None,
         help="Number format of the frozen base and of the arithmetic; by default accelerate's.",
     )
-    gradient_checkpointing: bool = option(
-        False, help="Recompute the activations of both networks instead of storing them."
+    checkpointing: Checkpointing = option(
+        "none",
+        help="Activations that are recomputed instead of stored: none; the ControlNet's, as "
+        "--gradient-checkpointing says too; those of both networks that are cheap to compute; or "
+        "all. Same results; each level takes less memory than the one before, and more time.",
+        switches={"gradient_checkpointing": "controlnet"},
     )
     quantize_base: Literal["int8", "fp8", "nf4"] | None = option(
         None, help="Store the frozen base in 8 or 4 bit; nf4 needs the extra [bitsandbytes]."
@@ -258,6 +264,11 @@ class TrainConfig:
             raise ConfigError(
                 f"--offload-base {self.offload_base}: blocks that are compiled stay on the device; "
                 "leave out --compile or --offload-base."
+            )
+        if self.checkpointing == "selective" and self.compile:
+            raise ConfigError(
+                "--checkpointing selective: what a compiled block computes cannot be stored in "
+                "part; leave out --compile, or take --checkpointing controlnet or full."
             )
         if self.precondition_outputs not in (0, 1):
             raise ConfigError(

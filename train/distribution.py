@@ -25,6 +25,10 @@ _BASE = (
     "base smaller too), or train with DDP."
 )
 _8BIT = "its state cannot be shared out; leave it out, or train with DDP."
+_ZERO3 = (
+    "with ZeRO-3 weights come and go within a block, so that no part of it can be stored; take "
+    "--checkpointing controlnet or full."
+)
 _FSDP2 = "leave it out, or train with FSDP2 (configs/accelerate/fsdp2.yaml)."
 # Strategy, option (with its value, unless any will do), reason.
 UNSUPPORTED: tuple[tuple[Strategy, str, str], ...] = (
@@ -36,6 +40,7 @@ UNSUPPORTED: tuple[tuple[Strategy, str, str], ...] = (
     ("deepspeed", "--offload-activations", _OFFLOAD),
     ("deepspeed", "--offload-base", _BASE),
     ("deepspeed", "--use-8bit-adam", _8BIT),
+    ("deepspeed", "--checkpointing selective", _ZERO3),
     ("deepspeed", "--ema-decay", f"DeepSpeed keeps the exact weights to itself; {_FSDP2}"),
     ("deepspeed", "--on-nonfinite skip", f"DeepSpeed cannot be held back; {_FSDP2}"),
 )

@@ -18,6 +18,7 @@ from sd3.pretrained import component_variant, read_config
 from sd3.quantized import quantize
 from sd3.value_scale import AS_IS
 from shards.format.manifest import Manifest
+from train.checkpointing import checkpoint_blocks
 from train.config import TrainConfig
 
 DEFAULT_NUM_LAYERS = 12
@@ -169,8 +170,8 @@ def prepare_base(
     transformer.requires_grad_(False).eval()
     if config.quantize_base is not None:
         quantize(transformer, config.quantize_base)
-    if config.gradient_checkpointing:
-        transformer.enable_gradient_checkpointing()
+    if config.checkpointing in ("selective", "full"):
+        checkpoint_blocks(transformer, selective=config.checkpointing == "selective")
 
 
 def prepare_controlnet(config: TrainConfig, controlnet: Any) -> None:
@@ -179,8 +180,8 @@ def prepare_controlnet(config: TrainConfig, controlnet: Any) -> None:
     if config.bf16_weights:
         cast(controlnet, torch.bfloat16)
     controlnet.train()
-    if config.gradient_checkpointing:
-        controlnet.enable_gradient_checkpointing()
+    if config.checkpointing != "none":
+        checkpoint_blocks(controlnet, selective=config.checkpointing == "selective")
 
 
 def cast(network: nn.Module, dtype: torch.dtype) -> None:

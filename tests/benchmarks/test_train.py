@@ -55,7 +55,7 @@ def test_operations_of_a_step() -> None:
     sizes = Sizes(TINY, controlnet(TINY, 2), None, (16, 16), (3, 48), (5, 96), False)
     config = TrainConfig(pretrained_model_name_or_path="x", cache="y", **PLAIN)
     found = flops.count_step_flops(config, sizes)
-    assert flops.count_step_flops(replace(config, gradient_checkpointing=True), sizes) == found
+    assert flops.count_step_flops(replace(config, checkpointing="full"), sizes) == found
     assert (
         flops.count_step_flops(replace(config, gradient_accumulation_steps=3), sizes) == 3 * found
     )
@@ -112,7 +112,7 @@ def test_every_card_goes_with_every_base(base: str) -> None:
         precise = not (config.bf16_weights or config.use_8bit_adam or config.quantize_base)
         cost = gives_up(card, "train")
         assert ("precision" in cost) is not precise
-        assert ("speed" in cost) is config.gradient_checkpointing
+        assert ("speed" in cost) is (config.checkpointing != "none")
         assert ("host memory" in cost) is bool(config.offload_base or config.offload_optimizer)
 
 

@@ -27,6 +27,7 @@ class Settings:
     name: str | None = option(None, help="name")
     kind: Literal["one", "two"] = option("one", help="kind", aliases=("sort_of",))
     maybe: Literal["yes", "no"] | None = option(None, help="maybe")
+    level: Literal["off", "half", "whole"] = option("off", help="level", switches={"on": "half"})
     fast: bool = option(False, help="fast")
     prompt: tuple[str, ...] = option((), help="prompts")
     weight: tuple[float, ...] = option((), help="weights")
@@ -234,6 +235,40 @@ def test_another_name_of_an_option_works_and_is_not_in_the_help(call: Call, tmp_
     assert call("--config", file).exit_code == 0
     assert seen == [Settings(Path("x"), kind="two"), Settings(Path("y"))]
     assert "--origin" not in call("--help").output
+
+
+def test_a_switch_stands_for_a_value(call: Call, tmp_path: Path) -> None:
+    file = tmp_path / "run.toml"
+    file.write_text('[train]\nsource = "x"\nlevel = "whole"\n')
+    config = ("--config", file)
+    for arguments in (config, (*config, "--on"), (*config, "--no_on"), ("--source", "x", "--on")):
+        assert call(*arguments).exit_code == 0
+    assert [one.level for one in seen] == ["whole", "half", "off", "half"]
+    for value, level in (("true", "half"), ("false", "off")):
+        file.write_text(f'[train]\nsource = "x"\non = {value}\n')
+        assert call(*config).exit_code == 0
+        assert seen[-1].level == level
+    assert call(*config, "--level", "whole").exit_code == 0
+    assert seen[-1].level == "whole"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text", "message"),
+    [
+        (("--on", "--level", "whole"), "", "--on and --level are one option; give one."),
+        (("--on=yes",), "", "--on: takes no value."),
+        ((), 'on = true\nlevel = "half"', "level is given twice in [train], as 'level' too"),
+        ((), 'on = "half"', "on in [train]: expected bool, found 'half'."),
+    ],
+)
+def test_a_switch_beside_its_option_or_with_a_value_is_refused(
+    call: Call, tmp_path: Path, arguments: tuple[str, ...], text: str, message: str
+) -> None:
+    file = tmp_path / "run.toml"
+    file.write_text(f"[train]\n{text}\n")
+    result = call("--source", "x", "--config", file, *arguments)
+    assert result.exit_code == 2
+    assert message in result.output
 
 
 def test_help_has_the_options_in_groups(call: Call) -> None:

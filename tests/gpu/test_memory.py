@@ -17,7 +17,7 @@ from train.memory.estimate import find_sizes
 pytestmark = pytest.mark.gpu
 SETTINGS: list[dict[str, Any]] = [
     {},
-    {"gradient_checkpointing": True},
+    {"checkpointing": "full"},
     {"offload_optimizer": True},
     {"offload_base": 3},
     {"quantize_base": "int8", "bf16_weights": True},

@@ -17,12 +17,12 @@ from train.run import train
 
 pytestmark = pytest.mark.gpu
 MOVES: list[dict[str, Any]] = [
-    {"gradient_checkpointing": True},
+    {"checkpointing": "full"},
     {"offload_activations": True},
-    {"offload_activations": True, "gradient_checkpointing": True},
+    {"offload_activations": True, "checkpointing": "full"},
     {"offload_optimizer": True},
     {"offload_base": 4},
-    {"offload_base": 3, "offload_activations": True, "gradient_checkpointing": True},
+    {"offload_base": 3, "offload_activations": True, "checkpointing": "full"},
     {"fused_backward_pass": True},
     {"fused_backward_pass": True, "offload_optimizer": True},
     {"dataloader_num_workers": 2},

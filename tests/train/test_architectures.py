@@ -37,7 +37,7 @@ def test_each_trains_and_draws_from_the_same_cache(
         validation_steps=4,
         num_validation_images=1,
         validation_inference_steps=2,
-        gradient_checkpointing=True,
+        checkpointing="full",
     )
     train(config)
     controlnet = SD3ControlNetModel.from_pretrained(config.output_dir)

@@ -49,6 +49,11 @@ REFUSED: list[tuple[Any, dict[str, Any], str]] = [
     (accelerator(DEEPSPEED), {"offload_activations": True}, "--offload-activations: accelerate's"),
     (accelerator(FSDP), {"offload_base": 1}, "--offload-base: blocks come and go on one device"),
     (accelerator(DEEPSPEED), {"offload_base": 1}, "--offload-base: blocks come and go on one"),
+    (
+        accelerator(DEEPSPEED),
+        {"checkpointing": "selective"},
+        "--checkpointing selective: with ZeRO-3 weights come and go within a block",
+    ),
     (accelerator(DistributedType.MEGATRON_LM), {}, "set up for MEGATRON_LM"),
     (accelerator(FSDP, is_fsdp2=False), {}, "needs fsdp_version: 2"),
     (accelerator(FSDP), {"use_8bit_adam": True}, "--use-8bit-adam: "),

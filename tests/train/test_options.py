@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from common.config_file import switches
 from precompute.config import PrecomputeConfig
 from precompute.misplaced_options import MISPLACED as NOT_IN_PRECOMPUTE
 from precompute.misplaced_options import TRAIN_OPTIONS
@@ -101,8 +102,11 @@ GONE = {
 }
 # A seed is always there: whoever gives none gets 0, and the run can be repeated.
 OTHER_DEFAULTS = {"seed": 0}
+# Accepted, and another way to say a value of an option of ours.
+SWITCHES = {"gradient_checkpointing": ("checkpointing", {True: "controlnet", False: "none"})}
 OURS = {
     "cache",
+    "checkpointing",
     "local_cache_dir",
     "local_cache_gb",
     "conditioning_name",
@@ -141,7 +145,13 @@ def test_every_option_of_the_reference_is_somewhere() -> None:
         assert {flag(name) for name in GONE} <= misplaced.keys()
     moved = MOVED_TO_PRECOMPUTE - FOR_ESTIMATES
     assert {flag(name) for name in moved} <= set(PRECOMPUTE_OPTIONS)
-    assert REFERENCE.keys() == (REFERENCE.keys() & TRAIN.keys()) | MOVED_TO_PRECOMPUTE | GONE
+    assert switches(TrainConfig) == SWITCHES
+    assert (
+        SWITCHES["gradient_checkpointing"][1][REFERENCE["gradient_checkpointing"]]
+        == (TRAIN["checkpointing"])
+    )
+    kept = REFERENCE.keys() & (TRAIN.keys() | SWITCHES.keys())
+    assert REFERENCE.keys() == kept | MOVED_TO_PRECOMPUTE | GONE
     assert TRAIN.keys() & (MOVED_TO_PRECOMPUTE | GONE) == FOR_ESTIMATES
 
 
@@ -152,7 +162,7 @@ def test_each_stage_knows_the_options_of_the_other() -> None:
     }
     # precompute takes --output-dir as another name of --cache.
     assert {*TRAIN_OPTIONS, "--output-dir"} == {
-        flag(name) for name in TRAIN.keys() - PRECOMPUTE.keys()
+        flag(name) for name in (TRAIN.keys() | SWITCHES.keys()) - PRECOMPUTE.keys()
     }
     for misplaced, own in ((NOT_IN_TRAIN, TRAIN), (NOT_IN_PRECOMPUTE, PRECOMPUTE)):
         assert not misplaced.keys() & {flag(name) for name in own}
@@ -167,6 +177,29 @@ def test_options_of_the_other_stage_are_all_reported_at_once(command: Command) -
     assert done.exit_code == 2
     assert "--split: belongs to python -m precompute" in done.output
     assert "--validation-prompt: belongs to python -m precompute" in done.output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "level"),
+    [
+        ((), "full"),
+        (("--gradient_checkpointing",), "controlnet"),
+        (("--checkpointing", "none"), "none"),
+    ],
+)
+def test_the_references_checkpointing_is_that_of_the_controlnet(
+    arguments: tuple[str, ...],
+    level: str,
+    command: Command,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    seen: list[TrainConfig] = []
+    monkeypatch.setattr("train.run.train", seen.append)
+    (tmp_path / "run.toml").write_text('[train]\ncheckpointing = "full"\n')
+    base = ("--pretrained-model-name-or-path", "x", "--cache", "x")
+    command("train", "--config", tmp_path / "run.toml", *base, *arguments)
+    assert [config.checkpointing for config in seen] == [level]
 
 
 def test_the_cache_has_one_name_and_the_old_ones_still_work(command: Command) -> None:
@@ -227,7 +260,8 @@ def test_the_base_model_is_required_here_as_there() -> None:
 
 
 @pytest.mark.parametrize(
-    "name", sorted(REFERENCE.keys() - GONE - {"pretrained_model_name_or_path"})
+    "name",
+    sorted(REFERENCE.keys() - GONE - SWITCHES.keys() - {"pretrained_model_name_or_path"}),
 )
 def test_defaults_are_the_references(name: str) -> None:
     default = PRECOMPUTE[name] if name in MOVED_TO_PRECOMPUTE else TRAIN[name]

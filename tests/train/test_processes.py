@@ -125,7 +125,7 @@ def test_sharded_training_is_that_of_one_process(
     config = replace(
         config,
         cache=str(held_out),
-        gradient_checkpointing=True,
+        checkpointing="full" if name.startswith("zero") else "selective",
         validation_steps=3,
         num_validation_images=1,
         validation_inference_steps=2,

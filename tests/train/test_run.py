@@ -220,14 +220,6 @@ def test_a_precision_that_the_device_lacks_is_refused(train_config: TrainConfig)
         train(replace(train_config, mixed_precision="fp16"))
 
 
-def test_gradient_checkpointing_changes_no_number(
-    train_config: TrainConfig, tmp_path: Path
-) -> None:
-    train(train_config)
-    train(replace(train_config, gradient_checkpointing=True, output_dir=tmp_path / "again"))
-    assert_close(train_config.output_dir, tmp_path / "again")
-
-
 def test_epochs_count_steps(train_config: TrainConfig) -> None:
     # Ten samples, three a step: four steps an epoch, the last of them reaching into the next.
     config = replace(train_config, max_train_steps=None, num_train_epochs=2, train_batch_size=3)

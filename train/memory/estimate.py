@@ -5,7 +5,7 @@ import os
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from common.device import free_gpu_bytes
 from common.errors import ConfigError
@@ -17,7 +17,7 @@ from sd3.prompt_embeds import CLIP_TOKENS
 from shards.reading.cache import Cache
 from shards.remote.streaming import open_files
 from train import models
-from train.config import DEFAULT_SEQUENCE_LENGTH, TrainConfig
+from train.config import DEFAULT_SEQUENCE_LENGTH, Checkpointing, TrainConfig
 from train.distribution import UNSUPPORTED
 from train.memory.simulation import Estimate, Sizes, simulate
 from train.models import mixed_precision
@@ -25,7 +25,6 @@ from train.models import mixed_precision
 # Changes that may help, each with the settings that it requires.
 REMEDIES: tuple[dict[str, Any], ...] = (
     {"mixed_precision": "bf16"},
-    {"gradient_checkpointing": True},
     {"use_8bit_adam": True},
     {"quantize_base": "int8"},
     {"quantize_base": "nf4"},
@@ -190,7 +189,9 @@ def advice(config: TrainConfig, sizes: Sizes, now: Estimate) -> str:
 
 def _possible_changes(config: TrainConfig, num_blocks: int) -> Iterator[dict[str, Any]]:
     """Yield changes to the settings, for a base of some blocks, without what is set already."""
-    known = (*REMEDIES, {"offload_base": num_blocks})
+    levels = get_args(Checkpointing)
+    stronger = [{"checkpointing": one} for one in levels[levels.index(config.checkpointing) + 1 :]]
+    known = (*REMEDIES, *stronger, {"offload_base": num_blocks})
     changes = [change for change in known if _is_supported(config, change)]
     if config.train_batch_size > 1:
         half, double = config.train_batch_size // 2, config.gradient_accumulation_steps * 2
@@ -209,7 +210,7 @@ def _is_supported(config: TrainConfig, change: dict[str, Any]) -> bool:
         if os.environ.get(f"ACCELERATE_USE_{name.upper()}", "false").lower() == "true"
     }
     refused = {option for strategy, option, _ in UNSUPPORTED if strategy in launched}
-    if refused & {flag(name) for name in change}:
+    if refused & {*map(flag, change), *(as_arguments({one: change[one]}) for one in change)}:
         return False
     one_process = int(os.environ.get("WORLD_SIZE", "1")) == 1
     if "fused_backward_pass" in change:

@@ -57,7 +57,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
         "bf16_weights": True,
         "offload_optimizer": True,
         "offload_activations": True,
-        "gradient_checkpointing": True,
+        "checkpointing": "full",
         "ema_decay": 0.9,
     },
 }
@@ -105,7 +105,7 @@ def test_offloading_changes_no_bit_and_is_saved_as_it_is_after_its_step(
     plain = trained(config, tmp_path / "plain")
     activations = trained(replace(config, offload_activations=True), tmp_path / "activations")
     assert equal(plain, activations)
-    for more in ({}, {"gradient_checkpointing": True, "offload_activations": True}):
+    for more in ({}, {"checkpointing": "full", "offload_activations": True}):
         base = trained(replace(config, offload_base=4, **more), tmp_path / f"base{len(more)}")
         assert equal(plain, base)
     offloaded = replace(config, offload_optimizer=True)

@@ -94,7 +94,7 @@ def test_buckets_that_are_ordered_anew_are_counted(config: TrainConfig) -> None:
     config = replace(
         config,
         gradient_accumulation_steps=2,
-        gradient_checkpointing=True,
+        checkpointing="full",
         train_batch_size=1,
         num_controlnet_layers=3,
     )

@@ -50,14 +50,16 @@ def taken(config: TrainConfig) -> int:
 
 
 BF16 = {"mixed_precision": "bf16"}
-FUSED = {"fused_backward_pass": True, "gradient_checkpointing": True}
+FUSED = {"fused_backward_pass": True, "checkpointing": "full"}
 
 
 @pytest.mark.parametrize(
     ("settings", "within"),
     [
         ({}, 0.01),
-        ({"gradient_checkpointing": True}, 0.01),
+        ({"checkpointing": "controlnet"}, 0.01),
+        ({"checkpointing": "selective"}, 0.01),
+        ({"checkpointing": "full"}, 0.01),
         ({"train_batch_size": 4}, 0.01),
         ({"quantize_base": "int8"}, 0.01),
         ({"quantize_base": "fp8"}, 0.01),
@@ -65,6 +67,7 @@ FUSED = {"fused_backward_pass": True, "gradient_checkpointing": True}
         (BF16, 0.01),
         # The CPU's attention has a temporary of its own in its backward pass in 16 bit.
         (BF16 | FUSED, 0.02),
+        (BF16 | FUSED | {"checkpointing": "selective"}, 0.02),
         (BF16 | FUSED | {"bf16_weights": True}, 0.02),
     ],
 )
@@ -109,7 +112,7 @@ class Device(TorchDispatchMode):
 ALL = {
     **{"offload_base": 6, "offload_optimizer": True, "offload_activations": True},
     **{"quantize_base": "int8", "bf16_weights": True, "mixed_precision": "bf16"},
-    **{"fused_backward_pass": True, "gradient_checkpointing": True},
+    **{"fused_backward_pass": True, "checkpointing": "full"},
 }
 
 
@@ -121,7 +124,8 @@ ALL = {
         {"offload_base": 6},
         {"offload_optimizer": True},
         {"offload_activations": True},
-        {"offload_activations": True, "gradient_checkpointing": True},
+        {"offload_activations": True, "checkpointing": "selective"},
+        {"offload_activations": True, "checkpointing": "full"},
         ALL,
     ],
     ids=lambda settings: " ".join(settings),
@@ -271,8 +275,7 @@ def vae_config(config: TrainConfig) -> dict[str, Any]:
 @pytest.fixture
 def few(monkeypatch: pytest.MonkeyPatch) -> None:
     """Only try some of the remedies."""
-    some = ({"gradient_checkpointing": True}, {"use_8bit_adam": True})
-    monkeypatch.setattr(estimate, "REMEDIES", some)
+    monkeypatch.setattr(estimate, "REMEDIES", ({"use_8bit_adam": True},))
 
 
 @pytest.mark.slow
@@ -297,7 +300,7 @@ def test_an_estimate_needs_no_weights(
     assert free == pytest.approx(1.05 * whole + 0.5, abs=0.03)
     assert 0 < loading < whole
     assert "must be free" in lines[end + 1]
-    assert any(line.endswith("--gradient-checkpointing") for line in lines)
+    assert any(line.endswith("--checkpointing full") for line in lines)
     assert not config.output_dir.exists()
 
 
@@ -399,12 +402,15 @@ def test_what_is_advised_saves_as_much(config: TrainConfig) -> None:
     estimated = simulate(config, sizes)
     now = estimated.peak
     found = dict(remedies(config, sizes, estimated))
-    saved = found["--gradient-checkpointing"]
-    assert now - simulate(replace(config, gradient_checkpointing=True), sizes).peak == saved
+    levels = ["controlnet", "selective", "full"]
+    saved = [found[f"--checkpointing {level}"] for level in levels]
+    assert saved == sorted(saved)
+    for level, less in zip(levels, saved, strict=True):
+        assert now - simulate(replace(config, checkpointing=level), sizes).peak == less
     assert "--train-batch-size 1 --gradient-accumulation-steps 2" in found
     assert list(found.values()) == sorted(found.values(), reverse=True)
     # What is on already is not advised, nor what would not go with it.
-    checkpointed = replace(config, gradient_checkpointing=True)
+    checkpointed = replace(config, checkpointing="full")
     on = dict(remedies(checkpointed, sizes, simulate(checkpointed, sizes)))
     assert not any("checkpointing" in flags for flags in on)
 
@@ -426,6 +432,9 @@ def test_only_what_training_would_accept_is_advised(
         with monkeypatch.context() as patch:
             patch.setenv(f"ACCELERATE_USE_{strategy}", "true")
             assert not (offloads | {"use_8bit_adam"}) & names(config)
+            levels = [one.get("checkpointing") for one in estimate._possible_changes(config, 6)]
+            assert ("selective" in levels) is (strategy == "FSDP")
+            assert {"controlnet", "full"} <= set(levels)
 
 
 @pytest.mark.usefixtures("few")
@@ -441,7 +450,7 @@ def test_out_of_memory_says_what_would_help(
     assert (
         "Error: out of memory: CUDA out of memory. Tried to allocate 20.00 MiB." in outcome.output
     )
-    assert re.search(r"^ +-0\.\d\d  --gradient-checkpointing$", outcome.output, re.MULTILINE)
+    assert re.search(r"^ +-0\.\d\d  --checkpointing full$", outcome.output, re.MULTILINE)
 
 
 @pytest.mark.usefixtures("few")

@@ -48,10 +48,12 @@ SAME_BITS: list[dict[str, Any]] = [
     {"fused_backward_pass": True},
     {"offload_optimizer": True},
     {"offload_activations": True},
-    {"offload_activations": True, "gradient_checkpointing": True},
-    {"offload_optimizer": True, "fused_backward_pass": True, "gradient_checkpointing": True},
+    {"offload_activations": True, "checkpointing": "selective"},
+    {"offload_activations": True, "checkpointing": "full"},
+    {"offload_optimizer": True, "fused_backward_pass": True, "checkpointing": "full"},
     {"offload_base": 4},
-    {"offload_base": 3, "offload_activations": True, "gradient_checkpointing": True},
+    {"offload_base": 4, "checkpointing": "selective"},
+    {"offload_base": 3, "offload_activations": True, "checkpointing": "full"},
 ]
 
 
@@ -516,7 +518,7 @@ def test_training_beside_a_quantised_base(
 def test_compiled_blocks_compute_the_same(unclipped: TrainConfig, tmp_path: Path) -> None:
     train(unclipped)
     config = replace(
-        unclipped, output_dir=tmp_path / "compiled", compile=True, gradient_checkpointing=True
+        unclipped, output_dir=tmp_path / "compiled", compile=True, checkpointing="full"
     )
     train(config)
     assert logged_losses(config.output_dir) == pytest.approx(

@@ -34,7 +34,7 @@ def config(train_config: TrainConfig, held_out: Path) -> TrainConfig:
         max_grad_norm=0.0,
         train_batch_size=1,
         gradient_accumulation_steps=2,
-        gradient_checkpointing=True,
+        checkpointing="full",
         logging_steps=1,
         report_to="tensorboard",
         validation_steps=4,

@@ -130,7 +130,7 @@ def test_networks_are_prepared_as_asked_for(train_config: TrainConfig, base: Pat
         train_config,
         quantize_base="fp8",
         bf16_weights=True,
-        gradient_checkpointing=True,
+        checkpointing="full",
     )
     transformer = models.load_transformer(base, None, torch.bfloat16)
     controlnet = models.new_controlnet(base, None, 2)
