@@ -154,7 +154,9 @@ def take_step(
                 if run.fused is not None:
                     nonfinite = run.fused.pop_nonfinite()
                 else:
-                    norm = clip_gradients(accelerator, run.controlnet, config.max_grad_norm)
+                    norm = clip_gradients(
+                        accelerator, run.controlnet, run.optimizer.optimizer, config.max_grad_norm
+                    )
                     nonfinite = guard.before_update(norm)
             run.optimizer.step()
             run.optimizer.zero_grad(set_to_none=not keeps_gradients(accelerator))

@@ -144,4 +144,4 @@ def test_a_step_that_deepspeed_left_out_has_no_finite_norm(
         optimizer_step_was_skipped=skipped,
     )
     network = torch.nn.Linear(1, 1)
-    assert float(clip_gradients(of_deepspeed, network, 1.0)) == norm
+    assert float(clip_gradients(of_deepspeed, network, None, 1.0)) == norm

@@ -35,9 +35,12 @@ class Ema:
         """Update the average with the network's current weights."""
         count = self.num_steps
         decay = min(self.decay, (1 + count) / (10 + count)) if count else 0.0
-        update = get_ema_multi_avg_fn(decay)
-        for average, parameter in zip(self.weights, self._parameters(), strict=True):
-            update([average], [parameter.float()], self.num_steps)
+        update, parameters = get_ema_multi_avg_fn(decay), self._parameters()
+        if all(parameter.dtype == torch.float32 for parameter in parameters):
+            update(self.weights, parameters, self.num_steps)
+        else:  # in float32 one at a time: all would take as much as the average itself
+            for average, parameter in zip(self.weights, parameters, strict=True):
+                update([average], [parameter.float()], self.num_steps)
         self.num_steps += 1
 
     def named_weights(self) -> dict[str, Tensor]:

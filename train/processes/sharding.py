@@ -9,25 +9,43 @@ from accelerate import Accelerator
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from train.processes.strategy import strategy
 
 
-def clip_gradients(accelerator: Accelerator, controlnet: Any, max_norm: float) -> Tensor:
-    """Clip the gradients' norm over all processes and return what it was, [].
+def clip_gradients(
+    accelerator: Accelerator, controlnet: Any, optimizer: Any, max_norm: float
+) -> Tensor:
+    """Clip the norm of the next update's gradient over all processes; return what it was, [].
+
+    A fused optimiser of torch's is told what to divide by, as torch's GradScaler tells it, and
+    divides while it steps: nothing else goes through the gradients. The host waits for nothing.
 
     Args:
         accelerator: prepared the ControlNet. DeepSpeed clips by itself, and has taken the
             optimiser's step by now; here it only returns the norm.
         controlnet: as accelerate prepared it.
+        optimizer: torch's own, or a compatible one.
         max_norm: largest norm; 0 does not clip.
     """
-    norm = accelerator.clip_grad_norm_(controlnet.parameters(), max_norm or math.inf)
-    if strategy(accelerator) == "deepspeed" and accelerator.optimizer_step_was_skipped:
-        norm = math.inf  # what was returned is the norm of an earlier step
+    if strategy(accelerator) == "deepspeed":
+        norm = accelerator.clip_grad_norm_(controlnet.parameters(), max_norm or math.inf)
+        if accelerator.optimizer_step_was_skipped:
+            norm = math.inf  # what was returned is the norm of an earlier step
+        return torch.as_tensor(norm, device=accelerator.device)
+    accelerator.unscale_gradients()
+    trained = [parameter for parameter in controlnet.parameters() if parameter.grad is not None]
+    norm = get_total_norm([parameter.grad for parameter in trained])
     if isinstance(norm, DTensor):
         norm = norm.full_tensor()
-    return torch.as_tensor(norm, device=accelerator.device)
+    norm = norm.float()  # of --bf16-weights it has their precision
+    if max_norm and optimizer.defaults.get("fused"):
+        # torch's own formula, so that 1 divides where nothing is clipped.
+        optimizer.grad_scale = ((norm + 1e-6) / max_norm).clamp_min(1)
+    elif max_norm:
+        clip_grads_with_norm_(trained, max_norm, norm)
+    return norm
 
 
 def full_state_dict(

@@ -3,12 +3,14 @@
 import contextlib
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from diffusers import SD3ControlNetModel
 from diffusers.training_utils import EMAModel
 from safetensors.torch import load_file
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from train.config import TrainConfig
 from train.optim.ema import Ema
@@ -33,6 +35,23 @@ def test_it_is_what_diffusers_averages(decay: float) -> None:
         theirs.step(network.parameters())
         for mine, its in zip(ours.weights, theirs.shadow_params, strict=True):
             torch.testing.assert_close(mine, its)
+
+
+class Calls(TorchDispatchMode):
+    """Counts operations that average."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += "lerp" in func.overloadpacket.__name__
+        return func(*args, **(kwargs or {}))
+
+
+def test_all_weights_are_averaged_in_one_call() -> None:
+    average = Ema(torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Linear(4, 5)), 0.9)
+    with Calls() as calls:
+        average.step()
+    assert calls.count == 1
 
 
 def test_averaged_weights_are_loaded_temporarily() -> None:
