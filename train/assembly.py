@@ -28,6 +28,7 @@ from train.inputs import (
 )
 from train.loss import Objective
 from train.memory.activation_offload import OffloadedActivations
+from train.memory.cast_weights import cast_weights_at_use
 from train.memory.streamed_base import StreamedBlocks
 from train.models import trained_parameters
 from train.optim.adamw import (
@@ -214,6 +215,7 @@ def _load_controlnet(config: TrainConfig, inputs: Inputs) -> Any:
     data = models.data_entry(inputs.cache.manifest, config.conditioning_name)
     controlnet.register_to_config(**{DATA_KEY: data})
     models.prepare_controlnet(config, controlnet)
+    cast_weights_at_use(controlnet)
     return controlnet
 
 

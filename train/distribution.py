@@ -118,6 +118,8 @@ def prepare(
             # torch 2.13 has another name for it, which accelerate does not know yet.
             warnings.filterwarnings("ignore", ".*broadcast_buffers", FutureWarning)
             prepared: tuple[Any, Any, Any] = accelerator.prepare(controlnet, optimizer, schedule)
+        # Without accelerate's autocast: the ControlNet casts its weights itself.
+        vars(accelerator.unwrap_model(prepared[0])).pop("forward", None)
         return prepared
     _configure_deepspeed(accelerator.deepspeed_plugin.deepspeed_config, config)
     buffers = {name: buffer.clone() for name, buffer in controlnet.named_buffers()}

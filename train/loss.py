@@ -86,7 +86,7 @@ def batch_losses(batch: Batch, controlnet: Any, transformer: Any, settings: Obje
 
     Args:
         batch: on the networks' device.
-        controlnet: gets the transformer's dtype; its autocast decides what it computes in.
+        controlnet: gets the transformer's dtype and computes in it.
         transformer: frozen; gets its own dtype.
         settings: of the objective.
     """
@@ -126,7 +126,7 @@ def predict(
         samples: on the networks' device.
         sigma: noise levels, [B].
         timestep: the networks' timestep input for these levels, [B].
-        controlnet: gets the transformer's dtype; its autocast decides what it computes in.
+        controlnet: gets the transformer's dtype and computes in it.
         transformer: frozen; gets its own dtype.
         settings: how latents are scaled.
     """
@@ -142,7 +142,6 @@ def predict(
         "return_dict": False,
     }
     residuals = controlnet(controlnet_cond=conditioning.to(dtype), **common)[0]
-    residuals = [residual.to(dtype) for residual in residuals]
     velocity = transformer(block_controlnet_hidden_states=residuals, **common)[0]
     return Prediction(velocity, noisy, latent)
 

@@ -19,7 +19,6 @@ from common.cards import card_file, card_names, gives_up, settings_with
 from common.memory.need import Need, card_bytes
 from tests.conftest import flags, run_python
 from train.config import TrainConfig
-from train.memory import simulation
 from train.memory.simulation import Sizes, simulate
 
 # Tokens and width of SD3's embeddings.
@@ -31,7 +30,6 @@ def controlnet(transformer: dict[str, Any], num_layers: int = 12) -> dict[str, A
 
 
 def test_a_row_is_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(simulation, "use_float32_norms", lambda network: None)
     save_transformer(tmp_path / "base", TINY)
     settings = {"train_batch_size": 2, "gradient_accumulation_steps": 2}
     found = train_step.measure(Row("a row", 256, settings), tmp_path, TINY, 1e-3, 0.1)

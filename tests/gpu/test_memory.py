@@ -35,7 +35,6 @@ def test_an_estimate_is_what_a_step_takes(
     transformer, px = TRANSFORMERS["sd3-medium"] | {"num_layers": 4}, 512
     if device.type == "cpu":
         transformer, px = TINY, 256
-        monkeypatch.setattr(simulation, "use_float32_norms", lambda network: None)
     save_transformer(tmp_path / "base", transformer)
     gc.collect()  # of what earlier tests left
     before = torch.cuda.memory_allocated() if device.type == "cuda" else 0

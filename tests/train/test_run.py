@@ -23,6 +23,7 @@ from precompute.run import precompute
 from tests.conftest import Outcome, flags, run_python, running, train_in_two_processes
 from train import models
 from train.config import TrainConfig
+from train.memory.cast_weights import CastLinear
 from train.misplaced_options import MISPLACED
 from train.run import train
 from train.saving import checkpoints, resuming
@@ -209,8 +210,20 @@ def test_going_on_from_a_trained_controlnet(train_config: TrainConfig, tmp_path:
         train(replace(on, controlnet_model_name_or_path=str(tmp_path), output_dir=tmp_path / "no"))
 
 
-def test_mixed_precision_trains_float32_weights(train_config: TrainConfig) -> None:
+def test_mixed_precision_trains_float32_weights_without_autocast(
+    train_config: TrainConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    computed_in: set[tuple[torch.dtype, bool]] = set()
+    forward = CastLinear.forward
+
+    def noting(self: CastLinear, inputs: torch.Tensor) -> torch.Tensor:
+        outputs = forward(self, inputs)
+        computed_in.add((outputs.dtype, torch.is_autocast_enabled("cpu")))
+        return outputs
+
+    monkeypatch.setattr(CastLinear, "forward", noting)
     train(replace(train_config, mixed_precision="bf16"))
+    assert computed_in == {(torch.bfloat16, False)}
     assert {tensor.dtype for tensor in weights(train_config.output_dir).values()} == {torch.float32}
 
 

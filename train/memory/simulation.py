@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from accelerate.utils.operations import ConvertOutputsToFp32
 from diffusers import SD3ControlNetModel, SD3Transformer2DModel
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -23,13 +22,13 @@ from shards.format.specs import LatentSpec
 from train.config import TrainConfig
 from train.data import Batch
 from train.loss import Objective, batch_losses, predict
+from train.memory.cast_weights import cast_weights_at_use
 from train.memory.stand_ins import (
     DroppedActivations,
     build_network,
     network_bytes,
     quantize,
     stream_blocks,
-    use_float32_norms,
 )
 from train.models import (
     WEIGHT_DTYPES,
@@ -135,8 +134,7 @@ class Simulation:
         self.config, self.sizes = config, sizes
         self.meter = Meter()
         self.host = 0
-        precision = mixed_precision(config)
-        self.dtype = WEIGHT_DTYPES[precision]
+        self.dtype = WEIGHT_DTYPES[mixed_precision(config)]
         # In the order in which a run loads them.
         self.transformer = build_network(SD3Transformer2DModel, sizes.transformer, self.dtype)
         self.loading = network_bytes(self.transformer)
@@ -146,6 +144,7 @@ class Simulation:
         self.controlnet = build_network(SD3ControlNetModel, sizes.controlnet, torch.float32)
         self.loading = max(self.loading, self.host + network_bytes(self.controlnet))
         prepare_controlnet(config, self.controlnet)
+        cast_weights_at_use(self.controlnet)
         self.trained = trained_parameters(self.controlnet)
         self._count(self.transformer, "frozen base")
         self._count(self.controlnet, "ControlNet")
@@ -159,11 +158,6 @@ class Simulation:
         self.ema = self._start_ema()
         for parameter in self.trained:
             parameter.register_post_accumulate_grad_hook(self._on_gradient)
-        if precision != "no":
-            # What accelerate does when it prepares a network.
-            autocast = torch.autocast("cpu", self.dtype, cache_enabled=False)
-            use_float32_norms(self.controlnet)
-            self.controlnet.forward = ConvertOutputsToFp32(autocast(self.controlnet.forward))
 
     def step(self) -> None:
         """Take an optimiser step."""
@@ -311,7 +305,6 @@ class Simulation:
             "return_dict": False,
         }
         residuals = self.controlnet(controlnet_cond=batch.latent.to(self.dtype), **common)[0]
-        residuals = [residual.to(self.dtype) for residual in residuals]
         self.transformer(block_controlnet_hidden_states=residuals, **common)
 
     def _measure(self, count: int) -> None:

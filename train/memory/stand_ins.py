@@ -104,17 +104,6 @@ class _Nf4Product(torch.autograd.Function):
         return gradient @ gradient.new_empty(ctx.layer.shape), None
 
 
-def use_float32_norms(network: nn.Module) -> None:
-    """Compute layer norms in float32, as CUDA's autocast does and the CPU's does not."""
-
-    def in_float32(module: nn.Module, inputs: tuple[Tensor]) -> tuple[Tensor]:
-        return (inputs[0].float(),)
-
-    for module in network.modules():
-        if isinstance(module, nn.LayerNorm):
-            module.register_forward_pre_hook(in_float32)
-
-
 class DroppedActivations(saved_tensors_hooks):
     """Drops what `OffloadedActivations` would move to the host, and creates it anew when needed.
 

@@ -130,6 +130,5 @@ def _velocity(
         **prompt,
     }
     residuals = controlnet(controlnet_cond=conditioning, **common)[0]
-    residuals = [residual.to(transformer.dtype) for residual in residuals]
     velocity: Tensor = transformer(block_controlnet_hidden_states=residuals, **common)[0]
     return velocity

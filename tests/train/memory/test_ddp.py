@@ -40,8 +40,6 @@ def one_of_two(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(assembly.distribution, "prepare", prepared)
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("RANK", "0")
-    # What is measured here is the CPU, whose autocast leaves layer norms alone.
-    monkeypatch.setattr(simulation, "use_float32_norms", lambda network: None)
     yield
     torch.distributed.destroy_process_group()
 

@@ -26,7 +26,7 @@ from tests.train.memory.steps import batches_and_guard
 from train import loop, models
 from train.assembly import assemble
 from train.config import TrainConfig
-from train.memory import activation_offload, estimate, simulation
+from train.memory import activation_offload, estimate
 from train.memory.estimate import find_sizes, remedies
 from train.memory.simulation import simulate
 from train.optim.host_memory import HostMemory
@@ -74,8 +74,6 @@ FUSED = {"fused_backward_pass": True, "checkpointing": "full"}
 def test_a_step_takes_as_much_as_estimated(
     settings: dict[str, Any], within: float, config: TrainConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # What is measured here is the CPU, whose autocast leaves layer norms alone.
-    monkeypatch.setattr(simulation, "use_float32_norms", lambda network: None)
     config = replace(config, **settings)
     step = simulate(config, find_sizes(config)).step
     assert step["gradients"] + step["activations"] == pytest.approx(taken(config), rel=within)
@@ -134,7 +132,6 @@ def test_all_that_a_run_takes_is_as_estimated(
     settings: dict[str, Any], config: TrainConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Weights, state, gradients and activations of a step together, with real tensors."""
-    monkeypatch.setattr(simulation, "use_float32_norms", lambda network: None)
     config = replace(config, **settings)
     device = Device()
     empty_like, on_host = HostMemory.empty_like, activation_offload.OnHost.__init__
