@@ -9,7 +9,6 @@ import click
 import torch
 from accelerate import Accelerator, PartialState
 from accelerate.utils import (
-    AutocastKwargs,
     DistributedDataParallelKwargs,
     ProjectConfiguration,
 )
@@ -210,8 +209,6 @@ def make_accelerator(config: TrainConfig) -> Accelerator:
             # The schedule steps once an optimiser step, whatever the number of processes.
             step_scheduler_with_optimizer=False,
             kwargs_handlers=[
-                # A pass uses each weight once, so a cache of 16 bit copies would only take memory.
-                AutocastKwargs(cache_enabled=False),
                 # No buffer changes, so none need be sent at each pass; and the gradients lie in
                 # the memory that is sent, instead of being copied into it.
                 DistributedDataParallelKwargs(

@@ -16,7 +16,8 @@ class CastLinear(nn.Linear):
 
     def forward(self, inputs: Tensor) -> Tensor:
         """Return [..., out] from [..., in]."""
-        return nn.functional.linear(inputs, *_cast(self, inputs.dtype))
+        weight, bias = _cast(self, inputs.dtype)
+        return nn.functional.linear(inputs, weight, bias)
 
 
 class CastConv2d(nn.Conv2d):
@@ -24,7 +25,9 @@ class CastConv2d(nn.Conv2d):
 
     def forward(self, inputs: Tensor) -> Tensor:
         """Return [B, out, h, w] from [B, in, H, W]."""
-        return self._conv_forward(inputs, *_cast(self, inputs.dtype))
+        weight, bias = _cast(self, inputs.dtype)
+        outputs: Tensor = self._conv_forward(inputs, weight, bias)
+        return outputs
 
 
 class CastRMSNorm(RMSNorm):  # type: ignore[misc]
