@@ -20,7 +20,8 @@ def clip_gradients(
     """Clip the norm of the next update's gradient over all processes; return what it was, [].
 
     A fused optimiser of torch's is told what to divide by, as torch's GradScaler tells it, and
-    divides while it steps: nothing else goes through the gradients. The host waits for nothing.
+    divides while it steps: nothing else goes through the gradients, and the host waits for
+    nothing. For another optimiser the host reads the norm, as it reads whether it is finite.
 
     Args:
         accelerator: prepared the ControlNet. DeepSpeed clips by itself, and has taken the
@@ -43,7 +44,7 @@ def clip_gradients(
     if max_norm and optimizer.defaults.get("fused"):
         # torch's own formula, so that 1 divides where nothing is clipped.
         optimizer.grad_scale = ((norm + 1e-6) / max_norm).clamp_min(1)
-    elif max_norm:
+    elif max_norm and norm > max_norm:
         clip_grads_with_norm_(trained, max_norm, norm)
     return norm
 
