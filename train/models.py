@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import init_empty_weights
 from diffusers import FlowMatchEulerDiscreteScheduler, SD3ControlNetModel, SD3Transformer2DModel
 from safetensors import safe_open
 from torch import Tensor, nn
@@ -86,14 +87,18 @@ def new_controlnet(base: Path, variant: str | None, num_layers: int | None) -> S
     Raises:
         ConfigError: the transformer has too few blocks.
     """
-    controlnet = SD3ControlNetModel.from_config(controlnet_config(base, num_layers))
-    shared = {
-        name
-        for name in controlnet.state_dict()
-        if not name.startswith(("controlnet_blocks.", "pos_embed_input."))
+    with init_empty_weights():  # to fill a billion weights at random would take seconds
+        controlnet = SD3ControlNetModel.from_config(controlnet_config(base, num_layers))
+    own = {
+        name: torch.zeros(tensor.shape)
+        for name, tensor in controlnet.state_dict().items()
+        if name.startswith(("controlnet_blocks.", "pos_embed_input."))
     }
-    controlnet.load_state_dict(read_weights(base / "transformer", variant, shared), strict=False)
-    return controlnet.float()
+    names = controlnet.state_dict().keys() - own.keys()
+    shared = read_weights(base / "transformer", variant, names)
+    copies = {name: weight.to(torch.float32, copy=True) for name, weight in shared.items()}
+    controlnet.load_state_dict(own | copies, assign=True)
+    return controlnet
 
 
 def controlnet_config(base: Path, num_layers: int | None) -> dict[str, Any]:

@@ -22,7 +22,10 @@ from train.compatibility import check_base, check_controlnet
 
 def test_a_new_controlnet_copies_the_first_blocks(base: Path) -> None:
     transformer = models.load_transformer(base, None, torch.float32)
+    numbers = torch.get_rng_state()
     controlnet = models.new_controlnet(base, None, 2)
+    assert torch.equal(torch.get_rng_state(), numbers)  # no weight was drawn to be overwritten
+    assert all(parameter.requires_grad for parameter in controlnet.parameters())
     assert controlnet.config.num_layers == 2
     assert controlnet.config.force_zeros_for_pooled_projection is False
     assert controlnet.config.extra_conditioning_channels == 0
