@@ -156,6 +156,29 @@ def test_sharded_training_is_that_of_one_process(
             assert levels == pytest.approx(theirs[kind], rel=1e-4)
 
 
+@pytest.mark.parametrize("name", ["ddp", "fsdp2"])
+def test_compiled_blocks_share_the_work(
+    name: str, config: TrainConfig, held_out: Path, tmp_path: Path
+) -> None:
+    """Validation at the start and the end included, which computes without compiled blocks."""
+    config = replace(
+        config,
+        cache=str(held_out),
+        max_train_steps=2,
+        checkpointing="controlnet",
+        validation_steps=2,
+        num_validation_images=1,
+        validation_inference_steps=1,
+    )
+    train(config)
+    two = replace(config, output_dir=tmp_path / "two", train_batch_size=1, compile=True)
+    train_sharded(name, two)
+    one, other = logged_losses(config.output_dir), logged_losses(two.output_dir)
+    assert len(one) == 2
+    assert one == pytest.approx(other, rel=1e-4)
+    assert_close(config.output_dir, two.output_dir)
+
+
 def test_fsdp_goes_on_with_another_number_of_processes(config: TrainConfig, tmp_path: Path) -> None:
     train(config)
     mixed = replace(config, output_dir=tmp_path / "mixed", resume_from_checkpoint="latest")

@@ -24,8 +24,9 @@ from train.validation import pictures
 MOST_TRAINING = 6
 SETTINGS: dict[str, dict[str, Any]] = {
     "plain": {},
-    "checkpointing": {"gradient_checkpointing": True, "offload_activations": True},
-    "int8": {"quantize_base": "int8", "gradient_checkpointing": True},
+    "controlnet": {"checkpointing": "controlnet", "offload_activations": True},
+    "full": {"checkpointing": "full"},
+    "int8": {"checkpointing": "full", "quantize_base": "int8"},
     "fp8": {"quantize_base": "fp8"},
     "bfloat16": {"mixed_precision": "bf16", "bf16_weights": True, "offload_optimizer": True},
 }
