@@ -47,7 +47,13 @@ def compiled() -> int:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
+@pytest.mark.parametrize(
+    "settings",
+    [
+        *(pytest.param(settings, id=name) for name, settings in SETTINGS.items()),
+        pytest.param({"quantize_base": "nf4"}, id="nf4", marks=pytest.mark.extras),
+    ],
+)
 def test_a_run_compiles_few_blocks_and_its_validations_none(
     settings: dict[str, Any],
     train_config: TrainConfig,
