@@ -11,7 +11,8 @@ one run:
 - arrow: as diffusers' training script reads the prompt embeddings that it keeps: rows of nested
   float32 lists, turned into tensors and stacked. It encodes its latents anew at each step.
 
-Then follow resident memory with ten times the records, and a cache of 10,000 shards.
+Then follow resident memory with ten times the records, a cache of 10,000 shards, and a full shuffle
+of a million small records beside one of as many as have all their indexes in memory.
 """
 
 import dataclasses
@@ -40,7 +41,7 @@ from benchmarks.readers import (
     read_with_webdataset,
     training_batches,
 )
-from benchmarks.synthetic import Shape, write_cache
+from benchmarks.synthetic import TINY, Shape, write_cache
 from common.atomic_files import write_text
 from common.command import CONTEXT
 from common.device import keep_freed_memory
@@ -49,9 +50,12 @@ from shards.format import manifest, sidecar
 from shards.format.product import Product, product_of
 from shards.format.sidecar import sidecar_path, tar_path
 from shards.reading.cache import Cache
+from shards.reading.reader import INDEXED_RECORDS
 
 SD3_1024PX = Shape(side=128)
 ROUNDS = 5
+RECORDS_A_SHARD = 1024
+SHUFFLED = 20_000  # samples read a round
 
 
 @click.command(context_settings=CONTEXT)
@@ -60,6 +64,9 @@ ROUNDS = 5
 )
 @click.option(
     "--shards", default=10_000, show_default=True, help="Number in the cache that is opened."
+)
+@click.option(
+    "--records", default=1_000_000, show_default=True, help="Number of small records to shuffle."
 )
 @click.option(
     "--folder",
@@ -73,7 +80,7 @@ ROUNDS = 5
     default=Path("benchmarks/results/loader.json"),
     show_default=True,
 )
-def main(images: int, shards: int, folder: Path | None, results: Path) -> None:
+def main(images: int, shards: int, records: int, folder: Path | None, results: Path) -> None:
     """Measure the reading of caches."""
     keep_freed_memory(torch.device("cpu"))  # as training does
     with tempfile.TemporaryDirectory(dir=folder) as name:
@@ -85,6 +92,7 @@ def main(images: int, shards: int, folder: Path | None, results: Path) -> None:
             "speed": measure_speed(large, per_shard * 20),
             "memory": measure_memory(small, large),
             "many shards": measure_many_shards(small, Path(name) / "many", shards),
+            "many records": measure_many_records(Path(name) / "records", records),
             "images": per_shard * 20,
             "batch": BATCH,
             "machine": machine(),
@@ -103,7 +111,7 @@ def report(figures: dict[str, Any]) -> None:
             f"{name:34s} {rates['gb_per_s']:7.3f} GB/s {rates['samples_per_s']:9.1f} samples/s "
             f"{rates['gb_per_s'] / raw:6.3f} of raw"
         )
-    for name in ("memory", "many shards"):
+    for name in ("memory", "many shards", "many records"):
         click.echo(f"{name}: " + ", ".join(f"{k} {v:.3f}" for k, v in figures[name].items()))
 
 
@@ -190,6 +198,41 @@ def measure_many_shards(small: Path, many: Path, num_shards: int) -> dict[str, f
         "first_batch_s": statistics.median(batch_s for _, batch_s in many_times),
         "small_open_s": statistics.median(open_s for open_s, _ in small_times),
         "small_first_batch_s": statistics.median(batch_s for _, batch_s in small_times),
+    }
+
+
+def measure_many_records(folder: Path, num_records: int) -> dict[str, float]:
+    """Return the samples a second of a full shuffle of many small records, and of few.
+
+    Their tars are links to one, so that only what depends on the number of records differs.
+
+    Args:
+        folder: folder in which caches are made.
+        num_records: number of images of the large cache.
+    """
+    template, few, many = folder / "template", folder / "few", folder / "many"
+    write_cache(template, TINY, 2, RECORDS_A_SHARD)
+    few_shards = INDEXED_RECORDS // RECORDS_A_SHARD
+    _write_many_shards(template, few, few_shards)
+    _write_many_shards(template, many, max(few_shards, num_records // RECORDS_A_SHARD))
+    caches = {"few": Cache(few), "many": Cache(many)}
+    rates: dict[str, list[float]] = {"few": [], "many": []}
+    for _ in range(ROUNDS + 1):
+        for name, cache in caches.items():
+            start = time.perf_counter()
+            samples = read_shuffled(cache, SHUFFLED, THREADS)
+            rates[name].append(samples / (time.perf_counter() - start))
+    figures = {
+        "records": float(caches["many"].conditioning.product.num_records),
+        # In the first round nearly each sample is the first of its shard, and parses sidecars.
+        "first_samples_per_s": rates["many"][0],
+        "few_first_samples_per_s": rates["few"][0],
+    }
+    few_rate, many_rate = (statistics.median(rates[name][1:]) for name in ("few", "many"))
+    return figures | {
+        "samples_per_s": many_rate,
+        "few_samples_per_s": few_rate,
+        "ratio": many_rate / few_rate,
     }
 
 

@@ -1,5 +1,6 @@
 """A shard's sidecar as reading needs it: compact, since many are at hand at once."""
 
+import mmap
 import os
 import struct
 import sys
@@ -17,6 +18,8 @@ from shards.format.sidecar import Sidecar
 
 # Numbers of records and of prompts, and bytes of the longest key of each.
 HEADER = struct.Struct("=4q")
+# Of the temporary file at a time; a multiple of a page.
+MAPPED_BYTES = 1 << 24
 
 
 class MemberSpan(NamedTuple):
@@ -67,11 +70,11 @@ class ShardIndex:
         data: as `pack` returns it; it is not copied.
     """
 
-    def __init__(self, data: bytes) -> None:
+    def __init__(self, data: bytes | memoryview) -> None:
         count, num_prompts, self._key_bytes, self._prompt_bytes = HEADER.unpack_from(data)
         self.num_records = count
-        self._data = data
-        view, at = memoryview(data), HEADER.size
+        self._data = view = memoryview(data)
+        at = HEADER.size
 
         def numbers(kind: Literal["q", "Q"], length: int) -> memoryview:
             nonlocal at
@@ -121,21 +124,23 @@ class ShardIndex:
         return self._string(self._prompts_at + at * self._prompt_bytes, self._prompt_bytes)
 
     def _string(self, start: int, size: int) -> str:
-        return self._data[start : start + size].decode().rstrip()
+        return str(self._data[start : start + size], "ascii").rstrip()
 
 
 class PackedIndexes:
     """Packed indexes in a temporary file, so that each sidecar is parsed once.
 
     Of a large cache more are read than memory should hold: in a full shuffle each sample comes from
-    another shard. To parse a sidecar of a thousand records takes some milliseconds, to read it
-    back from here some microseconds. Safe to share between threads.
+    another shard. To parse a sidecar of a thousand records takes some milliseconds, to find it here
+    some microseconds, and the system may drop what was not used for long. Safe to share between
+    threads.
     """
 
     def __init__(self) -> None:
         self._file = tempfile.TemporaryFile(prefix="shard-indexes-", buffering=0)  # noqa: SIM115
-        self._places: dict[int, tuple[int, int]] = {}
-        self._end = 0
+        self._views: dict[int, memoryview] = {}
+        self._maps_end = self._end = 0
+        self._map = memoryview(b"")
         self._lock = threading.Lock()
 
     def add(self, shard: int, data: bytes) -> None:
@@ -145,9 +150,13 @@ class PackedIndexes:
             ShardError: there is no room.
         """
         with self._lock:
+            if self._end + len(data) > self._maps_end:
+                self._map_more(len(data))
             start, self._end = self._end, self._end + len(data)
-        try:
-            written = os.pwrite(self._file.fileno(), data, start)
+            place = start - (self._maps_end - len(self._map))
+            view = self._map[place : place + len(data)]
+        try:  # not through the map: there, a full disk would end the process
+            written = 0
             while written < len(data):
                 written += os.pwrite(self._file.fileno(), data[written:], start + written)
         except OSError as error:
@@ -155,9 +164,16 @@ class PackedIndexes:
                 f"{tempfile.gettempdir()}: has no room for the cache's indexes, some 120 bytes a "
                 f"record ({error.strerror}); set TMPDIR to a folder on another disk"
             ) from error
-        self._places[shard] = start, len(data)
+        self._views[shard] = view
 
-    def find(self, shard: int) -> bytes | None:
+    def find(self, shard: int) -> memoryview | None:
         """Return the packed index of a shard, or None if it was not added."""
-        place = self._places.get(shard)
-        return None if place is None else os.pread(self._file.fileno(), place[1], place[0])
+        return self._views.get(shard)
+
+    def _map_more(self, least: int) -> None:
+        size = -(-least // MAPPED_BYTES) * MAPPED_BYTES
+        os.ftruncate(self._file.fileno(), self._maps_end + size)
+        self._map = memoryview(
+            mmap.mmap(self._file.fileno(), size, access=mmap.ACCESS_READ, offset=self._maps_end)
+        )
+        self._end, self._maps_end = self._maps_end, self._maps_end + size

@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import resource
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache
@@ -13,7 +14,8 @@ from shards.format import json_files
 from shards.format.manifest import Manifest, load
 from shards.format.sidecar import sidecar_path, tar_path
 
-OPEN_FILES = 256
+# Half of what a process may have open: of 1,024, the usual limit, 512.
+OPEN_FILES = max(256, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 2)
 
 ShardId = tuple[str, int]  # folder of the product, number of the shard
 Window = tuple[int, list[int]]  # the place at which it ends, its conditioning shards

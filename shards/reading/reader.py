@@ -158,11 +158,12 @@ class ProductReader:
     def _load_index(self, shard: int) -> ShardIndex:
         if self._packed is None:
             return ShardIndex(pack(self._load_sidecar(shard)))
-        data = self._packed.find(shard)
-        if data is None:
+        packed = self._packed.find(shard)
+        if packed is None:
             data = pack(self._load_sidecar(shard))
             self._packed.add(shard, data)
-        return ShardIndex(data)
+            packed = memoryview(data)
+        return ShardIndex(packed)
 
     def _load_sidecar(self, shard: int) -> Sidecar:
         name = self.files.name(self.folder, shard).removesuffix("tar") + "json"
