@@ -5,21 +5,23 @@ row for each option alone, for each card's preset, and for sizes and batches of 
 A row has samples a second; the floating point operations that the step needs, recomputation left
 out, over those that the device reaches in large matrix products; and the peak of memory beside the
 estimate of `--estimate`. It takes less than nine minutes on a GPU. `--tiny` measures a miniature on
-any machine; `--predict` estimates the memory without a GPU.
+any machine; `--predict` estimates the memory without a GPU, and counts what a step executes beside
+what it needs, and beside the step of diffusers' script.
 """
 
 import gc
 import json
 import tempfile
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import click
 import torch
 
-from benchmarks.bases import TRANSFORMERS, train_settings
+from benchmarks.bases import TRANSFORMERS, VAE, train_settings
+from benchmarks.counts import count_reference_step, count_step, needed_flops, table
 from benchmarks.flops import count_step_flops, measure_matrix_rate
 from benchmarks.memory_chart import draw_memory
 from benchmarks.random_weights import save_transformer
@@ -76,6 +78,7 @@ FLAGS: dict[str, dict[str, Any]] = {
     },
     "compiled": {"compile": True},
 }
+REFERENCE = "train_controlnet_sd3.py"  # with its --gradient_checkpointing
 SIZES = [(px, batch) for px in (512, 1024) for batch in (1, 4, 8)]
 
 
@@ -99,7 +102,7 @@ class Row:
     "--base", type=click.Choice(list(TRANSFORMERS)), default="sd3-medium", show_default=True
 )
 @click.option("--tiny", is_flag=True, help="A miniature at 256 px, on any machine.")
-@click.option("--predict", is_flag=True, help="Estimate memory; no step is taken.")
+@click.option("--predict", is_flag=True, help="Estimate memory and count; no step is taken.")
 @click.option("--only", help="Rows whose name has this in it.")
 @click.option(
     "--keep", is_flag=True, help="Keep the rows that the JSON file has from this code and machine."
@@ -145,14 +148,17 @@ def main(
         save_transformer(Path(folder) / "base", transformer, weights=not predict)
         rate = figures["matrix_tflops"]
         click.echo(f"{machine()}, {name}, {rate or 0:.1f} TFLOP/s in matrix products")
-        for row in rows(name):
+        seconds, needed = SECONDS_TINY if tiny else SECONDS, {}
+        for row in (*rows(name), *(reference_rows(name) if predict else ())):
             if only is None or only in row.name:
                 measured = known.get((row.name, row.px)) or measure(
-                    row, Path(folder), transformer, rate, SECONDS_TINY if tiny else SECONDS
+                    row, Path(folder), transformer, rate, seconds, needed
                 )
                 figures["rows"].append(measured)
                 click.echo(format_row(measured))
                 write_text(results, json.dumps(figures, indent=1) + "\n")
+    if predict:
+        click.echo("\n" + table(figures["rows"]))
     if chart is not None:
         draw_memory(figures["rows"], chart, name)
 
@@ -193,6 +199,11 @@ def rows(base: str) -> Iterator[Row]:
         yield Row(f"card of {card.removesuffix('gb')} GB", usual, settings)
 
 
+def reference_rows(base: str) -> Iterator[Row]:
+    """Yield a row that stands for diffusers' script; none of its settings are ours."""
+    yield Row(REFERENCE, 256 if base == "tiny" else 1024, {"checkpointing": "controlnet"})
+
+
 def prepare_config(row: Row, folder: Path, transformer: dict[str, Any]) -> TrainConfig:
     """Return a row's training settings; write the cache that they name where it is missing."""
     side = row.px // 8
@@ -216,6 +227,7 @@ def measure(
     transformer: dict[str, Any],
     matrix_tflops: float | None,
     most_seconds: float = SECONDS,
+    needed: dict[tuple[int, int], int] | None = None,
 ) -> dict[str, Any]:
     """Return a row's figures, or the reason why there are none.
 
@@ -225,15 +237,25 @@ def measure(
         transformer: configuration of the base's transformer.
         matrix_tflops: rate of matrix products; None to take no step.
         most_seconds: time that steps are measured for.
+        needed: operations that a sample needs, by size of pictures and number of blocks; what is
+            missing is added.
     """
     figures: dict[str, Any] = {"name": row.name, "px": row.px}
+    needed = {} if needed is None else needed
     try:
         config = prepare_config(row, folder, transformer)
         sizes = find_sizes(config)
         figures["samples"] = config.train_batch_size * config.gradient_accumulation_steps
-        figures["estimated_bytes"] = simulate(config, sizes).step
         if matrix_tflops is None:
-            return figures
+            if row.name == REFERENCE:
+                counts = count_reference_step(replace(sizes, vae=VAE))
+            else:
+                figures["estimated_bytes"], counts = count_step(config, sizes)
+            key = row.px, int(sizes.controlnet["num_layers"])
+            if key not in needed:
+                needed[key] = needed_flops(config, sizes)
+            return figures | asdict(counts) | {"needed_flops": needed[key]}
+        figures["estimated_bytes"] = simulate(config, sizes).step
         seconds, figures["measured_bytes"] = time_steps(config, most_seconds)
         tflops = count_step_flops(config, sizes) / 1e12 / seconds
         figures |= {
@@ -259,9 +281,13 @@ def format_row(figures: dict[str, Any]) -> str:
     head = f"{figures['name']:32} {figures['px']:5} px"
     if "failed" in figures:
         return f"{head}  {figures['failed']}"
-    estimated = sum(figures["estimated_bytes"].values())
+    estimated = sum(figures.get("estimated_bytes", {}).values())
     if "measured_bytes" not in figures:
-        return f"{head} x {figures['samples']}  {estimated / 1e9:6.2f} GB"
+        ratio = figures["flops"] / figures["needed_flops"]
+        return (
+            f"{head} x {figures['samples']}  {estimated / 1e9:6.2f} GB  "
+            f"{figures['flops'] / 1e12:7.2f} TFLOP a sample, {ratio:.2f} of what it needs"
+        )
     measured = figures["measured_bytes"]
     return (
         f"{head} x {figures['samples']}  {figures['samples_per_second']:6.2f} samples/s "

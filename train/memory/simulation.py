@@ -109,9 +109,7 @@ def simulate(config: TrainConfig, sizes: Sizes) -> Estimate:
     """Estimate the memory of a run on one device, by a step and a validation without numbers."""
     with FakeTensorMode(), torch.random.fork_rng(devices=[]):
         run = Simulation(config, sizes)
-        run.step()
-        step = max(run.meter.peak, run.between_steps(), key=lambda parts: sum(parts.values()))
-        step = {part: step.get(part, 0) for part in PARTS}
+        step = run.fullest_step()
         validation = run.validation()
         return Estimate(step, validation, run.host, run.loading)
 
@@ -128,12 +126,13 @@ class Simulation:
         buckets: the memory that DDP sends, by weight; gradients are copied or added into it.
         host: bytes of pinned host memory so far.
         loading: bytes of host memory when the networks are loaded.
+        kept_bytes: of activations that waited for the backward pass of the last step.
     """
 
     def __init__(self, config: TrainConfig, sizes: Sizes) -> None:
         self.config, self.sizes = config, sizes
         self.meter = Meter()
-        self.host = 0
+        self.host = self.kept_bytes = 0
         self.dtype = WEIGHT_DTYPES[mixed_precision(config)]
         # In the order in which a run loads them.
         self.transformer = build_network(SD3Transformer2DModel, sizes.transformer, self.dtype)
@@ -159,6 +158,12 @@ class Simulation:
         for parameter in self.trained:
             parameter.register_post_accumulate_grad_hook(self._on_gradient)
 
+    def fullest_step(self) -> dict[str, int]:
+        """Take an optimiser step; return the most bytes that it takes, by part."""
+        self.step()
+        fullest = max(self.meter.peak, self.between_steps(), key=lambda parts: sum(parts.values()))
+        return {part: fullest.get(part, 0) for part in PARTS}
+
     def step(self) -> None:
         """Take an optimiser step."""
         with self.meter:
@@ -167,8 +172,10 @@ class Simulation:
             if self.config.gradient_accumulation_steps > 1:
                 self._allocate_gradients()
             self.meter.reset_peak()
+            before = self.meter.now["activations"]
             with self._activation_offload():
                 losses = batch_losses(batch, self.controlnet, self.transformer, objective)
+            self.kept_bytes = self.meter.now["activations"] - before
             losses.mean().backward()
             del losses
             for parameter in self.trained:
