@@ -30,7 +30,13 @@ COPIES = {
     aten.slice_backward,
 }
 # Operators that are no views and start nothing on a GPU either.
-NO_KERNELS = {aten.empty, aten.empty_like, aten.new_empty, aten._unsafe_view}
+NO_KERNELS = {
+    aten.empty,
+    aten.empty_like,
+    aten.new_empty,
+    aten._unsafe_view,
+    torch.ops.prim.device,
+}
 
 
 @dataclass(frozen=True)

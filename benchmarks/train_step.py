@@ -148,7 +148,8 @@ def main(
         save_transformer(Path(folder) / "base", transformer, weights=not predict)
         rate = figures["matrix_tflops"]
         click.echo(f"{machine()}, {name}, {rate or 0:.1f} TFLOP/s in matrix products")
-        seconds, needed = SECONDS_TINY if tiny else SECONDS, {}
+        seconds = SECONDS_TINY if tiny else SECONDS
+        needed: dict[tuple[int, int], int] = {}
         for row in (*rows(name), *(reference_rows(name) if predict else ())):
             if only is None or only in row.name:
                 measured = known.get((row.name, row.px)) or measure(

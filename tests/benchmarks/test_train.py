@@ -3,13 +3,16 @@
 import json
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
+from diffusers import AutoencoderKL
 from PIL import Image
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks import flops, memory_chart, train_step
+from benchmarks import counts, flops, memory_chart, train_step
 from benchmarks.bases import TRANSFORMERS, VAE, train_settings
 from benchmarks.presets import apply_preset
 from benchmarks.random_weights import num_encoder_parameters, save_transformer
@@ -18,7 +21,7 @@ from benchmarks.train_step import PLAIN, TINY, Row
 from common.cards import card_file, card_names, gives_up, settings_with
 from common.memory.need import Need, card_bytes
 from tests.conftest import flags, run_python
-from train.config import TrainConfig
+from train.config import Checkpointing, TrainConfig
 from train.memory.simulation import Sizes, simulate
 
 # Tokens and width of SD3's embeddings.
@@ -68,6 +71,74 @@ def test_operations_of_a_step() -> None:
     blocks = forward + (3 + 2) * (products + 2 * attention) + 2 * products
     # Modulation, embeddings and the ends are what is left.
     assert blocks < found < 1.1 * blocks
+
+
+@pytest.mark.slow
+def test_what_a_step_executes() -> None:
+    """The miniature of `test_operations_of_a_step`, of 2 + 4 blocks of which 5 have gradients."""
+    sizes = Sizes(TINY, controlnet(TINY, 2), None, (16, 16), (3, 48), (5, 96), False)
+    config = TrainConfig(pretrained_model_name_or_path="x", cache="y", **PLAIN)
+    width, picture, text = 64, 64, 8
+    executed = {
+        level: counts.count_step(replace(config, checkpointing=level), sizes)
+        for level in get_args(Checkpointing)
+    }
+    flops_of = {level: found.flops for level, (_, found) in executed.items()}
+    # FlashAttention's backward pass computes the product of queries and keys once more.
+    product = 2 * (picture + text) ** 2 * width
+    assert flops_of["none"] == counts.needed_flops(config, sizes) + 5 * product
+    # Attention has two; the feed-forward's second product is of all pictures, and of all texts but
+    # that of the base's last block, which has none.
+    second = 2 * 4 * width**2
+    assert flops_of["full"] - flops_of["selective"] == (
+        5 * 2 * product + 5 * picture * second + 4 * text * second
+    )
+    assert flops_of["none"] < flops_of["controlnet"] < flops_of["selective"]
+    kept = [found.kept_bytes for _, found in executed.values()]
+    assert kept == sorted(kept, reverse=True)
+    assert len(set(kept)) == 4
+    fullest, found = executed["none"]
+    assert fullest == simulate(config, sizes).step
+    # A step of several batches of several samples.
+    more = replace(config, train_batch_size=2, gradient_accumulation_steps=3)
+    _, larger = counts.count_step(more, sizes)
+    assert larger.flops == found.flops
+    assert larger.kernels > 3 * found.kernels  # gradients are added up
+
+
+def test_operators_are_counted_by_hand() -> None:
+    with FakeTensorMode():
+        one = torch.empty(10, 20)
+        with counts.Operators() as found:
+            half = one.t().to(torch.bfloat16)  # reads 4 bytes a number and writes 2
+            torch.cat([half, half]).view(-1)  # reads and writes 2, of twice as many
+            half @ torch.empty(10, 30, dtype=torch.bfloat16)
+    assert found.copied_bytes == 200 * (4 + 2) + 400 * (2 + 2)
+    assert found.flops == 2 * 20 * 10 * 30
+    assert found.kernels == 3
+
+
+@pytest.mark.slow
+def test_the_reference_encodes_at_each_step() -> None:
+    vae = VAE | {"block_out_channels": [8] * 4, "norm_num_groups": 2, "layers_per_block": 1}
+    sizes = Sizes(TINY, controlnet(TINY, 2), vae, (16, 16), (3, 48), (5, 96), False)
+    config = TrainConfig(
+        pretrained_model_name_or_path="x", cache="y", checkpointing="controlnet", **PLAIN
+    )
+    with FakeTensorMode(), FlopCounterMode(display=False) as encoding, torch.no_grad():
+        AutoencoderKL.from_config(vae).encode(torch.empty(2, 3, 128, 128))
+    # Its attention is over 16 x 16 places, one head of width 8.
+    attention = 2 * 4 * (16 * 16) ** 2 * 8
+    _, ours = counts.count_step(config, sizes)
+    reference = counts.count_reference_step(sizes)
+    assert reference.flops - ours.flops == encoding.get_total_flops() + attention
+
+
+def test_the_counts_of_the_pages_are_those_of_the_results() -> None:
+    page = Path("docs/performance.md").read_text()
+    for base in TRANSFORMERS:
+        results = Path(f"benchmarks/results/train_step_{base}_predicted.json")
+        assert counts.table(json.loads(results.read_text())["rows"]) in page
 
 
 def test_operations_of_attention() -> None:
