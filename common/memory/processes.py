@@ -34,7 +34,13 @@ def map_in_processes(function: Callable[[Item], Result], items: Sequence[Item]) 
         return
     # Copies need not import torch again, which takes longer than most of what is asked.
     context = multiprocessing.get_context("fork")
-    with context.Pool(count, _begin, (function, items)) as pool:
+    # The pool ends them by SIGTERM, which a handler of ours, copied too, would only note.
+    handler = signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    try:
+        pool = context.Pool(count, _begin, (function, items))
+    finally:
+        signal.signal(signal.SIGTERM, handler or signal.SIG_DFL)
+    with pool:
         yield from pool.imap(_compute, range(len(items)))
 
 

@@ -86,6 +86,22 @@ def test_nothing_goes_on_after_it_is_closed() -> None:
 
 
 @on_linux
+def test_a_handler_of_this_process_keeps_none_of_them_alive() -> None:
+    def note(*_: object) -> None:
+        pass
+
+    before = signal.signal(signal.SIGTERM, note)
+    try:
+        handlers = map_in_processes(lambda _: signal.getsignal(signal.SIGTERM), range(9))
+        assert next(handlers) == signal.SIG_DFL
+        handlers.close()  # ends those that compute or wait
+        assert signal.getsignal(signal.SIGTERM) is note
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert not multiprocessing.active_children()
+
+
+@on_linux
 def test_cores_are_those_that_this_process_may_use() -> None:
     all_of_them = os.sched_getaffinity(0)
     try:

@@ -57,18 +57,23 @@ FUSED = {"fused_backward_pass": True, "checkpointing": "full"}
     ("settings", "within"),
     [
         ({}, 0.01),
-        ({"checkpointing": "controlnet"}, 0.01),
         ({"checkpointing": "selective"}, 0.01),
-        ({"checkpointing": "full"}, 0.01),
-        ({"train_batch_size": 4}, 0.01),
         ({"quantize_base": "int8"}, 0.01),
-        ({"quantize_base": "fp8"}, 0.01),
-        (FUSED, 0.01),
-        (BF16, 0.01),
         # The CPU's attention has a temporary of its own in its backward pass in 16 bit.
-        (BF16 | FUSED, 0.02),
-        (BF16 | FUSED | {"checkpointing": "selective"}, 0.02),
         (BF16 | FUSED | {"bf16_weights": True}, 0.02),
+        *(
+            pytest.param(*slow, marks=pytest.mark.slow)
+            for slow in (
+                ({"checkpointing": "controlnet"}, 0.01),
+                ({"checkpointing": "full"}, 0.01),
+                ({"train_batch_size": 4}, 0.01),
+                ({"quantize_base": "fp8"}, 0.01),
+                (FUSED, 0.01),
+                (BF16, 0.01),
+                (BF16 | FUSED, 0.02),
+                (BF16 | FUSED | {"checkpointing": "selective"}, 0.02),
+            )
+        ),
     ],
 )
 def test_a_step_takes_as_much_as_estimated(
@@ -450,7 +455,6 @@ def test_out_of_memory_says_what_would_help(
     assert re.search(r"^ +-0\.\d\d  --checkpointing full$", outcome.output, re.MULTILINE)
 
 
-@pytest.mark.usefixtures("few")
 def test_pinned_memory_that_is_full_is_told_from_the_devices(
     config: TrainConfig, command: Callable[..., Outcome], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -458,6 +462,7 @@ def test_pinned_memory_that_is_full_is_told_from_the_devices(
         raise RuntimeError("CUDA error: out of memory\nmore")
 
     monkeypatch.setattr(loop, "batch_losses", full)
+    monkeypatch.setattr("train.run._memory_report", lambda _: [])  # shown by the test above
     outcome = command("train", *flags(config))
     assert outcome.exit_code == 2
     assert "out of memory: CUDA error: out of memory (perhaps host memory" in outcome.output
