@@ -2,13 +2,13 @@
 
 import importlib.metadata
 import json
-import os
 import platform
 import subprocess
 from pathlib import Path
 from typing import Any
 
 from common.atomic_files import write_text
+from common.memory.processes import num_cores
 from common.options import as_dict
 
 RUN = "run.json"
@@ -47,8 +47,7 @@ def machine() -> str:
 
     if torch.cuda.is_available():
         return str(torch.cuda.get_device_name())
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return f"{cores} CPU cores"
+    return f"{num_cores()} CPU cores"
 
 
 def read_settings(folder: Path) -> dict[str, Any]:

@@ -13,7 +13,7 @@ import pytest
 
 from common.errors import ShardError
 from shards import verify
-from shards.format import manifest, seal, sidecar
+from shards.format import manifest, seal
 from shards.format.expected_cache import ExpectedCache, read_expected, write_expected
 
 
@@ -73,16 +73,8 @@ def test_a_sealed_cache_is_left_alone(copy: Path) -> None:
     assert copy.stat().st_mtime_ns == before
 
 
-def test_each_sidecar_is_parsed_once(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_each_sidecar_is_parsed_once(copy: Path, parsed: Counter[str]) -> None:
     expected, _ = read_expected(copy)
-    parsed: Counter[str] = Counter()
-    original = sidecar.from_json
-
-    def from_json(data: bytes, shard: int, where: object) -> sidecar.Sidecar:
-        parsed[str(where)] += 1
-        return original(data, shard, where)
-
-    monkeypatch.setattr(sidecar, "from_json", from_json)
     seal.seal(copy, expected)
     assert len(parsed) == sum(len(each.fingerprints) for each in expected.products.values())
     assert {*parsed.values()} == {1}

@@ -43,20 +43,15 @@ def test_an_index_says_what_the_sidecar_says(folder: str, cache: Path) -> None:
     assert bool(index.shards_of_prompts()) is (folder == "latents")
 
 
-def test_each_sidecar_is_parsed_once(bucketed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_each_sidecar_is_parsed_once(
+    bucketed: Path, parsed: Counter[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     whole = Cache(bucketed)
     places = list(whole.conditioning.locations()) * 2
     expected = {place: whole.sample(*place) for place in places}
     assert len({shard for shard, _ in places}) > 3
 
-    parsed: Counter[str] = Counter()
-    original = sidecar.from_json
-
-    def from_json(data: bytes, shard: int, where: object) -> sidecar.Sidecar:
-        parsed[str(where)] += 1
-        return original(data, shard, where)
-
-    monkeypatch.setattr(sidecar, "from_json", from_json)
+    parsed.clear()
     monkeypatch.setattr(reader, "INDEXED_RECORDS", 1)  # two indexes are in memory at a time
     large = Cache(bucketed)
     order = torch.randperm(len(places), generator=torch.manual_seed(0)).tolist()
