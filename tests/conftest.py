@@ -204,13 +204,12 @@ def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Hub]:
     server.server_close()
 
 
-@pytest.fixture
-def train_config(base: Path, cache: Path, tmp_path: Path) -> TrainConfig:
-    """Four steps of two samples, without pictures."""
+def four_steps(base: Path, cache: Path, output_dir: Path) -> TrainConfig:
+    """Return the settings of four steps of two samples, without pictures."""
     return TrainConfig(
         pretrained_model_name_or_path=str(base),
         cache=str(cache),
-        output_dir=tmp_path / "out",
+        output_dir=output_dir,
         num_controlnet_layers=2,
         train_batch_size=2,
         max_train_steps=4,
@@ -222,6 +221,12 @@ def train_config(base: Path, cache: Path, tmp_path: Path) -> TrainConfig:
         report_to="none",
         mixed_precision="no",
     )
+
+
+@pytest.fixture
+def train_config(base: Path, cache: Path, tmp_path: Path) -> TrainConfig:
+    """Four steps of two samples, without pictures."""
+    return four_steps(base, cache, tmp_path / "out")
 
 
 @pytest.fixture(scope="session")

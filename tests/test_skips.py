@@ -48,6 +48,7 @@ def ended(path: Path, source: str) -> str:
     return lines[-1].rpartition(" in ")[0]
 
 
+@pytest.mark.slow
 def test_only_listed_reasons_skip(tmp_path: Path) -> None:
     file = tmp_path / "test_some.py"
     assert (

@@ -1,8 +1,5 @@
 """Reading images and conditioning images again, and fitting them for the VAE."""
 
-import threading
-from typing import get_args
-
 from PIL import Image, ImageOps
 from xxhash import xxh3_128_digest
 
@@ -16,13 +13,9 @@ from sd3 import images
 from sd3.image_files import BadImage
 from sd3.value_scale import AS_IS
 
-KINDS: tuple[Kind, ...] = get_args(Kind)
-# Bytes that are kept for the same image's mirror or drawn conditioning image.
-LARGEST_KEPT_BYTES = 1 << 29
-
 
 class SourceImages:
-    """The images of a run's source, each read once for all that is encoded from it, if it fits.
+    """The images of a run's source, as they are encoded.
 
     Args:
         context: of the run.
@@ -33,13 +26,7 @@ class SourceImages:
 
     def __init__(self, context: Context) -> None:
         self.context = context
-        self.uses: dict[Kind, int] = dict.fromkeys(KINDS, context.images_per_row)
-        if context.annotator is not None and not context.annotator.in_batches:
-            self.uses["image"] *= 2
         self.control_values = ControlValues()
-        self._kept: dict[tuple[int, Kind], tuple[bytes, int]] = {}  # and how often it is still used
-        self._num_bytes = 0
-        self._lock = threading.Lock()
 
     def load(self, item: int, size_px: tuple[int, int], kind: Kind) -> Image.Image:
         """Return an image or a conditioning image, as it is to be encoded.
@@ -91,14 +78,8 @@ class SourceImages:
 
     def _read(self, row: int, kind: Kind) -> bytes:
         """Return the bytes of an image, as the inventory has read them before."""
-        with self._lock:
-            data, uses = self._kept.pop((row, kind), (b"", self.uses[kind]))
-            self._num_bytes -= len(data)
-        data = data or _read_again(self.context, row, kind)
-        with self._lock:
-            if uses > 1 and self._num_bytes + len(data) <= LARGEST_KEPT_BYTES:
-                self._kept[row, kind] = data, uses - 1
-                self._num_bytes += len(data)
+        data = _read_again(self.context, row, kind)
+        self.context.source.used(int(self.context.inventory.rows[row]), kind)
         return data
 
 

@@ -24,7 +24,8 @@ from precompute.planning.plan import ProductPlan, ShardPlan, bytes_needed, item_
 from precompute.planning.products import Prompts, image_metadata, text_addresses
 from precompute.planning.validation_pairs import ValidationPair
 from precompute.planning.workers import Part
-from precompute.sources.source import Kind, Source, printable
+from precompute.sources.kept_images import KeptImages
+from precompute.sources.source import Kind, printable
 from sd3.annotators.annotator import Annotator
 from shards.format.expected_cache import ExpectedCache, ExpectedProduct
 from shards.format.manifest import conditioning_folder, validation_folder
@@ -68,7 +69,7 @@ class Context:
     config: PrecomputeConfig
     part: Part
     device: torch.device
-    source: Source
+    source: KeptImages
     annotator: Annotator | None
     digests: DigestCache
     specs: EncoderSpecs

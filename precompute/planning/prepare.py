@@ -49,8 +49,9 @@ from precompute.planning.validation_pairs import (
 )
 from precompute.planning.workers import find_part
 from precompute.sources.caches import HASHES, not_of_a_cache
+from precompute.sources.kept_images import KeptImages
 from precompute.sources.open_source import open_source
-from precompute.sources.source import Source
+from precompute.sources.source import Kind, Source
 from sd3.annotators.annotator import Annotator
 from sd3.annotators.registry import find_annotator
 from sd3.buckets import nearest_buckets
@@ -71,7 +72,7 @@ def prepare(config: PrecomputeConfig) -> Context:
     part = find_part(config.part, os.environ)
     device = pick_device(config.device or _device_of_this_process())
     annotator = _find_annotator(config)
-    source = open_source(config.source_settings())
+    source = KeptImages(open_source(config.source_settings()), _uses_of_images(config, annotator))
     if part.leads or config.part is not None:
         _print_source(source)
     base = find_base(
@@ -135,6 +136,12 @@ def _find_annotator(config: PrecomputeConfig) -> Annotator | None:
     return find_annotator(
         config.conditioning_from, config.conditioning_args, cache_dir=config.cache_dir
     )
+
+
+def _uses_of_images(config: PrecomputeConfig, annotator: Annotator | None) -> dict[Kind, int]:
+    """Return how often an image of each kind is encoded or drawn from."""
+    mirrored = 2 if config.random_flip else 1
+    return {"image": mirrored * (1 if annotator is None else 2), "conditioning_image": mirrored}
 
 
 def _print_source(source: Source) -> None:

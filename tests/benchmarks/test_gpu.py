@@ -131,6 +131,7 @@ def test_tiny_sees_no_gpu(tmp_path: Path) -> None:
     assert (tmp_path / "log").read_text() == " cpu\n"
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_where_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     work, mark = tmp_path / "work", tmp_path / "mark"
     plan = [

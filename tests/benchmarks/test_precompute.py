@@ -39,6 +39,7 @@ def test_rows_that_share_a_prompt() -> None:
     assert precompute.measure_sharing(500) == pytest.approx(500 / len(captions))
 
 
+@pytest.mark.slow
 def test_encoders_are_busy(precompute_config: PrecomputeConfig, tmp_path: Path) -> None:
     from dataclasses import replace
 

@@ -32,6 +32,7 @@ def controlnet(transformer: dict[str, Any], num_layers: int = 12) -> dict[str, A
     return transformer | {"num_layers": num_layers, "extra_conditioning_channels": 0}
 
 
+@pytest.mark.slow
 def test_a_row_is_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     save_transformer(tmp_path / "base", TINY)
     settings = {"train_batch_size": 2, "gradient_accumulation_steps": 2}

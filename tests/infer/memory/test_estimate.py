@@ -166,6 +166,7 @@ def test_a_batch_takes_as_much_as_estimated(config: GenerateConfig, guidance: fl
         assert peaks[PROMPTS] + text >= expected * 0.97
 
 
+@pytest.mark.slow
 def test_an_estimate_needs_configurations_alone(
     base: Path,
     command: Callable[..., Outcome],

@@ -123,6 +123,7 @@ def _hash_once(path: Path, counter: Path) -> None:
             digests.save()
 
 
+@pytest.mark.slow
 def test_workers_of_one_disk_hash_once(tmp_path: Path) -> None:
     context = multiprocessing.get_context("spawn")
     arguments = (tmp_path / "hashes.npy", tmp_path / "counter")

@@ -39,6 +39,7 @@ def large(fresh: PrecomputeConfig) -> PrecomputeConfig:
     return replace(fresh, resolution=1024, max_sequence_length=77, text_dtype="float16")
 
 
+@pytest.mark.slow
 def test_sd3_in_groups_fits_6_gb(sd3: Sizes, large: PrecomputeConfig) -> None:
     text = text_peaks(sd3, text_settings(large), 128)["groups"]
     assert text.total < 6e9

@@ -78,6 +78,7 @@ def test_a_later_run_with_another_number_of_workers_finishes_the_rest(
     assert files(fresh.cache) == files(cache)
 
 
+@pytest.mark.slow
 def test_changes_are_made_in_parts_as_well(
     fresh: PrecomputeConfig, circles: Path, tmp_path: Path
 ) -> None:

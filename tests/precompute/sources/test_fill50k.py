@@ -118,6 +118,7 @@ def test_a_table_without_rows_is_refused(tmp_path: Path, text: str) -> None:
         opened(write_lines(tmp_path / "a", text))
 
 
+@pytest.mark.slow
 def test_a_hundred_thousand_lines_take_little_memory(tmp_path: Path) -> None:
     num_rows = 100_000
     folder = write_lines(tmp_path / "a", *([LINE] * num_rows))

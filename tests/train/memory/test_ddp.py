@@ -104,6 +104,7 @@ def test_buckets_that_are_ordered_anew_are_counted(config: TrainConfig) -> None:
     assert step["gradients"] == 2 * gradients
 
 
+@pytest.mark.slow
 def test_validation_beside_buckets(
     config: TrainConfig,
     monkeypatch: pytest.MonkeyPatch,

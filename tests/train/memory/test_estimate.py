@@ -57,13 +57,13 @@ FUSED = {"fused_backward_pass": True, "checkpointing": "full"}
     ("settings", "within"),
     [
         ({}, 0.01),
-        ({"checkpointing": "selective"}, 0.01),
         ({"quantize_base": "int8"}, 0.01),
-        # The CPU's attention has a temporary of its own in its backward pass in 16 bit.
-        (BF16 | FUSED | {"bf16_weights": True}, 0.02),
         *(
             pytest.param(*slow, marks=pytest.mark.slow)
             for slow in (
+                ({"checkpointing": "selective"}, 0.01),
+                # The CPU's attention has a temporary of its own in its backward pass in 16 bit.
+                (BF16 | FUSED | {"bf16_weights": True}, 0.02),
                 ({"checkpointing": "controlnet"}, 0.01),
                 ({"checkpointing": "full"}, 0.01),
                 ({"train_batch_size": 4}, 0.01),
@@ -260,6 +260,7 @@ def test_validation_counts_drawing_and_decoding(config: TrainConfig) -> None:
     assert decoded > few + 3 * 256 * 256 * 4
 
 
+@pytest.mark.slow
 def test_validation_counts_held_out_batches_that_are_larger_than_a_steps(
     config: TrainConfig,
 ) -> None:
@@ -348,6 +349,7 @@ def test_an_estimate_names_a_picture_that_is_too_large(config: TrainConfig) -> N
         find_sizes(without_cache(config, 8192, 77))
 
 
+@pytest.mark.slow
 def test_host_memory_is_that_of_the_networks_or_of_what_is_offloaded(
     config: TrainConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -439,6 +441,7 @@ def test_only_what_training_would_accept_is_advised(
             assert {"controlnet", "full"} <= set(levels)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("few")
 def test_out_of_memory_says_what_would_help(
     config: TrainConfig, command: Callable[..., Outcome], monkeypatch: pytest.MonkeyPatch

@@ -1,6 +1,7 @@
 """Options that save memory or time and must not change what is learnt."""
 
 import copy
+import functools
 import math
 from collections.abc import Callable
 from dataclasses import replace
@@ -15,7 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from benchmarks.reference.runs import logged_losses
 from common.errors import ConfigError
 from sd3.quantized import RowLinear, quantize
-from tests.conftest import Outcome, Spoil, flags
+from tests.conftest import Outcome, Spoil, flags, four_steps
 from tests.train.memory.late_copies import make_copies_late
 from tests.train.optim.host_elsewhere import copy_on_the_way
 from tests.train.test_faults import second_is_nan
@@ -30,10 +31,14 @@ from train.optim.stochastic_rounding import StochasticRounding, round_stochastic
 from train.run import train
 
 
+def every_loss(config: TrainConfig) -> TrainConfig:
+    """Return settings with every step's loss, and no clipping."""
+    return replace(config, max_grad_norm=0.0, logging_steps=1, report_to="tensorboard")
+
+
 @pytest.fixture
 def unclipped(train_config: TrainConfig) -> TrainConfig:
-    """Every step's loss, and no clipping."""
-    return replace(train_config, max_grad_norm=0.0, logging_steps=1, report_to="tensorboard")
+    return every_loss(train_config)
 
 
 @pytest.fixture
@@ -57,16 +62,23 @@ SAME_BITS: list[dict[str, Any]] = [
 ]
 
 
+@pytest.fixture(scope="module")
+def plain(base: Path, cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of a run with none of these options."""
+    folder = tmp_path_factory.mktemp("plain")
+    train(every_loss(four_steps(base, cache, folder)))
+    return folder
+
+
 @pytest.mark.usefixtures("small_tensors_offloaded")
 @pytest.mark.parametrize("settings", SAME_BITS)
 def test_what_only_moves_numbers_gives_the_same_bits(
-    settings: dict[str, Any], unclipped: TrainConfig, tmp_path: Path
+    settings: dict[str, Any], unclipped: TrainConfig, plain: Path
 ) -> None:
-    train(unclipped)
-    other = replace(unclipped, output_dir=tmp_path / "other", **settings)
+    other = replace(unclipped, **settings)
     train(other)
-    assert logged_losses(other.output_dir) == logged_losses(unclipped.output_dir)
-    assert same(other.output_dir, unclipped.output_dir)
+    assert logged_losses(other.output_dir) == logged_losses(plain)
+    assert same(other.output_dir, plain)
 
 
 ALL = [0, 1, 2, 3, 4]
@@ -219,7 +231,10 @@ def test_state_in_8_bit_goes_on_from_host_memory(
 
 
 @pytest.mark.usefixtures("small_tensors_offloaded")
-@pytest.mark.parametrize("option", ["fused_backward_pass", "offload_optimizer"])
+@pytest.mark.parametrize(
+    "option",
+    ["fused_backward_pass", pytest.param("offload_optimizer", marks=pytest.mark.slow)],
+)
 def test_checkpoints_go_on_with_and_without(
     option: str, unclipped: TrainConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -337,7 +352,15 @@ def test_small_updates_do_not_vanish_in_bfloat16() -> None:
     assert float(parameter.detach().float().mean()) == pytest.approx(1 - 10 * 1e-4, abs=5e-5)
 
 
-@pytest.mark.parametrize("more", [{}, {"offload_optimizer": True, "fused_backward_pass": True}])
+@pytest.mark.parametrize(
+    "more",
+    [
+        {},
+        pytest.param(
+            {"offload_optimizer": True, "fused_backward_pass": True}, marks=pytest.mark.slow
+        ),
+    ],
+)
 def test_training_in_bfloat16_weights(
     more: dict[str, Any], unclipped: TrainConfig, tmp_path: Path
 ) -> None:
@@ -515,7 +538,12 @@ def test_training_beside_a_quantised_base(
 
 
 @pytest.mark.slow
-def test_compiled_blocks_compute_the_same(unclipped: TrainConfig, tmp_path: Path) -> None:
+def test_compiled_blocks_compute_the_same(
+    unclipped: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Traced and differentiated; what machine code computes is held in test_processes.py."""
+    backend = functools.partial(torch.compile, backend="aot_eager")
+    monkeypatch.setattr(torch, "compile", backend)
     train(unclipped)
     config = replace(
         unclipped, output_dir=tmp_path / "compiled", compile=True, checkpointing="full"

@@ -264,6 +264,7 @@ def test_two_real_processes_log_what_one_does(config: TrainConfig, tmp_path: Pat
     assert one == pytest.approx(other, rel=1e-5)
 
 
+@pytest.mark.slow
 def test_a_cache_that_is_changed_meanwhile_is_called_that_and_can_be_had_back(
     config: TrainConfig,
     precompute_config: PrecomputeConfig,
