@@ -6,7 +6,6 @@ data sets are `train`, and `unseen`: other circles in pairs of colours that `tra
 """
 
 import json
-import os
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -20,18 +19,21 @@ from tqdm import tqdm
 from common.atomic_files import write_text
 from common.command import stage_command
 from common.errors import ConfigError
+from common.memory.processes import num_cores
 from common.options import option
 from demo.colors import COLORS, is_held_out
 
 IMAGE_PX = 512
 LINE_PX = 3
 RADIUS_PX = (40, 200)
+LEAST_PX = 64  # smaller ones have circles of a few pixels
 SUPERSAMPLING = 2
+WHITE = 255
 
 
 @dataclass(frozen=True)
 class Circle:
-    """One row: where the circle is, in pixels, and its two colour names."""
+    """One row: where the circle is, in pixels of an image of `IMAGE_PX`, and its colours' names."""
 
     x: int
     y: int
@@ -54,6 +56,7 @@ class CirclesConfig:
     num_unseen: int = option(
         100, help="Number of circles to score on, in pairs of colours that train never shows."
     )
+    image_px: int = option(IMAGE_PX, help="Side of the images in pixels; fill50k's is 512.")
     seed: int = option(0, help="Seed of the circles.")
 
     def __post_init__(self) -> None:
@@ -65,6 +68,8 @@ class CirclesConfig:
         for flag, count in (("--num-rows", self.num_rows), ("--num-unseen", self.num_unseen)):
             if count < 1:
                 raise ConfigError(f"{flag} {count}: at least 1.")
+        if self.image_px < LEAST_PX:
+            raise ConfigError(f"--image-px {self.image_px}: at least {LEAST_PX}.")
         if self.seed < 0:
             raise ConfigError(f"--seed {self.seed}: at least 0.")
 
@@ -96,43 +101,59 @@ def random_circles(num_rows: int, seed: int, held_out: bool | None = None) -> li
     return rows
 
 
-def draw_outline(circle: Circle) -> Image.Image:
-    """Return the conditioning image: a thin white outline on black."""
-    return _draw_ellipse(circle, "black", outline="white", width=LINE_PX * SUPERSAMPLING)
+def draw_outline(circle: Circle, image_px: int = IMAGE_PX) -> Image.Image:
+    """Return the conditioning image, a thin white outline on black, with sides of `image_px`."""
+    line = round(LINE_PX * SUPERSAMPLING * image_px / IMAGE_PX)
+    coverage = _draw_ellipse(circle, image_px, outline=WHITE, width=line)
+    return Image.merge("RGB", [coverage] * 3)
 
 
-def draw_disc(circle: Circle) -> Image.Image:
-    """Return the image: the filled disc on its background."""
-    return _draw_ellipse(circle, COLORS[circle.background], fill=COLORS[circle.color])
+def draw_disc(circle: Circle, image_px: int = IMAGE_PX) -> Image.Image:
+    """Return the image, the filled disc on its background, with sides of `image_px`."""
+    coverage = _draw_ellipse(circle, image_px, fill=WHITE)
+    channels = zip(COLORS[circle.color], COLORS[circle.background], strict=True)
+    return Image.merge("RGB", [coverage.point(_blends(*pair)) for pair in channels])
 
 
-def _draw_ellipse(
-    circle: Circle, background: str | tuple[int, int, int], **style: object
-) -> Image.Image:
-    side = IMAGE_PX * SUPERSAMPLING
-    image = Image.new("RGB", (side, side), background)
+def _draw_ellipse(circle: Circle, image_px: int, **style: int) -> Image.Image:
+    """Return how much of each pixel an ellipse covers, 0 to 255."""
+    scale = SUPERSAMPLING * image_px / IMAGE_PX
+    side = SUPERSAMPLING * image_px
     box = [
-        (circle.x - circle.radius) * SUPERSAMPLING,
-        (circle.y - circle.radius) * SUPERSAMPLING,
-        (circle.x + circle.radius) * SUPERSAMPLING,
-        (circle.y + circle.radius) * SUPERSAMPLING,
+        round((circle.x - circle.radius) * scale),
+        round((circle.y - circle.radius) * scale),
+        round((circle.x + circle.radius) * scale),
+        round((circle.y + circle.radius) * scale),
     ]
+    image = Image.new("L", (side, side))
     ImageDraw.Draw(image).ellipse(box, **style)  # type: ignore[arg-type]  # fill, outline, width
     return image.reduce(SUPERSAMPLING)
 
 
-def _save_images(folder: Path, index: int, circle: Circle) -> None:
-    draw_outline(circle).save(folder / "source" / f"{index}.png", compress_level=1)
-    draw_disc(circle).save(folder / "target" / f"{index}.png", compress_level=1)
+def _blends(color: int, background: int) -> list[int]:
+    """Return the value of a channel for each coverage; only those of whole samples occur."""
+    samples = SUPERSAMPLING**2
+    blends = [0] * (WHITE + 1)
+    for covered in range(samples + 1):
+        coverage = (covered * WHITE + samples // 2) // samples  # as `reduce` rounds
+        mixed = covered * color + (samples - covered) * background
+        blends[coverage] = (mixed + samples // 2) // samples
+    return blends
 
 
-def write_circles(folder: Path, rows: list[Circle]) -> None:
+def _save_images(folder: Path, image_px: int, index: int, circle: Circle) -> None:
+    draw_outline(circle, image_px).save(folder / "source" / f"{index}.png", compress_level=1)
+    draw_disc(circle, image_px).save(folder / "target" / f"{index}.png", compress_level=1)
+
+
+def write_circles(folder: Path, rows: list[Circle], image_px: int = IMAGE_PX) -> None:
     """Draw a data set into a folder; `prompt.json` is written last, when all images are there."""
     (folder / "prompt.json").unlink(missing_ok=True)
     for name in ("source", "target"):
         (folder / name).mkdir(parents=True, exist_ok=True)
-    with ProcessPoolExecutor(min(os.cpu_count() or 1, 8)) as pool:
-        drawn = pool.map(partial(_save_images, folder), range(len(rows)), rows, chunksize=32)
+    save = partial(_save_images, folder, image_px)
+    with ProcessPoolExecutor(min(num_cores(), 8)) as pool:
+        drawn = pool.map(save, range(len(rows)), rows, chunksize=32)
         for _ in tqdm(drawn, total=len(rows), unit="pair", desc="circles", disable=None):
             pass
     write_text(folder / "prompt.json", format_prompt_json(rows))
@@ -163,12 +184,20 @@ def draw_data_sets(config: CirclesConfig) -> None:
         ("unseen", unseen_circles(config)),
     ):
         folder = config.output_dir / name
-        prompts = folder / "prompt.json"
-        if prompts.is_file() and prompts.read_text() == format_prompt_json(rows):
+        if _are_drawn(folder, rows, config.image_px):
             click.echo(f"{folder}: the {len(rows)} circles are there already")
         else:
-            write_circles(folder, rows)
+            write_circles(folder, rows, config.image_px)
             click.echo(f"{folder}: {len(rows)} circles drawn")
+
+
+def _are_drawn(folder: Path, rows: list[Circle], image_px: int) -> bool:
+    """Return whether a folder holds these circles, in this size."""
+    prompts = folder / "prompt.json"
+    if not prompts.is_file() or prompts.read_text() != format_prompt_json(rows):
+        return False
+    with Image.open(folder / "source" / "0.png") as image:
+        return image.size == (image_px, image_px)
 
 
 main = stage_command("circles", CirclesConfig, draw_data_sets, section="circles")

@@ -11,7 +11,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 from diffusers import StableDiffusion3Pipeline
-from PIL import Image, ImageColor
+from PIL import Image, ImageColor, ImageDraw
 from transformers import CLIPTokenizer, T5TokenizerFast
 
 import demo.base_model.pipeline
@@ -57,6 +57,24 @@ def test_a_disc_has_its_colours_and_area() -> None:
     assert bright == pytest.approx(2 * np.pi * 98.5 * LINE_PX, rel=0.1)
 
 
+def test_edges_are_blends_as_an_average_of_four_samples_is() -> None:
+    circle = Circle(200, 300, 100, "tomato", "old lace")
+    large = Image.new("RGB", (1024, 1024), COLORS["old lace"])
+    ImageDraw.Draw(large).ellipse([200, 400, 600, 800], fill=COLORS["tomato"])
+    samples = np.array(large, dtype=int).reshape(512, 2, 512, 2, 3)
+    assert np.array_equal(np.array(draw_disc(circle)), (samples.sum(axis=(1, 3)) + 2) // 4)
+
+
+def test_smaller_images_show_the_same_circle() -> None:
+    circle = Circle(200, 300, 100, "tomato", "old lace")
+    for draw in (draw_disc, draw_outline):
+        small = np.array(draw(circle, 256), dtype=int)
+        whole = np.array(draw(circle), dtype=int).reshape(256, 2, 256, 2, 3).mean(axis=(1, 3))
+        assert small.shape == (256, 256, 3)
+        assert np.abs(small - whole).mean() < 2
+        assert np.abs(small.mean() - whole.mean()) < 0.5
+
+
 def test_unseen_circles_have_pairs_of_colours_that_training_lacks() -> None:
     for held_out in (False, True):
         rows = random_circles(200, seed=1, held_out=held_out)
@@ -89,6 +107,10 @@ def test_the_data_sets_have_the_layout_of_fill50k(tmp_path: Path) -> None:
     assert "3 circles drawn" in call("--seed", "1")
     assert "--num-unseen 0: at least 1." in call("--num-unseen", "0")
     assert "--seed -1: at least 0." in call("--seed", "-1")
+    assert "3 circles drawn" in call("--seed", "1", "--image-px", "128")
+    assert Image.open(tmp_path / "train/source/0.png").size == (128, 128)
+    assert call("--seed", "1", "--image-px", "128").count("there already") == 2
+    assert "--image-px 32: at least 64." in call("--image-px", "32")
 
 
 @pytest.mark.parametrize(
