@@ -21,6 +21,7 @@ CONFIG  :=
 endif
 INSTALL := $(VENV)/bin/python -m pip install --disable-pip-version-check -c constraints.txt
 STAMP   := $(VENV)/.installed
+DEV_STAMP   := $(VENV)/.installed-dev
 SERVE_STAMP := $(VENV)/.installed-serve
 CHECK_STAMP := $(VENV)/.installed-check
 GPU_STAMP   := $(VENV)/.installed-gpu
@@ -77,7 +78,7 @@ help:  ## List the targets
 	@echo 'CONFIG brings a base and settings that go with it; without it the defaults stand.'
 	@echo 'Variables: CONFIG CARD SOURCE BASE CACHE OUTPUT MEMORY ARGS LAUNCH SIZE, and PYTHON for setup.'
 
-setup: $(STAMP)  ## Create .venv and install everything into it
+setup: $(STAMP)  ## Create .venv and install what all stages need into it
 
 $(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
@@ -88,19 +89,23 @@ $(STAMP): pyproject.toml constraints.txt
 	@echo "Creating $(VENV) with $$($(PYTHON) --version) and installing PyTorch, diffusers and others into it."
 	@echo "This takes a few minutes and 2 GB, or several GB more where PyTorch comes with CUDA."
 	$(PYTHON) -m venv $(VENV)
-	$(INSTALL) -e ".[dev]"
+	$(INSTALL) -e ".[canny]"
 	@touch $@
 	@echo "$(VENV) is ready."
+
+$(DEV_STAMP): $(STAMP)
+	$(INSTALL) -e ".[dev]"
+	@touch $@
 
 $(SERVE_STAMP): $(STAMP)
 	$(INSTALL) -e ".[serve]"
 	@touch $@
 
-$(CHECK_STAMP): $(STAMP)
+$(CHECK_STAMP): $(DEV_STAMP)
 	$(INSTALL) -e ".[bitsandbytes,browser,deepspeed,notebook,serve]"
 	@touch $@
 
-$(GPU_STAMP): $(STAMP)
+$(GPU_STAMP): $(DEV_STAMP)
 	$(INSTALL) -e ".[bitsandbytes]"
 	@touch $@
 
@@ -134,16 +139,16 @@ verify: setup  ## Check every record of CACHE
 fits: setup  ## Say what all stages need of a card, and whether one of MEMORY GB has it: CONFIG=configs/sd35-medium.toml MEMORY=8
 	$(RUN) python -m benchmarks.memory.fits $(CONFIG_FLAGS) $(BASE_FLAG) $(if $(MEMORY),--memory "$(MEMORY)") $(ARGS)
 
-test: setup  ## Run the tests that take seconds
+test: setup $(DEV_STAMP)  ## Run the tests that take seconds
 	$(TESTS) -m "not slow and not extras and not gpu and not network" $(ARGS)
 
-lint: setup  ## Run ruff and mypy --strict
+lint: setup $(DEV_STAMP)  ## Run ruff and mypy --strict
 	$(RUN) ruff check . && ruff format --check . && mypy
 
 check: lint $(CHECK_STAMP)  ## Install the optional packages; run lint, and all tests that need neither GPU nor network
 	$(TESTS) -m "not gpu and not network" $(ARGS)
 
-mutate: setup  ## Plant faults on purpose and count those that the quick tests find, in AREAS or everywhere
+mutate: setup $(DEV_STAMP)  ## Plant faults on purpose and count those that the quick tests find, in AREAS or everywhere
 	$(RUN) python -m tests.mutation $(AREAS)
 
 gpu: setup $(GPU_STAMP)  ## On a machine with a GPU: its tests, benchmarks and tables, in 25 minutes; SIZE=tiny tries them without

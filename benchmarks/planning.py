@@ -4,9 +4,14 @@ Rows are invented when they are read: all images and conditioning images differ,
 of five are distinct. Their digests are cached, as on every run but the first, which reads every
 file. SD3's records at 1024 px are planned; then again, on top of that plan, with the first
 hundredth of the rows changed. Nothing is encoded.
+
+With `--files` the rows are pairs of real files, as small as PNGs are, in fill50k's layout: the
+first planning reads them all, and the second looks whether one has changed.
 """
 
+import io
 import json
+import os
 import resource
 import subprocess
 import sys
@@ -18,6 +23,7 @@ from typing import Any
 
 import click
 import numpy as np
+from PIL import Image
 from xxhash import xxh3_128_digest
 
 from benchmarks.synthetic import Shape
@@ -30,7 +36,8 @@ from precompute.planning.existing_layout import layout_arrays
 from precompute.planning.inventory import take_inventory
 from precompute.planning.layout import EMPTY, Layout
 from precompute.planning.plan import ProductPlan
-from precompute.sources.source import Kind, Row
+from precompute.sources.open_source import open_source
+from precompute.sources.source import Kind, Row, Source, SourceSettings
 
 SD3_1024PX = Shape(side=128)
 GRID = (128, 128)
@@ -93,15 +100,16 @@ def write_digests(path: Path, source: InventedRows) -> None:
 
 
 def make_plans(
-    source: InventedRows, folder: Path, before: dict[str, Layout]
+    source: Source, digests: DigestCache, before: dict[str, Layout]
 ) -> tuple[dict[str, ProductPlan], dict[str, float]]:
     """Return the plans of text, latents and conditioning, and the seconds of each part of planning.
 
     Args:
         source: the rows.
-        folder: folder with the digests.
+        digests: of the files, as far as they are known.
         before: layouts of text and latents to build on.
     """
+    folder = digests.path.parent
     seconds: dict[str, float] = {}
     start = time.perf_counter()
 
@@ -109,7 +117,6 @@ def make_plans(
         nonlocal start
         seconds[name], start = time.perf_counter() - start, time.perf_counter()
 
-    digests = DigestCache(folder / f"hashes{source.edition}.npy", keep=False)
     inventory = take_inventory(
         source, range(len(source)), digests, conditioning=True, transparency=False
     )
@@ -143,9 +150,9 @@ def make_plans(
 
 def measure(num_rows: int, folder: Path) -> dict[str, Any]:
     """Plan twice; return the figures."""
-    first, seconds = make_plans(
-        InventedRows(num_rows), folder, dict.fromkeys(("text", "latents"), EMPTY)
-    )
+    digests = [DigestCache(folder / f"hashes{edition}.npy", keep=False) for edition in (0, 1)]
+    nothing = dict.fromkeys(("text", "latents"), EMPTY)
+    first, seconds = make_plans(InventedRows(num_rows), digests[0], nothing)
     figures: dict[str, Any] = {
         "rows": num_rows,
         "prompts": first["text"].num_records,
@@ -157,7 +164,7 @@ def measure(num_rows: int, folder: Path) -> dict[str, Any]:
     before = {name: first[name].layout for name in ("text", "latents")}
     fingerprints = {name: product.fingerprints for name, product in first.items()}
     del first
-    again, seconds = make_plans(InventedRows(num_rows, edition=1), folder, before)
+    again, seconds = make_plans(InventedRows(num_rows, edition=1), digests[1], before)
     figures["again_s"] = sum(seconds.values())
     figures["again_peak_gb"] = _peak_gb()
     figures["again_same_shards"] = {
@@ -167,6 +174,42 @@ def measure(num_rows: int, folder: Path) -> dict[str, Any]:
         for name, product in again.items()
     }
     return figures
+
+
+def measure_files(num_rows: int, folder: Path) -> dict[str, Any]:
+    """Write pairs of files, plan them twice; return the figures."""
+    write_files(folder / "source", num_rows)
+    settings = SourceSettings(source=str(folder / "source"))
+    figures: dict[str, Any] = {"rows": num_rows}
+    before = dict.fromkeys(("text", "latents"), EMPTY)
+    for number in ("first", "again"):
+        start = time.perf_counter()
+        source = open_source(settings)
+        opened = time.perf_counter() - start
+        products, seconds = make_plans(source, DigestCache(folder / "hashes.npy"), before)
+        before = {name: products[name].layout for name in before}
+        figures[number] = {"opening": opened, **seconds}
+        figures[f"{number}_us_a_row"] = (opened + sum(seconds.values())) / num_rows * 1e6
+        figures[f"{number}_peak_gb"] = _peak_gb()
+    return figures
+
+
+def write_files(folder: Path, num_rows: int) -> None:
+    """Write a data set in fill50k's layout, of images of one pixel that all differ."""
+    for name in ("source", "target"):
+        (folder / name).mkdir(parents=True)
+    image = io.BytesIO()
+    Image.new("RGB", (1, 1)).save(image, "png")
+    lines = []
+    for index in range(num_rows):
+        paths = {name: f"{name}/{index}.png" for name in ("source", "target")}
+        for path in paths.values():
+            # What follows a PNG's end is no part of the picture, but of the file.
+            (folder / path).write_bytes(image.getvalue() + path.encode())
+            os.utime(folder / path, (1e9, 1e9))  # so old that its time tells of changes
+        number = index % max(1, int(num_rows * DISTINCT))
+        lines.append(json.dumps({**paths, "prompt": f"caption {number} of a photograph"}) + "\n")
+    (folder / "prompt.json").write_text("".join(lines))
 
 
 def _peak_gb() -> float:
@@ -179,36 +222,58 @@ def _peak_gb() -> float:
 
 @click.command(context_settings=CONTEXT)
 @click.option("--rows", default=10_000_000, show_default=True)
+@click.option("--files", is_flag=True, help="Plan real files, two for each row.")
+@click.option("--work-dir", type=click.Path(path_type=Path), help="For files; temporary if absent.")
 @click.option("--folder", type=click.Path(path_type=Path), hidden=True)
 @click.option(
     "--json",
     "results",
     type=click.Path(path_type=Path),
-    default=Path("benchmarks/results/planning.json"),
-    show_default=True,
+    help="benchmarks/results/planning.json, or planning_files.json, if absent.",
 )
-def main(rows: int, folder: Path | None, results: Path) -> None:
+def main(
+    rows: int, files: bool, work_dir: Path | None, folder: Path | None, results: Path | None
+) -> None:
     """Measure the planning of ROWS rows."""
     if folder is not None:  # in a process of its own, whose memory is planning's alone
-        click.echo(json.dumps(measure(rows, folder)))
+        click.echo(json.dumps((measure_files if files else measure)(rows, folder)))
         return
-    with tempfile.TemporaryDirectory() as name:
-        for edition in (0, 1):
-            write_digests(Path(name) / f"hashes{edition}.npy", InventedRows(rows, edition))
-        arguments = ("-m", "benchmarks.planning", "--rows", str(rows), "--folder", name)
+    with tempfile.TemporaryDirectory(dir=work_dir) as name:
+        if not files:
+            for edition in (0, 1):
+                write_digests(Path(name) / f"hashes{edition}.npy", InventedRows(rows, edition))
+        arguments = ["-m", "benchmarks.planning", "--rows", str(rows), "--folder", name]
+        arguments += ["--files"] if files else []
         done = subprocess.run([sys.executable, *arguments], stdout=subprocess.PIPE, check=True)
-    measured = json.loads(done.stdout)
+    measured = json.loads(done.stdout.splitlines()[-1])
     figures = {**measured, "machine": machine(), "versions": versions(), "commit": commit()}
+    kind = "_files" if files else ""
+    results = results or Path(f"benchmarks/results/planning{kind}.json")
     write_text(results, json.dumps(figures, indent=1, sort_keys=True) + "\n")
-    for part, seconds in measured["seconds"].items():
+    (print_files if files else print_invented)(measured)
+
+
+def print_files(figures: dict[str, Any]) -> None:
+    """Print what planning of real files took."""
+    for number in ("first", "again"):
+        parts = ", ".join(f"{name} {seconds:.1f}" for name, seconds in figures[number].items())
+        click.echo(
+            f"{number}: {figures[f'{number}_us_a_row']:.1f} us a row ({parts} s), "
+            f"{figures[f'{number}_peak_gb']:.2f} GB"
+        )
+
+
+def print_invented(figures: dict[str, Any]) -> None:
+    """Print what planning of invented rows took."""
+    for part, seconds in figures["seconds"].items():
         click.echo(f"{part:18s} {seconds:7.1f} s")
     click.echo(
-        f"{rows} rows, {measured['prompts']} prompts, {measured['shards']} shards: "
-        f"{measured['total_s']:.1f} s, {measured['peak_gb']:.2f} GB"
+        f"{figures['rows']} rows, {figures['prompts']} prompts, {figures['shards']} shards: "
+        f"{figures['total_s']:.1f} s, {figures['peak_gb']:.2f} GB"
     )
     click.echo(
-        f"again, the first of {CHANGED} parts changed: {measured['again_s']:.1f} s, "
-        f"{measured['again_peak_gb']:.2f} GB; shards as they were: {measured['again_same_shards']}"
+        f"again, the first of {CHANGED} parts changed: {figures['again_s']:.1f} s, "
+        f"{figures['again_peak_gb']:.2f} GB; shards as they were: {figures['again_same_shards']}"
     )
 
 

@@ -126,7 +126,7 @@ def _draw_ellipse(circle: Circle, image_px: int, **style: int) -> Image.Image:
         round((circle.y + circle.radius) * scale),
     ]
     image = Image.new("L", (side, side))
-    ImageDraw.Draw(image).ellipse(box, **style)  # type: ignore[arg-type]  # fill, outline, width
+    ImageDraw.Draw(image).ellipse(box, **style)
     return image.reduce(SUPERSAMPLING)
 
 

@@ -150,7 +150,8 @@ def prepared(
     for name in ("Makefile", "pyproject.toml", "constraints.txt"):
         shutil.copy(REPOSITORY / name, folder)
     (folder / ".venv/bin").mkdir(parents=True)
-    (folder / ".venv/.installed").touch()
+    for name in (".installed", ".installed-dev"):
+        (folder / ".venv" / name).touch()
     shutil.copytree(base, folder / "BASE")
     shutil.copytree(REPOSITORY / "configs", folder / "configs")
     for path in (folder / "configs").rglob("*.toml"):
@@ -238,7 +239,8 @@ def reader(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.M
     name = "prepared" if page == "README.md" else "with_runs"
     folder = tmp_path / "reader"
     shutil.copytree(request.getfixturevalue(name), folder)
-    (folder / ".venv/.installed").touch()
+    for name in (".installed", ".installed-dev"):
+        (folder / ".venv" / name).touch()
     monkeypatch.chdir(folder)
     monkeypatch.setenv("MODEL_DIR", "BASE")
     monkeypatch.setenv("OUTPUT_DIR", "out-of-the-script")
