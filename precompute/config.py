@@ -9,6 +9,7 @@ from PIL import ImageColor
 
 from common.checks import check_resolution, check_sequence_length, pair_up
 from common.errors import ConfigError
+from common.memory.processes import num_cores
 from common.options import flag, option
 from precompute.planning.workers import find_part
 from precompute.sources.source import SourceSettings
@@ -17,6 +18,8 @@ from sd3.buckets import STEP_PX
 from sd3.images import BACKGROUND, OtherShape
 from sd3.value_scale import AS_IS, parse_scale
 from shards.format.manifest import CONTROL_NAME, DEFAULT_CONDITIONING
+
+MOST_LOADERS = 16  # they decode more than any GPU encodes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -205,7 +208,10 @@ class PrecomputeConfig:
         "device's free memory.",
     )
     allow_tf32: bool = option(True, help="Use TensorFloat-32 for float32 products on the GPU.")
-    dataloader_num_workers: int = option(4, help="Threads that decode and resize images.")
+    dataloader_num_workers: int | None = option(
+        None,
+        help="Threads that decode and resize images; by default one for each core, 16 at most.",
+    )
     device: str | None = option(
         None, help="cuda, cuda:1, mps or cpu; by default the best that is available."
     )
@@ -248,7 +254,7 @@ class PrecomputeConfig:
         self._check_scale()
         for name in ("vae_batch_size", "text_batch_size", "dataloader_num_workers"):
             value = getattr(self, name)
-            if value != "auto" and value < 1:
+            if value not in (None, "auto") and value < 1:
                 raise ConfigError(f"{flag(name)} {value}: must be at least 1.")
         if self.buckets and self.resolution % STEP_PX:
             raise ConfigError(
@@ -302,6 +308,11 @@ class PrecomputeConfig:
                     f"{flag(name)} {getattr(self, name)}: is for conditioning images of the data "
                     "set, and --conditioning-from draws them; leave one out."
                 )
+
+    @property
+    def num_loaders(self) -> int:
+        """How many threads decode and resize images."""
+        return self.dataloader_num_workers or min(num_cores(), MOST_LOADERS)
 
     def source_settings(self) -> SourceSettings:
         """Return where the rows come from."""

@@ -134,7 +134,7 @@ class _ShardDrawer:
         self.clock = clock
         self.advance = advance
         self.source_images = SourceImages(context)
-        self.num_threads = context.config.dataloader_num_workers
+        self.num_threads = context.config.num_loaders
         self.set_up_thread = partial(use_device, context.device)
 
     def draw(

@@ -66,7 +66,7 @@ class ImagePass:
         self.encoder = encoder
         self.batch_size = batch_size
         self.kind = kind
-        self.num_loaders = context.config.dataloader_num_workers
+        self.num_loaders = context.config.num_loaders
         in_batches = context.annotator is not None and context.annotator.in_batches
         self.is_drawn = in_batches and kind == "conditioning_image"
         self._drawn: DrawnShard | None = None  # of the shard that is loaded

@@ -439,3 +439,15 @@ def test_a_part_of_the_rows_is_chosen_by_seed_and_grows(
     assert set(some) != set(images(4, seed=1))
     with pytest.raises(ConfigError, match="--max-train-samples 0: must be at least 1"):
         replace(fresh, max_train_samples=0)
+
+
+@pytest.mark.parametrize(("given", "cores", "expected"), [(None, 2, 2), (None, 64, 16), (5, 2, 5)])
+def test_images_are_loaded_by_as_many_threads_as_there_are_cores(
+    given: int | None,
+    cores: int,
+    expected: int,
+    fresh: PrecomputeConfig,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("precompute.config.num_cores", lambda: cores)
+    assert replace(fresh, dataloader_num_workers=given).num_loaders == expected
