@@ -23,6 +23,8 @@ FOREIGN = {
     b"\x76\x2f\x31\x01": "it is OpenEXR; save it as PNG, a map in 16 bit",
 }
 HEIF_BRANDS = {b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1"}
+# Chunks of a PNG that may hold an orientation.
+PNG_TEXTS = {b"eXIf", b"tEXt", b"zTXt", b"iTXt"}
 # How whole files end; one that does not may still be decoded, which is then tried.
 ENDS = {"PNG": b"IEND\xaeB`\x82", "JPEG": b"\xff\xd9", "GIF": b"\x3b"}
 FLOATS = (
@@ -91,7 +93,7 @@ def opened(data: bytes) -> Iterator[Image.Image]:
 def read_header(data: bytes, *, takes_floats: bool = False) -> Header:
     """Return what an encoded image tells without its pixels.
 
-    Pixels are decoded only where the file's end is not as it should be, and of PNG, whose
+    Pixels are decoded only where the file's end is not as it should be, and of a PNG whose
     orientation may stand behind them.
 
     Args:
@@ -106,7 +108,7 @@ def read_header(data: bytes, *, takes_floats: bool = False) -> Header:
                 has_profile=converts_to_srgb(image),
                 fault=FLOATS if image.mode == "F" and not takes_floats else "",
             )
-            width, height = _upright_size(image)
+            width, height = _upright_size(image, data)
             header = header._replace(width=width, height=height)
             if not _ends_well(data, image.format):
                 image.load()
@@ -115,10 +117,27 @@ def read_header(data: bytes, *, takes_floats: bool = False) -> Header:
     return header
 
 
-def _upright_size(image: Image.Image) -> tuple[int, int]:
-    turned = image.getexif().get(ExifTags.Base.Orientation, 1) in range(5, 9)
+def _upright_size(image: Image.Image, data: bytes) -> tuple[int, int]:
+    if image.format == "PNG" and not _may_tell_later(data):
+        exif = Image.Image.getexif(image)  # PNG's own would decode the pixels to see what follows
+    else:
+        exif = image.getexif()
+    turned = exif.get(ExifTags.Base.Orientation, 1) in range(5, 9)
     # For TIFF alone, Pillow reports the size after rotation.
     return image.size[::-1] if turned and image.format != "TIFF" else image.size
+
+
+def _may_tell_later(png: bytes) -> bool:
+    """Return whether an orientation may stand behind a PNG's pixels; True if it is damaged."""
+    position, after_pixels = 8, False  # behind the signature
+    while True:
+        length, kind = png[position : position + 4], png[position + 4 : position + 8]
+        if kind == b"IEND":
+            return False
+        if len(kind) < 4 or (after_pixels and kind in PNG_TEXTS):
+            return True
+        after_pixels |= kind == b"IDAT"
+        position += 12 + int.from_bytes(length)
 
 
 def _ends_well(data: bytes, kind: str | None) -> bool:

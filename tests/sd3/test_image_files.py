@@ -8,6 +8,7 @@ from types import ModuleType
 import numpy as np
 import pytest
 from PIL import Image
+from PIL.PngImagePlugin import PngImageFile
 
 from sd3.image_files import FLOATS, BadImage, opened, read_header
 from sd3.images import decode, decode_conditioning
@@ -85,6 +86,39 @@ def test_the_header_says_of_a_cut_picture_what_decoding_does(kind: str, num_miss
     assert read_header(data).fault == fault
 
 
+def chunk(kind: bytes, content: bytes) -> bytes:
+    """Return a chunk of a PNG."""
+    checksum = zlib.crc32(kind + content).to_bytes(4, "big")
+    return len(content).to_bytes(4, "big") + kind + content + checksum
+
+
+def test_a_png_is_measured_without_its_pixels(monkeypatch: pytest.MonkeyPatch) -> None:
+    data = encoded(noise().resize((64, 32)), "PNG")
+    monkeypatch.setattr(PngImageFile, "load", None)
+    assert read_header(data) == (64, 32, False, False, "")
+
+
+@pytest.mark.parametrize("kind", ["eXIf", "zTXt", "iTXt"])
+@pytest.mark.parametrize("place", ["before", "behind"])
+def test_a_png_is_upright_wherever_its_orientation_stands(kind: str, place: str) -> None:
+    data = encoded(noise().resize((64, 32)), "PNG")
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    if kind == "eXIf":
+        content = exif.tobytes()[6:]  # without b"Exif\0\0"
+    elif kind == "zTXt":  # as ImageMagick writes it
+        raw = exif.tobytes()
+        text = f"\nexif\n{len(raw):8}\n{raw.hex()}\n".encode()
+        content = b"Raw profile type exif\0\0" + zlib.compress(text)
+    else:
+        xmp = b'<x:xmpmeta xmlns:x="adobe:ns:meta/"><a tiff:Orientation="6"/></x:xmpmeta>'
+        content = b"XML:com.adobe.xmp\0\0\0\0\0" + xmp
+    at = 33 if place == "before" else len(data) - 12  # behind IHDR, or before IEND
+    turned = data[:at] + chunk(kind.encode(), content) + data[at:]
+    assert decode(turned).size == (32, 64)
+    assert read_header(turned) == (32, 64, False, False, "")
+
+
 @pytest.mark.parametrize("data", [FLOAT_TIFF, FLOAT_PFM])
 def test_floats_can_be_used_with_a_scale(data: bytes) -> None:
     assert not read_header(data, takes_floats=True).fault
@@ -105,6 +139,7 @@ def test_a_hundred_megapixels_are_read_without_a_word() -> None:
     script = """
 import io
 from PIL import Image
+from PIL.PngImagePlugin import PngImageFile
 from sd3.images import decode
 from sd3.image_files import read_header
 file = io.BytesIO()
