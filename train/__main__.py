@@ -1,6 +1,8 @@
 """`python -m train`, or `accelerate launch -m train`."""
 
+import contextlib
 import sys
+from collections.abc import Iterator
 
 from common.command import stage_command
 from common.interruption import exit_code
@@ -11,10 +13,27 @@ from train.misplaced_options import MISPLACED
 
 def run(config: TrainConfig) -> None:
     """Import the networks' libraries only once the command line is known to be good."""
-    from train.run import train
+    with _without_transformers():
+        from train.run import train
 
     if ended_by := train(config):
         sys.exit(exit_code(ended_by))
+
+
+@contextlib.contextmanager
+def _without_transformers() -> Iterator[None]:
+    """Have diffusers imported as if transformers were not installed, which saves a second.
+
+    Its models import that library for the LoRAs of text encoders, of which training has none.
+    """
+    from diffusers.utils import import_utils
+
+    available = import_utils._transformers_available
+    import_utils._transformers_available = False
+    try:
+        yield
+    finally:
+        import_utils._transformers_available = available
 
 
 def need(config: TrainConfig, free: int | None) -> Need:

@@ -290,6 +290,7 @@ def test_the_transformer_and_the_cache_alone_are_enough(
     loaded = done.stdout.split()
     assert "diffusers.models.transformers.transformer_sd3" in loaded
     for module in (
+        "transformers.modeling_utils",
         "transformers.models.clip.modeling_clip",
         "transformers.models.t5.modeling_t5",
         "diffusers.models.autoencoders.autoencoder_kl",
