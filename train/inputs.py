@@ -13,7 +13,7 @@ from accelerate.utils import (
     ProjectConfiguration,
 )
 
-from common.device import use_device
+from common.device import keep_freed_memory, use_device
 from common.errors import ConfigError, ShardError
 from sd3.pretrained import find_base, find_controlnet, read_config
 from shards.format.json_files import digest
@@ -219,6 +219,7 @@ def make_accelerator(config: TrainConfig) -> Accelerator:
     except ValueError as error:
         raise ConfigError(f"--mixed-precision {precision}: {error}") from error
     use_device(accelerator.device)
+    keep_freed_memory(accelerator.device)
     distribution.check(accelerator, config)
     if precision == "fp16" and accelerator.device.type == "cpu" and accelerator.scaler is None:
         raise ConfigError(
