@@ -19,8 +19,7 @@ STAGES  := $(filter precompute train infer score serve,$(MAKECMDGOALS))
 ifneq ($(and $(STAGES)$(filter fits,$(MAKECMDGOALS)),$(filter file,$(origin CONFIG)),$(SOURCE)$(BASE)$(CACHE)$(OUTPUT)),)
 CONFIG  :=
 endif
-# Python compiles what it imports; to compile all of torch and transformers takes half the time.
-INSTALL := $(VENV)/bin/python -m pip install --disable-pip-version-check --no-compile -c constraints.txt
+INSTALL := $(VENV)/bin/python -m pip install --disable-pip-version-check -c constraints.txt
 STAMP   := $(VENV)/.installed
 DEV_STAMP   := $(VENV)/.installed-dev
 SERVE_STAMP := $(VENV)/.installed-serve
