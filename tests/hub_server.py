@@ -9,6 +9,7 @@ import hashlib
 import http.server
 import json
 import re
+import socketserver
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -63,6 +64,11 @@ def is_lfs(path: str) -> bool:
     return path.endswith((".tar", ".safetensors", ".bin"))
 
 
+def serve_in_thread(server: socketserver.BaseServer) -> None:
+    """Serve until `server.shutdown()`, which by default takes up to half a second."""
+    threading.Thread(target=server.serve_forever, args=[0.01], daemon=True).start()
+
+
 def start(hub: Hub) -> http.server.ThreadingHTTPServer:
     """Serve a hub on loopback, in a thread; `server.shutdown()` ends it."""
 
@@ -72,7 +78,7 @@ def start(hub: Hub) -> http.server.ThreadingHTTPServer:
     Handler.hub = hub
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     server.daemon_threads = True
-    threading.Thread(target=server.serve_forever, daemon=True).start()
+    serve_in_thread(server)
     hub.url = f"http://127.0.0.1:{server.server_address[1]}"
     return server
 

@@ -7,7 +7,6 @@ import functools
 import json
 import os
 import shutil
-import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -32,6 +31,7 @@ from shards.format.sidecar import SIDECAR_BYTES_A_PROMPT, SIDECAR_BYTES_A_RECORD
 from shards.remote.folder import RemoteFolder
 from shards.remote.transfer import pull
 from tests.conftest import NUM_ROWS
+from tests.hub_server import serve_in_thread
 from tests.precompute.test_again import Encoded, again, encoded, repaint, tars  # noqa: F401
 
 Reads = Counter[tuple[int, str]]
@@ -59,7 +59,7 @@ def serve_folder() -> Iterator[Callable[[Path], str]]:
         def serve(folder: Path) -> str:
             handler = functools.partial(SimpleHTTPRequestHandler, directory=str(folder))
             server = stack.enter_context(ThreadingHTTPServer(("127.0.0.1", 0), handler))
-            threading.Thread(target=server.serve_forever, daemon=True).start()
+            serve_in_thread(server)
             stack.callback(server.shutdown)
             return f"http://127.0.0.1:{server.server_address[1]}"
 

@@ -1,13 +1,13 @@
 """The commands that give no tensors answer without loading torch."""
 
 import http.server
-import threading
 from functools import partial
 from pathlib import Path
 
 import pytest
 
 from tests.conftest import run_python
+from tests.hub_server import serve_in_thread
 
 HEAVY = ("torch", "diffusers", "transformers", "datasets")
 CODE = """
@@ -46,7 +46,7 @@ def test_a_command_that_gives_no_tensors_loads_no_torch(
 def test_pull_loads_no_torch(cache: Path, tmp_path: Path) -> None:
     handler = partial(http.server.SimpleHTTPRequestHandler, directory=cache)
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
+        serve_in_thread(server)
         url = f"http://127.0.0.1:{server.server_address[1]}"
         assert "complete" in run_lightly("pull", url, tmp_path / "pulled")
         server.shutdown()

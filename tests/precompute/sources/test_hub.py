@@ -4,7 +4,6 @@ import hashlib
 import http.server
 import io
 import json
-import threading
 import urllib.parse
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
@@ -15,6 +14,7 @@ import pytest
 from PIL import Image
 
 from tests.conftest import run_python
+from tests.hub_server import serve_in_thread
 
 CONVERSION = "refs/convert/parquet"
 SCRIPT, SEVERAL, LONELY, GATED = "fusing/fill50k", "some/several", "some/lonely", "some/gated"
@@ -186,7 +186,7 @@ class Hub(http.server.BaseHTTPRequestHandler):
 @pytest.fixture(scope="module")
 def endpoint() -> Iterator[str]:
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
+    serve_in_thread(server)
     yield f"http://127.0.0.1:{server.server_port}"
     server.shutdown()
 

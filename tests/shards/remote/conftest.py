@@ -2,7 +2,6 @@
 
 import http.server
 import socketserver
-import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
@@ -12,6 +11,7 @@ from typing import Any
 import pytest
 
 from shards.remote import retry
+from tests.hub_server import serve_in_thread
 
 
 @pytest.fixture
@@ -61,7 +61,7 @@ def serve() -> Iterator[Callable[[Path], Server]]:
 
         address = ("127.0.0.1", 0)
         listening = http.server.ThreadingHTTPServer(address, partial(Handler, directory=folder))
-        threading.Thread(target=listening.serve_forever, daemon=True).start()
+        serve_in_thread(listening)
         running.append(listening)
         server.url = f"http://127.0.0.1:{listening.server_address[1]}"
         return server
