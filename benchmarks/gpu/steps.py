@@ -38,7 +38,10 @@ OPTIONS: dict[str, dict[Size, tuple[str, ...]]] = {
         "tiny": ("--images=4", "--resolution=64", "--rows=200"),
     },
     "presets": {"full": (), "tiny": ("--tiny",)},
-    "loader": {"full": ("--images=200", "--shards=500"), "tiny": ("--images=40", "--shards=20")},
+    "loader": {
+        "full": ("--images=200", "--shards=500", "--records=200000"),
+        "tiny": ("--images=40", "--shards=20", "--records=20000"),
+    },
 }
 BUDGETS_S = {"tests": 400, "train_step": 660, "precompute": 150, "presets": 240, "loader": 50}
 

@@ -91,7 +91,7 @@ def test_the_demonstration_ends_with_a_page_that_stands_alone(
     assert "url(" not in re.sub(r"url\(#[^)]*\)", "", page)
     contents = manifest.load(run / "cache")
     assert f"{contents.text.num_records} distinct prompts" in page
-    assert f">{2 * 8 * 4}<" in page  # pictures: two a sample, batches of 8, 4 steps
+    assert f">{2 * 4 * 4}<" in page  # pictures: two a sample, batches of 4, 4 steps
     times = json.loads((run / "times.json").read_text())
     assert times["finished"] == ["circles", "precompute", "train", "infer", "score"]
     # At a learning rate of 0 the ControlNet stays as it begins, adding nothing: training's pictures
