@@ -11,7 +11,6 @@ first planning reads them all, and the second looks whether one has changed.
 
 import io
 import json
-import os
 import resource
 import subprocess
 import sys
@@ -36,6 +35,7 @@ from precompute.planning.existing_layout import layout_arrays
 from precompute.planning.inventory import take_inventory
 from precompute.planning.layout import EMPTY, Layout
 from precompute.planning.plan import ProductPlan
+from precompute.sources.file_versions import SETTLED_NS
 from precompute.sources.open_source import open_source
 from precompute.sources.source import Kind, Row, Source, SourceSettings
 
@@ -206,10 +206,10 @@ def write_files(folder: Path, num_rows: int) -> None:
         for path in paths.values():
             # What follows a PNG's end is no part of the picture, but of the file.
             (folder / path).write_bytes(image.getvalue() + path.encode())
-            os.utime(folder / path, (1e9, 1e9))  # so old that its time tells of changes
         number = index % max(1, int(num_rows * DISTINCT))
         lines.append(json.dumps({**paths, "prompt": f"caption {number} of a photograph"}) + "\n")
     (folder / "prompt.json").write_text("".join(lines))
+    time.sleep(SETTLED_NS / 1e9)  # until their times tell of changes
 
 
 def _peak_gb() -> float:
@@ -223,7 +223,6 @@ def _peak_gb() -> float:
 @click.command(context_settings=CONTEXT)
 @click.option("--rows", default=10_000_000, show_default=True)
 @click.option("--files", is_flag=True, help="Plan real files, two for each row.")
-@click.option("--work-dir", type=click.Path(path_type=Path), help="For files; temporary if absent.")
 @click.option("--folder", type=click.Path(path_type=Path), hidden=True)
 @click.option(
     "--json",
@@ -231,14 +230,12 @@ def _peak_gb() -> float:
     type=click.Path(path_type=Path),
     help="benchmarks/results/planning.json, or planning_files.json, if absent.",
 )
-def main(
-    rows: int, files: bool, work_dir: Path | None, folder: Path | None, results: Path | None
-) -> None:
+def main(rows: int, files: bool, folder: Path | None, results: Path | None) -> None:
     """Measure the planning of ROWS rows."""
     if folder is not None:  # in a process of its own, whose memory is planning's alone
         click.echo(json.dumps((measure_files if files else measure)(rows, folder)))
         return
-    with tempfile.TemporaryDirectory(dir=work_dir) as name:
+    with tempfile.TemporaryDirectory() as name:
         if not files:
             for edition in (0, 1):
                 write_digests(Path(name) / f"hashes{edition}.npy", InventedRows(rows, edition))

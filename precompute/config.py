@@ -310,6 +310,11 @@ class PrecomputeConfig:
                 )
 
     @property
+    def images_per_row(self) -> int:
+        """How many images each row gives: 2 with its mirror."""
+        return 2 if self.random_flip else 1
+
+    @property
     def num_loaders(self) -> int:
         """How many threads decode and resize images."""
         return self.dataloader_num_workers or min(num_cores(), MOST_LOADERS)

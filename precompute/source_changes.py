@@ -29,7 +29,7 @@ def source_changes(context: Context) -> str:
     old = arrays.get("latents.ids")
     if old is None or not planned.num_rows:
         return ""
-    ids = context.products.latents.ids[:: context.images_per_row]
+    ids = context.products.latents.ids[:: context.config.images_per_row]
     stayed, now, before = _count_common(ids, old), len(ids), planned.num_rows
     changed = min(now, before) - stayed
     counts = [
@@ -90,7 +90,7 @@ def _changed_captions(context: Context) -> int:
         for key, prompts in zip(card.keys, card.prompts, strict=False):
             if key in planned:
                 changed += _prompt_ids(prompts) != _prompt_ids(planned[key])
-    return changed // context.images_per_row
+    return changed // context.config.images_per_row
 
 
 def _prompt_ids(keys: list[str]) -> list[str]:

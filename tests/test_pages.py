@@ -137,6 +137,12 @@ def made_by_make(command: str) -> list[str]:
     return shlex.split(line.partition("&& ")[2])
 
 
+def mark_as_installed(folder: Path) -> None:
+    """Have `make` in a folder find all packages installed."""
+    for name in (".installed", ".installed-dev"):
+        (folder / ".venv" / name).touch()
+
+
 @pytest.fixture(scope="session")
 def prepared(
     base: Path,
@@ -150,8 +156,7 @@ def prepared(
     for name in ("Makefile", "pyproject.toml", "constraints.txt"):
         shutil.copy(REPOSITORY / name, folder)
     (folder / ".venv/bin").mkdir(parents=True)
-    for name in (".installed", ".installed-dev"):
-        (folder / ".venv" / name).touch()
+    mark_as_installed(folder)
     shutil.copytree(base, folder / "BASE")
     shutil.copytree(REPOSITORY / "configs", folder / "configs")
     for path in (folder / "configs").rglob("*.toml"):
@@ -239,8 +244,7 @@ def reader(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.M
     name = "prepared" if page == "README.md" else "with_runs"
     folder = tmp_path / "reader"
     shutil.copytree(request.getfixturevalue(name), folder)
-    for name in (".installed", ".installed-dev"):
-        (folder / ".venv" / name).touch()
+    mark_as_installed(folder)
     monkeypatch.chdir(folder)
     monkeypatch.setenv("MODEL_DIR", "BASE")
     monkeypatch.setenv("OUTPUT_DIR", "out-of-the-script")

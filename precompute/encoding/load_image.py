@@ -77,34 +77,29 @@ class SourceImages:
             raise BadImage(f"{self.context.file_name(row, 'image')}: {error}") from error
 
     def _read(self, row: int, kind: Kind) -> bytes:
-        """Return the bytes of an image, as the inventory has read them before."""
-        data = _read_again(self.context, row, kind)
-        self.context.source.used(int(self.context.inventory.rows[row]), kind)
+        """Return the bytes of an image for one of its uses, as the inventory has read them.
+
+        Raises:
+            ShardError: they cannot be read now, or have changed. The shard's fingerprint promises
+                the planned bytes, so no others may go into it.
+        """
+        context, inventory = self.context, self.context.inventory
+        name, index = context.file_name(row, kind), int(inventory.rows[row])
+        try:
+            data = read_patiently(context.source, index, kind)
+        except OSError as error:
+            reason = error.strerror or str(error)
+            raise ShardError(
+                f"{name} could be read when the run was planned and cannot now "
+                f"({reason}); run again, finished shards are kept"
+            ) from error
+        planned = inventory.images if kind == "image" else inventory.conditionings
+        if xxh3_128_digest(data).hex() != digest_hex(planned[row]):
+            # The same version, though other bytes: its digest is wrong. Or it has a new version.
+            context.digests.forget(context.source.version(index, kind))
+            raise ShardError(
+                f"{name} was changed while precompute was running; "
+                "run again, finished shards are kept"
+            )
+        context.source.used(index, kind)
         return data
-
-
-def _read_again(context: Context, row: int, kind: Kind) -> bytes:
-    """Return the bytes of an image, which the inventory has read before.
-
-    Raises:
-        ShardError: they cannot be read now, or have changed. The shard's fingerprint promises the
-            planned bytes, so no others may go into it.
-    """
-    name = context.file_name(row, kind)
-    try:
-        data = read_patiently(context.source, int(context.inventory.rows[row]), kind)
-    except OSError as error:
-        reason = error.strerror or str(error)
-        raise ShardError(
-            f"{name} could be read when the run was planned and cannot now "
-            f"({reason}); run again, finished shards are kept"
-        ) from error
-    inventory = context.inventory
-    planned = inventory.images if kind == "image" else inventory.conditionings
-    if xxh3_128_digest(data).hex() != digest_hex(planned[row]):
-        # The same version, though other bytes: its digest is wrong. Otherwise it has a new version.
-        context.digests.forget(context.source.version(int(context.inventory.rows[row]), kind))
-        raise ShardError(
-            f"{name} was changed while precompute was running; run again, finished shards are kept"
-        )
-    return data

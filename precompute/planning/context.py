@@ -157,18 +157,13 @@ class Context:
 
     # From items to rows and records. An item of the latents is an image, or its mirror.
 
-    @property
-    def images_per_row(self) -> int:
-        """How many images each row gives: 2 with its mirror."""
-        return 2 if self.config.random_flip else 1
-
     def row_of(self, item: int) -> int:
         """Return the inventory's row of an image."""
-        return item // self.images_per_row
+        return item // self.config.images_per_row
 
     def is_mirrored(self, item: int) -> bool:
         """Tell whether an image is the mirror of its row's image."""
-        return item % self.images_per_row == 1
+        return item % self.config.images_per_row == 1
 
     def row_name(self, item: int) -> str:
         """Return the name of an image's row in reports."""

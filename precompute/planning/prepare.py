@@ -140,8 +140,8 @@ def _find_annotator(config: PrecomputeConfig) -> Annotator | None:
 
 def _uses_of_images(config: PrecomputeConfig, annotator: Annotator | None) -> dict[Kind, int]:
     """Return how often an image of each kind is encoded or drawn from."""
-    mirrored = 2 if config.random_flip else 1
-    return {"image": mirrored * (1 if annotator is None else 2), "conditioning_image": mirrored}
+    each = config.images_per_row
+    return {"image": each * (1 if annotator is None else 2), "conditioning_image": each}
 
 
 def _print_source(source: Source) -> None:
@@ -234,7 +234,6 @@ def _plan_latents(
     held_out: NDArray[np.bool_],
     existing: Layout,
 ) -> ProductPlan:
-    images_per_row = 2 if config.random_flip else 1
     images = over_background(
         in_srgb(inventory.images, inventory.has_profile),
         inventory.transparent[:, 0],
@@ -244,8 +243,10 @@ def _plan_latents(
     return plan_latents(
         config.cache / "latents",
         image_contents(images, held_out, mirrored=config.random_flip),
-        np.repeat(nearest_buckets(inventory.sizes, specs.latent_settings.shapes), images_per_row),
-        np.repeat(held_out, images_per_row),
+        np.repeat(
+            nearest_buckets(inventory.sizes, specs.latent_settings.shapes), config.images_per_row
+        ),
+        np.repeat(held_out, config.images_per_row),
         identity,
         [specs.latents.tensor_specs("latent", grid) for grid in specs.grids],
         config.shard_mb,

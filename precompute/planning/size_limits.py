@@ -33,9 +33,9 @@ def refuse_too_large_files(
             f"--shard-mb {config.shard_mb:g}: makes {num_shards} shards, and a manifest lists "
             f"{MOST_SHARDS} at most; give --shard-mb {enough:g} or more."
         )
-    latents, images_per_row = products.latents, 2 if config.random_flip else 1
+    latents = products.latents
     for shard in range(latents.num_shards):
-        rows = latents.shard(shard).items // images_per_row
+        rows = latents.shard(shard).items // config.images_per_row
         captions = int((inventory.caption_ends[rows + 1] - inventory.caption_ends[rows]).sum())
         size = len(rows) * SIDECAR_BYTES_A_RECORD + captions * SIDECAR_BYTES_A_PROMPT
         if size > LARGEST_FILE_BYTES:

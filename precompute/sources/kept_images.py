@@ -23,8 +23,7 @@ class KeptImages:
         self.has_conditioning_images = source.has_conditioning_images
         self.layout = source.layout
         self.remarks = source.remarks
-        self._kept: dict[tuple[int, Kind], bytes] = {}
-        self._uses_left: dict[tuple[int, Kind], int] = {}  # of those that are kept
+        self._kept: dict[tuple[int, Kind], tuple[bytes, int]] = {}  # and the uses to come
         self._num_bytes = 0
         self._lock = threading.Lock()
 
@@ -40,13 +39,12 @@ class KeptImages:
         """Return the bytes of a row's image; they are kept if there is room."""
         image = index, kind
         with self._lock:
-            data = self._kept.get(image)
-        if data is not None:
-            return data
+            if image in self._kept:
+                return self._kept[image][0]
         data = self.source.read(index, kind)
         with self._lock:
             if image not in self._kept and self._num_bytes + len(data) <= KEPT_BYTES:
-                self._kept[image], self._uses_left[image] = data, self.uses[kind]
+                self._kept[image] = data, self.uses[kind]
                 self._num_bytes += len(data)
         return data
 
@@ -56,10 +54,11 @@ class KeptImages:
         with self._lock:
             if image not in self._kept:
                 return
-            self._uses_left[image] -= 1
-            if self._uses_left[image] <= 0:
-                del self._uses_left[image]
-                self._num_bytes -= len(self._kept.pop(image))
+            data, uses = self._kept.pop(image)
+            if uses > 1:
+                self._kept[image] = data, uses - 1
+            else:
+                self._num_bytes -= len(data)
 
     def version(self, index: int, kind: Kind) -> bytes | None:
         """Return bytes that change when the image may have changed; None if nothing shows that."""
