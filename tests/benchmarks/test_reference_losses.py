@@ -28,6 +28,7 @@ def test_the_references_losses_are_ours(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
 
 
+@pytest.mark.slow
 def test_what_is_handed_over_is_what_training_draws(
     cache: Path, circles: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

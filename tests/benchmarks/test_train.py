@@ -53,6 +53,7 @@ def test_a_row_is_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     assert found["failed"] in train_step.format_row(found)
 
 
+@pytest.mark.slow
 def test_operations_of_a_step() -> None:
     sizes = Sizes(TINY, controlnet(TINY, 2), None, (16, 16), (3, 48), (5, 96), False)
     config = TrainConfig(pretrained_model_name_or_path="x", cache="y", **PLAIN)

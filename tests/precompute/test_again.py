@@ -168,6 +168,7 @@ def test_an_edited_image_is_encoded_again_alone(
     assert_as_from_nothing(again, tmp_path)
 
 
+@pytest.mark.slow
 def test_an_edited_conditioning_image_touches_no_latent(
     again: PrecomputeConfig, encoded: Encoded, tmp_path: Path
 ) -> None:
@@ -191,6 +192,7 @@ def test_an_edited_caption_touches_one_shard_of_text(
     assert_as_from_nothing(again, tmp_path)
 
 
+@pytest.mark.slow
 def test_inserted_rows_touch_only_the_last_shards(
     again: PrecomputeConfig, encoded: Encoded, tmp_path: Path
 ) -> None:

@@ -205,6 +205,7 @@ def test_training_on_buckets(
     assert (train_config.output_dir / "diffusion_pytorch_model.safetensors").is_file()
 
 
+@pytest.mark.slow
 def test_mirrors_are_rows_of_their_own(
     config: PrecomputeConfig, base: Path, tmp_path: Path
 ) -> None:
@@ -249,6 +250,7 @@ def test_canny_is_opencvs(config: PrecomputeConfig, base: Path, tmp_path: Path) 
             close(tensors["latent"], encoded(base, picture))
 
 
+@pytest.mark.slow
 def test_anyones_annotator(
     config: PrecomputeConfig,
     base: Path,

@@ -188,6 +188,7 @@ def test_the_dry_run_says_the_same(
     assert "Give --overwrite to go ahead, or another --cache." in refused.output
 
 
+@pytest.mark.slow
 def test_a_changed_source_is_told_in_rows(
     again: PrecomputeConfig,  # noqa: F811
     capsys: pytest.CaptureFixture[str],

@@ -207,6 +207,7 @@ def test_resumed_on_other_ranks_and_workers_the_sequence_goes_on(
     assert len({(one // 35, order.record(one)) for one in taken}) == len(taken)
 
 
+@pytest.mark.slow
 @given(
     phases=st.lists(
         st.tuples(

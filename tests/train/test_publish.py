@@ -248,6 +248,7 @@ def test_a_failed_upload_says_where_the_controlnet_is_and_how_to_send_it(
     assert set(hub.files("models/me/out")) == {"README.md", *weights}
 
 
+@pytest.mark.slow
 def test_latents_that_were_kept_are_decoded_elsewhere(
     config: TrainConfig, command: Callable[..., Outcome], tmp_path: Path
 ) -> None:

@@ -225,6 +225,7 @@ def test_what_auto_became_is_said(config: GenerateConfig) -> None:
     assert need(replace(config, offload="model"), 0).chosen == ""
 
 
+@pytest.mark.slow
 def test_a_full_memory_names_what_is_not_set(
     config: GenerateConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -243,6 +244,7 @@ def test_a_full_memory_names_what_is_not_set(
     assert "--dtype" not in message
 
 
+@pytest.mark.slow
 def test_a_score_of_checkpoints_takes_the_largest(config: GenerateConfig, tmp_path: Path) -> None:
     small = tmp_path / "small"
     shutil.copytree(config.controlnet[0], small)

@@ -133,6 +133,7 @@ def test_it_says_what_takes_how_much(
     assert advice(asked, sizes, found) == ["no option would make it less"]
 
 
+@pytest.mark.slow
 def test_a_gpu_is_asked_what_it_has_free(
     asked: PrecomputeConfig, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -34,6 +34,7 @@ def test_t5_in_groups_gives_the_cache_of_whole_encoders(
     same_cache(fresh.cache, cache)
 
 
+@pytest.mark.slow
 def test_batches_that_step_back_give_the_cache_of_small_ones(
     fresh: PrecomputeConfig, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -197,6 +197,7 @@ def test_blank_controls_are_named(
         assert "of one colour" not in output
 
 
+@pytest.mark.slow
 def test_maps_that_use_a_sliver_of_their_range_are_named(
     config: PrecomputeConfig, source: Path, command: Callable[..., Outcome]
 ) -> None:

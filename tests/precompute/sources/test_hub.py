@@ -206,6 +206,7 @@ def open_in_a_process(
     return done.stdout.splitlines()
 
 
+@pytest.mark.slow
 def test_of_a_script_data_set_the_hubs_conversion_is_read(endpoint: str, tmp_path: Path) -> None:
     expected = [[text, image.hex(), conditioning.hex()] for text, image, conditioning in ROWS]
     for _ in range(2):  # from the hub, and then with a cache
@@ -220,6 +221,7 @@ def test_of_several_configurations_the_named_one_is_read(endpoint: str, tmp_path
     assert json.loads(line)[0] == "a red circle"
 
 
+@pytest.mark.slow
 def test_of_several_splits_one_is_read_and_the_others_are_counted(
     endpoint: str, tmp_path: Path
 ) -> None:

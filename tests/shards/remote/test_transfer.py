@@ -140,6 +140,7 @@ def test_an_interrupted_push_goes_on_and_is_no_cache_before(
     assert files(tmp_path / "there") == files(cache)
 
 
+@pytest.mark.slow
 def test_another_complete_cache_is_not_overwritten_unless_asked(
     cache: Path, bucket: str, tmp_path: Path
 ) -> None:
@@ -200,6 +201,7 @@ def test_without_credentials_or_bucket_the_reason_is_given(
         Cache(RemoteFiles(RemoteFolder("s3://nowhere/x"), tmp_path, 1 << 30))
 
 
+@pytest.mark.slow
 def test_commands(
     cache: Path, bucket: str, base: Path, tmp_path: Path, command: Callable[..., Outcome]
 ) -> None:

@@ -167,6 +167,7 @@ def test_all_that_a_run_takes_is_as_estimated(
     assert simulate(config, find_sizes(config)).peak == pytest.approx(device.peak, rel=0.03)
 
 
+@pytest.mark.slow
 def test_weights_and_state_are_counted_one_by_one(config: TrainConfig) -> None:
     run = assemble(config)
     sizes = find_sizes(config)
@@ -250,6 +251,7 @@ def test_the_meter_counts_arithmetic() -> None:
         assert meter.peak == {"weights": 4000, "activations": 0}
 
 
+@pytest.mark.slow
 def test_validation_counts_drawing_and_decoding(config: TrainConfig) -> None:
     sizes = replace(find_sizes(config), validates=True)
     few = simulate(replace(config, num_validation_images=1), sizes).validation
@@ -313,6 +315,7 @@ def without_cache(config: TrainConfig, resolution: int, tokens: int) -> TrainCon
     )
 
 
+@pytest.mark.slow
 def test_an_estimate_without_a_cache_is_the_same(config: TrainConfig) -> None:
     planned = without_cache(config, 256, 24)
     assert find_sizes(planned) == find_sizes(config)

@@ -121,6 +121,7 @@ def test_blocks_are_spread_evenly_and_no_more_than_there_are() -> None:
     assert streamed_numbers(24, 38) == list(range(24))  # as many as there are
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [None, "int8", pytest.param("nf4", marks=pytest.mark.extras)])
 def test_an_estimate_knows_what_stays_on_the_device(kind: Any, config: TrainConfig) -> None:
     config = replace(config, offload_base=4, quantize_base=kind)

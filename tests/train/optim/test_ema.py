@@ -97,6 +97,7 @@ def test_by_hand(train_config: TrainConfig) -> None:
         torch.testing.assert_close(tensor, w1[name] * 2 / 11 + w2[name] * 9 / 11)
 
 
+@pytest.mark.slow
 def test_the_average_of_weights_in_bfloat16_is_saved_in_float32(
     train_config: TrainConfig, tmp_path: Path
 ) -> None:
