@@ -86,6 +86,7 @@ def start(hub: Hub) -> http.server.ThreadingHTTPServer:
 class _Handler(http.server.BaseHTTPRequestHandler):
     hub: Hub
     protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True  # or each answer waits 40 ms for an acknowledgement
 
     def log_message(self, *_: object) -> None:
         pass
