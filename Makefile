@@ -19,11 +19,17 @@ STAGES  := $(filter precompute train infer score serve,$(MAKECMDGOALS))
 ifneq ($(and $(STAGES)$(filter fits,$(MAKECMDGOALS)),$(filter file,$(origin CONFIG)),$(SOURCE)$(BASE)$(CACHE)$(OUTPUT)),)
 CONFIG  :=
 endif
-INSTALL := $(VENV)/bin/python -m pip install --disable-pip-version-check -c constraints.txt
+# pip compiles one file after the other, compileall on all cores. Tests, and the hundreds of models of
+# transformers, are left to Python, which compiles what it imports.
+define INSTALL
+	$(VENV)/bin/python -m pip install --disable-pip-version-check --no-compile -c constraints.txt -e ".[$(1)]"
+	$(VENV)/bin/python -m compileall -q -j 0 -x '/(tests|transformers/models)/' $(VENV)/lib || true
+endef
 STAMP   := $(VENV)/.installed
 DEV_STAMP   := $(VENV)/.installed-dev
 SERVE_STAMP := $(VENV)/.installed-serve
 CHECK_STAMP := $(VENV)/.installed-check
+CHECK_EXTRAS := bitsandbytes,browser,deepspeed,notebook,serve
 GPU_STAMP   := $(VENV)/.installed-gpu
 IS_DEMO := $(filter %demo.toml %demo-fast.toml %demo-full.toml,$(CONFIG))
 
@@ -89,24 +95,24 @@ $(STAMP): pyproject.toml constraints.txt
 	@echo "Creating $(VENV) with $$($(PYTHON) --version) and installing PyTorch, diffusers and others into it."
 	@echo "This takes a few minutes and 2 GB, or several GB more where PyTorch comes with CUDA."
 	$(PYTHON) -m venv $(VENV)
-	$(INSTALL) -e ".[canny]"
+	$(call INSTALL,canny)
 	@touch $@
 	@echo "$(VENV) is ready."
 
 $(DEV_STAMP): $(STAMP)
-	$(INSTALL) -e ".[dev]"
+	$(call INSTALL,dev)
 	@touch $@
 
 $(SERVE_STAMP): $(STAMP)
-	$(INSTALL) -e ".[serve]"
+	$(call INSTALL,serve)
 	@touch $@
 
 $(CHECK_STAMP): $(DEV_STAMP)
-	$(INSTALL) -e ".[bitsandbytes,browser,deepspeed,notebook,serve]"
+	$(call INSTALL,$(CHECK_EXTRAS))
 	@touch $@
 
 $(GPU_STAMP): $(DEV_STAMP)
-	$(INSTALL) -e ".[bitsandbytes]"
+	$(call INSTALL,bitsandbytes)
 	@touch $@
 
 demo: setup  ## Run the whole pipeline on a laptop in eight minutes; with FAST=1 in two, learning nothing
