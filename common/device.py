@@ -13,7 +13,7 @@ from common.errors import ConfigError
 from common.memory.need import CONTEXT_BYTES
 
 # Of glibc's mallopt(3).
-M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
+M_TRIM_THRESHOLD, M_MMAP_MAX, M_ARENA_MAX = -1, -4, -8
 
 
 def pick_device(name: str | None) -> torch.device:
@@ -68,12 +68,14 @@ def keep_freed_memory(device: torch.device) -> None:
 
     A VAE's layers allocate and free tens of megabytes each. By default glibc returns them to the
     system, which clears the pages again for the next layer: that took two thirds of the encoding
-    time, and takes a thirtieth of a training step's. Does nothing without glibc.
+    time, and takes a thirtieth of a training step's. All threads share one arena, since others are
+    given back whatever these settings say. Does nothing without glibc.
     """
     if device.type == "cpu" and platform.libc_ver()[0] == "glibc":
         libc = ctypes.CDLL("libc.so.6")
         libc.mallopt(M_MMAP_MAX, 0)
         libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
+        libc.mallopt(M_ARENA_MAX, 1)
 
 
 def free_memory() -> None:

@@ -12,16 +12,23 @@ from common.memory.need import CONTEXT_BYTES
 from tests.conftest import run_python
 
 FAULTS = """
-import resource, torch
+import resource, threading, torch
 from common.device import keep_freed_memory
 if {keep}:
     keep_freed_memory(torch.device("cpu"))
-for _ in range(40):  # until the heap is as large as it gets
-    torch.ones(1 << 24)
-before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-for _ in range(8):
-    torch.ones(1 << 24)
-print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+def count():
+    for _ in range(40):  # until the heap is as large as it gets
+        torch.ones(1 << 24)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(8):
+        torch.ones(1 << 24)
+    print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+thread = threading.Thread(target=count)
+if {thread}:
+    thread.start()
+    thread.join()
+else:
+    count()
 """
 
 
@@ -46,11 +53,13 @@ def test_only_a_gpu_tells_what_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.slow
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="glibc's malloc")
-def test_freed_memory_is_used_again() -> None:
+@pytest.mark.parametrize("thread", [False, True])
+def test_freed_memory_is_used_again(thread: bool) -> None:
     """64 MB, eight times: pages of 4 KiB cleared anew each time, or none."""
     pages = 8 * (1 << 26) // 4096
     default, kept = (
-        int(run_python("-c", FAULTS.format(keep=keep)).stdout) for keep in (False, True)
+        int(run_python("-c", FAULTS.format(keep=keep, thread=thread)).stdout)
+        for keep in (False, True)
     )
     assert kept < pages / 100
     if default < pages / 2:  # huge pages: nothing to be gained here
