@@ -115,7 +115,7 @@ $(GPU_STAMP): $(DEV_STAMP)
 	$(call INSTALL,bitsandbytes)
 	@touch $@
 
-demo: setup  ## Run the whole pipeline on a laptop in eight minutes; with FAST=1 in two, learning nothing
+demo: setup  ## Run the whole pipeline on a laptop in seven minutes; with FAST=1 in two, learning nothing
 	$(RUN) python -m demo $(if $(filter-out 0,$(FAST)),--config configs/demo-fast.toml,$(CONFIG_FLAGS))
 
 demo-full: setup  ## Run the demo with longer training, in half an hour
