@@ -20,7 +20,8 @@ ifneq ($(and $(STAGES)$(filter fits,$(MAKECMDGOALS)),$(filter file,$(origin CONF
 CONFIG  :=
 endif
 # pip compiles one file after the other, compileall on all cores. Tests, and the hundreds of models of
-# transformers, are left to Python, which compiles what it imports.
+# transformers, are left to Python, which compiles what it imports. A package may hold files that are
+# not for this Python: that is no failure.
 define INSTALL
 	$(VENV)/bin/python -m pip install --disable-pip-version-check --no-compile -c constraints.txt -e ".[$(1)]"
 	$(VENV)/bin/python -m compileall -q -j 0 -x '/(tests|transformers/models)/' $(VENV)/lib || true
@@ -29,6 +30,7 @@ STAMP   := $(VENV)/.installed
 DEV_STAMP   := $(VENV)/.installed-dev
 SERVE_STAMP := $(VENV)/.installed-serve
 CHECK_STAMP := $(VENV)/.installed-check
+# Not written in the call: commas end arguments there.
 CHECK_EXTRAS := bitsandbytes,browser,deepspeed,notebook,serve
 GPU_STAMP   := $(VENV)/.installed-gpu
 IS_DEMO := $(filter %demo.toml %demo-fast.toml %demo-full.toml,$(CONFIG))
