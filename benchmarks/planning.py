@@ -159,14 +159,14 @@ def measure(num_rows: int, folder: Path) -> dict[str, Any]:
         "shards": {name: product.num_shards for name, product in first.items()},
         "seconds": seconds,
         "total_s": sum(seconds.values()),
-        "peak_gb": _peak_gb(),
+        "peak_gb": peak_gb(),
     }
     before = {name: first[name].layout for name in ("text", "latents")}
     fingerprints = {name: product.fingerprints for name, product in first.items()}
     del first
     again, seconds = make_plans(InventedRows(num_rows, edition=1), digests[1], before)
     figures["again_s"] = sum(seconds.values())
-    figures["again_peak_gb"] = _peak_gb()
+    figures["again_peak_gb"] = peak_gb()
     figures["again_same_shards"] = {
         name: sum(
             old == new for old, new in zip(fingerprints[name], product.fingerprints, strict=False)
@@ -190,7 +190,7 @@ def measure_files(num_rows: int, folder: Path) -> dict[str, Any]:
         before = {name: products[name].layout for name in before}
         figures[number] = {"opening": opened, **seconds}
         figures[f"{number}_us_a_row"] = (opened + sum(seconds.values())) / num_rows * 1e6
-        figures[f"{number}_peak_gb"] = _peak_gb()
+        figures[f"{number}peak_gb"] = peak_gb()
     return figures
 
 
@@ -212,7 +212,7 @@ def write_files(folder: Path, num_rows: int) -> None:
     time.sleep(SETTLED_NS / 1e9)  # until their times tell of changes
 
 
-def _peak_gb() -> float:
+def peak_gb() -> float:
     """Return the peak of this process's resident memory in GB."""
     status = Path("/proc/self/status").read_text()
     if "RssAnon" not in status:
@@ -256,7 +256,7 @@ def print_files(figures: dict[str, Any]) -> None:
         parts = ", ".join(f"{name} {seconds:.1f}" for name, seconds in figures[number].items())
         click.echo(
             f"{number}: {figures[f'{number}_us_a_row']:.1f} us a row ({parts} s), "
-            f"{figures[f'{number}_peak_gb']:.2f} GB"
+            f"{figures[f'{number}peak_gb']:.2f} GB"
         )
 
 

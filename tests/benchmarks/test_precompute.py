@@ -5,10 +5,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import planning, precompute
+from benchmarks import planning, precompute, sealing
 from benchmarks.random_weights import save_encoders
+from benchmarks.synthetic import TINY, write_cache
 from precompute.config import PrecomputeConfig
 from precompute.planning.prepare import prepare
+from shards.format import manifest, sidecar
 
 
 def test_planning_a_few_thousand_rows(tmp_path: Path) -> None:
@@ -21,6 +23,20 @@ def test_planning_a_few_thousand_rows(tmp_path: Path) -> None:
     assert found["shards"] == {"text": 19, "latents": 14, "conditioning": 14}
     # The first 30 rows changed: they stand in the first shard of each.
     assert found["again_same_shards"] == {"text": 18, "latents": 13, "conditioning": 13}
+
+
+def test_sealing_and_verifying_a_few_records(tmp_path: Path) -> None:
+    write_cache(tmp_path, TINY, 3, 5)
+    before = manifest.load(tmp_path)
+    sealing.caption_at_random(tmp_path)
+    found = sealing.measure(tmp_path)
+    assert (found["records"], found["shards"]) == (3 * 3 * 5 + 1, 3 * 3 + 1)
+    # Sealed anew, with the captions that were drawn: some lie in other shards than their images'.
+    after = manifest.load(tmp_path)
+    assert after.captions != before.captions
+    assert after.latents.shard_sha256 == before.latents.shard_sha256
+    prompts = sidecar.load_present(tmp_path / "latents", 0).prompts
+    assert {key[:6] for (key,) in prompts} > {"000001"}
 
 
 def test_bytes_a_sample(tmp_path: Path) -> None:

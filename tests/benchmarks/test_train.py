@@ -12,8 +12,9 @@ from PIL import Image
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks import counts, flops, memory_chart, train_step
+from benchmarks import counts, flops, train_step
 from benchmarks.bases import TRANSFORMERS, VAE, train_settings
+from benchmarks.memory.chart import draw_memory
 from benchmarks.presets import apply_preset
 from benchmarks.random_weights import num_encoder_parameters, save_transformer
 from benchmarks.reference import speed
@@ -160,7 +161,7 @@ def test_the_memory_is_drawn(tmp_path: Path) -> None:
         },
         {"name": "card of 80 GB", "px": 64, "failed": "out of memory"},
     ]
-    memory_chart.draw_memory(rows, tmp_path / "memory.png", "a base")
+    draw_memory(rows, tmp_path / "memory.png", "a base")
     with Image.open(tmp_path / "memory.png") as image:
         assert image.width > 500
 
