@@ -7,6 +7,7 @@ Axes: N rows, P captions.
 
 import contextlib
 import itertools
+import time
 from array import array
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -29,6 +30,8 @@ from shards.format.sidecar import LARGEST_CAPTIONS
 
 HASHING_THREADS = 8
 CHUNK_ROWS = 1024
+# So many looks at files tell whether the others are worth threads.
+TRIAL_LOOKS, SLOW_LOOK_S = 16, 100e-6
 NO_CONTENT = Content(bytes(16))
 # Caches know a bad row by the digest of its fault, as it was worded at first.
 FORMER_WORDING = {
@@ -186,14 +189,21 @@ class _ImageHasher:
     def _versions(self, indices: Sequence[int], kind: Kind) -> list[bytes | None]:
         """Return the version of each row's image.
 
-        On a network's disk a look at a file takes long, so that threads share them.
+        On a network's disk a look at a file takes long, so that threads share them; on a local one
+        it takes microseconds, and threads would only wait for each other.
         """
-        size = -(-len(indices) // HASHING_THREADS)
-        parts = [indices[start : start + size] for start in range(0, len(indices), size)]
-        found = self.pool.map(
-            lambda part: [self.source.version(index, kind) for index in part], parts
-        )
-        return list(itertools.chain.from_iterable(found))
+
+        def look(part: Sequence[int]) -> list[bytes | None]:
+            return [self.source.version(index, kind) for index in part]
+
+        first, rest = indices[:TRIAL_LOOKS], indices[TRIAL_LOOKS:]
+        start = time.perf_counter()
+        found = look(first)
+        if time.perf_counter() - start < SLOW_LOOK_S * len(first):
+            return found + look(rest)
+        size = max(1, -(-len(rest) // HASHING_THREADS))
+        parts = [rest[at : at + size] for at in range(0, len(rest), size)]
+        return found + list(itertools.chain.from_iterable(self.pool.map(look, parts)))
 
     def _known(self, versions: Sequence[bytes | None]) -> list[Content | None]:
         """Return the contents that are known, as far as it matters."""
