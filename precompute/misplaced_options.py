@@ -8,6 +8,7 @@ TRAIN_OPTIONS = (
     "--local-cache-gb",
     "--controlnet-model-name-or-path",
     "--num-controlnet-layers",
+    "--pooled-projection",
     "--ema-decay",
     "--checkpointing-steps",
     "--checkpoints-total-limit",

@@ -232,7 +232,7 @@ def train_config(base: Path, cache: Path, tmp_path: Path) -> TrainConfig:
 @pytest.fixture(scope="session")
 def controlnet(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A ControlNet with a say, saved as train saves it."""
-    model = models.new_controlnet(base, None, 2)
+    model = models.new_controlnet(base, None, 2, "prompt")
     awaken(model)
     data = {
         "max_sequence_length": TOKENS,

@@ -12,12 +12,20 @@ from tests.conftest import REPOSITORY
 
 # From the bottom to the top: a folder imports only from itself, and from the folders and the single
 # files that are named for it. "shards" alone means the files directly in shards/.
-CACHE = {"common", "common.memory", "sd3", "shards.format", "shards.reading", "shards.remote"}
+CACHE = {
+    "common",
+    "common.memory",
+    "sd3",
+    "sd3.controlnet",
+    "shards.format",
+    "shards.reading",
+    "shards.remote",
+}
 STAGE = CACHE | {"sd3.annotators", "shards"}
 PLANNING = {"precompute.sources", "precompute.fingerprints", "precompute.planning"}
 PRECOMPUTE = PLANNING | {"precompute.encoding", "precompute.memory", "precompute"}
 BELOW_SAVING = {"train.processes", "train.optim", "train.validation"}
-TRAIN = BELOW_SAVING | {"train", "train.memory", "train.saving"}
+TRAIN = BELOW_SAVING | {"train", "train.continued", "train.memory", "train.saving"}
 INFER = {"infer", "infer.drawing", "infer.memory", "infer.scoring"}
 DRAWING = {
     "infer.batches",
@@ -32,6 +40,7 @@ PRODUCT = STAGE | PRECOMPUTE | TRAIN | INFER
 ALLOWED = {
     "common.memory": set(),
     "common": {"common.memory"},
+    "sd3.controlnet": {"common"},
     "sd3": {"common"},
     "sd3.annotators": {"common", "common.memory", "sd3"},
     "shards.format": {"common", "sd3"},
@@ -63,6 +72,7 @@ ALLOWED = {
     "train.validation": STAGE | NETWORKS | {"train.assembly", "train.processes", "train.optim"},
     "train.saving": STAGE
     | {"train.assembly", "train.config", "train.processes", "train.optim", "train.validation"},
+    "train.continued": STAGE | {"train.config", "train.processes", "train.saving"},
     "train": STAGE | TRAIN,
     "infer.memory": STAGE | PRECOMPUTE | TRAIN | {"infer.config", "infer.convention", "infer.vae"},
     "infer": STAGE | PRECOMPUTE | TRAIN | INFER,

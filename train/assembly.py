@@ -12,12 +12,13 @@ from accelerate import Accelerator
 from tqdm import tqdm
 
 from common.device import compile_blocks
-from sd3.pooled_convention import take_pooled_and_shift, takes_zeros
+from sd3.controlnet.conversion import convert_to
 from sd3.pretrained import DATA_KEY
 from sd3.quantized import quantize
 from train import distribution, models
-from train.compatibility import check_controlnet, check_same_distribution
+from train.compatibility import check_same_distribution
 from train.config import TrainConfig
+from train.continued.find import check_controlnet
 from train.inputs import (
     Inputs,
     find_inputs,
@@ -200,18 +201,21 @@ def _load_networks(
 
 def _load_controlnet(config: TrainConfig, inputs: Inputs) -> Any:
     """Return the ControlNet, in host memory."""
+    convention = inputs.pooled_projection
     if inputs.controlnet is None:
         controlnet = models.new_controlnet(
-            inputs.base, config.variant, config.num_controlnet_layers
+            inputs.base, config.variant, config.num_controlnet_layers, convention
         )
     else:
         controlnet = models.load_controlnet(inputs.controlnet)
         check_controlnet(controlnet, inputs.base, inputs.cache.manifest)
-        if takes_zeros(controlnet.config):
-            spec = inputs.cache.conditioning_spec
-            take_pooled_and_shift(
-                controlnet, scaling_factor=spec.scaling_factor, shift_factor=spec.shift_factor
-            )
+        spec = inputs.cache.conditioning_spec
+        convert_to(
+            convention,
+            controlnet,
+            scaling_factor=spec.scaling_factor,
+            shift_factor=spec.shift_factor,
+        )
     data = models.data_entry(inputs.cache.manifest, config.conditioning_name)
     controlnet.register_to_config(**{DATA_KEY: data})
     models.prepare_controlnet(config, controlnet)

@@ -8,6 +8,7 @@ from typing import Literal
 from common.checks import check_resolution, check_sequence_length
 from common.errors import ConfigError
 from common.options import flag, option
+from sd3.controlnet.pooled_projection import DEFAULT_POOLED_PROJECTION, PooledProjection
 from shards.format.manifest import DEFAULT_CONDITIONING
 from shards.remote.streaming import LOCAL_CACHE_GB
 from train.misplaced_options import AT_PRECOMPUTE
@@ -66,6 +67,13 @@ class TrainConfig:
         None,
         help="Blocks of a new ControlNet, at most half the base's; by default 12, or as many as "
         "fit.",
+    )
+    pooled_projection: PooledProjection | None = option(
+        None,
+        help="What the ControlNet gets beside its control: the prompt's pooled embedding and the "
+        "VAE's shift, or zeros and no shift, as ComfyUI drives ControlNets and InstantX trains "
+        "them. By default as the ControlNet to start from was trained; a new one: "
+        f"{DEFAULT_POOLED_PROJECTION}.",
     )
     ema_decay: float | None = option(
         None,

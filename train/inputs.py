@@ -5,9 +5,8 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
-import click
 import torch
-from accelerate import Accelerator, PartialState
+from accelerate import Accelerator
 from accelerate.utils import (
     DistributedDataParallelKwargs,
     ProjectConfiguration,
@@ -15,14 +14,16 @@ from accelerate.utils import (
 
 from common.device import keep_freed_memory, use_device
 from common.errors import ConfigError, ShardError
-from sd3.pretrained import find_base, find_controlnet, read_config
+from sd3.controlnet.pooled_projection import PooledProjection
+from sd3.pretrained import find_base
 from shards.format.json_files import digest
 from shards.reading.cache import Cache
 from shards.reading.order import Order
 from shards.remote.streaming import open_files
 from train import distribution, models
-from train.compatibility import check_base, check_convention, check_same_order
+from train.compatibility import check_base, check_same_order
 from train.config import TrainConfig
+from train.continued.find import find_continued, find_pooled_projection
 from train.loss import Objective
 from train.processes.agreement import check_same_everywhere, local_main_first, main_decides
 from train.saving.checkpoints import TrainState, read_state
@@ -39,6 +40,7 @@ class Inputs:
         cache: opened for reading.
         base: folder of the base model.
         controlnet: folder of the ControlNet to continue from, or None.
+        pooled_projection: the convention of the ControlNet's inputs.
         order: the order of the samples.
         pairs: the validation pairs that the run draws; read at once, since stage 1 may replace them
             while the run goes on.
@@ -50,6 +52,7 @@ class Inputs:
     cache: Cache
     base: Path
     controlnet: Path | None
+    pooled_projection: PooledProjection
     order: Order
     pairs: list[Pair]
     measures_held_out: bool
@@ -83,7 +86,7 @@ def find_inputs(config: TrainConfig, num_processes: int) -> Inputs:
     check_base(base, cache.manifest)
     controlnet = None
     if config.controlnet_model_name_or_path is not None:
-        controlnet = _find_controlnet(config.controlnet_model_name_or_path, config, cache)
+        controlnet = find_continued(config.controlnet_model_name_or_path, config, cache)
     _check_same_everywhere(config, cache, base, controlnet)
     order = Order(
         cache.manifest.training_records(config.conditioning_name),
@@ -97,6 +100,7 @@ def find_inputs(config: TrainConfig, num_processes: int) -> Inputs:
         cache=cache,
         base=base,
         controlnet=controlnet,
+        pooled_projection=find_pooled_projection(config, controlnet, checkpoint),
         order=order,
         pairs=read_pairs(cache) if draws_pictures else [],
         measures_held_out=validates and bool(held_out_records(cache)),
@@ -132,27 +136,6 @@ def _find_base(config: TrainConfig, needs_vae: bool) -> Path:
             else ""
         )
         raise ConfigError(f"{error}{hint}") from error
-
-
-def _find_controlnet(name: str, config: TrainConfig, cache: Cache) -> Path:
-    """Return the folder of the ControlNet to continue from; say what its convention means.
-
-    Raises:
-        ConfigError: there is none, or it does not go with the cache or the settings.
-    """
-    flag = "--controlnet-model-name-or-path"
-    folder = local_main_first(lambda: find_controlnet(name, flag, cache_dir=config.cache_dir))
-    controlnet = read_config(folder, "")
-    if config.num_controlnet_layers not in (None, controlnet.get("num_layers")):
-        raise ConfigError(
-            f"--num-controlnet-layers {config.num_controlnet_layers}: is for a new ControlNet; "
-            f"{flag} {name} has {controlnet.get('num_layers')}. Leave one out."
-        )
-    notes = check_convention(name, controlnet, cache)
-    if PartialState().is_main_process:
-        for note in notes:
-            click.echo(f"train: {note}")
-    return folder
 
 
 def _check_same_everywhere(
@@ -259,6 +242,7 @@ def make_objective(config: TrainConfig, inputs: Inputs, device: torch.device) ->
         timesteps=scheduler.timesteps.to(device, torch.float32),
         latent_spec=inputs.cache.manifest.latent_spec,
         conditioning_spec=inputs.cache.conditioning_spec,
+        pooled_projection=inputs.pooled_projection,
     )
 
 

@@ -3,12 +3,13 @@
 Axes: B samples, C latent channels, h x w latent grid.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from sd3.controlnet.pooled_projection import PooledProjection
 from sd3.prompt_embeds import prompt_embeds
 from shards.format.specs import LatentSpec
 from train import objective
@@ -25,6 +26,8 @@ class Objective:
         timesteps: the networks' timestep input by schedule index, [N].
         latent_spec: scaling of latents.
         conditioning_spec: scaling of conditioning latents.
+        pooled_projection: the ControlNet's convention; with `zeros`, `conditioning_spec`'s shift is
+            left out.
         weighting_scheme: how timesteps are drawn and losses weighted: `sigma_sqrt`,
             `logit_normal`, `mode`, `cosmap` or `none`.
         logit_mean: mean of the logit, for `logit_normal`.
@@ -37,6 +40,7 @@ class Objective:
     timesteps: Tensor
     latent_spec: LatentSpec
     conditioning_spec: LatentSpec
+    pooled_projection: PooledProjection
     weighting_scheme: str
     logit_mean: float
     logit_std: float
@@ -52,13 +56,15 @@ class Objective:
         timesteps: Tensor,
         latent_spec: LatentSpec,
         conditioning_spec: LatentSpec,
+        pooled_projection: PooledProjection,
     ) -> "Objective":
-        """Return the objective that the settings ask for, with these tables and scalings."""
+        """Return the objective of the settings, with these tables, scalings and convention."""
         return cls(
             sigmas=sigmas,
             timesteps=timesteps,
             latent_spec=latent_spec,
             conditioning_spec=conditioning_spec,
+            pooled_projection=pooled_projection,
             weighting_scheme=config.weighting_scheme,
             logit_mean=config.logit_mean,
             logit_std=config.logit_std,
@@ -128,22 +134,69 @@ def predict(
         timestep: the networks' timestep input for these levels, [B].
         controlnet: gets the transformer's dtype and computes in it.
         transformer: frozen; gets its own dtype.
-        settings: how latents are scaled.
+        settings: how latents are scaled, and the ControlNet's convention.
     """
     dtype = transformer.dtype
     latent = _scaled(samples.latent, settings.latent_spec)
-    conditioning = _scaled(samples.conditioning_latent, settings.conditioning_spec)
     noisy = objective.noised(latent, samples.noise, sigma)
+    velocity = run_networks(
+        controlnet,
+        transformer,
+        settings,
+        control=scaled_control(samples.conditioning_latent, settings).to(dtype),
+        noisy=noisy.to(dtype),
+        timestep=timestep,
+        embeds=prompt_embeds(samples.clip_embeds, samples.t5_embeds).to(dtype),
+        pooled=samples.pooled_embeds.to(dtype),
+    )
+    return Prediction(velocity, noisy, latent)
+
+
+def scaled_control(latent: Tensor, settings: Objective) -> Tensor:
+    """Return conditioning latents, as cached, as the ControlNet takes them, in float32."""
+    spec = settings.conditioning_spec
+    if settings.pooled_projection == "zeros":
+        spec = replace(spec, shift_factor=0.0)
+    return _scaled(latent, spec)
+
+
+def run_networks(
+    controlnet: Any,
+    transformer: Any,
+    settings: Objective,
+    *,
+    control: Tensor,
+    noisy: Tensor,
+    timestep: Tensor,
+    embeds: Tensor,
+    pooled: Tensor,
+) -> Tensor:
+    """Return the velocity that the two networks predict, [B, C, h, w].
+
+    Losses and pictures both come from here, so that they drive the ControlNet alike.
+
+    Args:
+        controlnet: of the transformer's dtype, as all tensors but `timestep`.
+        transformer: the base's.
+        settings: the ControlNet's convention.
+        control: of `scaled_control`, [B, C, h, w].
+        noisy: noised latents, [B, C, h, w].
+        timestep: the networks' timestep input, [B].
+        embeds: of the prompts, [B, T, W].
+        pooled: of the prompts; the transformer gets it in either convention, [B, W].
+    """
     common = {
-        "hidden_states": noisy.to(dtype),
+        "hidden_states": noisy,
         "timestep": timestep,
-        "encoder_hidden_states": prompt_embeds(samples.clip_embeds, samples.t5_embeds).to(dtype),
-        "pooled_projections": samples.pooled_embeds.to(dtype),
+        "encoder_hidden_states": embeds,
         "return_dict": False,
     }
-    residuals = controlnet(controlnet_cond=conditioning.to(dtype), **common)[0]
-    velocity = transformer(block_controlnet_hidden_states=residuals, **common)[0]
-    return Prediction(velocity, noisy, latent)
+    of_control = torch.zeros_like(pooled) if settings.pooled_projection == "zeros" else pooled
+    residuals = controlnet(controlnet_cond=control, pooled_projections=of_control, **common)[0]
+    velocity: Tensor = transformer(
+        block_controlnet_hidden_states=residuals, pooled_projections=pooled, **common
+    )[0]
+    return velocity
 
 
 def _scaled(latent: Tensor, spec: LatentSpec) -> Tensor:

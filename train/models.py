@@ -13,6 +13,11 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from common.errors import ConfigError
+from sd3.controlnet.pooled_projection import (
+    DEFAULT_POOLED_PROJECTION,
+    FORCE_ZEROS,
+    PooledProjection,
+)
 from sd3.finite import check_finite
 from sd3.images import WHITE
 from sd3.pretrained import component_variant, read_config
@@ -69,17 +74,23 @@ def load_transformer(base: Path, variant: str | None, dtype: torch.dtype) -> SD3
     return transformer
 
 
-def new_controlnet(base: Path, variant: str | None, num_layers: int | None) -> SD3ControlNetModel:
+def new_controlnet(
+    base: Path,
+    variant: str | None,
+    num_layers: int | None,
+    pooled_projection: PooledProjection = DEFAULT_POOLED_PROJECTION,
+) -> SD3ControlNetModel:
     """Return a ControlNet that starts as a copy of the transformer's first blocks and does nothing.
 
     It differs from `SD3ControlNetModel.from_transformer` in two ways. The saved configuration says
-    that training used the real pooled embedding and the VAE's shift. And the weights are copied as
-    they are stored, whatever precision the frozen transformer is loaded in.
+    in which convention it is trained. And the weights are copied as they are stored, whatever
+    precision the frozen transformer is loaded in.
 
     Args:
         base: folder of the base model.
         variant: variant of its weight files.
         num_layers: blocks; by default 12, or half the transformer's if that is less.
+        pooled_projection: the convention that it is to be trained in.
 
     Returns:
         The ControlNet in float32.
@@ -88,7 +99,9 @@ def new_controlnet(base: Path, variant: str | None, num_layers: int | None) -> S
         ConfigError: the transformer has too few blocks.
     """
     with init_empty_weights():  # to fill a billion weights at random would take seconds
-        controlnet = SD3ControlNetModel.from_config(controlnet_config(base, num_layers))
+        controlnet = SD3ControlNetModel.from_config(
+            controlnet_config(base, num_layers, pooled_projection)
+        )
     own = {
         name: torch.zeros(tensor.shape)
         for name, tensor in controlnet.state_dict().items()
@@ -101,12 +114,17 @@ def new_controlnet(base: Path, variant: str | None, num_layers: int | None) -> S
     return controlnet
 
 
-def controlnet_config(base: Path, num_layers: int | None) -> dict[str, Any]:
+def controlnet_config(
+    base: Path,
+    num_layers: int | None,
+    pooled_projection: PooledProjection = DEFAULT_POOLED_PROJECTION,
+) -> dict[str, Any]:
     """Return the configuration of a new ControlNet.
 
     Args:
         base: folder of the base model.
         num_layers: blocks; by default 12, or half the transformer's if that is less.
+        pooled_projection: the convention that it is to be trained in.
 
     Raises:
         ConfigError: the transformer has too few blocks.
@@ -124,7 +142,7 @@ def controlnet_config(base: Path, num_layers: int | None) -> dict[str, Any]:
     return {key: value for key, value in config.items() if not key.startswith("_")} | {
         "num_layers": wanted,
         "extra_conditioning_channels": 0,
-        "force_zeros_for_pooled_projection": False,
+        FORCE_ZEROS: pooled_projection == "zeros",
     }
 
 

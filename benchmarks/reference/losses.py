@@ -144,6 +144,7 @@ def _train_ours(folder: Path, precondition_outputs: int) -> list[float]:
             cache=folder / "cache",
             output_dir=output_dir,
             num_controlnet_layers=CONTROLNET_BLOCKS,
+            pooled_projection="prompt",  # as the script trains
             validation_steps=0,
             logging_steps=1,
         ),

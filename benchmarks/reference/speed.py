@@ -180,6 +180,7 @@ def _train_ours(workload: Workload, folder: Path, number: int) -> dict[str, Any]
         **_shared_settings(workload, folder),
         cache=folder / "cache",
         num_controlnet_layers=CONTROLNET_BLOCKS,
+        pooled_projection="prompt",  # as the script trains
         validation_steps=0,
         logging_steps=1,
         output_dir=folder / f"ours{number}",

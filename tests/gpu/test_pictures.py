@@ -12,8 +12,9 @@ from infer.config import GenerateConfig
 from infer.drawing.generate import generate
 from sd3.vae_decoder import decode, to_bytes
 from shards.reading.cache import Cache
-from tests.conftest import PROMPTS, awaken
+from tests.conftest import PROMPTS, awaken, four_steps
 from train import models
+from train.inputs import find_inputs, make_objective
 from train.validation import sampling
 
 pytestmark = pytest.mark.gpu
@@ -78,10 +79,14 @@ def test_a_compiled_pipeline_draws_nearly_the_same(config: GenerateConfig, tmp_p
     assert np.abs(picture(config) - picture(other)).mean() < 1
 
 
-def test_validation_draws_what_the_cpu_draws(cache: Path, base: Path, device: torch.device) -> None:
+def test_validation_draws_what_the_cpu_draws(
+    cache: Path, base: Path, device: torch.device, tmp_path: Path
+) -> None:
     found = Cache(cache)
     pair, negative = sampling.read_pairs(found)[0], sampling.negative_embeds(found)
     noise = torch.randn(2, 16, 8, 8, generator=torch.Generator().manual_seed(0))
+    run = four_steps(base, cache, tmp_path)
+    objective = make_objective(run, find_inputs(run, 1), torch.device("cpu"))
     drawn = []
     for place in (torch.device("cpu"), device):
         transformer = models.load_transformer(base, None, torch.float32).to(place)
@@ -94,6 +99,7 @@ def test_validation_draws_what_the_cpu_draws(cache: Path, base: Path, device: to
             pair,
             negative,
             noise.to(place),
+            objective,
             num_inference_steps=3,
             guidance_scale=4.0,
         )

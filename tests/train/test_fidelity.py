@@ -1,5 +1,6 @@
 """What training computes from the cache is what it would compute from the images themselves."""
 
+import itertools
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -10,6 +11,7 @@ from diffusers import StableDiffusion3Pipeline
 from diffusers.training_utils import compute_loss_weighting_for_sd3
 from PIL import Image
 
+from sd3.controlnet.pooled_projection import PooledProjection
 from shards.reading.cache import Cache
 from shards.reading.order import Order
 from tests.conftest import RESOLUTION_PX, TOKENS, awaken
@@ -18,9 +20,16 @@ from train.config import TrainConfig
 from train.data import EncodedSamples, TrainingSamples
 from train.loss import Objective, batch_losses, predict
 
+SCHEMES = ("logit_normal", "mode", "cosmap", "sigma_sqrt")
 
-@pytest.mark.parametrize("scheme", ["logit_normal", "mode", "cosmap", "sigma_sqrt"])
-@pytest.mark.parametrize("precondition", [True, False])
+
+@pytest.mark.parametrize(
+    ("scheme", "precondition", "convention"),
+    [
+        *itertools.product(SCHEMES, (True, False), ("prompt",)),
+        ("logit_normal", True, "zeros"),
+    ],
+)
 def test_live_encoding_gives_the_loss_of_the_cache(
     cache: Path,
     base: Path,
@@ -28,6 +37,7 @@ def test_live_encoding_gives_the_loss_of_the_cache(
     train_config: TrainConfig,
     scheme: str,
     precondition: bool,
+    convention: PooledProjection,
 ) -> None:
     config = replace(
         train_config,
@@ -62,6 +72,7 @@ def test_live_encoding_gives_the_loss_of_the_cache(
             conditioning_spec=replace(
                 found.conditioning_spec, scaling_factor=0.7, shift_factor=-0.4
             ),
+            pooled_projection=convention,
         ),
     )
 
@@ -81,7 +92,8 @@ def test_live_encoding_gives_the_loss_of_the_cache(
     with torch.no_grad():
         factors = vae.config.scaling_factor, vae.config.shift_factor
         latent = encode([row["target"] for row in live], *factors)
-        conditioning = encode([row["source"] for row in live], 0.7, -0.4)
+        shift = -0.4 if convention == "prompt" else 0.0
+        conditioning = encode([row["source"] for row in live], 0.7, shift)
         embeds, _, pooled, _ = pipeline.encode_prompt(
             [row["prompt"] for row in live], None, None, max_sequence_length=TOKENS
         )
@@ -97,13 +109,17 @@ def test_live_encoding_gives_the_loss_of_the_cache(
     sigma = scheduler.sigmas[indices].view(-1, 1, 1, 1)
     noisy = (1 - sigma) * latent + sigma * batch.noise
     common = {
+        "hidden_states": noisy,
         "timestep": timesteps,
         "encoder_hidden_states": embeds,
-        "pooled_projections": pooled,
     }
-    residuals = controlnet(hidden_states=noisy, controlnet_cond=conditioning, **common)[0]
+    residuals = controlnet(
+        controlnet_cond=conditioning,
+        pooled_projections=pooled if convention == "prompt" else torch.zeros(4, pooled.shape[1]),
+        **common,
+    )[0]
     prediction = pipeline.transformer(
-        hidden_states=noisy, block_controlnet_hidden_states=residuals, **common
+        block_controlnet_hidden_states=residuals, pooled_projections=pooled, **common
     ).sample
     if precondition:
         prediction, target = prediction * -sigma + noisy, latent
@@ -140,6 +156,7 @@ def test_latents_in_16_bit_are_scaled_in_float32(cache: Path, train_config: Trai
         timesteps=torch.ones(1),
         latent_spec=replace(found.manifest.latent_spec, scaling_factor=1.5, shift_factor=0.06),
         conditioning_spec=replace(found.conditioning_spec, scaling_factor=0.7, shift_factor=-0.4),
+        pooled_projection="prompt",
     )
     controlnet, transformer = Still([]), Still(torch.zeros(1))
     one = torch.ones(1)

@@ -36,6 +36,7 @@ def test_losses_are_as_written_down(name: str, train_config: TrainConfig, held_o
         checkpointing_steps=20,
         logging_steps=1,
         report_to="tensorboard",
+        pooled_projection="prompt",
         **settings,
     )
     train(config)

@@ -12,12 +12,14 @@ import torch
 from diffusers import SD3ControlNetModel
 
 from common.errors import ConfigError
+from sd3.controlnet.pooled_projection import PooledProjection
 from sd3.pretrained import DATA_KEY
 from sd3.prompt_embeds import prompt_embeds
 from shards.format import manifest
 from shards.reading.cache import Cache
 from train import models
-from train.compatibility import check_base, check_controlnet
+from train.compatibility import check_base
+from train.continued.find import check_controlnet
 
 
 def test_a_new_controlnet_copies_the_first_blocks(base: Path) -> None:
@@ -27,7 +29,6 @@ def test_a_new_controlnet_copies_the_first_blocks(base: Path) -> None:
     assert torch.equal(torch.get_rng_state(), numbers)  # no weight was drawn to be overwritten
     assert all(parameter.requires_grad for parameter in controlnet.parameters())
     assert controlnet.config.num_layers == 2
-    assert controlnet.config.force_zeros_for_pooled_projection is False
     assert controlnet.config.extra_conditioning_channels == 0
     ours, theirs = controlnet.state_dict(), transformer.state_dict()
     shared = [name for name in ours if name in theirs]
@@ -37,6 +38,14 @@ def test_a_new_controlnet_copies_the_first_blocks(base: Path) -> None:
     rest = [name for name in ours if name not in theirs]
     assert {name.split(".")[0] for name in rest} == {"controlnet_blocks", "pos_embed_input"}
     assert not any(ours[name].any() for name in rest)
+
+
+@pytest.mark.parametrize(("convention", "entry"), [("prompt", False), ("zeros", True)])
+def test_a_new_controlnet_says_its_convention(
+    base: Path, convention: PooledProjection, entry: bool
+) -> None:
+    controlnet = models.new_controlnet(base, None, 1, convention)
+    assert controlnet.config.force_zeros_for_pooled_projection is entry
 
 
 def test_the_number_of_blocks_is_bounded_by_the_base(base: Path) -> None:

@@ -69,13 +69,20 @@ def test_the_card_says_what_it_is_and_how_to_load_it(
     # Every option that is a path, now and in future.
     paths = {entry.name for entry in fields(TrainConfig) if "Path" in str(entry.type)}
     private = {name: tmp_path / name for name in paths}
-    train(replace(config, **private, logging_dir="my-logs", validation_steps=1))
+    zeros = replace(config, pooled_projection="zeros")
+    train(replace(zeros, **private, logging_dir="my-logs", validation_steps=1))
     config = replace(config, output_dir=tmp_path / "output_dir")
     card = ModelCard.load(config.output_dir / "README.md")
     assert card.data.library_name == "diffusers"
     assert "controlnet" in card.data.tags
     text = card.content
-    for said in ("trained on 10 images", "64 x 64 pixels", "max_sequence_length=20", *PROMPTS):
+    for said in (
+        "trained on 10 images",
+        "64 x 64 pixels",
+        "diffusers and ComfyUI give it what it was trained with",
+        "max_sequence_length=20",
+        *PROMPTS,
+    ):
         assert said in text
     data = json.loads((config.output_dir / "config.json").read_text())["_precompute"]
     assert data["latents_fingerprint"] in text

@@ -20,6 +20,7 @@ from common.errors import ConfigError, ShardError
 from common.options import as_dict
 from precompute.config import PrecomputeConfig
 from precompute.run import precompute
+from sd3.controlnet.pooled_projection import DEFAULT_POOLED_PROJECTION, pooled_projection_of
 from tests.conftest import Outcome, flags, run_python, running, train_in_two_processes
 from train import models
 from train.config import TrainConfig
@@ -74,7 +75,7 @@ def test_training_changes_the_controlnet_and_stock_diffusers_loads_it(
     ]
     # Weight decay alone would not move the blocks that start at zero.
     assert any(name.startswith("controlnet_blocks.") for name in moved)
-    assert loaded.config.force_zeros_for_pooled_projection is False
+    assert pooled_projection_of(loaded.config) == DEFAULT_POOLED_PROJECTION
     run = json.loads((train_config.output_dir / "run.json").read_text())
     assert run["stage"] == "train"
     assert run["config"] == as_dict(train_config)

@@ -17,11 +17,12 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from common.memory.meter import Meter
 from common.memory.need import Need
+from sd3.controlnet.pooled_projection import DEFAULT_POOLED_PROJECTION
 from sd3.prompt_embeds import prompt_embeds
 from shards.format.specs import LatentSpec
 from train.config import TrainConfig
 from train.data import Batch
-from train.loss import Objective, batch_losses, predict
+from train.loss import Objective, batch_losses, predict, run_networks
 from train.memory.cast_weights import cast_weights_at_use
 from train.memory.stand_ins import (
     DroppedActivations,
@@ -283,7 +284,12 @@ class Simulation:
         table = torch.empty(1000)
         spec = LatentSpec(16, 8, 1.0, 0.0, "mean", "-1_1", dtype="float32")
         return Objective.from_config(
-            self.config, sigmas=table, timesteps=table, latent_spec=spec, conditioning_spec=spec
+            self.config,
+            sigmas=table,
+            timesteps=table,
+            latent_spec=spec,
+            conditioning_spec=spec,
+            pooled_projection=DEFAULT_POOLED_PROJECTION,
         )
 
     def _activation_offload(self) -> Any:
@@ -304,15 +310,16 @@ class Simulation:
         guided = config.validation_guidance_scale > 1
         batch = self._batch(config.num_validation_images * (2 if guided else 1))
         embeds = prompt_embeds(batch.clip_embeds, batch.t5_embeds).to(self.dtype)
-        common = {
-            "hidden_states": batch.latent.to(self.dtype),
-            "timestep": batch.uniform,
-            "encoder_hidden_states": embeds,
-            "pooled_projections": batch.pooled_embeds.to(self.dtype),
-            "return_dict": False,
-        }
-        residuals = self.controlnet(controlnet_cond=batch.latent.to(self.dtype), **common)[0]
-        self.transformer(block_controlnet_hidden_states=residuals, **common)
+        run_networks(
+            self.controlnet,
+            self.transformer,
+            self._objective(),
+            control=batch.latent.to(self.dtype),
+            noisy=batch.latent.to(self.dtype),
+            timestep=batch.uniform,
+            embeds=embeds,
+            pooled=batch.pooled_embeds.to(self.dtype),
+        )
 
     def _measure(self, count: int) -> None:
         """Take a batch of the held-out loss."""

@@ -12,6 +12,7 @@ from safetensors import SafetensorError, safe_open
 from common.atomic_files import write_text
 from common.options import as_dict
 from common.provenance import commit, versions
+from sd3.controlnet.pooled_projection import pooled_projection_of
 from sd3.pretrained import DATA_KEY, is_hub_id
 from shards.format.specs import describe_annotator
 from train.assembly import Run
@@ -23,6 +24,14 @@ CARD = "README.md"
 TAGS = ("controlnet", "diffusers-training", "sd3", "sd3-diffusers", "text-to-image")
 # Paths of this machine do not go into the card.
 PRIVATE = ("output_dir", "cache", "local_cache_dir", "cache_dir", "logging_dir")
+# What the ControlNet is given, by its convention.
+DRIVEN = {
+    "prompt": "diffusers gives it what it was trained with: the prompt's pooled embedding, and the "
+    "control's latents shifted as the VAE says. ComfyUI gives it neither, and its pictures are off "
+    "there.",
+    "zeros": "diffusers and ComfyUI give it what it was trained with: zeros for the pooled "
+    "embedding, and the control's latents without the VAE's shift.",
+}
 
 
 def write_card(run: Run, repository: str | None) -> None:
@@ -56,6 +65,8 @@ with the control "{config.conditioning_name}".
 ## How to use it
 
 {_example(name, base or f"path/to/{folder}", data)}
+
+{DRIVEN[pooled_projection_of(network.config)]}
 {_ema_note(run)}
 ## Pictures
 

@@ -163,6 +163,7 @@ def _draw(run: Run, controlnet: Any, suffix: str) -> list[Drawing]:
             pair,
             negative,
             torch.randn(shape, generator=generator).to(device),
+            run.objective,
             num_inference_steps=config.validation_inference_steps,
             guidance_scale=config.validation_guidance_scale,
         )

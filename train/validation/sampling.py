@@ -13,7 +13,7 @@ from torch import Tensor
 
 from sd3.prompt_embeds import record_embeds
 from shards.reading.cache import Cache
-from train.objective import scaled
+from train.loss import Objective, run_networks, scaled_control
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class Pair:
     Attributes:
         prompt: its text.
         conditioning_image: [3, H, W], 0 to 255.
-        conditioning_latent: scaled, [C, h, w].
+        conditioning_latent: as the VAE gives it, [C, h, w].
         embeds: CLIP and T5 embeddings of the prompt, [T, W].
         pooled: pooled embedding of the prompt, [W].
     """
@@ -41,16 +41,15 @@ def read_pairs(cache: Cache) -> list[Pair]:
     Raises:
         ShardError: a record is missing or damaged.
     """
-    reader, spec = cache.validation, cache.conditioning_spec
+    reader = cache.validation
     pairs = []
     for shard, slot in reader.locations():
         record = reader.tensors(shard, slot)
-        latent = record["conditioning_latent"].float()
         pairs.append(
             Pair(
                 prompt=str(reader.metadata(shard, slot).get("prompt", "")),
                 conditioning_image=record["conditioning_image"],
-                conditioning_latent=scaled(latent, spec.scaling_factor, spec.shift_factor),
+                conditioning_latent=record["conditioning_latent"],
                 embeds=record_embeds(record),
                 pooled=record["pooled_embeds"],
             )
@@ -72,6 +71,7 @@ def sample(
     pair: Pair,
     negative: tuple[Tensor, Tensor],
     noise: Tensor,
+    settings: Objective,
     *,
     num_inference_steps: int,
     guidance_scale: float,
@@ -85,6 +85,7 @@ def sample(
         pair: what to draw.
         negative: the empty prompt's embeddings [T, W] and pooled embedding [W].
         noise: standard normal, [B, C, h, w], on the transformer's device.
+        settings: how conditioning latents are scaled, and the ControlNet's convention.
         num_inference_steps: number of denoising steps.
         guidance_scale: scale of classifier-free guidance; 1 or less turns it off.
 
@@ -97,38 +98,26 @@ def sample(
         stacked = torch.stack([unconditional, conditional] if guided else [conditional])
         return stacked.to(noise.device, transformer.dtype).repeat_interleave(len(noise), dim=0)
 
-    conditioning = batch(pair.conditioning_latent, pair.conditioning_latent)
-    prompt = {
-        "encoder_hidden_states": batch(pair.embeds, negative[0]),
-        "pooled_projections": batch(pair.pooled, negative[1]),
-    }
+    latent = scaled_control(pair.conditioning_latent, settings)
+    control = batch(latent, latent)
+    embeds = batch(pair.embeds, negative[0])
+    pooled = batch(pair.pooled, negative[1])
     scheduler.set_timesteps(num_inference_steps, device=noise.device)
     latents = noise.to(transformer.dtype)
     for timestep in scheduler.timesteps:
         hidden = torch.cat([latents] * 2) if guided else latents
-        velocity = _velocity(transformer, controlnet, hidden, timestep, conditioning, prompt)
+        velocity = run_networks(
+            controlnet,
+            transformer,
+            settings,
+            control=control,
+            noisy=hidden,
+            timestep=timestep.expand(len(hidden)),
+            embeds=embeds,
+            pooled=pooled,
+        )
         if guided:
             unconditional, conditional = velocity.chunk(2)
             velocity = unconditional + guidance_scale * (conditional - unconditional)
         latents = scheduler.step(velocity, timestep, latents, return_dict=False)[0]
     return latents.float()
-
-
-def _velocity(
-    transformer: Any,
-    controlnet: Any,
-    hidden: Tensor,
-    timestep: Tensor,
-    conditioning: Tensor,
-    prompt: dict[str, Tensor],
-) -> Tensor:
-    """Return the velocity that the networks predict for latents, [N, C, h, w]."""
-    common = {
-        "hidden_states": hidden,
-        "timestep": timestep.expand(len(hidden)),
-        "return_dict": False,
-        **prompt,
-    }
-    residuals = controlnet(controlnet_cond=conditioning, **common)[0]
-    velocity: Tensor = transformer(block_controlnet_hidden_states=residuals, **common)[0]
-    return velocity

@@ -14,15 +14,15 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from common.errors import ConfigError, RunError
+from sd3.controlnet.pooled_projection import FORCE_ZEROS
 from sd3.finite import nonfinite_weight
-from sd3.pooled_convention import FORCE_ZEROS
 from sd3.pretrained import DATA_KEY, read_config
 from shards.format.specs import AnnotatorSpec
 from shards.reading.cache import Cache
 from tests.conftest import Outcome, Spoil, flags
 from tests.train.test_run import WEIGHTS, same, weights
-from train.compatibility import check_convention
 from train.config import TrainConfig
+from train.continued.convention import check_convention
 from train.models import data_entry
 from train.optim.adamw import make_optimizer
 from train.run import train
@@ -269,19 +269,48 @@ def test_each_difference_of_the_controls_is_a_line(
         assert part in line
 
 
+def as_instantx_made_it(start: Path, says_so: bool = True) -> None:
+    """Their configurations have the entry, or leave it out, for which diffusers takes true."""
+    edit_config(
+        start,
+        {FORCE_ZEROS: True} if says_so else {},
+        (DATA_KEY, *(() if says_so else (FORCE_ZEROS,))),
+    )
+
+
 @pytest.mark.parametrize("says_so", [True, False])
-def test_a_controlnet_as_instantx_made_it_goes_on_computing_the_same(
+def test_a_controlnet_as_instantx_made_it_stays_one(
     going_on: TrainConfig, start: Path, command: Callable[..., Outcome], says_so: bool
 ) -> None:
-    """Their configurations have the entry, or leave it out, for which diffusers takes true."""
-    entry = "force_zeros_for_pooled_projection"
-    edit_config(start, {entry: True} if says_so else {}, (DATA_KEY, *(() if says_so else (entry,))))
+    as_instantx_made_it(start, says_so)
     outcome = command("train", *flags(going_on))
+    assert outcome.exit_code == 0, outcome.output
+    assert "no VAE shift, by its config.json; it goes on so. If train_contr" in outcome.output
+    assert same(start, going_on.output_dir)
+    saved = json.loads((going_on.output_dir / "config.json").read_text())
+    assert saved["force_zeros_for_pooled_projection"] is True
+    # Of what was made here nobody asks whether diffusers' script made it.
+    again = replace(
+        going_on,
+        controlnet_model_name_or_path=str(going_on.output_dir),
+        output_dir=going_on.output_dir / "again",
+    )
+    outcome = command("train", *flags(again))
+    assert outcome.exit_code == 0, outcome.output
+    assert "pooled" not in outcome.output
+    assert read_config(again.output_dir, "")["force_zeros_for_pooled_projection"] is True
+
+
+def test_a_controlnet_as_instantx_made_it_is_converted_where_that_is_asked_for(
+    going_on: TrainConfig, start: Path, command: Callable[..., Outcome]
+) -> None:
+    as_instantx_made_it(start)
+    outcome = command("train", *flags(replace(going_on, pooled_projection="prompt")))
     assert outcome.exit_code == 0, outcome.output
     assert "it is converted to take both and computes the same" in outcome.output
     ours = SD3ControlNetModel.from_pretrained(going_on.output_dir)
     theirs = SD3ControlNetModel.from_pretrained(start)
-    assert (ours.config[entry], theirs.config[entry]) == (False, True)
+    assert (ours.config[FORCE_ZEROS], theirs.config[FORCE_ZEROS]) == (False, True)
     generator = torch.Generator().manual_seed(0)
     raw = torch.randn(2, 16, 8, 8, generator=generator)
     pooled = torch.randn(2, 80, generator=generator)
@@ -309,9 +338,54 @@ def test_a_controlnet_as_instantx_made_it_goes_on_computing_the_same(
 def test_a_converted_controlnet_learns_from_the_pooled_embedding(
     going_on: TrainConfig, start: Path
 ) -> None:
-    edit_config(start, {"force_zeros_for_pooled_projection": True})
-    train(replace(going_on, learning_rate=1e-3, max_train_steps=2))
+    edit_config(start, {FORCE_ZEROS: True})
+    converted = replace(going_on, pooled_projection="prompt")
+    train(replace(converted, learning_rate=1e-3, max_train_steps=2))
     assert weights(going_on.output_dir)["time_text_embed.text_embedder.linear_1.weight"].any()
+
+
+def test_a_controlnet_loses_the_pooled_embedding_where_that_is_asked_for(
+    going_on: TrainConfig, start: Path, command: Callable[..., Outcome]
+) -> None:
+    outcome = command("train", *flags(replace(going_on, pooled_projection="zeros")))
+    assert outcome.exit_code == 0, outcome.output
+    assert "it is converted to take neither." in outcome.output
+    ours = SD3ControlNetModel.from_pretrained(going_on.output_dir)
+    theirs = SD3ControlNetModel.from_pretrained(start)
+    assert (ours.config[FORCE_ZEROS], theirs.config[FORCE_ZEROS]) == (True, False)
+    generator = torch.Generator().manual_seed(0)
+    raw = torch.randn(2, 16, 8, 8, generator=generator)
+    common = {
+        "hidden_states": torch.randn(2, 16, 8, 8, generator=generator),
+        "timestep": torch.tensor([3.0, 900.0]),
+        "encoder_hidden_states": torch.randn(2, 97, 96, generator=generator),
+        "pooled_projections": torch.zeros(2, 80),
+        "return_dict": False,
+    }
+    with torch.no_grad():
+        expected = theirs(controlnet_cond=(raw - 0.0609) * 1.5305, **common)[0]
+        found = ours(controlnet_cond=raw * 1.5305, **common)[0]
+    for one, same_one in zip(expected, found, strict=True):
+        torch.testing.assert_close(same_one, one, rtol=1e-5, atol=1e-5)
+
+
+def test_a_run_keeps_its_convention_when_it_is_resumed(
+    train_config: TrainConfig, tmp_path: Path
+) -> None:
+    zeros = replace(train_config, pooled_projection="zeros", lr_scheduler="constant")
+    train(zeros)
+    parts = replace(zeros, output_dir=tmp_path / "parts")
+    train(replace(parts, max_train_steps=2))
+    resumed = replace(parts, resume_from_checkpoint="latest", pooled_projection=None)
+    train(resumed)
+    assert same(zeros.output_dir, parts.output_dir)
+    assert read_config(parts.output_dir, "")["force_zeros_for_pooled_projection"] is True
+    with pytest.raises(
+        ConfigError,
+        match="checkpoint-4: was trained with --pooled-projection zeros, and this is prompt",
+    ) as caught:
+        train(replace(resumed, pooled_projection="prompt"))
+    assert len(str(caught.value).splitlines()) == 1
 
 
 @pytest.mark.parametrize("offload", [False, True])

@@ -1,5 +1,7 @@
 """Validation pictures are what the stock pipeline draws."""
 
+import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,20 +13,27 @@ from numpy.typing import NDArray
 from PIL import Image
 from PIL.PngImagePlugin import PngImageFile
 
-from shards.reading.cache import Cache
+from sd3.controlnet.pooled_projection import FORCE_ZEROS, PooledProjection
 from tests.conftest import PROMPTS, RESOLUTION_PX, TOKENS, awaken
 from train import models
 from train.config import TrainConfig
+from train.inputs import find_inputs, make_objective
 from train.run import train
 from train.validation import sampling
 from train.validation.pictures import PROMPT_KEY
 
 
-@pytest.mark.parametrize("guidance", [1.0, 4.0])
-def test_sampling_equals_the_stock_pipeline(cache: Path, base: Path, guidance: float) -> None:
-    found = Cache(cache)
+@pytest.mark.parametrize(
+    ("guidance", "convention"), [(1.0, "prompt"), (4.0, "prompt"), (4.0, "zeros")]
+)
+def test_sampling_equals_the_stock_pipeline(
+    train_config: TrainConfig, base: Path, guidance: float, convention: PooledProjection
+) -> None:
+    config = replace(train_config, pooled_projection=convention)
+    inputs = find_inputs(config, 1)
+    found = inputs.cache
     transformer = models.load_transformer(base, None, torch.float32)
-    controlnet = models.new_controlnet(base, None, 2)
+    controlnet = models.new_controlnet(base, None, 2, convention)
     awaken(controlnet)
     pair = sampling.read_pairs(found)[1]
     assert pair.prompt == PROMPTS[1]
@@ -36,6 +45,7 @@ def test_sampling_equals_the_stock_pipeline(cache: Path, base: Path, guidance: f
         pair,
         sampling.negative_embeds(found),
         noise,
+        make_objective(config, inputs, torch.device("cpu")),
         num_inference_steps=3,
         guidance_scale=guidance,
     )
@@ -58,13 +68,23 @@ def test_sampling_equals_the_stock_pipeline(cache: Path, base: Path, guidance: f
     torch.testing.assert_close(latents, expected, rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.parametrize("convention", ["prompt", "zeros"])
 def test_a_run_draws_what_the_stock_pipeline_draws(
-    train_config: TrainConfig, base: Path, controlnet: Path, circles: Path
+    train_config: TrainConfig,
+    base: Path,
+    controlnet: Path,
+    circles: Path,
+    tmp_path: Path,
+    convention: PooledProjection,
 ) -> None:
     """Pairs, pictures, averaged weights and decoding, as they come out of a run."""
+    start = Path(shutil.copytree(controlnet, tmp_path / "start"))
+    saved = json.loads((start / "config.json").read_text())
+    (start / "config.json").write_text(json.dumps(saved | {FORCE_ZEROS: convention == "zeros"}))
     config = replace(
         train_config,
-        controlnet_model_name_or_path=str(controlnet),
+        controlnet_model_name_or_path=str(start),
+        num_controlnet_layers=None,
         max_train_steps=3,
         learning_rate=1e-2,
         ema_decay=0.9,

@@ -1,0 +1,1 @@
+"""What is special about SD3's ControlNets: the conventions that each was trained in."""

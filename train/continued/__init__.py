@@ -1,0 +1,1 @@
+"""A ControlNet that training goes on from: finding it, and what it was trained with."""
