@@ -23,7 +23,7 @@ import torch
 from benchmarks.bases import TRANSFORMERS, VAE, train_settings
 from benchmarks.counts import count_reference_step, count_step, needed_flops, table
 from benchmarks.flops import count_step_flops, measure_matrix_rate
-from benchmarks.memory.chart import draw_memory
+from benchmarks.memory_chart import draw_memory
 from benchmarks.random_weights import save_transformer
 from benchmarks.synthetic import Shape, write_cache
 from benchmarks.timed_steps import time_steps

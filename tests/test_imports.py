@@ -81,6 +81,7 @@ ALLOWED = {
     "demo.base_model": PRODUCT | {"demo.circles", "demo.colors"},
     "demo": PRODUCT | {"demo.base_model"},
     "benchmarks": PRODUCT | {"demo", "demo.base_model"},
+    "benchmarks.loader": PRODUCT | {"benchmarks.synthetic"},
     "benchmarks.gpu": {"common"},
     "benchmarks.memory": PRODUCT
     | {"benchmarks.bases", "benchmarks.random_weights", "benchmarks.synthetic", "demo"},

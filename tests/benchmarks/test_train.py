@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import counts, flops, train_step
 from benchmarks.bases import TRANSFORMERS, VAE, train_settings
-from benchmarks.memory.chart import draw_memory
+from benchmarks.memory_chart import draw_memory
 from benchmarks.presets import apply_preset
 from benchmarks.random_weights import num_encoder_parameters, save_transformer
 from benchmarks.reference import speed

@@ -4,7 +4,6 @@ No encoder is needed for any of it.
 """
 
 import os
-import threading
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -275,17 +274,6 @@ def test_an_inventory_tells_sizes_and_which_images_are_transparent(
             content = Content(digest_of_it, 10 + row, 20, UNKNOWN)
             digests.add(source.version(row, kind), content)
     assert taken(source, digests).transparent.tolist() == transparent
-
-
-def test_files_are_looked_at_in_threads(source: Source, monkeypatch: pytest.MonkeyPatch) -> None:
-    all_at_once = threading.Barrier(3)
-
-    def version(index: int, kind: str) -> bytes:
-        all_at_once.wait(timeout=20)
-        return xxh3_128_digest(f"{kind} {index}".encode())
-
-    monkeypatch.setattr(source, "version", version)
-    assert taken(source, DigestCache.in_memory()).sizes[:, 0].tolist() == [10, 11, 12]
 
 
 def test_files_that_are_missing_are_known_before_the_run(source: Source, tmp_path: Path) -> None:

@@ -31,7 +31,7 @@ from typing import Any
 import click
 import torch
 
-from benchmarks.readers import (
+from benchmarks.loader.readers import (
     BATCH,
     THREADS,
     arrow_reader,
@@ -157,7 +157,9 @@ def measure_memory(small: Path, large: Path) -> dict[str, float]:
     Both read the same number of samples, so that only the sizes of the caches differ.
     """
     samples = Cache(large).conditioning.product.num_records
-    code = "import sys; from benchmarks.loader import peak_mb; print(peak_mb(*sys.argv[1:]))"
+    code = (
+        "import sys; from benchmarks.loader.readers import peak_mb; print(peak_mb(*sys.argv[1:]))"
+    )
     peaks = [
         float(
             subprocess.run(
@@ -170,15 +172,6 @@ def measure_memory(small: Path, large: Path) -> dict[str, float]:
         for cache in (small, large)
     ]
     return {"small_mb": peaks[0], "ten_times_mb": peaks[1], "growth_mb": peaks[1] - peaks[0]}
-
-
-def peak_mb(folder: str, samples: str) -> float:
-    """Read a number of samples as training does; return the peak of resident memory in MB."""
-    keep_freed_memory(torch.device("cpu"))
-    read_for_training(Cache(Path(folder)), int(samples))
-    # getrusage also counts the parent's memory from before this process's exec.
-    status = Path("/proc/self/status").read_text()
-    return next(int(line.split()[1]) for line in status.splitlines() if "VmHWM" in line) / 1e3
 
 
 def measure_many_shards(small: Path, many: Path, num_shards: int) -> dict[str, float]:

@@ -10,6 +10,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
+from common.device import keep_freed_memory
 from common.prefetch import prefetch
 from shards.reading.cache import Cache
 from shards.reading.order import Order
@@ -131,3 +132,12 @@ def _embedding_rows(cache: Cache) -> dict[str, list[Any]]:
         rows["prompt_embeds"].append(torch.cat([padded, text["t5_embeds"]]).float().tolist())
         rows["pooled_prompt_embeds"].append(text["pooled_embeds"].float().tolist())
     return rows
+
+
+def peak_mb(folder: str, samples: str) -> float:
+    """Read a number of samples as training does; return the peak of resident memory in MB."""
+    keep_freed_memory(torch.device("cpu"))
+    read_for_training(Cache(Path(folder)), int(samples))
+    # getrusage also counts the parent's memory from before this process's exec.
+    status = Path("/proc/self/status").read_text()
+    return next(int(line.split()[1]) for line in status.splitlines() if "VmHWM" in line) / 1e3
