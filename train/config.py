@@ -8,6 +8,7 @@ from typing import Literal
 from common.checks import check_resolution, check_sequence_length
 from common.errors import ConfigError
 from common.options import flag, option
+from sd3.controlnet.block_counts import in_words
 from sd3.controlnet.pooled_projection import DEFAULT_POOLED_PROJECTION, PooledProjection
 from shards.format.manifest import DEFAULT_CONDITIONING
 from shards.remote.streaming import LOCAL_CACHE_GB
@@ -66,7 +67,8 @@ class TrainConfig:
     num_controlnet_layers: int | None = option(
         None,
         help="Blocks of a new ControlNet, at most half the base's; by default 12, or as many as "
-        "fit.",
+        "fit. Where they divide the base's, ComfyUI draws what diffusers draws: of 24 blocks "
+        f"{in_words(24)}, of 38 (SD3.5 large) {in_words(38)}.",
     )
     pooled_projection: PooledProjection | None = option(
         None,

@@ -12,6 +12,7 @@ from common.interruption import signals_noted
 from common.memory.exhausted import first_line, is_out_of_memory
 from common.options import as_dict
 from common.provenance import write_run
+from sd3.controlnet.block_counts import describe_count
 from sd3.pretrained import DATA_KEY
 from shards.reading.location import LocalFiles
 from train.assembly import Run, assemble
@@ -223,6 +224,9 @@ def _announce(run: Run) -> None:
         f"train: {order.num_records} samples{buckets}, {run.num_steps} steps of {step_samples}, "
         f"{run.num_trained / 1e6:.1f} M parameters to train, {start}"
     )
+    num_blocks = run.accelerator.unwrap_model(run.controlnet).config.num_layers
+    if remark := describe_count(num_blocks, run.transformer.config.num_layers):
+        click.echo(f"train: {remark}")
     if ends_in_warm_up(run.config, run.num_steps):
         click.echo(
             f"train: --lr-warmup-steps {run.config.lr_warmup_steps} is more than the run's "

@@ -12,6 +12,7 @@ from common.errors import ConfigError
 from common.memory.need import CUDA_BYTES, GB, LOST_SHARE, Need
 from common.memory.processes import map_in_processes
 from common.options import as_arguments, flag
+from sd3.controlnet.block_counts import describe_count, in_words
 from sd3.pretrained import find_base, find_controlnet, largest_side, read_config, vae_factor
 from sd3.prompt_embeds import CLIP_TOKENS
 from shards.reading.cache import Cache
@@ -172,6 +173,11 @@ def report(config: TrainConfig, sizes: Sizes, estimate: Estimate) -> str:
     if estimate.host:
         lines.append(f"{estimate.host / GB:8.2f}  of host memory, for what is offloaded")
     lines.append(f"{estimate.loading / GB:8.2f}  of host memory while the networks are loaded")
+    blocks, of_base = int(sizes.controlnet["num_layers"]), int(sizes.transformer["num_layers"])
+    lines.append(
+        describe_count(blocks, of_base)
+        or f"{blocks} ControlNet blocks; {in_words(of_base)} are the same in diffusers and ComfyUI"
+    )
     return "\n".join(lines)
 
 

@@ -12,6 +12,7 @@ from safetensors import SafetensorError, safe_open
 from common.atomic_files import write_text
 from common.options import as_dict
 from common.provenance import commit, versions
+from sd3.controlnet.block_counts import describe_count
 from sd3.controlnet.pooled_projection import pooled_projection_of
 from sd3.pretrained import DATA_KEY, is_hub_id
 from shards.format.specs import describe_annotator
@@ -67,7 +68,7 @@ with the control "{config.conditioning_name}".
 {_example(name, base or f"path/to/{folder}", data)}
 
 {DRIVEN[pooled_projection_of(network.config)]}
-{_ema_note(run)}
+{_blocks_note(num_layers, run.transformer.config.num_layers)}{_ema_note(run)}
 ## Pictures
 
 {_gallery(config) or "None were drawn while it was trained."}
@@ -136,6 +137,13 @@ image = pipeline(
     max_sequence_length={data["max_sequence_length"]},
 ).images[0]
 ```"""
+
+
+def _blocks_note(num_layers: int, num_base_blocks: int) -> str:
+    """Return what ComfyUI makes of so many blocks, in a line."""
+    of_base = f"The base's {num_base_blocks} blocks are a multiple of its {num_layers}"
+    fits = f"{of_base}, as ComfyUI needs it"
+    return f"{describe_count(num_layers, num_base_blocks) or fits}.\n"
 
 
 def _ema_note(run: Run) -> str:
