@@ -8,6 +8,7 @@ from common.checks import check_resolution, check_sequence_length
 from common.errors import ConfigError
 from common.options import flag, option
 from sd3.annotators.arguments import parse_arguments
+from sd3.controlnet.script_convention import ConfigConvention
 from sd3.images import OtherShape
 from shards.format.manifest import DEFAULT_CONDITIONING
 
@@ -31,7 +32,7 @@ class PipelineConfig:
     control_guidance_end: float = option(
         1.0, help="Fraction of the steps after which the control ends."
     )
-    convention: Literal["saved", "train_controlnet_sd3"] = option(
+    convention: ConfigConvention = option(
         "saved",
         help="Inputs that the ControlNet expects: as its configuration says, or as diffusers' "
         "script trains it, which the configuration leaves out.",

@@ -18,6 +18,7 @@ from torch import Tensor
 from common.errors import ConfigError
 from infer.config import PipelineConfig
 from sd3.buckets import nearest_buckets
+from sd3.controlnet.script_convention import corrected
 from sd3.images import BACKGROUND
 from sd3.pixels import to_pixels, to_uint8
 from sd3.pretrained import DATA_KEY, largest_side, read_config, vae_factor
@@ -28,9 +29,6 @@ Sizes = tuple[tuple[int, int], ...]  # width and height in pixels
 
 # The stock pipeline's own default, for a ControlNet whose configuration says nothing of its data.
 STOCK_MAX_SEQUENCE_LENGTH = 256
-# diffusers' script trains with pixels in this range and this many tokens, with the pooled embedding
-# and the VAE's shift. The configuration that it saves mentions none of them.
-SCRIPT_PIXEL_RANGE, SCRIPT_MAX_SEQUENCE_LENGTH = "0_1", 77
 
 
 @dataclass(frozen=True)
@@ -87,12 +85,10 @@ def read_convention(config: PipelineConfig, base: Path, name: str, controlnet: P
     Raises:
         ConfigError: the base or the ControlNet has no positions for pictures so large.
     """
-    saved = read_config(controlnet, "")
+    saved = corrected(read_config(controlnet, ""), config.convention)
     data = saved.get(DATA_KEY) or {}
     tokens = int(data.get("max_sequence_length", STOCK_MAX_SEQUENCE_LENGTH))
     pixel_range = str(data.get("conditioning_range", "-1_1"))
-    if config.convention == "train_controlnet_sd3":
-        tokens, pixel_range = SCRIPT_MAX_SEQUENCE_LENGTH, SCRIPT_PIXEL_RANGE
     found = Convention(
         sizes=given_sizes(config) or _trained_sizes(data) or native_sizes(base),
         max_sequence_length=config.max_sequence_length or tokens,

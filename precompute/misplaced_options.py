@@ -8,6 +8,7 @@ TRAIN_OPTIONS = (
     "--local-cache-gb",
     "--controlnet-model-name-or-path",
     "--num-controlnet-layers",
+    "--convention",
     "--pooled-projection",
     "--ema-decay",
     "--checkpointing-steps",

@@ -40,7 +40,7 @@ PRODUCT = STAGE | PRECOMPUTE | TRAIN | INFER
 ALLOWED = {
     "common.memory": set(),
     "common": {"common.memory"},
-    "sd3.controlnet": {"common"},
+    "sd3.controlnet": {"common", "sd3"},
     "sd3": {"common"},
     "sd3.annotators": {"common", "common.memory", "sd3"},
     "shards.format": {"common", "sd3"},

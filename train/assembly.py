@@ -12,7 +12,7 @@ from accelerate import Accelerator
 from tqdm import tqdm
 
 from common.device import compile_blocks
-from sd3.controlnet.conversion import convert_to
+from sd3.controlnet.conversion import convert_to, set_pooled_projection
 from sd3.pretrained import DATA_KEY
 from sd3.quantized import quantize
 from train import distribution, models
@@ -208,6 +208,8 @@ def _load_controlnet(config: TrainConfig, inputs: Inputs) -> Any:
         )
     else:
         controlnet = models.load_controlnet(inputs.controlnet)
+        if config.convention == "train_controlnet_sd3":
+            set_pooled_projection(controlnet, "prompt")
         check_controlnet(controlnet, inputs.base, inputs.cache.manifest)
         spec = inputs.cache.conditioning_spec
         convert_to(

@@ -10,6 +10,7 @@ from common.errors import ConfigError
 from common.options import flag, option
 from sd3.controlnet.block_counts import in_words
 from sd3.controlnet.pooled_projection import DEFAULT_POOLED_PROJECTION, PooledProjection
+from sd3.controlnet.script_convention import ConfigConvention
 from shards.format.manifest import DEFAULT_CONDITIONING
 from shards.remote.streaming import LOCAL_CACHE_GB
 from train.misplaced_options import AT_PRECOMPUTE
@@ -69,6 +70,11 @@ class TrainConfig:
         help="Blocks of a new ControlNet, at most half the base's; by default 12, or as many as "
         "fit. Where they divide the base's, ComfyUI draws what diffusers draws: of 24 blocks "
         f"{in_words(24)}, of 38 (SD3.5 large) {in_words(38)}.",
+    )
+    convention: ConfigConvention = option(
+        "saved",
+        help="What the ControlNet to start from was trained with: what its configuration says, or "
+        "what diffusers' script trains with, which the configuration leaves out.",
     )
     pooled_projection: PooledProjection | None = option(
         None,
@@ -266,6 +272,11 @@ class TrainConfig:
                     raise ConfigError(f"{flag(name)} {value}: must be at least {least}.")
         self._check_estimate()
         self._check_fused_backward()
+        if self.convention != "saved" and self.controlnet_model_name_or_path is None:
+            raise ConfigError(
+                f"--convention {self.convention}: is about the ControlNet to start from; give "
+                "--controlnet-model-name-or-path, or leave it out."
+            )
         if not 0 < self.local_cache_gb < math.inf:
             raise ConfigError(f"--local-cache-gb {self.local_cache_gb:g}: must be above 0.")
         if not 0 <= self.max_grad_norm < math.inf:

@@ -111,6 +111,7 @@ OURS = {
     "local_cache_gb",
     "conditioning_name",
     "num_controlnet_layers",
+    "convention",
     "pooled_projection",
     "shuffle_window",
     "on_nonfinite",

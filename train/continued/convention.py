@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from common.errors import ConfigError
-from sd3.controlnet.pooled_projection import FORCE_ZEROS, PooledProjection, pooled_projection_of
+from sd3.controlnet.pooled_projection import PooledProjection, pooled_projection_of
 from sd3.images import WHITE
 from sd3.pretrained import DATA_KEY
 from sd3.value_scale import AS_IS
@@ -77,8 +77,8 @@ def describe_pooled_projection(
     script = ""
     if DATA_KEY not in config:
         script = (
-            ". If train_controlnet_sd3.py made it, it was trained with both: then write "
-            f'"{FORCE_ZEROS}": false there first'
+            ". If train_controlnet_sd3.py made it, it was trained with both: then give "
+            "--convention train_controlnet_sd3"
         )
     return (
         f"--controlnet-model-name-or-path {name}: takes a zero pooled embedding and no VAE shift, "

@@ -12,7 +12,14 @@ from sd3.controlnet.pooled_projection import (
     PooledProjection,
     pooled_projection_of,
 )
-from sd3.pretrained import controlnet_mismatches, find_controlnet, largest_side, read_config
+from sd3.controlnet.script_convention import corrected
+from sd3.pretrained import (
+    DATA_KEY,
+    controlnet_mismatches,
+    find_controlnet,
+    largest_side,
+    read_config,
+)
 from shards.format.manifest import Manifest
 from shards.reading.cache import Cache
 from train.config import TrainConfig
@@ -30,7 +37,13 @@ def find_continued(name: str, config: TrainConfig, cache: Cache) -> Path:
         ConfigError: there is none, or it does not go with the cache or the settings.
     """
     folder = local_main_first(lambda: find_controlnet(name, FLAG, cache_dir=config.cache_dir))
-    controlnet = read_config(folder, "")
+    saved = read_config(folder, "")
+    if config.convention == "train_controlnet_sd3" and DATA_KEY in saved:
+        raise ConfigError(
+            f"--convention {config.convention}: {FLAG} {name} was trained by python -m train, as "
+            "its config.json says. Leave --convention out."
+        )
+    controlnet = corrected(saved, config.convention)
     if config.num_controlnet_layers not in (None, controlnet.get("num_layers")):
         raise ConfigError(
             f"--num-controlnet-layers {config.num_controlnet_layers}: is for a new ControlNet; "
@@ -68,7 +81,8 @@ def find_pooled_projection(
         return held
     if controlnet is None:
         return wanted or DEFAULT_POOLED_PROJECTION
-    name, saved = str(config.controlnet_model_name_or_path), read_config(controlnet, "")
+    name = str(config.controlnet_model_name_or_path)
+    saved = corrected(read_config(controlnet, ""), config.convention)
     chosen = wanted or pooled_projection_of(saved)
     note = describe_pooled_projection(name, saved, chosen)
     if note is not None and PartialState().is_main_process:

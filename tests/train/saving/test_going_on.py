@@ -7,19 +7,23 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
-from diffusers import SD3ControlNetModel
+from diffusers import SD3ControlNetModel, StableDiffusion3ControlNetPipeline
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from common.errors import ConfigError, RunError
+from precompute.config import PrecomputeConfig
+from precompute.run import precompute
 from sd3.controlnet.pooled_projection import FORCE_ZEROS
 from sd3.finite import nonfinite_weight
 from sd3.pretrained import DATA_KEY, read_config
 from shards.format.specs import AnnotatorSpec
 from shards.reading.cache import Cache
-from tests.conftest import Outcome, Spoil, flags
+from tests.conftest import PROMPTS, RESOLUTION_PX, TOKENS, Outcome, Spoil, flags
 from tests.train.test_run import WEIGHTS, same, weights
 from train.config import TrainConfig
 from train.continued.convention import check_convention
@@ -367,6 +371,68 @@ def test_a_controlnet_loses_the_pooled_embedding_where_that_is_asked_for(
         found = ours(controlnet_cond=raw * 1.5305, **common)[0]
     for one, same_one in zip(expected, found, strict=True):
         torch.testing.assert_close(same_one, one, rtol=1e-5, atol=1e-5)
+
+
+def test_a_controlnet_of_diffusers_script_goes_on_as_it_was_trained(
+    going_on: TrainConfig,
+    start: Path,
+    base: Path,
+    circles: Path,
+    fresh: PrecomputeConfig,
+    command: Callable[..., Outcome],
+) -> None:
+    """It draws as the stock pipeline with pixels in [0, 1] and the entry corrected."""
+    as_instantx_made_it(start)  # so does the script's configuration look
+    precompute(replace(fresh, conditioning_range="0_1"))
+    config = replace(
+        going_on,
+        cache=str(fresh.cache),
+        convention="train_controlnet_sd3",
+        validation_steps=1,
+        num_validation_images=1,
+        validation_inference_steps=2,
+        validation_guidance_scale=1.0,
+    )
+    outcome = command("train", *flags(config))
+    assert outcome.exit_code == 0, outcome.output
+    notes = [one for one in outcome.output.splitlines() if "--controlnet-model-name" in one]
+    assert [note.rpartition(": ")[2] for note in notes] == [
+        "was trained with 77 T5 tokens, and goes on with the cache's 20"
+    ]
+    assert same(start, config.output_dir)
+    saved = read_config(config.output_dir, "")
+    assert saved["force_zeros_for_pooled_projection"] is False
+    assert saved[DATA_KEY]["conditioning_range"] == "0_1"
+    pipeline = StableDiffusion3ControlNetPipeline.from_pretrained(
+        base, controlnet=SD3ControlNetModel.from_pretrained(config.output_dir)
+    )
+    image = Image.open(circles / "source" / "0.png").convert("RGB")
+    image = image.resize((RESOLUTION_PX, RESOLUTION_PX), Image.Resampling.BILINEAR)
+    (stock,) = pipeline(
+        PROMPTS[0],
+        control_image=torch.from_numpy(np.array(image)).permute(2, 0, 1)[None] / 255,
+        height=RESOLUTION_PX,
+        width=RESOLUTION_PX,
+        num_inference_steps=2,
+        guidance_scale=1.0,
+        latents=torch.randn(1, 16, 8, 8, generator=torch.Generator().manual_seed(config.seed)),
+        max_sequence_length=TOKENS,
+        output_type="np",
+    ).images
+    with Image.open(config.output_dir / "validation/step-000001/0.png") as drawn:
+        found = np.split(np.asarray(drawn) / 255, 2, axis=1)[1]
+    assert np.abs(found - stock).max() < 2.5 / 255
+
+
+def test_where_the_scripts_convention_makes_no_sense(going_on: TrainConfig, start: Path) -> None:
+    with pytest.raises(ConfigError, match="--convention train_controlnet_sd3: is about the Contr"):
+        replace(going_on, convention="train_controlnet_sd3", controlnet_model_name_or_path=None)
+    script = replace(going_on, convention="train_controlnet_sd3")
+    with pytest.raises(ConfigError, match=r"was trained by python -m train, as its config\.json"):
+        train(script)
+    as_instantx_made_it(start)
+    with pytest.raises(ConfigError, match="was trained on conditioning images in 0_1, and the cac"):
+        train(script)
 
 
 def test_a_run_keeps_its_convention_when_it_is_resumed(
