@@ -110,6 +110,7 @@ def prepare(
     """Return ControlNet, optimiser and schedule as accelerate prepares them."""
     if strategy(accelerator) == "fsdp":
         _set_fsdp_precision(accelerator)
+        _shard_by_its_own_blocks(accelerator, controlnet)
     if keeps_gradients(accelerator):
         for parameter in trained_parameters(controlnet):
             parameter.grad = torch.zeros_like(parameter)
@@ -142,6 +143,17 @@ def _set_fsdp_precision(accelerator: Accelerator) -> None:
             reduce_dtype=torch.float32,
             cast_forward_inputs=False,
         )
+
+
+def _shard_by_its_own_blocks(accelerator: Accelerator, controlnet: SD3ControlNetModel) -> None:
+    """Replace the class of blocks that configs/accelerate/fsdp2.yaml names by the ControlNet's own.
+
+    Stability's are of another class, and accelerate fails where it does not find what it is told.
+    """
+    plugin = accelerator.state.fsdp_plugin
+    if plugin.transformer_cls_names_to_wrap == ["JointTransformerBlock"]:
+        own = type(controlnet.transformer_blocks[0]).__name__
+        plugin.transformer_cls_names_to_wrap = [own]
 
 
 def _configure_deepspeed(settings: dict[str, Any], config: TrainConfig) -> None:

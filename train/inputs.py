@@ -14,8 +14,9 @@ from accelerate.utils import (
 
 from common.device import keep_freed_memory, use_device
 from common.errors import ConfigError, ShardError
+from sd3.controlnet.kinds import ControlNetKind, kind_of
 from sd3.controlnet.pooled_projection import PooledProjection
-from sd3.pretrained import find_base
+from sd3.pretrained import find_base, read_config
 from shards.format.json_files import digest
 from shards.reading.cache import Cache
 from shards.reading.order import Order
@@ -41,6 +42,7 @@ class Inputs:
         base: folder of the base model.
         controlnet: folder of the ControlNet to continue from, or None.
         pooled_projection: the convention of the ControlNet's inputs.
+        controlnet_kind: what the ControlNet's blocks read.
         order: the order of the samples.
         pairs: the validation pairs that the run draws; read at once, since stage 1 may replace them
             while the run goes on.
@@ -53,6 +55,7 @@ class Inputs:
     base: Path
     controlnet: Path | None
     pooled_projection: PooledProjection
+    controlnet_kind: ControlNetKind
     order: Order
     pairs: list[Pair]
     measures_held_out: bool
@@ -101,6 +104,7 @@ def find_inputs(config: TrainConfig, num_processes: int) -> Inputs:
         base=base,
         controlnet=controlnet,
         pooled_projection=find_pooled_projection(config, controlnet, checkpoint),
+        controlnet_kind=kind_of(read_config(controlnet, "")) if controlnet else "joint",
         order=order,
         pairs=read_pairs(cache) if draws_pictures else [],
         measures_held_out=validates and bool(held_out_records(cache)),
@@ -243,6 +247,7 @@ def make_objective(config: TrainConfig, inputs: Inputs, device: torch.device) ->
         latent_spec=inputs.cache.manifest.latent_spec,
         conditioning_spec=inputs.cache.conditioning_spec,
         pooled_projection=inputs.pooled_projection,
+        controlnet_kind=inputs.controlnet_kind,
     )
 
 

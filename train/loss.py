@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from sd3.controlnet.kinds import ControlNetKind
 from sd3.controlnet.pooled_projection import PooledProjection
 from sd3.prompt_embeds import prompt_embeds
 from shards.format.specs import LatentSpec
@@ -28,6 +29,7 @@ class Objective:
         conditioning_spec: scaling of conditioning latents.
         pooled_projection: the ControlNet's convention; with `zeros`, `conditioning_spec`'s shift is
             left out.
+        controlnet_kind: what the ControlNet's blocks read.
         weighting_scheme: how timesteps are drawn and losses weighted: `sigma_sqrt`,
             `logit_normal`, `mode`, `cosmap` or `none`.
         logit_mean: mean of the logit, for `logit_normal`.
@@ -41,6 +43,7 @@ class Objective:
     latent_spec: LatentSpec
     conditioning_spec: LatentSpec
     pooled_projection: PooledProjection
+    controlnet_kind: ControlNetKind
     weighting_scheme: str
     logit_mean: float
     logit_std: float
@@ -57,6 +60,7 @@ class Objective:
         latent_spec: LatentSpec,
         conditioning_spec: LatentSpec,
         pooled_projection: PooledProjection,
+        controlnet_kind: ControlNetKind = "joint",
     ) -> "Objective":
         """Return the objective of the settings, with these tables, scalings and convention."""
         return cls(
@@ -65,6 +69,7 @@ class Objective:
             latent_spec=latent_spec,
             conditioning_spec=conditioning_spec,
             pooled_projection=pooled_projection,
+            controlnet_kind=controlnet_kind,
             weighting_scheme=config.weighting_scheme,
             logit_mean=config.logit_mean,
             logit_std=config.logit_std,
@@ -178,23 +183,25 @@ def run_networks(
     Args:
         controlnet: of the transformer's dtype, as all tensors but `timestep`.
         transformer: the base's.
-        settings: the ControlNet's convention.
+        settings: the ControlNet's convention and kind.
         control: of `scaled_control`, [B, C, h, w].
         noisy: noised latents, [B, C, h, w].
         timestep: the networks' timestep input, [B].
         embeds: of the prompts, [B, T, W].
         pooled: of the prompts; the transformer gets it in either convention, [B, W].
     """
-    common = {
-        "hidden_states": noisy,
-        "timestep": timestep,
-        "encoder_hidden_states": embeds,
-        "return_dict": False,
-    }
+    common = {"timestep": timestep, "return_dict": False}
+    seen = {"hidden_states": noisy, "encoder_hidden_states": embeds}
+    if settings.controlnet_kind == "stability":
+        seen_by_control = {"hidden_states": transformer.pos_embed(noisy)}
+    else:
+        seen_by_control = seen
     of_control = torch.zeros_like(pooled) if settings.pooled_projection == "zeros" else pooled
-    residuals = controlnet(controlnet_cond=control, pooled_projections=of_control, **common)[0]
+    residuals = controlnet(
+        controlnet_cond=control, pooled_projections=of_control, **seen_by_control, **common
+    )[0]
     velocity: Tensor = transformer(
-        block_controlnet_hidden_states=residuals, pooled_projections=pooled, **common
+        block_controlnet_hidden_states=residuals, pooled_projections=pooled, **seen, **common
     )[0]
     return velocity
 

@@ -13,6 +13,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from common.errors import ConfigError
+from sd3.controlnet.kinds import kind_of
 from sd3.controlnet.pooled_projection import (
     DEFAULT_POOLED_PROJECTION,
     FORCE_ZEROS,
@@ -230,8 +231,10 @@ def freeze_unused(controlnet: SD3ControlNetModel) -> None:
     """Freeze what gets no gradient: the end of the last block's text stream, which has no effect.
 
     If it were trainable, distributed training would wait for gradients that never come, or search
-    for them at each step.
+    for them at each step. Stability's blocks have no text stream.
     """
+    if kind_of(controlnet.config) == "stability":
+        return
     last = controlnet.transformer_blocks[-1]
     for module in (last.ff_context, last.attn.to_add_out):
         module.requires_grad_(False)

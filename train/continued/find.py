@@ -1,12 +1,14 @@
 """Finds the ControlNet that training goes on from, and checks that it fits."""
 
 from pathlib import Path
+from typing import Any
 
 import click
 from accelerate import PartialState
 from diffusers import SD3ControlNetModel
 
 from common.errors import ConfigError
+from sd3.controlnet.kinds import kind_of
 from sd3.controlnet.pooled_projection import (
     DEFAULT_POOLED_PROJECTION,
     PooledProjection,
@@ -98,11 +100,10 @@ def check_controlnet(controlnet: SD3ControlNetModel, base: Path, manifest: Manif
     """
     ours, theirs = dict(controlnet.config), read_config(base, "transformer")
     wrong = controlnet_mismatches(ours, theirs)
-    needed = {
-        "joint_attention_dim": theirs.get("joint_attention_dim"),
-        "extra_conditioning_channels": 0,
-        "use_pos_embed": True,
-    }
+    embeds_latents = kind_of(ours) == "joint"
+    needed: dict[str, Any] = {"extra_conditioning_channels": 0}
+    if embeds_latents:
+        needed |= {"joint_attention_dim": theirs.get("joint_attention_dim"), "use_pos_embed": True}
     wrong += [
         f"  {name}: ControlNet {ours.get(name)}, training needs {value}"
         for name, value in needed.items()
@@ -111,7 +112,7 @@ def check_controlnet(controlnet: SD3ControlNetModel, base: Path, manifest: Manif
     if int(ours["num_layers"]) > int(theirs["num_layers"]) // 2:
         wrong.append(f"  num_layers: ControlNet {ours['num_layers']}, base {theirs['num_layers']}")
     largest = max(max(bucket) for bucket in manifest.buckets)
-    if largest > largest_side(ours):
+    if embeds_latents and largest > largest_side(ours):
         wrong.append(f"  positions a side: ControlNet {largest_side(ours)}, cache {largest}")
     if wrong:
         raise ConfigError("the ControlNet does not fit the base model:\n" + "\n".join(wrong))

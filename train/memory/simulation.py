@@ -17,6 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from common.memory.meter import Meter
 from common.memory.need import Need
+from sd3.controlnet.kinds import kind_of
 from sd3.controlnet.pooled_projection import DEFAULT_POOLED_PROJECTION
 from sd3.prompt_embeds import prompt_embeds
 from shards.format.specs import LatentSpec
@@ -290,6 +291,7 @@ class Simulation:
             latent_spec=spec,
             conditioning_spec=spec,
             pooled_projection=DEFAULT_POOLED_PROJECTION,
+            controlnet_kind=kind_of(self.sizes.controlnet),
         )
 
     def _activation_offload(self) -> Any:

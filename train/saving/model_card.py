@@ -2,6 +2,7 @@
 
 import json
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from common.atomic_files import write_text
 from common.options import as_dict
 from common.provenance import commit, versions
 from sd3.controlnet.block_counts import describe_count
+from sd3.controlnet.kinds import kind_of
 from sd3.controlnet.pooled_projection import pooled_projection_of
 from sd3.pretrained import DATA_KEY, is_hub_id
 from shards.format.specs import describe_annotator
@@ -67,8 +69,7 @@ with the control "{config.conditioning_name}".
 
 {_example(name, base or f"path/to/{folder}", data)}
 
-{DRIVEN[pooled_projection_of(network.config)]}
-{_blocks_note(num_layers, run.transformer.config.num_layers)}{_ema_note(run)}
+{_inputs_note(network.config, run.transformer.config.num_layers)}{_ema_note(run)}
 ## Pictures
 
 {_gallery(config) or "None were drawn while it was trained."}
@@ -139,11 +140,17 @@ image = pipeline(
 ```"""
 
 
-def _blocks_note(num_layers: int, num_base_blocks: int) -> str:
-    """Return what ComfyUI makes of so many blocks, in a line."""
+def _inputs_note(controlnet: Mapping[str, Any], num_base_blocks: int) -> str:
+    """Return what programs give the ControlNet, and what ComfyUI makes of its number of blocks."""
+    if kind_of(controlnet) == "stability":
+        return (
+            "It is of Stability's kind: blocks of the picture alone. diffusers gives it what it was"
+            " trained with.\n"
+        )
+    driven, num_layers = DRIVEN[pooled_projection_of(controlnet)], controlnet["num_layers"]
     of_base = f"The base's {num_base_blocks} blocks are a multiple of its {num_layers}"
     fits = f"{of_base}, as ComfyUI needs it"
-    return f"{describe_count(num_layers, num_base_blocks) or fits}.\n"
+    return f"{driven}\n{describe_count(num_layers, num_base_blocks) or fits}.\n"
 
 
 def _ema_note(run: Run) -> str:

@@ -10,6 +10,8 @@ import demo.base_model.pipeline
 from sd3.controlnet.block_counts import counts_everywhere, describe_count
 from tests.conftest import Outcome, flags
 from train.config import TrainConfig
+from train.memory.estimate import find_sizes, report
+from train.memory.simulation import simulate
 
 
 def in_diffusers(count: int, base: int) -> list[int]:
@@ -61,5 +63,5 @@ def test_a_run_an_estimate_and_a_card_say_it(
         card = (one.output_dir / "README.md").read_text()
         assert (f"{remark}.\n" in card) is said
         assert ("The base's 5 blocks are a multiple of its 1" in card) is not said
-    outcome = command("train", *flags(config), "--estimate")
-    assert f"{remark}\n" in outcome.output
+    sizes = find_sizes(config)
+    assert report(config, sizes, simulate(config, sizes)).endswith(remark)
