@@ -126,6 +126,7 @@ def make_plans(
     text = plans.plan_text(
         folder, prompts, {"": 0}, SD3_1024PX.text_spec().tensor_specs(), SHARD_MB, before["text"]
     )
+    latent_tensors = [SD3_1024PX.latent_spec().tensor_specs("latent", GRID)]
     none_held_out = np.zeros(len(inventory), bool)
     latents = plans.plan_latents(
         folder,
@@ -133,13 +134,15 @@ def make_plans(
         np.zeros(len(inventory), np.int64),
         none_held_out,
         {"": 0},
-        [SD3_1024PX.latent_spec().tensor_specs("latent", GRID)],
+        latent_tensors,
         SHARD_MB,
         before["latents"],
     )
     lap("layout")
     latents = plans.with_captions(latents, inventory, prompts, text)
-    control = plans.plan_conditioning(folder, latents, inventory.conditionings, {"": 1})
+    control = plans.plan_conditioning(
+        folder, latents, inventory.conditionings, {"": 1}, latent_tensors
+    )
     products = {"text": text, "latents": latents, "conditioning": control}
     for product in products.values():
         assert len(product.fingerprints) == product.num_shards

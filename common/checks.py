@@ -1,16 +1,17 @@
 """Checks of settings that several stages share."""
 
-from pathlib import Path
+from typing import TypeVar
 
 from common.errors import ConfigError
 
+T = TypeVar("T")
 RESOLUTION_STEP_PX = 16
 MAX_SEQUENCE_LENGTH = 512
 
 
 def pair_up(
-    prompts: tuple[str, ...], images: tuple[Path, ...], prompt_flag: str, image_flag: str
-) -> list[tuple[str, Path]]:
+    prompts: tuple[str, ...], images: tuple[T, ...], prompt_flag: str, image_flag: str
+) -> list[tuple[str, T]]:
     """Return (prompt, image) pairs, from equal numbers of both or from one of either.
 
     Raises:

@@ -143,6 +143,12 @@ class GenerateConfig(PipelineConfig):
         help="Conditioning images; repeatable. One prompt is used for all images, and one image "
         "for all prompts. With --combine, one image per ControlNet in turn.",
     )
+    mask: tuple[Path, ...] = option(
+        (),
+        help="For a ControlNet for inpainting: masks, white where the pictures of --image are to "
+        "be drawn anew; repeatable, one for each image or one for all. Without, it is what is "
+        "transparent of them.",
+    )
     from_photo: bool = option(
         False,
         help="The images are photographs: conditioning images are drawn from them as for the "
@@ -186,6 +192,11 @@ class GenerateConfig(PipelineConfig):
         if not (something or self._draws_validation or self.estimate):
             raise ConfigError(
                 "nothing to draw: give --prompt and --image, --pairs, or --cache alone."
+            )
+        if self.mask and len(self.mask) not in (1, len(self.image)):
+            raise ConfigError(
+                f"{len(self.mask)} --mask and {len(self.image)} --image: give one mask for each "
+                "image, or one for all."
             )
         if self.from_photo and self._draws_validation:
             raise ConfigError(

@@ -13,13 +13,13 @@ import msgspec
 import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor
 
 from common.errors import ConfigError
 from infer.config import PipelineConfig
 from sd3.buckets import nearest_buckets
 from sd3.controlnet.script_convention import corrected
 from sd3.images import BACKGROUND
+from sd3.inpainting import is_inpainting, mask_of
 from sd3.pixels import to_pixels, to_uint8
 from sd3.pretrained import DATA_KEY, largest_side, read_config, vae_factor
 from sd3.value_scale import AS_IS
@@ -44,6 +44,8 @@ class Convention:
         scale: which of their numbers become black and white; see `sd3.value_scale`.
         annotator: what drew the conditioning images; None if they came with the data, or if its
             configuration does not say.
+        inpainting: whether a control is a picture without the part that is drawn anew, in RGBA;
+            see `sd3.inpainting`.
     """
 
     sizes: Sizes
@@ -52,6 +54,7 @@ class Convention:
     background: str = BACKGROUND
     scale: str = AS_IS
     annotator: AnnotatorSpec | None = None
+    inpainting: bool = False
 
     def picture_size(self, conditioning: Image.Image) -> tuple[int, int]:
         """Return width and height of the picture for a conditioning image."""
@@ -96,6 +99,7 @@ def read_convention(config: PipelineConfig, base: Path, name: str, controlnet: P
         background=_background(data),
         scale=str(data.get("conditioning_scale", AS_IS)),
         annotator=_annotator(name, data),
+        inpainting=is_inpainting(saved),
     )
     check_positions(found.sizes, base, saved)
     return found
@@ -187,20 +191,27 @@ def _differences(found: Convention, trained: Sizes, tokens: int | None) -> list[
     return differences
 
 
-def prepare_control_image(
+def control_arguments(
     conditioning: Sequence[Image.Image], convention: Convention
-) -> list[Image.Image] | Tensor:
-    """Return the pipeline's `control_image`, in the pixel range of the ControlNet.
+) -> dict[str, Any]:
+    """Return the pipeline's arguments for a control, in the pixel range of the ControlNet.
 
     Args:
-        conditioning: RGB images of the pictures' size, one for each picture of the batch.
+        conditioning: RGB images of the pictures' size, one for each picture of the batch; for
+            inpainting RGBA.
         convention: the ControlNet's.
 
     Returns:
-        The images, or pixels [B, 3, H, W] where the range is not the stock pipeline's.
+        `control_image`: the images, or pixels [B, 3, H, W] where the range is not the stock
+        pipeline's; for inpainting also `control_mask`.
     """
+    if convention.inpainting:
+        return {
+            "control_image": [image.convert("RGB") for image in conditioning],
+            "control_mask": [mask_of(image) for image in conditioning],
+        }
     if convention.pixel_range == "-1_1":
-        return list(conditioning)
+        return {"control_image": list(conditioning)}
     # The pipeline does not scale a tensor.
     uint8 = torch.stack([to_uint8(image) for image in conditioning])
-    return to_pixels(uint8, convention.pixel_range)
+    return {"control_image": to_pixels(uint8, convention.pixel_range)}

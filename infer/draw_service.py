@@ -51,6 +51,12 @@ class DrawService:
         self.config = config = with_dtype(config)
         self.device = pick_device(config.device)
         self._base, sets = find_controlnet_sets(config, with_text_encoders=True)
+        for controlnets in sets:
+            if controlnets.convention.inpainting:
+                raise ConfigError(
+                    f"--controlnet {controlnets.names[0]}: is for inpainting, and the page draws "
+                    "no masks; python -m infer generate takes them."
+                )
         self.controlnets = {controlnet.title: controlnet for controlnet in sets}
         self.redrawings = _find_redrawings(config, sets)
         self._drawings: dict[str, Drawing] = {}

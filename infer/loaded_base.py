@@ -9,6 +9,7 @@ from diffusers import (
     FlowMatchEulerDiscreteScheduler,
     SD3ControlNetModel,
     SD3MultiControlNetModel,
+    StableDiffusion3ControlNetInpaintingPipeline,
     StableDiffusion3ControlNetPipeline,
     StableDiffusion3Pipeline,
 )
@@ -27,6 +28,7 @@ from infer.pipeline import TEXT_COMPONENTS
 from infer.placement import check_offload, place, place_controlnet, take_turns
 from infer.vae import save_memory
 from sd3.finite import check_finite
+from sd3.inpainting import is_inpainting
 from sd3.quantized import quantize
 
 
@@ -93,6 +95,8 @@ class LoadedBase:
     def with_controlnets(self, folders: Sequence[Path]) -> StableDiffusion3ControlNetPipeline:
         """Return the stock pipeline with a ControlNet, or with several that are combined.
 
+        That for inpainting, if the ControlNet is for it.
+
         The pipeline before it must be let go of, so that its ControlNets leave memory first.
 
         Raises:
@@ -100,7 +104,10 @@ class LoadedBase:
         """
         stock = self.alone()
         networks = [load_controlnet(folder, self.config) for folder in folders]
-        pipeline = StableDiffusion3ControlNetPipeline(
+        stock_class = StableDiffusion3ControlNetPipeline
+        if is_inpainting(networks[0].config):
+            stock_class = StableDiffusion3ControlNetInpaintingPipeline
+        pipeline = stock_class(
             **stock.components,
             controlnet=networks[0] if len(networks) == 1 else SD3MultiControlNetModel(networks),
         )

@@ -11,6 +11,7 @@ from common.errors import ConfigError, RunError
 from common.memory.exhausted import first_line, is_out_of_memory
 from infer.config import PipelineConfig
 from infer.memory.estimate import remedies
+from sd3.inpainting import is_inpainting
 from sd3.pretrained import (
     controlnet_mismatches,
     find_base,
@@ -53,7 +54,7 @@ def find_models(
 
     Raises:
         ConfigError: a model cannot be found, a ControlNet's widths differ from the base's, or it
-            takes more than a conditioning image.
+            takes more than a conditioning image and a mask.
     """
     base = find_base(
         config.pretrained_model_name_or_path,
@@ -67,11 +68,12 @@ def find_models(
     for name in controlnets:
         folder = find_controlnet(name, "--controlnet", cache_dir=config.cache_dir)
         saved = read_config(folder, "")
-        if extra := saved.get("extra_conditioning_channels"):
+        extra = saved.get("extra_conditioning_channels") or 0
+        if extra and not is_inpainting(saved):
             channels = saved.get("in_channels", 16)
             raise ConfigError(
-                f"--controlnet {name} takes {channels + extra} channels, as ControlNets for "
-                f"inpainting do; a conditioning image has {channels}."
+                f"--controlnet {name} takes {channels + extra} channels; a conditioning image has "
+                f"{channels}, and with the mask of inpainting {channels + 1}."
             )
         if wrong := controlnet_mismatches(saved, transformer):
             listing = "\n".join(wrong)

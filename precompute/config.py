@@ -71,13 +71,19 @@ class PrecomputeConfig:
     conditioning_from: str | None = option(
         None,
         help="Draw the conditioning images from the images: canny, softedge, lineart, blur, grey, "
-        "superres, jpeg, mask, depth, a name of controlnet-aux, or your own code as "
+        "superres, jpeg, mask, strokes, depth, a name of controlnet-aux, or your own code as "
         "package.module:function or path/to/file.py:function, which takes and returns a PIL image.",
     )
     conditioning_args: tuple[str, ...] = option(
         (),
         help="key=value, an argument of what --conditioning-from names, e.g. low_threshold=50; "
         "repeatable.",
+    )
+    num_extra_conditioning_channels: int = option(
+        0,
+        help="1 makes a cache for inpainting: the conditioning images are masks, white where the "
+        "picture is to be drawn anew; kept are the latent of the picture without that part, and "
+        "the mask. --conditioning-from strokes draws masks.",
     )
     max_train_samples: int | None = option(
         None, help="Encode at most this many rows, chosen by --seed; a larger number keeps them."
@@ -166,8 +172,9 @@ class PrecomputeConfig:
     validation_image: tuple[Path, ...] = option(
         (),
         help="Images of the validation pairs; repeatable: conditioning images, or photographs "
-        "that --conditioning-from draws from. One prompt is used for all images, and one image "
-        "for all prompts.",
+        "that --conditioning-from draws from; for inpainting without it, pictures whose "
+        "transparent part is drawn anew. One prompt is used for all images, and one image for all "
+        "prompts.",
     )
     validation_image_as_is: bool = option(
         False,
@@ -283,6 +290,7 @@ class PrecomputeConfig:
                 f"--conditioning-name {self.conditioning_name!r}: letters, digits, - and _ only; "
                 "it names a folder."
             )
+        self._check_inpainting()
         parse_arguments(self.conditioning_args)
         if self.conditioning_args and self.conditioning_from is None:
             raise ConfigError("--conditioning-args: is for --conditioning-from; give both.")
@@ -292,6 +300,20 @@ class PrecomputeConfig:
                 "images are conditioning images anyway. Leave it out."
             )
         self.validation_pairs()
+
+    def _check_inpainting(self) -> None:
+        given = f"--num-extra-conditioning-channels {self.num_extra_conditioning_channels}"
+        if self.num_extra_conditioning_channels not in (0, 1):
+            raise ConfigError(f"{given}: 0, or 1 for the mask of inpainting.")
+        if self.inpainting and self.conditioning_range != "-1_1":
+            raise ConfigError(
+                f"{given}: the stock inpainting pipeline takes pixels in -1 to 1; leave out "
+                f"--conditioning-range {self.conditioning_range}."
+            )
+        if self.inpainting and self.conditioning_from == "mask":
+            raise ConfigError(
+                f"{given}: --conditioning-from mask paints over pictures; strokes draws masks."
+            )
 
     def _check_scale(self) -> None:
         try:
@@ -308,6 +330,11 @@ class PrecomputeConfig:
                     f"{flag(name)} {getattr(self, name)}: is for conditioning images of the data "
                     "set, and --conditioning-from draws them; leave one out."
                 )
+
+    @property
+    def inpainting(self) -> bool:
+        """Whether the cache is for inpainting."""
+        return self.num_extra_conditioning_channels > 0
 
     @property
     def images_per_row(self) -> int:

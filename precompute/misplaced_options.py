@@ -65,7 +65,5 @@ MISPLACED = {
     **dict.fromkeys(TRAIN_OPTIONS, AT_TRAIN),
     "--dataset-preprocess-batch-size": "see --text-batch-size and --vae-batch-size.",
     "--upcast-vae": "see --vae-dtype, float32 by default.",
-    "--num-extra-conditioning-channels": "further channels, a mask's for instance, need data that "
-    "neither the reference nor this cache has; leave it out.",
     "--set-grads-to-none": "gradients are always set to None; leave it out.",
 }

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
 
-from PIL import Image, ImageOps
+from PIL import Image, ImageChops, ImageOps
 
 from sd3.color_profile import to_srgb
 from sd3.image_files import BadImage, opened, read_file
@@ -54,6 +54,23 @@ def decode_conditioning(
             with the scale.
     """
     return at_scale(conditioning_numbers(data, background), scale)
+
+
+def decode_for_inpainting(data: bytes) -> tuple[Image.Image, Image.Image]:
+    """Return an encoded image in RGB and, as a mask, its transparent part: white there, in grey.
+
+    Both are upright, and the image's colours are in sRGB: those of the transparent part too, which
+    an editor keeps or makes black.
+
+    Raises:
+        BadImage: nothing of it is transparent; or it is truncated, too large, or no image.
+    """
+    with opened(data) as image:
+        picture = to_srgb(ImageOps.exif_transpose(image)).convert("RGBA")
+    mask = ImageChops.invert(picture.getchannel("A"))
+    if not mask.getbbox():
+        raise BadImage("no part of it is transparent, and that part would be drawn anew")
+    return picture.convert("RGB"), mask
 
 
 def conditioning_numbers(data: bytes, background: str = BACKGROUND) -> Image.Image:

@@ -15,7 +15,7 @@ def to_uint8(image: Image.Image) -> Tensor:
 
 
 def to_image(uint8: Tensor) -> Image.Image:
-    """Return pixels [3, H, W], 0 to 255, as an RGB image."""
+    """Return pixels [3, H, W], 0 to 255, as an RGB image; [4, H, W] as RGBA."""
     return Image.fromarray(uint8.permute(1, 2, 0).numpy())
 
 

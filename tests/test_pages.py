@@ -22,9 +22,11 @@ from typing import Any
 import click
 import pytest
 from accelerate.state import AcceleratorState
+from PIL import Image
 
 from precompute.config import PrecomputeConfig
 from tests.conftest import REPOSITORY, RESOLUTION_PX, TOKENS, main_of, run_python, without_make
+from train import models
 from train.config import TrainConfig
 from train.run import train
 
@@ -175,6 +177,8 @@ def prepared(
     images = ("edges.png", "outline.png", "conditioning_image_1.png", "conditioning_image_2.png")
     for name in images:
         shutil.copy(circles / "source/0.png", folder / name)
+    shutil.copy(circles / "target/0.png", folder / "picture.png")
+    Image.new("L", (512, 512), 255).save(folder / "mask.png")
     (folder / "pairs.jsonl").write_text('{"prompt": "a caption", "image": "edges.png"}\n')
     return folder
 
@@ -200,6 +204,7 @@ def with_runs(
     AcceleratorState._reset_state(True)
     train(config)
     shutil.copytree(folder / "out", folder / "watched")
+    models.new_controlnet(base, None, 2, "zeros", 1).save_pretrained(folder / "inpainting")
     return folder
 
 

@@ -204,19 +204,24 @@ def _load_controlnet(config: TrainConfig, inputs: Inputs) -> Any:
     convention = inputs.pooled_projection
     if inputs.controlnet is None:
         controlnet = models.new_controlnet(
-            inputs.base, config.variant, config.num_controlnet_layers, convention
+            inputs.base,
+            config.variant,
+            config.num_controlnet_layers,
+            convention,
+            inputs.cache.conditioning_spec.extra_channels,
         )
     else:
         controlnet = models.load_controlnet(inputs.controlnet)
         if config.convention == "train_controlnet_sd3":
             set_pooled_projection(controlnet, "prompt")
-        check_controlnet(controlnet, inputs.base, inputs.cache.manifest)
         spec = inputs.cache.conditioning_spec
+        check_controlnet(controlnet, inputs.base, inputs.cache.manifest, spec.extra_channels)
         convert_to(
             convention,
             controlnet,
             scaling_factor=spec.scaling_factor,
-            shift_factor=spec.shift_factor,
+            # Inpainting has the shift in either convention.
+            shift_factor=0.0 if spec.inpainting else spec.shift_factor,
         )
     data = models.data_entry(inputs.cache.manifest, config.conditioning_name)
     controlnet.register_to_config(**{DATA_KEY: data})

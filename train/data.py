@@ -8,8 +8,8 @@ Axes: B samples, T tokens, W embedding width, C latent channels, h x w latent gr
 
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, fields
-from typing import Self
+from dataclasses import dataclass, field, fields
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -36,6 +36,8 @@ class EncodedSamples:
         t5_embeds: [B, T, W].
         pooled_embeds: [B, W].
         noise: standard normal, [B, C, h, w].
+        conditioning_mask: for inpainting, 1 where the picture is kept and 0 elsewhere,
+            [B, 1, h, w].
     """
 
     latent: Tensor
@@ -44,12 +46,16 @@ class EncodedSamples:
     t5_embeds: Tensor
     pooled_embeds: Tensor
     noise: Tensor
+    conditioning_mask: Tensor | None = field(default=None, kw_only=True)
 
     def to(self, device: torch.device) -> Self:
         """Return them on a device; from pinned memory the copy overlaps with computing."""
-        return type(self)(
-            **{name: value.to(device, non_blocking=True) for name, value in vars(self).items()}
-        )
+        there: dict[str, Any] = {
+            name: value.to(device, non_blocking=True)
+            for name, value in vars(self).items()
+            if value is not None
+        }
+        return type(self)(**there)
 
 
 @dataclass(frozen=True)
@@ -113,7 +119,7 @@ class TrainingSamples:
             ShardError: a record is missing or damaged.
         """
         batch = self.fill(self.allocate(1, self.bucket(place)), [place])
-        return {name: value[0] for name, value in vars(batch).items()}
+        return {name: value[0] for name, value in vars(batch).items() if value is not None}
 
     def key(self, place: int) -> str:
         """Return the key of the sample at a place, for messages."""
@@ -167,7 +173,8 @@ class TrainingSamples:
             deviation = memory.records[f"{name}_std"].float()
             memory.draws[name].mul_(deviation).add_(memory.records[name])
         tensors = memory.records | memory.draws
-        return Batch(**{field.name: tensors[field.name] for field in fields(Batch)})
+        names = [each.name for each in fields(Batch) if each.name in tensors]
+        return Batch(**{name: tensors[name] for name in names})
 
     def draw(
         self, draws: Mapping[str, NDArray[np.float32]], position: int, place: int, num_prompts: int

@@ -103,7 +103,9 @@ def find_inputs(config: TrainConfig, num_processes: int) -> Inputs:
         cache=cache,
         base=base,
         controlnet=controlnet,
-        pooled_projection=find_pooled_projection(config, controlnet, checkpoint),
+        pooled_projection=find_pooled_projection(
+            config, controlnet, checkpoint, inpainting=bool(cache.conditioning_spec.inpainting)
+        ),
         controlnet_kind=kind_of(read_config(controlnet, "")) if controlnet else "joint",
         order=order,
         pairs=read_pairs(cache) if draws_pictures else [],

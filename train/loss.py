@@ -144,11 +144,12 @@ def predict(
     dtype = transformer.dtype
     latent = _scaled(samples.latent, settings.latent_spec)
     noisy = objective.noised(latent, samples.noise, sigma)
+    control = control_of(samples.conditioning_latent, samples.conditioning_mask, settings)
     velocity = run_networks(
         controlnet,
         transformer,
         settings,
-        control=scaled_control(samples.conditioning_latent, settings).to(dtype),
+        control=control.to(dtype),
         noisy=noisy.to(dtype),
         timestep=timestep,
         embeds=prompt_embeds(samples.clip_embeds, samples.t5_embeds).to(dtype),
@@ -157,12 +158,23 @@ def predict(
     return Prediction(velocity, noisy, latent)
 
 
-def scaled_control(latent: Tensor, settings: Objective) -> Tensor:
-    """Return conditioning latents, as cached, as the ControlNet takes them, in float32."""
+def control_of(latent: Tensor, mask: Tensor | None, settings: Objective) -> Tensor:
+    """Return what the ControlNet is controlled by, in float32.
+
+    Args:
+        latent: conditioning latents as cached, [..., C, h, w].
+        mask: for inpainting, [..., 1, h, w]; see `sd3.inpainting`. The stock inpainting pipeline
+            shifts these latents, though it passes zeros for the pooled embedding.
+        settings: how conditioning latents are scaled, and the ControlNet's convention.
+
+    Returns:
+        [..., C, h, w], or [..., C + 1, h, w] with a mask.
+    """
     spec = settings.conditioning_spec
-    if settings.pooled_projection == "zeros":
+    if settings.pooled_projection == "zeros" and mask is None:
         spec = replace(spec, shift_factor=0.0)
-    return _scaled(latent, spec)
+    scaled = _scaled(latent, spec)
+    return scaled if mask is None else torch.cat([scaled, mask.to(scaled)], dim=-3)
 
 
 def run_networks(
@@ -184,7 +196,7 @@ def run_networks(
         controlnet: of the transformer's dtype, as all tensors but `timestep`.
         transformer: the base's.
         settings: the ControlNet's convention and kind.
-        control: of `scaled_control`, [B, C, h, w].
+        control: of `control_of`, [B, C or C + 1, h, w].
         noisy: noised latents, [B, C, h, w].
         timestep: the networks' timestep input, [B].
         embeds: of the prompts, [B, T, W].

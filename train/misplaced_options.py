@@ -16,6 +16,7 @@ PRECOMPUTE_OPTIONS = (
     "--conditioning-data-dir",
     "--conditioning-from",
     "--conditioning-args",
+    "--num-extra-conditioning-channels",
     "--max-train-samples",
     "--random-flip",
     "--dry-run",
@@ -48,8 +49,6 @@ MISPLACED = {
     "--device": "accelerate chooses it; see CUDA_VISIBLE_DEVICES and accelerate launch --cpu.",
     "--dataset-preprocess-batch-size": "see python -m precompute --text-batch-size.",
     "--upcast-vae": "see python -m precompute --vae-dtype, float32 by default.",
-    "--num-extra-conditioning-channels": "further channels, a mask's for instance, need data that "
-    "neither the reference nor this cache has; leave it out.",
     "--set-grads-to-none": "gradients are always set to None; leave it out.",
     "--fp8-matmul": "was taken out; --quantize-base fp8 stores the base in 8 bit and computes its "
     "products in 16.",

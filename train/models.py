@@ -80,6 +80,7 @@ def new_controlnet(
     variant: str | None,
     num_layers: int | None,
     pooled_projection: PooledProjection = DEFAULT_POOLED_PROJECTION,
+    extra_channels: int = 0,
 ) -> SD3ControlNetModel:
     """Return a ControlNet that starts as a copy of the transformer's first blocks and does nothing.
 
@@ -92,6 +93,7 @@ def new_controlnet(
         variant: variant of its weight files.
         num_layers: blocks; by default 12, or half the transformer's if that is less.
         pooled_projection: the convention that it is to be trained in.
+        extra_channels: that it is controlled by beside those of a latent: 1 for inpainting.
 
     Returns:
         The ControlNet in float32.
@@ -101,7 +103,7 @@ def new_controlnet(
     """
     with init_empty_weights():  # to fill a billion weights at random would take seconds
         controlnet = SD3ControlNetModel.from_config(
-            controlnet_config(base, num_layers, pooled_projection)
+            controlnet_config(base, num_layers, pooled_projection, extra_channels)
         )
     own = {
         name: torch.zeros(tensor.shape)
@@ -119,6 +121,7 @@ def controlnet_config(
     base: Path,
     num_layers: int | None,
     pooled_projection: PooledProjection = DEFAULT_POOLED_PROJECTION,
+    extra_channels: int = 0,
 ) -> dict[str, Any]:
     """Return the configuration of a new ControlNet.
 
@@ -126,6 +129,7 @@ def controlnet_config(
         base: folder of the base model.
         num_layers: blocks; by default 12, or half the transformer's if that is less.
         pooled_projection: the convention that it is to be trained in.
+        extra_channels: that it is controlled by beside those of a latent: 1 for inpainting.
 
     Raises:
         ConfigError: the transformer has too few blocks.
@@ -142,7 +146,7 @@ def controlnet_config(
         )
     return {key: value for key, value in config.items() if not key.startswith("_")} | {
         "num_layers": wanted,
-        "extra_conditioning_channels": 0,
+        "extra_conditioning_channels": extra_channels,
         FORCE_ZEROS: pooled_projection == "zeros",
     }
 

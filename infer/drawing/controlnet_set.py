@@ -72,6 +72,8 @@ def combine(sets: Sequence[ControlNetSet]) -> ControlNetSet:
     Raises:
         ConfigError: two ControlNets need different call settings, of which the pipeline takes one.
     """
+    if all(part.convention.inpainting for part in sets):
+        raise ConfigError("--combine: ControlNets for inpainting draw alone; leave it out.")
     _check_call_settings(sets)
     return ControlNetSet(
         title="combined",
@@ -98,6 +100,7 @@ def _call_settings(controlnets: ControlNetSet) -> dict[str, Any]:
     saved = read_config(controlnets.folders[0], "")
     return {
         "zero pooled embeddings": saved.get("force_zeros_for_pooled_projection", True),
+        "for inpainting": controlnets.convention.inpainting,
         "takes text": saved.get("joint_attention_dim") is not None,
         "max_sequence_length": controlnets.convention.max_sequence_length,
         "sizes": controlnets.convention.sizes,

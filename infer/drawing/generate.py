@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from common.provenance import write_run
 from infer.config import GenerateConfig
-from infer.convention import prepare_control_image
+from infer.convention import control_arguments
 from infer.drawing import metadata
 from infer.drawing.controlnet_set import ControlNetSet, combine, find_controlnet_sets
 from infer.drawing.pictures import Picture, batch_pictures, plan_pictures
@@ -205,11 +205,13 @@ def draw(
         prompts: embeddings of the prompts.
         config: settings of the run.
     """
-    controls: list[Any] = [
-        prepare_control_image([picture.fit_controls()[number] for picture in batch], convention)
+    fitted = [picture.fit_controls() for picture in batch]
+    controls = [
+        control_arguments([controls_of[number] for controls_of in fitted], convention)
         for number, convention in enumerate(controlnets.conventions)
     ]
     several = len(controls) > 1
+    images = [control["control_image"] for control in controls]
     scale = config.controlnet_conditioning_scale
     negative = None
     if config.guidance_scale > 1:
@@ -221,7 +223,7 @@ def draw(
         generator = [torch.Generator().manual_seed(picture.seed) for picture in batch]
     result = pipeline(
         **prompts.arguments(pipeline, texts, negative, tokens),
-        control_image=controls if several else controls[0],
+        **({"control_image": images} if several else controls[0]),
         width=batch[0].size[0],
         height=batch[0].size[1],
         num_inference_steps=config.num_inference_steps,

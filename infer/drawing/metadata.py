@@ -47,6 +47,7 @@ def describe(
         picture: settings of this picture, which replace the run's.
     """
     left_out = NOT_IDENTITY if config.from_photo else NOT_IDENTITY | OF_PHOTOGRAPHS
+    left_out = left_out if config.mask else left_out | {"mask"}  # as before there were masks
     settings = {name: value for name, value in as_dict(config).items() if name not in left_out}
     description = {
         "settings": settings | picture,

@@ -18,6 +18,7 @@ from infer.drawing.requests import Control, DrawRequest
 from infer.photographs import Redrawing
 from sd3 import images
 from sd3.image_files import BadImage
+from sd3.inpainting import without_masked
 
 
 @dataclass(frozen=True)
@@ -43,19 +44,39 @@ class Picture:
     conventions: tuple[Convention, ...]
 
     def fit_controls(self) -> list[Image.Image]:
-        """Return the conditioning images in the picture's size.
+        """Return the conditioning images in the picture's size; those of inpainting in RGBA.
 
         Raises:
             ConfigError: an image cannot be resized to it.
         """
         fitted = []
         for control, convention in zip(self.controls, self.conventions, strict=True):
-            image = control.image(convention)
             try:
-                fitted.append(images.fit(image, self.size))
+                fitted.append(_fitted(control, convention, self.size))
             except BadImage as error:
                 raise ConfigError(f"{control.where} {control.path}: {error}.") from error
         return fitted
+
+
+def _shown(control: Control, convention: Convention) -> Image.Image:
+    """Return the image of a control, whose shape the picture takes."""
+    return (
+        control.picture_and_mask(convention)[0]
+        if convention.inpainting
+        else control.image(convention)
+    )
+
+
+def _fitted(control: Control, convention: Convention, size: tuple[int, int]) -> Image.Image:
+    """Return a control in a picture's size.
+
+    Raises:
+        BadImage: it cannot be resized to it, or its mask has another shape.
+    """
+    if not convention.inpainting:
+        return images.fit(control.image(convention), size)
+    picture, mask = control.picture_and_mask(convention)
+    return without_masked(images.fit(picture, size), images.fit(mask, size, like=picture.size))
 
 
 def plan_pictures(
@@ -80,6 +101,7 @@ def plan_pictures(
     Raises:
         ConfigError: a conditioning image cannot be used, or is one too many or too few.
     """
+    _check_masks(controlnets, requests, from_photo=bool(redrawings))
     several_seeds = any(len(request.seeds) > 1 for request in requests)
     title = f"-{controlnets.title}" if title_in_name else ""
     convention = controlnets.convention
@@ -89,7 +111,7 @@ def plan_pictures(
         controls_of = draw_from_photographs(controlnets, controls_of, redrawings, folder, title)
     pictures = []
     for number, (request, controls) in enumerate(zip(requests, controls_of, strict=True)):
-        size = convention.picture_size(controls[0].image(convention))
+        size = convention.picture_size(_shown(controls[0], convention))
         for seed in request.seeds:
             name = f"{number:03d}"
             name += f"-seed{seed}" if several_seeds else ""
@@ -107,6 +129,26 @@ def plan_pictures(
         for batch in batch_pictures(pictures, config.batch_size)
         for place, picture in enumerate(batch)
     ]
+
+
+def _check_masks(
+    controlnets: ControlNetSet, requests: Sequence[DrawRequest], *, from_photo: bool
+) -> None:
+    """Check that there are masks where the ControlNets take them, and not elsewhere.
+
+    Raises:
+        ConfigError: naming the option.
+    """
+    if controlnets.convention.inpainting and from_photo:
+        raise ConfigError(
+            f"--from-photo: {controlnets.names[0]} is for inpainting, and you say what is to be "
+            "drawn anew: give --mask, or images with a transparent part."
+        )
+    masks = [control.mask for request in requests for control in request.controls if control.mask]
+    if masks and not controlnets.convention.inpainting:
+        raise ConfigError(
+            f"--mask {masks[0]}: {controlnets.names[0]} is not for inpainting; leave it out."
+        )
 
 
 def _controls_of(request: DrawRequest, count: int) -> tuple[Control, ...]:
@@ -138,10 +180,13 @@ def _describe(
 ) -> str:
     """Return what a picture's file says of it; `batch` is its place and the batch's size."""
     request = picture.request
+    masked = [control for control in request.controls if control.mask]
+    masks = [str(control.mask.absolute()) for control in masked if control.mask]
     return metadata.describe(
         config,
         {
             "images": [control.digest for control in request.controls],
+            **({"masks": [control.mask_digest for control in masked]} if masked else {}),
             "controlnets": list(controlnets.digests),
             **({"annotators": annotators} if annotators else {}),
         },
@@ -150,6 +195,7 @@ def _describe(
         prompt=[request.prompt],
         negative_prompt=request.negative_prompt,
         image=[str(control.path.absolute()) for control in request.controls],
+        **({"mask": masks} if masks else {}),
         seed=[picture.seed],
         width=picture.size[0],
         height=picture.size[1],

@@ -20,11 +20,12 @@ from infer.convention import Convention
 from sd3 import images
 from sd3.contact_sheet import save_png
 from sd3.image_files import BadImage, read_file
+from sd3.pixels import to_image
 from sd3.value_scale import AS_IS
 from shards.reading.cache import Cache
 
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff"}
-KEYS = ("prompt", "image", "negative_prompt", "seed")
+KEYS = ("prompt", "image", "mask", "negative_prompt", "seed")
 # Kept in memory; each is needed several times in a row.
 DECODED_IMAGES = 8
 
@@ -39,12 +40,16 @@ class Control:
         where: the option that it comes from, for errors.
         is_ready: whether its pixels are those of training; a file from elsewhere becomes so by the
             ControlNet's background and scale.
+        mask: file of a mask, for inpainting; None where the image is transparent instead.
+        mask_digest: of its bytes; empty without one.
     """
 
     path: Path
     digest: str
     where: str = "--image"
     is_ready: bool = False
+    mask: Path | None = None
+    mask_digest: str = ""
 
     def image(self, convention: Convention) -> Image.Image:
         """Return the image as a ControlNet's training data had it: RGB, of any size.
@@ -63,32 +68,66 @@ class Control:
         """
         return _decode_photograph(self, convention.background)
 
+    def picture_and_mask(self, convention: Convention) -> tuple[Image.Image, Image.Image]:
+        """Return, for inpainting, the image in RGB and its mask, white where it is drawn anew.
 
-def load_control(path: Path, where: str = "--image", *, is_ready: bool = False) -> Control:
+        Raises:
+            ConfigError: one cannot be decoded, or there is no mask and nothing is transparent.
+        """
+        if self.mask is None:
+            return _decode_transparent(self)
+        return self.photograph(convention), _decode_mask(self)
+
+
+def load_control(
+    path: Path, where: str = "--image", *, is_ready: bool = False, mask: Path | None = None
+) -> Control:
     """Return a file as a control; see `Control`.
 
     Raises:
-        ConfigError: it cannot be read.
+        ConfigError: it cannot be read, or its mask cannot.
     """
     with _named(where, path):
-        return Control(path, xxh3_128_hexdigest(read_file(path)), where, is_ready)
+        digest = xxh3_128_hexdigest(read_file(path))
+    if mask is None:
+        return Control(path, digest, where, is_ready)
+    with _named("--mask", mask):
+        mask_digest = xxh3_128_hexdigest(read_file(mask))
+    return Control(path, digest, where, is_ready, mask, mask_digest)
 
 
 @lru_cache(maxsize=DECODED_IMAGES)
 def _decode_control(control: Control, background: str, scale: str) -> Image.Image:
     with _named(control.where, control.path):
-        return images.decode_conditioning(_read_again(control), background, scale)
+        data = _read_again(control.path, control.digest)
+        return images.decode_conditioning(data, background, scale)
 
 
 @lru_cache(maxsize=DECODED_IMAGES)
 def _decode_photograph(control: Control, background: str) -> Image.Image:
     with _named(control.where, control.path):
-        return images.decode(_read_again(control), background)
+        return images.decode(_read_again(control.path, control.digest), background)
 
 
-def _read_again(control: Control) -> bytes:
-    data = read_file(control.path)
-    if xxh3_128_hexdigest(data) != control.digest:
+@lru_cache(maxsize=DECODED_IMAGES)
+def _decode_transparent(control: Control) -> tuple[Image.Image, Image.Image]:
+    with _named(control.where, control.path):
+        try:
+            return images.decode_for_inpainting(_read_again(control.path, control.digest))
+        except BadImage as error:
+            raise BadImage(f"{error}; give --mask") from error
+
+
+@lru_cache(maxsize=DECODED_IMAGES)
+def _decode_mask(control: Control) -> Image.Image:
+    assert control.mask is not None
+    with _named("--mask", control.mask):
+        return images.decode_conditioning(_read_again(control.mask, control.mask_digest))
+
+
+def _read_again(path: Path, digest: str) -> bytes:
+    data = read_file(path)
+    if xxh3_128_hexdigest(data) != digest:
         raise BadImage("it was changed while pictures were drawn from it; start again")
     return data
 
@@ -137,7 +176,7 @@ def find_requests(config: GenerateConfig, cache: Cache | None) -> list[DrawReque
     else:
         assert cache is not None
         entries = _from_validation(config, cache)
-    loaded: dict[Path, Control] = {}
+    loaded: dict[tuple[Path, Path | None], Control] = {}
     return [_to_request(entry, config, loaded) for entry in entries]
 
 
@@ -154,9 +193,12 @@ class _Entry:
     negative_prompt: str | None = None
     seed: int | None = None
     is_ready: bool = False
+    mask: Path | None = None
 
 
-def _to_request(entry: _Entry, config: GenerateConfig, loaded: dict[Path, Control]) -> DrawRequest:
+def _to_request(
+    entry: _Entry, config: GenerateConfig, loaded: dict[tuple[Path, Path | None], Control]
+) -> DrawRequest:
     """Return an entry with its images, each file read once.
 
     Raises:
@@ -164,9 +206,10 @@ def _to_request(entry: _Entry, config: GenerateConfig, loaded: dict[Path, Contro
     """
     controls = []
     for path in entry.images:
-        if path not in loaded:
-            loaded[path] = load_control(path, entry.where, is_ready=entry.is_ready)
-        controls.append(loaded[path])
+        key = path, entry.mask
+        if key not in loaded:
+            loaded[key] = load_control(path, entry.where, is_ready=entry.is_ready, mask=entry.mask)
+        controls.append(loaded[key])
     negative = config.negative_prompt if entry.negative_prompt is None else entry.negative_prompt
     seeds = config.seed if entry.seed is None else (entry.seed,)
     return DrawRequest(entry.prompt, negative, tuple(controls), seeds)
@@ -192,8 +235,10 @@ def _from_options(config: GenerateConfig) -> list[_Entry]:
         return [
             _Entry("--image", prompt, group) for prompt, group in zip(prompts, groups, strict=True)
         ]
-    pairs = pair_up(config.prompt, paths, "--prompt", "--image")
-    return [_Entry("--image", prompt, (path,)) for prompt, path in pairs]
+    masks: tuple[Path | None, ...] = config.mask or (None,)
+    masked = tuple(zip(paths, masks * (len(paths) if len(masks) == 1 else 1), strict=True))
+    pairs = pair_up(config.prompt, masked, "--prompt", "--image")
+    return [_Entry("--image", prompt, (path,), mask=mask) for prompt, (path, mask) in pairs]
 
 
 def _from_folder(config: GenerateConfig) -> Iterator[_Entry]:
@@ -260,6 +305,7 @@ def _parse_entry(where: str, table: Any, folder: Path) -> _Entry:
     paths = [paths] if isinstance(paths, str) else paths
     kinds = (
         ("prompt", str, table.get("prompt")),
+        ("mask", str, table.get("mask", "")),
         ("negative_prompt", str, table.get("negative_prompt", "")),
         ("seed", int, table.get("seed", 0)),
     )
@@ -274,6 +320,7 @@ def _parse_entry(where: str, table: Any, folder: Path) -> _Entry:
         tuple(folder / name for name in paths),
         table.get("negative_prompt"),
         table.get("seed"),
+        mask=folder / table["mask"] if "mask" in table else None,
     )
 
 
@@ -289,7 +336,7 @@ def _from_validation(config: GenerateConfig, cache: Cache) -> list[_Entry]:
         pixels = reader.tensors(*location)["conditioning_image"]
         path = config.output_dir / f"conditioning-{len(entries):03d}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
-        save_png(path, Image.fromarray(pixels.permute(1, 2, 0).numpy()))
+        save_png(path, to_image(pixels))
         prompt = str(reader.metadata(*location).get("prompt", ""))
         entries.append(_Entry("--cache", prompt, (path,), is_ready=True))
     if not entries:

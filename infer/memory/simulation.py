@@ -17,6 +17,7 @@ from infer.config import Offload, PipelineConfig
 from infer.vae import save_memory
 from precompute.fingerprints.encoder_spec import TextSettings
 from precompute.memory import simulation as stage1
+from sd3.inpainting import is_inpainting
 from train.memory.stand_ins import build_network, quantize
 from train.memory.streamed_base import NUM_PLACES, place_bytes, tensors_of
 
@@ -183,6 +184,7 @@ class _Pipeline:
             SD3ControlNetModel,
             SD3MultiControlNetModel,
             SD3Transformer2DModel,
+            StableDiffusion3ControlNetInpaintingPipeline,
             StableDiffusion3ControlNetPipeline,
         )
 
@@ -200,7 +202,11 @@ class _Pipeline:
             if config.quantize_base is not None:
                 quantize(transformer.requires_grad_(False), config.quantize_base)
             controlnet = nets[0] if len(nets) == 1 else SD3MultiControlNetModel(nets)
-            self.pipeline = StableDiffusion3ControlNetPipeline(
+            self.inpainting = is_inpainting(sizes.controlnets[0]) if nets else False
+            stock_class = StableDiffusion3ControlNetPipeline
+            if self.inpainting:
+                stock_class = StableDiffusion3ControlNetInpaintingPipeline
+            self.pipeline = stock_class(
                 transformer=transformer,
                 scheduler=schedule,
                 vae=vae,
@@ -234,7 +240,9 @@ class _Pipeline:
             width, height = sizes.picture
             controls: Any = [self._control() for _ in sizes.controlnets]
             several = len(controls) > 1
+            mask = {"control_mask": self._control()[:, :1]} if self.inpainting else {}
             pipeline(
+                **mask,
                 **self._prompts(),
                 control_image=controls if several else controls[0],
                 controlnet_conditioning_scale=[1.0] * len(controls) if several else 1.0,

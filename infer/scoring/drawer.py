@@ -14,7 +14,7 @@ from torch import Tensor
 from common.progress import Progress
 from infer.batches import split_into_batches
 from infer.config import ScoreConfig
-from infer.convention import Convention, prepare_control_image
+from infer.convention import Convention, control_arguments
 from infer.drawing.prompts import EncodedPrompts
 from infer.scoring.measures import Measure, Sample
 from infer.scoring.results import SampleResult
@@ -102,10 +102,10 @@ def _draw(
         "latents": _draw_noise(pipeline, batch, config.seed),
     }
     torch.manual_seed(config.seed + batch[0].number)
-    if isinstance(pipeline, StableDiffusion3ControlNetPipeline):
+    if not isinstance(pipeline, StableDiffusion3Pipeline):
         conditioning = [sample.conditioning for sample in batch]
         arguments |= {
-            "control_image": prepare_control_image(conditioning, convention),
+            **control_arguments(conditioning, convention),
             "controlnet_conditioning_scale": config.controlnet_conditioning_scale,
             "control_guidance_start": config.control_guidance_start,
             "control_guidance_end": config.control_guidance_end,

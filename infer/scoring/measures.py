@@ -12,7 +12,7 @@ from infer.scoring.edges import edge_agreement, has_lines
 
 Values = dict[str, float | None]
 # Annotators whose drawings of two pictures have nothing in common: seeded by their pixels.
-RANDOM = {"mask", "shuffle", "ContentShuffleDetector", "SamDetector"}
+RANDOM = {"mask", "strokes", "shuffle", "ContentShuffleDetector", "SamDetector"}
 # An equal picture would have an infinite ratio; noise of half an 8 bit step has 54 dB.
 LARGEST_PSNR_DB = 100.0
 
@@ -24,7 +24,7 @@ class Sample:
     Attributes:
         number: the row's number, from 0.
         prompt: the caption.
-        conditioning: the conditioning image.
+        conditioning: the conditioning image; of inpainting in RGBA, the image without its mask.
         target: the row's image; None where the source has none.
         annotator: what draws the ControlNet's controls; None if it does not say.
     """
@@ -56,6 +56,7 @@ class Measure:
 
 
 def _check_circle(sample: Sample) -> None:
+    _refuse_masked(sample)
     caption_colors(sample.prompt)
     outlined_disc(sample.conditioning)
 
@@ -69,7 +70,13 @@ def _measure_circle(picture: Image.Image, sample: Sample) -> Values:
     }
 
 
+def _refuse_masked(sample: Sample) -> None:
+    if sample.conditioning.mode == "RGBA":
+        raise ValueError("the control is the image without a part, and no drawing of lines")
+
+
 def _check_lines(sample: Sample) -> None:
+    _refuse_masked(sample)
     if not has_lines(sample.conditioning):
         raise ValueError("the conditioning image is no drawing of lines")
 

@@ -13,6 +13,7 @@ from infer.photographs import Photograph, Redrawing, draw_controls
 from infer.scoring.measures import Sample
 from precompute.sources.source import Row, Source
 from sd3 import images
+from sd3.inpainting import without_masked
 
 
 def read_samples(
@@ -52,6 +53,10 @@ def read_samples(
                 conditioning, size, like=leading.size, other_shape=config.conditioning_fit
             )
             target = None if image is None else images.fit(image, size)
+            if convention.inpainting:
+                if target is None:
+                    raise ValueError("it has no image, and inpainting draws a part of one anew")
+                control = without_masked(target, control)
             sample = Sample(number, _first_caption(row), control, target, name)
         yield sample
 
@@ -72,6 +77,8 @@ def _from_photographs(
 
     for control in draw_controls(redrawing.open(), photographs()):
         number, caption, target = waiting.popleft()
+        if convention.inpainting:
+            control = without_masked(target, control)
         yield Sample(number, caption, control, target, redrawing.annotator.name)
 
 

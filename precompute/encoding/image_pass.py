@@ -33,7 +33,8 @@ USUAL_BATCH = 8
 class LoadedImages(NamedTuple):
     """The images of a batch, and why some of them cannot be used, by position.
 
-    Pixels are [B, 3, H, W], 0 to 255, and 0 in slots that are not encoded; None without images.
+    Pixels are [B, 3, H, W], 0 to 255, and 0 in slots that are not encoded; None without images. The
+    conditioning images of inpainting have a fourth channel, see `sd3.inpainting`.
     """
 
     pixels: Tensor | None
@@ -132,7 +133,7 @@ class ImagePass:
                 continue
             if pixels is None:
                 pixels = torch.zeros(
-                    (batch.size, 3, height, width),
+                    (batch.size, len(image.getbands()), height, width),
                     dtype=torch.uint8,
                     pin_memory=self.device.type == "cuda",
                 )

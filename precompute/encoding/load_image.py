@@ -11,6 +11,7 @@ from precompute.sources.patient_read import read_patiently
 from precompute.sources.source import Kind
 from sd3 import images
 from sd3.image_files import BadImage
+from sd3.inpainting import without_masked
 from sd3.value_scale import AS_IS
 
 
@@ -31,24 +32,31 @@ class SourceImages:
     def load(self, item: int, size_px: tuple[int, int], kind: Kind) -> Image.Image:
         """Return an image or a conditioning image, as it is to be encoded.
 
+        For inpainting a conditioning image is the image without a part, in RGBA.
+
         Raises:
             BadImage: the image cannot be decoded, or the conditioning image has another shape.
             ShardError: the file has changed, or cannot be read any more.
             RunError: the source's disk fails again and again.
         """
-        context, row = self.context, self.context.row_of(item)
-        draw = context.annotator.function if context.annotator else None
-        draws_conditioning = kind == "conditioning_image" and draw is not None
-        if kind == "image" or draws_conditioning:
-            picture = images.fit(self._decode_image(row), size_px)
+        if kind == "image":
+            return self._picture(item, size_px)
+        draw = self.context.annotator.function if self.context.annotator else None
+        if draw is None:
+            control = self._fit_conditioning_image(item, size_px)
         else:
-            picture = self._fit_conditioning_image(item, size_px)
-        if context.is_mirrored(item):
-            picture = ImageOps.mirror(picture)
-        if kind == "conditioning_image" and draw is not None:
-            picture = images.annotated(picture, draw)
-            self.note_values(item, picture, AS_IS)
-        return picture
+            control = images.annotated(self._picture(item, size_px), draw)
+            self.note_values(item, control, AS_IS)
+        if self.context.config.inpainting:
+            return without_masked(self._picture(item, size_px), control)
+        return control
+
+    def _picture(self, item: int, size_px: tuple[int, int]) -> Image.Image:
+        picture = images.fit(self._decode_image(self.context.row_of(item)), size_px)
+        return self._mirrored(item, picture)
+
+    def _mirrored(self, item: int, picture: Image.Image) -> Image.Image:
+        return ImageOps.mirror(picture) if self.context.is_mirrored(item) else picture
 
     def _fit_conditioning_image(self, item: int, size_px: tuple[int, int]) -> Image.Image:
         row, config = self.context.row_of(item), self.context.config
@@ -60,7 +68,8 @@ class SourceImages:
             self.note_values(item, numbers, config.conditioning_scale)
             if not width:
                 raise BadImage("its image has no size")
-            return images.fit(control, size_px, (width, height), config.conditioning_fit)
+            fitted = images.fit(control, size_px, (width, height), config.conditioning_fit)
+            return self._mirrored(item, fitted)
         except BadImage as error:
             name = self.context.file_name(row, "conditioning_image")
             raise BadImage(f"{name}: {error}") from error

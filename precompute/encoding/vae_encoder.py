@@ -13,6 +13,7 @@ from common.errors import RunError
 from common.memory.exhausted import device_remedies, full_memory_line, is_out_of_memory
 from precompute.encoding.batch_size import BatchSize, in_parts
 from precompute.fingerprints.encoder_spec import LatentSettings
+from sd3.inpainting import kept_cells
 from sd3.pixels import to_pixels
 from sd3.pretrained import component_variant
 
@@ -84,15 +85,16 @@ class VaeEncoder:
         """Return the latents of images as the VAE computes them: not shifted, not scaled.
 
         Args:
-            uint8: [B, 3, H, W], 0 to 255.
+            uint8: [B, 3, H, W], 0 to 255; or [B, 4, H, W], images of `sd3.inpainting`.
             pixel_range: range of the pixels that the VAE is given, `-1_1` or `0_1`.
             name: of the tensor, `latent` or `conditioning_latent`.
             size: how many images are encoded at once.
 
         Returns:
             `<name>` [B, C, h, w], and `<name>_std` where the cache keeps it, in the cache's number
-            format, on the device.
+            format, on the device; for inpainting also `conditioning_mask`, [B, 1, h, w].
         """
+        pictures, alpha = uint8[:, :3], uint8[:, 3:]
 
         def compute(part: Tensor) -> dict[str, Tensor]:
             pixels = to_pixels(part.to(self.device, non_blocking=True), pixel_range)
@@ -104,11 +106,15 @@ class VaeEncoder:
             return tensors
 
         remedies = _remedies(self.settings, self.device)
-        latents = in_parts(compute, [uint8], size, item="image", remedies=remedies)
-        return {
+        latents = in_parts(compute, [pictures], size, item="image", remedies=remedies)
+        encoded = {
             key: tensor.to(self.cache_dtype, memory_format=torch.contiguous_format)
             for key, tensor in latents.items()
         }
+        if not alpha.shape[1]:
+            return encoded
+        factor = alpha.shape[-1] // encoded[name].shape[-1]
+        return encoded | {"conditioning_mask": kept_cells(uint8, factor).to(self.device)}
 
 
 def _remedies(settings: LatentSettings, device: torch.device) -> list[str]:

@@ -270,6 +270,7 @@ def _conditioning_spec(
         **asdict(latents),
         background=None if is_white else (red, green, blue),
         scale=None if scale == AS_IS else scale,
+        inpainting=True if config.inpainting else None,
     )
 
 

@@ -35,9 +35,10 @@ def find_identities(
     is_known = annotator is not None and len(drawing) == len(annotator.former)
     # Absent where it changes no pixels, as it was before there was one.
     scale = config.conditioning_scale
-    scaled = {} if scale == AS_IS else {"conditioning_scale": scale}
+    special: Identity = {} if scale == AS_IS else {"conditioning_scale": scale}
+    special |= {"inpainting": True} if config.inpainting else {}
     control, control_formerly = (
-        {**images, "conditioning_range": config.conditioning_range, "drawn_by": by, **scaled}
+        {**images, "conditioning_range": config.conditioning_range, "drawn_by": by, **special}
         for images, by in (
             (latents, drawing),
             (latents_formerly, annotator.former if annotator and is_known else drawing),

@@ -133,15 +133,22 @@ def prepare(config: PrecomputeConfig) -> Context:
 def _find_annotator(config: PrecomputeConfig) -> Annotator | None:
     if config.conditioning_from is None:
         return None
-    return find_annotator(
+    annotator = find_annotator(
         config.conditioning_from, config.conditioning_args, cache_dir=config.cache_dir
     )
+    if config.inpainting and annotator.in_batches:
+        raise ConfigError(
+            f"--conditioning-from {config.conditioning_from}: draws no masks, which "
+            "--num-extra-conditioning-channels 1 needs; strokes does."
+        )
+    return annotator
 
 
 def _uses_of_images(config: PrecomputeConfig, annotator: Annotator | None) -> dict[Kind, int]:
     """Return how often an image of each kind is encoded or drawn from."""
     each = config.images_per_row
-    return {"image": each * (1 if annotator is None else 2), "conditioning_image": each}
+    again = annotator is not None or config.inpainting
+    return {"image": each * (2 if again else 1), "conditioning_image": each}
 
 
 def _print_source(source: Source) -> None:
@@ -216,6 +223,7 @@ def _plan_products(
         latents,
         np.repeat(conditionings, 2 if config.random_flip else 1, axis=0),
         control_id,
+        [specs.conditioning.tensor_specs("conditioning_latent", grid) for grid in specs.grids],
     )
     validation = plan_validation(
         cache / validation_folder(name),
@@ -258,7 +266,7 @@ def _pair_bytes(specs: EncoderSpecs) -> list[int]:
     """Return the size of a validation record's tensors, by bucket."""
     return [
         record_bytes(specs.text.tensor_specs())
-        + record_bytes(specs.latents.tensor_specs("latent", grid))
-        + 3 * width * height
+        + record_bytes(specs.conditioning.tensor_specs("conditioning_latent", grid))
+        + (3 + specs.conditioning.extra_channels) * width * height
         for grid, (width, height) in zip(specs.grids, specs.latent_settings.shapes, strict=True)
     ]

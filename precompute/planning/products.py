@@ -193,7 +193,11 @@ def plan_latents(
 
 
 def plan_conditioning(
-    folder: Path, latents: ProductPlan, conditionings: Ids, identity: Mapping[str, Any]
+    folder: Path,
+    latents: ProductPlan,
+    conditionings: Ids,
+    identity: Mapping[str, Any],
+    tensors: Sequence[Mapping[str, TensorSpec]],
 ) -> ProductPlan:
     """Return the plan of the conditioning latents, which have the slots of their latents.
 
@@ -202,11 +206,11 @@ def plan_conditioning(
         latents: the plan of the latents.
         conditionings: digest of each latent's conditioning image, [N, 2].
         identity: what the records' bytes depend on besides the images.
+        tensors: of a record, by bucket.
     """
     contents = np.concatenate([latents.contents, conditionings], axis=1)
-    return ProductPlan(
-        folder, identity, latents.layout, latents.items, contents, latents.record_bytes
-    )
+    sizes = [record_bytes(specs) for specs in tensors]
+    return ProductPlan(folder, identity, latents.layout, latents.items, contents, sizes)
 
 
 def with_captions(

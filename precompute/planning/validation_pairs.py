@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import ImageColor
+from PIL import Image, ImageColor
 from torch import Tensor
 
 from common.errors import ConfigError
@@ -19,6 +19,7 @@ from sd3 import images
 from sd3.annotators.annotator import Annotator
 from sd3.buckets import nearest_buckets
 from sd3.image_files import BadImage, read_file, read_header
+from sd3.inpainting import without_masked
 from sd3.pixels import to_uint8
 
 
@@ -32,7 +33,7 @@ class ValidationPair:
         image_hash: of the file, in words that say what becomes of it.
         transparent: whether the file may have transparent pixels.
         bucket: whose shape the image has.
-        conditioning_image: [3, H, W], 0 to 255.
+        conditioning_image: [3, H, W], 0 to 255; for inpainting [4, H, W], see `sd3.inpainting`.
         is_photograph: whether an annotator that draws in batches has yet to draw from it.
     """
 
@@ -64,15 +65,7 @@ def find_pairs(
     for prompt, path in config.validation_pairs():
         try:
             data = read_file(path)
-            if draws:
-                image = images.decode(data, config.background)
-            else:
-                scale = config.conditioning_scale
-                image = images.decode_conditioning(data, config.background, scale)
-            bucket = int(nearest_buckets(np.array([image.size], np.int32), shapes)[0])
-            fitted = images.fit(image, shapes[bucket])
-            if draws and annotator and annotator.function:
-                fitted = images.annotated(fitted, annotator.function)
+            bucket, fitted = _fitted(data, config, shapes, annotator if draws else None)
         except BadImage as error:
             raise ConfigError(f"--validation-image {path}: {error}.") from error
         pair = ValidationPair(
@@ -86,6 +79,33 @@ def find_pairs(
         )
         pairs.append(pair)
     return pairs
+
+
+def _fitted(
+    data: bytes,
+    config: PrecomputeConfig,
+    shapes: list[tuple[int, int]],
+    annotator: Annotator | None,
+) -> tuple[int, Image.Image]:
+    """Return the bucket of a validation image, and the conditioning image that it is, or gives.
+
+    Raises:
+        BadImage: it cannot be used.
+    """
+    mask = None
+    if annotator:
+        image = images.decode(data, config.background)
+    elif config.inpainting:
+        image, mask = images.decode_for_inpainting(data)
+    else:
+        image = images.decode_conditioning(data, config.background, config.conditioning_scale)
+    bucket = int(nearest_buckets(np.array([image.size], np.int32), shapes)[0])
+    fitted = control = images.fit(image, shapes[bucket])
+    if mask is not None:
+        control = images.fit(mask, shapes[bucket])
+    elif annotator and annotator.function:
+        control = images.annotated(fitted, annotator.function)
+    return bucket, without_masked(fitted, control) if config.inpainting else control
 
 
 def pairs_over(

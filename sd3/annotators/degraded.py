@@ -42,6 +42,20 @@ def jpeg(image: Image.Image, quality: int = 10) -> Image.Image:
         return again.convert("RGB")
 
 
+def strokes(
+    image: Image.Image, least: float = 0.1, most: float = 0.5, seed: int = 0
+) -> Image.Image:
+    """Return random strokes, white on black: a mask for inpainting, the same for the same pixels.
+
+    Args:
+        image: the picture that they are for.
+        least: share of the picture that they cover at least, and
+        most: at most, by about a stroke: the share is drawn between both.
+        seed: another number gives other strokes.
+    """
+    return _random_strokes(image, least, most, seed).convert("RGB")
+
+
 def mask(
     image: Image.Image,
     least: float = 0.1,
@@ -58,6 +72,13 @@ def mask(
         colour: of what is covered, in a form of Pillow's ImageColor.
         seed: another number gives other strokes.
     """
+    holes = _random_strokes(image, least, most, seed)
+    covered = image.copy()
+    covered.paste(Image.new("RGB", image.size, colour), mask=holes)
+    return covered
+
+
+def _random_strokes(image: Image.Image, least: float, most: float, seed: int) -> Image.Image:
     if not 0 <= least <= most <= 1:
         raise ValueError("least and most must be in 0 to 1, least the smaller")
     rng = np.random.default_rng(xxh3_64_intdigest(image.tobytes(), seed=seed))
@@ -65,9 +86,7 @@ def mask(
     holes = Image.new("1", image.size)
     while np.asarray(holes).mean() < share:
         _paint_stroke(holes, rng)
-    covered = image.copy()
-    covered.paste(Image.new("RGB", image.size, colour), mask=holes)
-    return covered
+    return holes
 
 
 def _paint_stroke(holes: Image.Image, rng: np.random.Generator) -> None:

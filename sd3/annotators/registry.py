@@ -29,6 +29,7 @@ FUNCTIONS: dict[str, Callable[..., Image.Image]] = {
     "superres": degraded.superres,
     "jpeg": degraded.jpeg,
     "mask": degraded.mask,
+    "strokes": degraded.strokes,
 }
 NAMES = (*FUNCTIONS, DEPTH)
 TRIAL_SIDE_PX = 32

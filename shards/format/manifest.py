@@ -137,7 +137,7 @@ class Manifest:
         if kind == "conditioning":
             return conditioning
         height, width = (cells * spec.vae_scale_factor for cells in grid)
-        image = TensorSpec((3, height, width), "uint8")
+        image = TensorSpec((3 + spec.extra_channels, height, width), "uint8")
         return {**self.text_spec.tensor_specs(), **conditioning, "conditioning_image": image}
 
     def specs_by_bucket(self, folder: str) -> list[dict[str, TensorSpec]]:

@@ -106,7 +106,21 @@ class ConditioningSpec(LatentSpec):
         background: colour behind transparent pixels; None for white.
         scale: which numbers became black and white; None for 8 bits as they are. See
             `sd3.value_scale`.
+        inpainting: whether the latents are of the images themselves without a part, and a record
+            holds `conditioning_mask` too, [1, height, width]: 1 where the image is kept, 0 in the
+            part that is left out. None for no.
     """
 
     background: Color | None = None
     scale: Annotated[str, Meta(max_length=100)] | None = None
+    inpainting: bool | None = None
+
+    @property
+    def extra_channels(self) -> int:
+        """How many channels the ControlNet gets beside those of the latents: 1 for the mask."""
+        return 1 if self.inpainting else 0
+
+    def tensor_specs(self, name: str, bucket: Bucket) -> dict[str, TensorSpec]:
+        """Return the tensors of a record, by name; see `LatentSpec.tensor_specs`."""
+        mask = {"conditioning_mask": TensorSpec((1, *bucket), "uint8")} if self.inpainting else {}
+        return super().tensor_specs(name, bucket) | mask

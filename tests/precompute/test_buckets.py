@@ -365,7 +365,10 @@ def test_a_changed_annotator_leaves_other_controls_alone(
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("edges", "none of canny, softedge, lineart, blur, grey, superres, jpeg, mask, depth, nor"),
+        (
+            "edges",
+            "none of canny, softedge, lineart, blur, grey, superres, jpeg, mask, strokes, depth",
+        ),
         ("no_such_module:function", "no_such_module cannot be imported (ModuleNotFoundError"),
         ("json:no_such_function", "json has no such function"),
         ("itertools:chain", "the source of itertools cannot be read"),

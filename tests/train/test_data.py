@@ -198,8 +198,8 @@ def test_resumed_on_other_ranks_and_workers_the_sequence_goes_on(
                 first = place + (step * ranks + rank) * batch_size
                 for row in range(batch_size):
                     expected = ours[first + row]
-                    for name, values in vars(batch).items():
-                        assert torch.equal(values[row], expected[name]), (name, first + row)
+                    for name, value in expected.items():
+                        assert torch.equal(vars(batch)[name][row], value), (name, first + row)
             reading.close()
         place += ranks * batch_size * steps
     # No place twice, and none left out; so each record comes once an epoch.

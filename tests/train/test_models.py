@@ -203,7 +203,7 @@ def test_a_cache_that_does_not_fit_the_base_is_refused(
 def test_a_controlnet_of_other_widths_is_refused(base: Path, cache: Path) -> None:
     controlnet = models.new_controlnet(base, None, 2)
     made = manifest.load(cache)
-    check_controlnet(controlnet, base, made)
+    check_controlnet(controlnet, base, made, 0)
     for wrong, message in (
         ({"joint_attention_dim": 4096}, "joint_attention_dim: ControlNet 4096, base model 96"),
         ({"joint_attention_dim": None}, "joint_attention_dim: ControlNet None, training needs 96"),
@@ -214,4 +214,4 @@ def test_a_controlnet_of_other_widths_is_refused(base: Path, cache: Path) -> Non
         changed = models.new_controlnet(base, None, 2)
         changed.register_to_config(**wrong)
         with pytest.raises(ConfigError, match=message):
-            check_controlnet(changed, base, made)
+            check_controlnet(changed, base, made, 0)

@@ -91,11 +91,11 @@ MOVED_TO_PRECOMPUTE = {
     "max_sequence_length",
     "validation_prompt",
     "validation_image",
+    "num_extra_conditioning_channels",
 }
 # There in training too, but to describe a cache that is yet to be made, for --estimate alone.
 FOR_ESTIMATES = {"resolution", "max_sequence_length"}
 GONE = {
-    "num_extra_conditioning_channels",
     "upcast_vae",
     "set_grads_to_none",
     "dataset_preprocess_batch_size",

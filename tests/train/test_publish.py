@@ -194,7 +194,12 @@ def test_the_card_of_an_upload_names_what_others_can_load(
 
 
 def test_the_example_has_the_pictures_sides() -> None:
-    example = _example("lab/circles", "base", {"height": 64, "width": 96, "max_sequence_length": 9})
+    example = _example(
+        "lab/circles",
+        "base",
+        {"height": 64, "width": 96, "max_sequence_length": 9},
+        inpainting=False,
+    )
     assert "height=64,\n    width=96,\n    max_sequence_length=9," in example
 
 

@@ -59,7 +59,7 @@ def find_continued(name: str, config: TrainConfig, cache: Cache) -> Path:
 
 
 def find_pooled_projection(
-    config: TrainConfig, controlnet: Path | None, checkpoint: Path | None
+    config: TrainConfig, controlnet: Path | None, checkpoint: Path | None, *, inpainting: bool
 ) -> PooledProjection:
     """Return the convention of the ControlNet's inputs; say what it means for one to go on from.
 
@@ -67,11 +67,19 @@ def find_pooled_projection(
         config: of the run; its own setting wins.
         controlnet: folder of the ControlNet to continue from, or None.
         checkpoint: folder of the checkpoint to resume from, or None.
+        inpainting: whether the cache is for it.
 
     Raises:
-        ConfigError: the checkpoint is of the other convention.
+        ConfigError: the checkpoint is of the other convention, or inpainting has one alone.
     """
     wanted = config.pooled_projection
+    if inpainting:
+        if wanted == "prompt":
+            raise ConfigError(
+                "--pooled-projection prompt: the cache is for inpainting, and the stock inpainting "
+                "pipeline passes zeros, whatever a ControlNet was trained with; leave it out."
+            )
+        return "zeros"
     if checkpoint is not None:
         held = pooled_projection_of(read_config(checkpoint, CONTROLNET_FOLDER))
         if wanted not in (None, held):
@@ -92,7 +100,9 @@ def find_pooled_projection(
     return chosen
 
 
-def check_controlnet(controlnet: SD3ControlNetModel, base: Path, manifest: Manifest) -> None:
+def check_controlnet(
+    controlnet: SD3ControlNetModel, base: Path, manifest: Manifest, extra_channels: int
+) -> None:
     """Check that training can continue from a ControlNet with this base model and this cache.
 
     Raises:
@@ -101,14 +111,20 @@ def check_controlnet(controlnet: SD3ControlNetModel, base: Path, manifest: Manif
     ours, theirs = dict(controlnet.config), read_config(base, "transformer")
     wrong = controlnet_mismatches(ours, theirs)
     embeds_latents = kind_of(ours) == "joint"
-    needed: dict[str, Any] = {"extra_conditioning_channels": 0}
+    needed: dict[str, Any] = {}
     if embeds_latents:
-        needed |= {"joint_attention_dim": theirs.get("joint_attention_dim"), "use_pos_embed": True}
+        needed = {"joint_attention_dim": theirs.get("joint_attention_dim"), "use_pos_embed": True}
     wrong += [
         f"  {name}: ControlNet {ours.get(name)}, training needs {value}"
         for name, value in needed.items()
         if ours.get(name) != value
     ]
+    if extra_channels != ours.get("extra_conditioning_channels", 0):
+        wrong.append(
+            f"  extra_conditioning_channels: ControlNet {ours.get('extra_conditioning_channels')}, "
+            f"cache {extra_channels}; python -m precompute --num-extra-conditioning-channels 1 "
+            "makes a cache for inpainting"
+        )
     if int(ours["num_layers"]) > int(theirs["num_layers"]) // 2:
         wrong.append(f"  num_layers: ControlNet {ours['num_layers']}, base {theirs['num_layers']}")
     largest = max(max(bucket) for bucket in manifest.buckets)

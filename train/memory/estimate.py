@@ -79,7 +79,10 @@ def find_sizes(config: TrainConfig) -> Sizes:
         weights=False,
     )
     if config.controlnet_model_name_or_path is None:
-        controlnet = models.controlnet_config(base, config.num_controlnet_layers)
+        extra = manifest.conditioning_specs[config.conditioning_name] if manifest else None
+        controlnet = models.controlnet_config(
+            base, config.num_controlnet_layers, extra_channels=extra.extra_channels if extra else 0
+        )
     else:
         folder = find_controlnet(
             config.controlnet_model_name_or_path,

@@ -23,7 +23,7 @@ from sd3.prompt_embeds import prompt_embeds
 from shards.format.specs import LatentSpec
 from train.config import TrainConfig
 from train.data import Batch
-from train.loss import Objective, batch_losses, predict, run_networks
+from train.loss import Objective, batch_losses, control_of, predict, run_networks
 from train.memory.cast_weights import cast_weights_at_use
 from train.memory.stand_ins import (
     DroppedActivations,
@@ -312,11 +312,12 @@ class Simulation:
         guided = config.validation_guidance_scale > 1
         batch = self._batch(config.num_validation_images * (2 if guided else 1))
         embeds = prompt_embeds(batch.clip_embeds, batch.t5_embeds).to(self.dtype)
+        objective = self._objective()
         run_networks(
             self.controlnet,
             self.transformer,
-            self._objective(),
-            control=batch.latent.to(self.dtype),
+            objective,
+            control=control_of(batch.latent, batch.conditioning_mask, objective).to(self.dtype),
             noisy=batch.latent.to(self.dtype),
             timestep=batch.uniform,
             embeds=embeds,
@@ -345,6 +346,7 @@ class Simulation:
         sizes = self.sizes
         channels = int(sizes.transformer["in_channels"])
         latent = (count, channels, *sizes.latent)
+        masked = bool(sizes.controlnet.get("extra_conditioning_channels"))
         return Batch(
             latent=torch.empty(latent, dtype=torch.bfloat16),
             conditioning_latent=torch.empty(latent, dtype=torch.bfloat16),
@@ -354,4 +356,7 @@ class Simulation:
             noise=torch.empty(latent),
             uniform=torch.empty(count),
             normal=torch.empty(count),
+            conditioning_mask=(
+                torch.empty(count, 1, *sizes.latent, dtype=torch.uint8) if masked else None
+            ),
         )

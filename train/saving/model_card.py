@@ -16,6 +16,7 @@ from common.provenance import commit, versions
 from sd3.controlnet.block_counts import describe_count
 from sd3.controlnet.kinds import kind_of
 from sd3.controlnet.pooled_projection import pooled_projection_of
+from sd3.inpainting import is_inpainting
 from sd3.pretrained import DATA_KEY, is_hub_id
 from shards.format.specs import describe_annotator
 from train.assembly import Run
@@ -67,7 +68,7 @@ with the control "{config.conditioning_name}".
 
 ## How to use it
 
-{_example(name, base or f"path/to/{folder}", data)}
+{_example(name, base or f"path/to/{folder}", data, inpainting=is_inpainting(network.config))}
 
 {_inputs_note(network.config, run.transformer.config.num_layers)}{_ema_note(run)}
 ## Pictures
@@ -119,20 +120,26 @@ def _metadata(base: str | None) -> str:
     return metadata
 
 
-def _example(name: str, base: str, data: dict[str, Any]) -> str:
+def _example(name: str, base: str, data: dict[str, Any], *, inpainting: bool) -> str:
     """Return Python that loads the ControlNet and draws a picture."""
+    pipeline = "StableDiffusion3ControlNetPipeline"
+    control = 'control_image=load_image("conditioning.png"),'
+    if inpainting:
+        pipeline = "StableDiffusion3ControlNetInpaintingPipeline"
+        control = """control_image=load_image("picture.png"),
+    control_mask=load_image("mask.png"),  # white where the picture is drawn anew"""
     return f"""```python
 import torch
-from diffusers import SD3ControlNetModel, StableDiffusion3ControlNetPipeline
+from diffusers import SD3ControlNetModel, {pipeline}
 from diffusers.utils import load_image
 
 controlnet = SD3ControlNetModel.from_pretrained("{name}", dtype=torch.float16)
-pipeline = StableDiffusion3ControlNetPipeline.from_pretrained(
+pipeline = {pipeline}.from_pretrained(
     "{base}", controlnet=controlnet, dtype=torch.float16
 )
 image = pipeline(
     "a prompt",
-    control_image=load_image("conditioning.png"),
+    {control}
     height={data["height"]},
     width={data["width"]},
     max_sequence_length={data["max_sequence_length"]},
@@ -147,6 +154,8 @@ def _inputs_note(controlnet: Mapping[str, Any], num_base_blocks: int) -> str:
             "It is of Stability's kind: blocks of the picture alone. diffusers gives it what it was"
             " trained with.\n"
         )
+    if is_inpainting(controlnet):
+        return "It is for inpainting, and diffusers gives it what it was trained with.\n"
     driven, num_layers = DRIVEN[pooled_projection_of(controlnet)], controlnet["num_layers"]
     of_base = f"The base's {num_base_blocks} blocks are a multiple of its {num_layers}"
     fits = f"{of_base}, as ComfyUI needs it"

@@ -12,6 +12,7 @@ Axes: B samples, C latent channels, h x w latent grid.
 
 import itertools
 import math
+from dataclasses import fields
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -93,7 +94,7 @@ def read(cache: Cache, records: list[tuple[int, int]]) -> EncodedSamples:
         image_hash = int(sample.key.rpartition("-")[2], 16)
         rng = np.random.Generator(np.random.Philox(key=[NOISE_SEED, image_hash]))
         rng.standard_normal(out=noise[position], dtype=np.float32)
-    names = ("latent", "conditioning_latent", "clip_embeds", "t5_embeds", "pooled_embeds")
+    names = {each.name for each in fields(EncodedSamples)} & memory.keys()
     return EncodedSamples(**{name: memory[name] for name in names}, noise=torch.from_numpy(noise))
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from sd3.prompt_embeds import record_embeds
 from shards.reading.cache import Cache
-from train.loss import Objective, run_networks, scaled_control
+from train.loss import Objective, control_of, run_networks
 
 
 @dataclass(frozen=True)
@@ -22,8 +22,9 @@ class Pair:
 
     Attributes:
         prompt: its text.
-        conditioning_image: [3, H, W], 0 to 255.
+        conditioning_image: [3, H, W], 0 to 255; for inpainting black in the part to be drawn.
         conditioning_latent: as the VAE gives it, [C, h, w].
+        conditioning_mask: for inpainting, [1, h, w]; None otherwise.
         embeds: CLIP and T5 embeddings of the prompt, [T, W].
         pooled: pooled embedding of the prompt, [W].
     """
@@ -31,6 +32,7 @@ class Pair:
     prompt: str
     conditioning_image: Tensor
     conditioning_latent: Tensor
+    conditioning_mask: Tensor | None
     embeds: Tensor
     pooled: Tensor
 
@@ -48,8 +50,9 @@ def read_pairs(cache: Cache) -> list[Pair]:
         pairs.append(
             Pair(
                 prompt=str(reader.metadata(shard, slot).get("prompt", "")),
-                conditioning_image=record["conditioning_image"],
+                conditioning_image=record["conditioning_image"][:3],
                 conditioning_latent=record["conditioning_latent"],
+                conditioning_mask=record.get("conditioning_mask"),
                 embeds=record_embeds(record),
                 pooled=record["pooled_embeds"],
             )
@@ -98,8 +101,8 @@ def sample(
         stacked = torch.stack([unconditional, conditional] if guided else [conditional])
         return stacked.to(noise.device, transformer.dtype).repeat_interleave(len(noise), dim=0)
 
-    latent = scaled_control(pair.conditioning_latent, settings)
-    control = batch(latent, latent)
+    alone = control_of(pair.conditioning_latent, pair.conditioning_mask, settings)
+    control = batch(alone, alone)
     embeds = batch(pair.embeds, negative[0])
     pooled = batch(pair.pooled, negative[1])
     scheduler.set_timesteps(num_inference_steps, device=noise.device)

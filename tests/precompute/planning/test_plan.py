@@ -85,7 +85,7 @@ def latents_of(
 def test_a_fingerprint_tells_of_encoders_and_of_all_contents(tmp_path: Path) -> None:
     images, controls = digests_of(*"abcd"), digests_of(*"efgh")
     latents = latents_of(tmp_path, images)
-    conditioning = plan_conditioning(tmp_path, latents, controls, IDENTITY)
+    conditioning = plan_conditioning(tmp_path, latents, controls, IDENTITY, [KILOBYTE, KILOBYTE])
     for product in (latents, conditioning):
         assert len(set(product.fingerprints)) == product.num_shards == 2
         other = replace(product, identity={"encoder": "two"})
