@@ -9,6 +9,7 @@ TRAIN_OPTIONS = (
     "--controlnet-model-name-or-path",
     "--num-controlnet-layers",
     "--convention",
+    "--controlnet-kind",
     "--pooled-projection",
     "--ema-decay",
     "--checkpointing-steps",

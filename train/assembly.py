@@ -209,6 +209,7 @@ def _load_controlnet(config: TrainConfig, inputs: Inputs) -> Any:
             config.num_controlnet_layers,
             convention,
             inputs.cache.conditioning_spec.extra_channels,
+            inputs.controlnet_kind,
         )
     else:
         controlnet = models.load_controlnet(inputs.controlnet)

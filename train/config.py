@@ -9,6 +9,7 @@ from common.checks import check_resolution, check_sequence_length
 from common.errors import ConfigError
 from common.options import flag, option
 from sd3.controlnet.block_counts import in_words
+from sd3.controlnet.kinds import ControlNetKind
 from sd3.controlnet.pooled_projection import DEFAULT_POOLED_PROJECTION, PooledProjection
 from sd3.controlnet.script_convention import ConfigConvention
 from shards.format.manifest import DEFAULT_CONDITIONING
@@ -75,6 +76,11 @@ class TrainConfig:
         "saved",
         help="What the ControlNet to start from was trained with: what its configuration says, or "
         "what diffusers' script trains with, which the configuration leaves out.",
+    )
+    controlnet_kind: ControlNetKind | None = option(
+        None,
+        help="Blocks of a new ControlNet: as the base's, of picture and text (joint, the default), "
+        "or of the picture alone, as Stability's for SD3.5 large (stability), which are smaller.",
     )
     pooled_projection: PooledProjection | None = option(
         None,

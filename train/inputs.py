@@ -106,7 +106,7 @@ def find_inputs(config: TrainConfig, num_processes: int) -> Inputs:
         pooled_projection=find_pooled_projection(
             config, controlnet, checkpoint, inpainting=bool(cache.conditioning_spec.inpainting)
         ),
-        controlnet_kind=kind_of(read_config(controlnet, "")) if controlnet else "joint",
+        controlnet_kind=_kind(config, controlnet),
         order=order,
         pairs=read_pairs(cache) if draws_pictures else [],
         measures_held_out=validates and bool(held_out_records(cache)),
@@ -142,6 +142,13 @@ def _find_base(config: TrainConfig, needs_vae: bool) -> Path:
             else ""
         )
         raise ConfigError(f"{error}{hint}") from error
+
+
+def _kind(config: TrainConfig, controlnet: Path | None) -> ControlNetKind:
+    """Return the kind of the ControlNet, that of a folder or of a new one."""
+    if controlnet is None:
+        return config.controlnet_kind or "joint"
+    return kind_of(read_config(controlnet, ""))
 
 
 def _check_same_everywhere(

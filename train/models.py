@@ -13,7 +13,8 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from common.errors import ConfigError
-from sd3.controlnet.kinds import kind_of
+from sd3.controlnet.kinds import PICTURE_ALONE, ControlNetKind, kind_of
+from sd3.controlnet.picture_blocks import of_one_attention, queries_and_keys_anew
 from sd3.controlnet.pooled_projection import (
     DEFAULT_POOLED_PROJECTION,
     FORCE_ZEROS,
@@ -81,6 +82,7 @@ def new_controlnet(
     num_layers: int | None,
     pooled_projection: PooledProjection = DEFAULT_POOLED_PROJECTION,
     extra_channels: int = 0,
+    kind: ControlNetKind = "joint",
 ) -> SD3ControlNetModel:
     """Return a ControlNet that starts as a copy of the transformer's first blocks and does nothing.
 
@@ -88,12 +90,16 @@ def new_controlnet(
     in which convention it is trained. And the weights are copied as they are stored, whatever
     precision the frozen transformer is loaded in.
 
+    Of the kind `stability` its blocks are copies of the picture's stream; see
+    `sd3.controlnet.picture_blocks`.
+
     Args:
         base: folder of the base model.
         variant: variant of its weight files.
         num_layers: blocks; by default 12, or half the transformer's if that is less.
         pooled_projection: the convention that it is to be trained in.
         extra_channels: that it is controlled by beside those of a latent: 1 for inpainting.
+        kind: what its blocks read.
 
     Returns:
         The ControlNet in float32.
@@ -103,15 +109,21 @@ def new_controlnet(
     """
     with init_empty_weights():  # to fill a billion weights at random would take seconds
         controlnet = SD3ControlNetModel.from_config(
-            controlnet_config(base, num_layers, pooled_projection, extra_channels)
+            controlnet_config(base, num_layers, pooled_projection, extra_channels, kind)
         )
+    shapes = {name: tensor.shape for name, tensor in controlnet.state_dict().items()}
     own = {
-        name: torch.zeros(tensor.shape)
-        for name, tensor in controlnet.state_dict().items()
+        name: torch.zeros(shape)
+        for name, shape in shapes.items()
         if name.startswith(("controlnet_blocks.", "pos_embed_input."))
     }
-    names = controlnet.state_dict().keys() - own.keys()
-    shared = read_weights(base / "transformer", variant, names)
+    if kind == "stability" and read_config(base, "transformer").get("qk_norm") is not None:
+        own |= queries_and_keys_anew(controlnet)
+    shared = read_weights(base / "transformer", variant, shapes.keys() - own.keys())
+    if kind == "stability":
+        shared = {
+            name: of_one_attention(name, weight, shapes[name][0]) for name, weight in shared.items()
+        }
     copies = {name: weight.to(torch.float32, copy=True) for name, weight in shared.items()}
     controlnet.load_state_dict(own | copies, assign=True)
     return controlnet
@@ -122,6 +134,7 @@ def controlnet_config(
     num_layers: int | None,
     pooled_projection: PooledProjection = DEFAULT_POOLED_PROJECTION,
     extra_channels: int = 0,
+    kind: ControlNetKind = "joint",
 ) -> dict[str, Any]:
     """Return the configuration of a new ControlNet.
 
@@ -130,6 +143,7 @@ def controlnet_config(
         num_layers: blocks; by default 12, or half the transformer's if that is less.
         pooled_projection: the convention that it is to be trained in.
         extra_channels: that it is controlled by beside those of a latent: 1 for inpainting.
+        kind: what its blocks read.
 
     Raises:
         ConfigError: the transformer has too few blocks.
@@ -144,11 +158,15 @@ def controlnet_config(
             f"--num-controlnet-layers {wanted}: a base model of {config['num_layers']} blocks "
             f"supports 1 to {available} ControlNet blocks."
         )
-    return {key: value for key, value in config.items() if not key.startswith("_")} | {
-        "num_layers": wanted,
-        "extra_conditioning_channels": extra_channels,
-        FORCE_ZEROS: pooled_projection == "zeros",
-    }
+    return (
+        {key: value for key, value in config.items() if not key.startswith("_")}
+        | {
+            "num_layers": wanted,
+            "extra_conditioning_channels": extra_channels,
+            FORCE_ZEROS: pooled_projection == "zeros",
+        }
+        | (PICTURE_ALONE if kind == "stability" else {})
+    )
 
 
 def read_weights(component: Path, variant: str | None, names: set[str]) -> dict[str, Tensor]:

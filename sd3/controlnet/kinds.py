@@ -12,6 +12,8 @@ ControlNetKind = Literal["joint", "stability"]
 
 # What tells Stability's, in a ControlNet's configuration.
 STABILITY = {"joint_attention_dim": None, "use_pos_embed": False}
+# What a new one's configuration has instead of the base's entries.
+PICTURE_ALONE: dict[str, Any] = STABILITY | {"dual_attention_layers": (), "qk_norm": None}
 
 
 def kind_of(config: Mapping[str, Any]) -> ControlNetKind:

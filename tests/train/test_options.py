@@ -112,6 +112,7 @@ OURS = {
     "conditioning_name",
     "num_controlnet_layers",
     "convention",
+    "controlnet_kind",
     "pooled_projection",
     "shuffle_window",
     "on_nonfinite",

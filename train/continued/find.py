@@ -51,6 +51,12 @@ def find_continued(name: str, config: TrainConfig, cache: Cache) -> Path:
             f"--num-controlnet-layers {config.num_controlnet_layers}: is for a new ControlNet; "
             f"{FLAG} {name} has {controlnet.get('num_layers')}. Leave one out."
         )
+    kind = kind_of(controlnet)
+    if config.controlnet_kind not in (None, kind):
+        raise ConfigError(
+            f"--controlnet-kind {config.controlnet_kind}: is for a new ControlNet; {FLAG} {name} "
+            f"is of the kind {kind}. Leave one out."
+        )
     notes = check_convention(name, controlnet, cache)
     if PartialState().is_main_process:
         for note in notes:

@@ -81,7 +81,10 @@ def find_sizes(config: TrainConfig) -> Sizes:
     if config.controlnet_model_name_or_path is None:
         extra = manifest.conditioning_specs[config.conditioning_name] if manifest else None
         controlnet = models.controlnet_config(
-            base, config.num_controlnet_layers, extra_channels=extra.extra_channels if extra else 0
+            base,
+            config.num_controlnet_layers,
+            extra_channels=extra.extra_channels if extra else 0,
+            kind=config.controlnet_kind or "joint",
         )
     else:
         folder = find_controlnet(

@@ -128,7 +128,8 @@ def check_same_model(checkpoint: Path, controlnet: SD3ControlNetModel) -> None:
     if wrong:
         raise ConfigError(
             f"{checkpoint}: holds a ControlNet of another shape ({'; '.join(wrong)}). Resume with "
-            "the same --num-controlnet-layers and base model, or start in another --output-dir."
+            "the same --num-controlnet-layers, --controlnet-kind and base model, or start in "
+            "another --output-dir."
         )
 
 

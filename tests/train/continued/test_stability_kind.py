@@ -3,6 +3,7 @@
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,7 +11,9 @@ import torch
 from diffusers import SD3ControlNetModel, StableDiffusion3ControlNetPipeline
 from PIL import Image
 
+import demo.base_model.pipeline
 from benchmarks.reference.runs import logged_losses
+from common.errors import ConfigError
 from sd3.controlnet.pooled_projection import FORCE_ZEROS, PooledProjection
 from tests.conftest import PROMPTS, RESOLUTION_PX, TOKENS, awaken
 from tests.train.test_processes import train_sharded
@@ -161,3 +164,77 @@ def test_its_memory_is_counted(config: TrainConfig, base: Path) -> None:
     joint = replace(sizes, controlnet=models.controlnet_config(base, 2))
     kept, kept_by_joint = (simulate(one, each).step["activations"] for each in (sizes, joint))
     assert 0 < kept < kept_by_joint
+
+
+BASES: dict[str, dict[str, Any]] = {
+    "sd3-medium": {"num_layers": 4, "qk_norm": None},
+    "sd35-medium": {"num_layers": 4, "dual_attention_layers": (0, 1), "qk_norm": "rms_norm"},
+}
+
+
+@pytest.mark.parametrize("name", BASES)
+def test_a_new_one_copies_the_pictures_stream(name: str, tmp_path: Path) -> None:
+    pipeline = demo.base_model.pipeline.build_pipeline(0, **BASES[name])
+    demo.base_model.pipeline.save_base(tmp_path, pipeline)
+    ours = models.new_controlnet(tmp_path, None, 2, kind="stability")
+    theirs = pipeline.transformer
+    assert not any(parameter.any() for parameter in ours.controlnet_blocks.parameters())
+    assert not any(parameter.any() for parameter in ours.pos_embed_input.parameters())
+    dim = theirs.inner_dim
+    hidden, embedding = torch.randn(2, 5, dim), torch.randn(2, dim)
+    for block, joint in zip(ours.transformer_blocks, theirs.transformer_blocks, strict=False):
+        for one, other in zip(
+            block.norm1(hidden, emb=embedding), joint.norm1(hidden, emb=embedding), strict=False
+        ):
+            torch.testing.assert_close(one, other)
+        assert torch.equal(block.ff(hidden), joint.ff(hidden))
+        copied = ["to_v", "to_out.0"] + ([] if BASES[name]["qk_norm"] else ["to_q", "to_k"])
+        for part in copied:
+            one, other = (each.attn.get_submodule(part) for each in (block, joint))
+            assert torch.equal(one(hidden), other(hidden))
+        for part in ("to_q", "to_k"):
+            # Uniform up to one over the square root of the width.
+            weight = block.attn.get_submodule(part).weight
+            if part not in copied:
+                assert 0.9 < weight.abs().max() * dim**0.5 <= 1
+    embedder = ours.time_text_embed(torch.ones(2), torch.ones(2, 80))
+    torch.testing.assert_close(embedder, theirs.time_text_embed(torch.ones(2), torch.ones(2, 80)))
+
+
+@pytest.mark.parametrize("name", BASES)
+def test_a_new_one_is_trained_from_nothing(
+    name: str, train_config: TrainConfig, tmp_path: Path
+) -> None:
+    pipeline = demo.base_model.pipeline.build_pipeline(0, **BASES[name])
+    demo.base_model.pipeline.save_base(tmp_path / "base", pipeline)
+    config = replace(
+        train_config,
+        pretrained_model_name_or_path=str(tmp_path / "base"),
+        controlnet_kind="stability",
+    )
+    train(replace(config, max_train_steps=2, lr_scheduler="constant"))
+    with pytest.raises(ConfigError, match="joint_attention_dim: checkpoint None, now 96"):
+        train(replace(config, controlnet_kind=None, resume_from_checkpoint="latest"))
+    whole = replace(config, lr_scheduler="constant", output_dir=tmp_path / "whole")
+    train(whole)
+    parts = replace(config, lr_scheduler="constant", resume_from_checkpoint="latest")
+    train(parts)
+    assert same(whole.output_dir, parts.output_dir)
+    saved = SD3ControlNetModel.from_pretrained(config.output_dir)
+    assert (saved.config.use_pos_embed, saved.config.joint_attention_dim) == (False, None)
+    # What starts at zero moves: the ControlNet learns.
+    assert all(block.weight.any() for block in saved.controlnet_blocks)
+
+
+def test_the_kind_is_of_a_new_one(config: TrainConfig, base: Path) -> None:
+    train(replace(config, controlnet_kind="stability", max_train_steps=1, validation_steps=0))
+    with pytest.raises(
+        ConfigError, match=r"--controlnet-kind joint: is for a new ControlNet; .* kind stability"
+    ):
+        train(replace(config, controlnet_kind="joint"))
+    new = replace(
+        config, controlnet_model_name_or_path=None, num_controlnet_layers=2, validation_steps=0
+    )
+    ours = find_sizes(replace(new, controlnet_kind="stability")).controlnet
+    assert ours["joint_attention_dim"] is None
+    assert find_sizes(new).controlnet["joint_attention_dim"] == 96
