@@ -8,7 +8,7 @@ from common.checks import check_resolution, check_sequence_length
 from common.errors import ConfigError
 from common.options import flag, option
 from sd3.annotators.arguments import parse_arguments
-from sd3.controlnet.script_convention import ConfigConvention
+from sd3.controlnet.unsaved_convention import ConfigConvention
 from sd3.images import OtherShape
 from shards.format.manifest import DEFAULT_CONDITIONING
 
@@ -35,7 +35,7 @@ class PipelineConfig:
     convention: ConfigConvention = option(
         "saved",
         help="Inputs that the ControlNet expects: as its configuration says, or as diffusers' "
-        "script trains it, which the configuration leaves out.",
+        "script trains it or Stability's Canny was trained, whose configurations leave it out.",
     )
     conditioning_from: str | None = option(
         None,

@@ -17,7 +17,7 @@ from PIL import Image
 from common.errors import ConfigError
 from infer.config import PipelineConfig
 from sd3.buckets import nearest_buckets
-from sd3.controlnet.script_convention import corrected
+from sd3.controlnet.unsaved_convention import corrected
 from sd3.images import BACKGROUND
 from sd3.inpainting import is_inpainting, mask_of
 from sd3.pixels import to_pixels, to_uint8

@@ -158,10 +158,11 @@ class PrecomputeConfig:
     min_image_px: int = option(
         1, help="Leave out rows whose image has a shorter side than this, in pixels."
     )
-    conditioning_range: Literal["-1_1", "0_1"] = option(
+    conditioning_range: Literal["-1_1", "0_1", "stability_canny"] = option(
         "-1_1",
         help="Range of conditioning pixels before the VAE. -1_1 is what the stock pipeline does "
-        "at inference; 0_1 repeats the diffusers training script.",
+        "at inference; 0_1 repeats the diffusers training script; stability_canny is for going on "
+        "from Stability's Canny ControlNet for SD3.5 large.",
     )
     max_sequence_length: int = option(
         77, help="T5 tokens a prompt; inference uses the same number."

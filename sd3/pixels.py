@@ -8,6 +8,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+# Factor and offset of pixels in [0, 1], by the range that they are to have.
+SCALES = {"-1_1": (2.0, -1.0), "0_1": (1.0, 0.0), "stability_canny": (255 * 0.5, 0.5)}
+
 
 def to_uint8(image: Image.Image) -> Tensor:
     """Return the pixels of an RGB image, [3, H, W], 0 to 255."""
@@ -24,10 +27,12 @@ def to_pixels(uint8: Tensor, pixel_range: str) -> Tensor:
 
     Args:
         uint8: [..., 3, H, W], 0 to 255.
-        pixel_range: `-1_1`, as diffusers' VaeImageProcessor; or `0_1`.
+        pixel_range: `-1_1`, as diffusers' VaeImageProcessor; `0_1`; or `stability_canny`, as
+            Stability's Canny ControlNet for SD3.5-large was trained: 0.5 to 128.
 
     Returns:
         [..., 3, H, W], float32.
     """
     unit = uint8.to(torch.float32) / 255.0
-    return unit if pixel_range == "0_1" else 2.0 * unit - 1.0
+    factor, offset = SCALES[pixel_range]
+    return factor * unit + offset

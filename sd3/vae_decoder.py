@@ -60,8 +60,9 @@ def to_bytes(pixels: NDArray[np.float32], pixel_range: str = "-1_1") -> NDArray[
 
     Args:
         pixels: of any shape.
-        pixel_range: of `pixels`: `-1_1`, or `0_1` for conditioning images encoded in that range.
+        pixel_range: of `pixels`: `-1_1`, or `0_1` for conditioning images encoded in that range. In
+            `stability_canny` the VAE cannot give back what it got; it is shown as `-1_1`.
     """
-    unit = pixels / 2 + 0.5 if pixel_range == "-1_1" else pixels
+    unit = pixels if pixel_range == "0_1" else pixels / 2 + 0.5
     rounded: NDArray[np.uint8] = (unit.clip(0, 1) * 255).round().astype(np.uint8)
     return rounded

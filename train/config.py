@@ -11,7 +11,7 @@ from common.options import flag, option
 from sd3.controlnet.block_counts import in_words
 from sd3.controlnet.kinds import ControlNetKind
 from sd3.controlnet.pooled_projection import DEFAULT_POOLED_PROJECTION, PooledProjection
-from sd3.controlnet.script_convention import ConfigConvention
+from sd3.controlnet.unsaved_convention import ConfigConvention
 from shards.format.manifest import DEFAULT_CONDITIONING
 from shards.remote.streaming import LOCAL_CACHE_GB
 from train.misplaced_options import AT_PRECOMPUTE
@@ -75,7 +75,7 @@ class TrainConfig:
     convention: ConfigConvention = option(
         "saved",
         help="What the ControlNet to start from was trained with: what its configuration says, or "
-        "what diffusers' script trains with, which the configuration leaves out.",
+        "what diffusers' script or Stability's Canny was trained with, which theirs leaves out.",
     )
     controlnet_kind: ControlNetKind | None = option(
         None,

@@ -86,7 +86,7 @@ class VaeEncoder:
 
         Args:
             uint8: [B, 3, H, W], 0 to 255; or [B, 4, H, W], images of `sd3.inpainting`.
-            pixel_range: range of the pixels that the VAE is given, `-1_1` or `0_1`.
+            pixel_range: range of the pixels that the VAE is given; see `sd3.pixels`.
             name: of the tensor, `latent` or `conditioning_latent`.
             size: how many images are encoded at once.
 

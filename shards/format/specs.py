@@ -10,7 +10,7 @@ from shards.format.tensor_spec import TensorSpec
 
 DType = Annotated[str, Meta(pattern=r"^(float16|bfloat16|float32)\Z")]
 Posterior = Annotated[str, Meta(pattern=r"^(mean|mean_std)\Z")]
-PixelRange = Annotated[str, Meta(pattern=r"^(-1_1|0_1)\Z")]
+PixelRange = Annotated[str, Meta(pattern=r"^(-1_1|0_1|stability_canny)\Z")]
 # Of a tensor's axis.
 Size = Annotated[int, Meta(ge=1, le=1 << 16)]
 Channel = Annotated[int, Meta(ge=0, le=255)]
@@ -74,7 +74,7 @@ class LatentSpec:
         shift_factor: subtracted before scaling.
         posterior: `mean`, or `mean_std` where the standard deviation is stored as well.
         pixel_range: `-1_1`, what the VAE was trained on; `0_1` for conditioning latents encoded
-            as the diffusers training script does.
+            as the diffusers training script does; `stability_canny`, as those of Stability's Canny.
         dtype: of the stored tensors.
     """
 

@@ -108,6 +108,8 @@ def test_pixels_equal_diffusers_own_preprocessing() -> None:
     assert torch.equal(to_pixels(uint8, "-1_1"), stock)
     unit = VaeImageProcessor(vae_scale_factor=8, do_normalize=False).preprocess(image)
     assert torch.equal(to_pixels(uint8, "0_1"), unit)
+    # As SD3CannyImageProcessor, on the card of Stability's Canny.
+    assert torch.equal(to_pixels(uint8, "stability_canny"), unit * 255 * 0.5 + 0.5)
 
 
 def half_transparent(mode: str) -> Image.Image:

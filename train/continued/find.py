@@ -14,7 +14,7 @@ from sd3.controlnet.pooled_projection import (
     PooledProjection,
     pooled_projection_of,
 )
-from sd3.controlnet.script_convention import corrected
+from sd3.controlnet.unsaved_convention import corrected
 from sd3.pretrained import (
     DATA_KEY,
     controlnet_mismatches,
@@ -40,7 +40,7 @@ def find_continued(name: str, config: TrainConfig, cache: Cache) -> Path:
     """
     folder = local_main_first(lambda: find_controlnet(name, FLAG, cache_dir=config.cache_dir))
     saved = read_config(folder, "")
-    if config.convention == "train_controlnet_sd3" and DATA_KEY in saved:
+    if config.convention != "saved" and DATA_KEY in saved:
         raise ConfigError(
             f"--convention {config.convention}: {FLAG} {name} was trained by python -m train, as "
             "its config.json says. Leave --convention out."
