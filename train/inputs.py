@@ -106,7 +106,7 @@ def find_inputs(config: TrainConfig, num_processes: int) -> Inputs:
         pooled_projection=find_pooled_projection(
             config, controlnet, checkpoint, inpainting=bool(cache.conditioning_spec.inpainting)
         ),
-        controlnet_kind=_kind(config, controlnet),
+        controlnet_kind=_find_kind(config, controlnet, cache),
         order=order,
         pairs=read_pairs(cache) if draws_pictures else [],
         measures_held_out=validates and bool(held_out_records(cache)),
@@ -144,11 +144,22 @@ def _find_base(config: TrainConfig, needs_vae: bool) -> Path:
         raise ConfigError(f"{error}{hint}") from error
 
 
-def _kind(config: TrainConfig, controlnet: Path | None) -> ControlNetKind:
-    """Return the kind of the ControlNet, that of a folder or of a new one."""
+def _find_kind(config: TrainConfig, controlnet: Path | None, cache: Cache) -> ControlNetKind:
+    """Return the kind of the ControlNet, that of a folder or of a new one.
+
+    Raises:
+        ConfigError: the cache is for inpainting, whose stock pipeline knows one kind alone.
+    """
     if controlnet is None:
-        return config.controlnet_kind or "joint"
-    return kind_of(read_config(controlnet, ""))
+        kind = config.controlnet_kind or "joint"
+    else:
+        kind = kind_of(read_config(controlnet, ""))
+    if kind == "stability" and cache.conditioning_spec.inpainting:
+        raise ConfigError(
+            "a ControlNet of Stability's kind reads no text, and the cache is for inpainting, "
+            "whose stock pipeline gives it some: train one of --controlnet-kind joint."
+        )
+    return kind
 
 
 def _check_same_everywhere(

@@ -135,3 +135,8 @@ def test_the_estimate_knows_the_mask(inpaint: TrainConfig) -> None:
     sizes = find_sizes(inpaint)
     assert sizes.controlnet["extra_conditioning_channels"] == 1
     assert simulate(inpaint, sizes).peak > 0
+
+
+def test_the_stock_pipeline_gives_text_to_all(inpaint: TrainConfig) -> None:
+    with pytest.raises(ConfigError, match=r"reads no text, .* --controlnet-kind joint"):
+        find_inputs(replace(inpaint, controlnet_kind="stability"), 1)
