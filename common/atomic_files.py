@@ -5,6 +5,7 @@ import errno
 import os
 import secrets
 import shutil
+import stat
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
@@ -57,6 +58,18 @@ def require_space(folder: Path, num_bytes: int) -> None:
     """
     if num_bytes > shutil.disk_usage(folder).free:
         raise cannot_write(folder, OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), num_bytes)
+
+
+def give_usual_permissions(path: Path) -> None:
+    """Give a file the permissions of any other that this process writes.
+
+    The safetensors library lets only the owner read its files.
+    """
+    probe = path.with_name(f"{path.name}.tmp-{secrets.token_hex(6)}")
+    probe.touch()
+    mode = stat.S_IMODE(probe.stat().st_mode)
+    probe.unlink()
+    path.chmod(mode)
 
 
 def move_into_place(temporary: Path, path: Path) -> None:

@@ -23,6 +23,7 @@ SECTIONS = (
     "score",
     "serve",
     "decode",
+    "export",
     GIVES_UP,
 )
 

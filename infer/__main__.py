@@ -1,4 +1,4 @@
-"""`python -m infer generate|show|score|serve|decode`: pictures with a ControlNet, and figures."""
+"""`python -m infer generate|show|score|serve|decode|export`: pictures, figures, files."""
 
 import importlib.util
 import json
@@ -10,7 +10,14 @@ import click
 from common.command import CONTEXT, stage_command, user_errors
 from common.errors import ConfigError
 from common.memory.need import Need
-from infer.config import DecodeConfig, GenerateConfig, PipelineConfig, ScoreConfig, ServeConfig
+from infer.config import (
+    DecodeConfig,
+    ExportConfig,
+    GenerateConfig,
+    PipelineConfig,
+    ScoreConfig,
+    ServeConfig,
+)
 from infer.misplaced_options import misplaced
 
 
@@ -59,6 +66,13 @@ def run_decode(config: DecodeConfig) -> None:
     from infer.decode import decode_validations
 
     decode_validations(config)
+
+
+def run_export(config: ExportConfig) -> None:
+    """Export."""
+    from infer.exporting.export import export
+
+    export(config)
 
 
 def run_serve(config: ServeConfig) -> None:
@@ -128,6 +142,11 @@ main.add_command(
 main.add_command(
     stage_command(
         "decode", DecodeConfig, run_decode, section="decode", misplaced=misplaced(DecodeConfig)
+    )
+)
+main.add_command(
+    stage_command(
+        "export", ExportConfig, run_export, section="export", misplaced=misplaced(ExportConfig)
     )
 )
 

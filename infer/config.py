@@ -297,6 +297,41 @@ class DecodeConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ExportConfig:
+    """Write a ControlNet as one file for ComfyUI, which goes into its folder models/controlnet.
+
+    It is checked that ComfyUI drives it as it was trained.
+    """
+
+    controlnet: str = option(
+        help="ControlNet: a folder that train wrote, a checkpoint's too, or a hub id.",
+        heading="ControlNet",
+    )
+    convention: ConfigConvention = option(
+        "saved",
+        help="How it was trained: as its configuration says, or as diffusers' script trains, which "
+        "the configuration leaves out.",
+    )
+    cache_dir: Path | None = option(
+        None, help="Folder for downloaded models; not the cache of shards."
+    )
+    output: Path = option(help="The file, NAME.safetensors.", heading="Output")
+    dtype: Literal["float16", "bfloat16", "float32", "float8_e4m3fn"] = option(
+        "float16", help="Number format of the weights; of 8 bit are the blocks' matrices alone."
+    )
+    overwrite: bool = option(False, help="Replace a file that is there.")
+
+    def __post_init__(self) -> None:
+        """Refuse a name that ComfyUI does not take for a model.
+
+        Raises:
+            ConfigError: naming the option.
+        """
+        if self.output.suffix != ".safetensors":
+            raise ConfigError(f"--output {self.output}: give a name that ends with .safetensors.")
+
+
+@dataclass(frozen=True, kw_only=True)
 class ServeConfig(PipelineConfig):
     """Serve a page where you draw or upload a conditioning image and the ControlNet follows it.
 

@@ -8,7 +8,6 @@ import torch
 from diffusers import (
     FlowMatchEulerDiscreteScheduler,
     SD3ControlNetModel,
-    SD3MultiControlNetModel,
     StableDiffusion3ControlNetInpaintingPipeline,
     StableDiffusion3ControlNetPipeline,
     StableDiffusion3Pipeline,
@@ -27,6 +26,7 @@ from infer.memory.estimate import choose_offload, need_with, simulate_sets
 from infer.pipeline import TEXT_COMPONENTS
 from infer.placement import check_offload, place, place_controlnet, take_turns
 from infer.vae import save_memory
+from sd3.controlnet.combined import CombinedControlNets
 from sd3.finite import check_finite
 from sd3.inpainting import is_inpainting
 from sd3.quantized import quantize
@@ -107,10 +107,10 @@ class LoadedBase:
         stock_class = StableDiffusion3ControlNetPipeline
         if is_inpainting(networks[0].config):
             stock_class = StableDiffusion3ControlNetInpaintingPipeline
-        pipeline = stock_class(
-            **stock.components,
-            controlnet=networks[0] if len(networks) == 1 else SD3MultiControlNetModel(networks),
-        )
+        controlnet = networks[0]
+        if len(networks) > 1:
+            controlnet = CombinedControlNets(networks, stock.transformer.config.num_layers)
+        pipeline = stock_class(**stock.components, controlnet=controlnet)
         if self.config.compile:
             compile_blocks(*networks)
         place_controlnet(pipeline, self.offload, self.device)

@@ -5,7 +5,7 @@ from typing import Any
 
 from common.config_file import aliases, switches
 from common.options import flag
-from infer.config import DecodeConfig, GenerateConfig, ScoreConfig, ServeConfig
+from infer.config import DecodeConfig, ExportConfig, GenerateConfig, ScoreConfig, ServeConfig
 from precompute.config import PrecomputeConfig
 from train.config import TrainConfig
 
@@ -17,6 +17,7 @@ COMMANDS = {
     "infer score": ScoreConfig,
     "infer serve": ServeConfig,
     "infer decode": DecodeConfig,
+    "infer export": ExportConfig,
 }
 
 

@@ -26,7 +26,7 @@ PLANNING = {"precompute.sources", "precompute.fingerprints", "precompute.plannin
 PRECOMPUTE = PLANNING | {"precompute.encoding", "precompute.memory", "precompute"}
 BELOW_SAVING = {"train.processes", "train.optim", "train.validation"}
 TRAIN = BELOW_SAVING | {"train", "train.continued", "train.memory", "train.saving"}
-INFER = {"infer", "infer.drawing", "infer.memory", "infer.scoring"}
+INFER = {"infer", "infer.drawing", "infer.exporting", "infer.memory", "infer.scoring"}
 DRAWING = {
     "infer.batches",
     "infer.config",
@@ -75,6 +75,7 @@ ALLOWED = {
     "train.continued": STAGE | {"train.config", "train.processes", "train.saving"},
     "train": STAGE | TRAIN,
     "infer.memory": STAGE | PRECOMPUTE | TRAIN | {"infer.config", "infer.convention", "infer.vae"},
+    "infer.exporting": STAGE | {"infer.config"},
     "infer": STAGE | PRECOMPUTE | TRAIN | INFER,
     "infer.drawing": STAGE | PRECOMPUTE | TRAIN | DRAWING,
     "infer.scoring": STAGE | PRECOMPUTE | TRAIN | DRAWING | {"infer.drawing"},
@@ -208,7 +209,7 @@ COMMANDS = [
     ["precompute"],
     ["train"],
     ["infer"],
-    *(["infer", name] for name in ("generate", "show", "score", "serve", "decode")),
+    *(["infer", name] for name in ("generate", "show", "score", "serve", "decode", "export")),
     ["shards"],
     *(["shards", name] for name in ("info", "seal", "verify", "preview", "pull", "push")),
     ["demo"],

@@ -22,6 +22,7 @@ from typing import Any
 import click
 import pytest
 from accelerate.state import AcceleratorState
+from diffusers import SD3ControlNetModel
 from PIL import Image
 
 from precompute.config import PrecomputeConfig
@@ -205,6 +206,9 @@ def with_runs(
     train(config)
     shutil.copytree(folder / "out", folder / "watched")
     models.new_controlnet(base, None, 2, "zeros", 1).save_pretrained(folder / "inpainting")
+    # ComfyUI knows SD3's heads alone, which are wider than the miniature's.
+    heads = {"num_attention_heads": 2, "attention_head_dim": 64, "caption_projection_dim": 128}
+    SD3ControlNetModel(num_layers=1, **heads).save_pretrained(folder / "out-zeros")
     return folder
 
 

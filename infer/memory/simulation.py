@@ -182,11 +182,12 @@ class _Pipeline:
         from diffusers import (
             AutoencoderKL,
             SD3ControlNetModel,
-            SD3MultiControlNetModel,
             SD3Transformer2DModel,
             StableDiffusion3ControlNetInpaintingPipeline,
             StableDiffusion3ControlNetPipeline,
         )
+
+        from sd3.controlnet.combined import CombinedControlNets
 
         self.config, self.sizes = config, sizes
         self.dtype = getattr(torch, config.dtype)
@@ -201,7 +202,9 @@ class _Pipeline:
             loaded = _bytes(transformer)
             if config.quantize_base is not None:
                 quantize(transformer.requires_grad_(False), config.quantize_base)
-            controlnet = nets[0] if len(nets) == 1 else SD3MultiControlNetModel(nets)
+            controlnet = nets[0]
+            if len(nets) > 1:
+                controlnet = CombinedControlNets(nets, int(sizes.transformer["num_layers"]))
             self.inpainting = is_inpainting(sizes.controlnets[0]) if nets else False
             stock_class = StableDiffusion3ControlNetPipeline
             if self.inpainting:

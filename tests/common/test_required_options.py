@@ -44,7 +44,7 @@ def given(parameters: list[click.Parameter], file: Path) -> list[str]:
 
 def test_all_programs_are_found() -> None:
     found = {command.name for program in PROGRAMS for command in commands(program)}
-    stages = {"precompute", "train", "generate", "score", "serve", "decode", "show"}
+    stages = {"precompute", "train", "generate", "score", "serve", "decode", "export", "show"}
     assert found >= stages | {"info", "seal", "verify", "preview", "pull", "push", "circles"}
     assert "benchmarks.train_step" in PROGRAMS
     assert "demo.__main__" in PROGRAMS

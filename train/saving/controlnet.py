@@ -11,7 +11,7 @@ from diffusers import SD3ControlNetModel
 from safetensors import SafetensorError
 from torch import Tensor
 
-from common.atomic_files import sync_folder, sync_tree
+from common.atomic_files import give_usual_permissions, sync_folder, sync_tree
 from common.errors import RunError
 from sd3.finite import nonfinite_weight
 from train.optim.ema import Ema
@@ -108,6 +108,8 @@ def save_controlnet(
         network.load_state_dict(whole, assign=True)
         try:
             network.save_pretrained(str(folder))
+            for path in folder.glob("*.safetensors"):
+                give_usual_permissions(path)
         except SafetensorError as error:  # of a full disk, too
             raise OSError(str(error).splitlines()[0]) from error
 

@@ -26,7 +26,7 @@ from PIL.PngImagePlugin import PngInfo
 from safetensors.torch import save_file
 from torch import Tensor
 
-from common.atomic_files import move_into_place, write_text
+from common.atomic_files import give_usual_permissions, move_into_place, write_text
 from sd3 import vae_decoder
 from sd3.vae_decoder import to_bytes
 from train import models
@@ -200,11 +200,13 @@ def _save(partial: Path, drawing: Drawing) -> None:
         "latents": drawing.latents,
         "conditioning_image": drawing.pair.conditioning_image,
     }
+    path = partial / f"{drawing.name}.safetensors"
     save_file(
         {name: tensor.contiguous() for name, tensor in tensors.items()},
-        partial / f"{drawing.name}.safetensors",
+        path,
         metadata={PROMPT_KEY: drawing.pair.prompt},
     )
+    give_usual_permissions(path)
 
 
 def _log(run: Run, drawings: list[Drawing], losses: dict[str, list[float]], step: int) -> None:

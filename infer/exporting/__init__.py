@@ -1,0 +1,1 @@
+"""ControlNets as files for other programs."""
