@@ -10,13 +10,13 @@ import click
 import torch
 from diffusers import SD3ControlNetModel
 from safetensors.torch import save_file
-from sd3.controlnet.unsaved_convention import corrected
 from torch import Tensor
 
 from common.atomic_files import give_usual_permissions, move_into_place, require_space
 from common.errors import ConfigError
 from infer.config import ExportConfig
 from infer.exporting.comfyui import base_blocks, why_driven_wrongly, without_shift
+from sd3.controlnet.unsaved_convention import corrected
 from sd3.finite import check_finite, nonfinite_weight
 from sd3.pretrained import DATA_KEY, find_controlnet, read_config
 
