@@ -1,6 +1,9 @@
 """Python snippets of the README and of diffusers' documentation work with what training leaves."""
 
+import json
 import re
+import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +14,9 @@ from PIL import Image
 from infer.config import GenerateConfig
 from infer.drawing.generate import generate
 from sd3.images import fit
+from sd3.pretrained import DATA_KEY
 from tests.conftest import PROMPTS, REPOSITORY, RESOLUTION_PX, TOKENS
+from train.saving.model_card import _example
 
 # As diffusers documents the use of what its script trains, on a GPU at 1024 px in float16.
 DOCUMENTED = """
@@ -93,4 +98,28 @@ def test_the_snippet_of_the_readme(config: GenerateConfig) -> None:
     }
     found = run(code, changes, {"conditioning": conditioning})
     generate(config)
+    assert np.array_equal(np.array(found), np.array(Image.open(config.output_dir / "000.png")))
+
+
+@pytest.mark.parametrize("pixel_range", ["-1_1", "0_1", "stability_canny"])
+def test_the_snippet_of_a_model_card(
+    config: GenerateConfig, controlnet: Path, tmp_path: Path, pixel_range: str
+) -> None:
+    """As the card of a ControlNet says it, pixel for pixel what generate draws."""
+    other = tmp_path / "controlnet"
+    shutil.copytree(controlnet, other)
+    saved = json.loads((other / "config.json").read_text())
+    saved[DATA_KEY]["conditioning_range"] = pixel_range
+    (other / "config.json").write_text(json.dumps(saved))
+    example = _example(
+        str(other), config.pretrained_model_name_or_path, saved[DATA_KEY], inpainting=False
+    )
+    (code,) = re.findall(r"```python\n(.*?)```", example, re.DOTALL)
+    changes = {
+        "torch.float16": "torch.float32",
+        '"a prompt",': f"{PROMPTS[0]!r}, num_inference_steps=2,",
+        '"conditioning.png"': repr(str(config.image[0])),
+    }
+    found = run(code, changes, {})
+    generate(replace(config, controlnet=(str(other),)))
     assert np.array_equal(np.array(found), np.array(Image.open(config.output_dir / "000.png")))

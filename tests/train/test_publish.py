@@ -200,7 +200,8 @@ def test_the_example_has_the_pictures_sides() -> None:
         {"height": 64, "width": 96, "max_sequence_length": 9},
         inpainting=False,
     )
-    assert "height=64,\n    width=96,\n    max_sequence_length=9," in example
+    assert "size = (96, 64)  #" in example
+    assert "max_sequence_length=9,  #" in example
 
 
 def test_a_base_in_the_hubs_cache_is_known_by_its_name(tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from sd3.controlnet.block_counts import describe_count
 from sd3.controlnet.kinds import kind_of
 from sd3.controlnet.pooled_projection import pooled_projection_of
 from sd3.inpainting import is_inpainting
+from sd3.pixels import SCALES
 from sd3.pretrained import DATA_KEY, is_hub_id
 from shards.format.specs import describe_annotator
 from train.assembly import Run
@@ -121,28 +122,46 @@ def _metadata(base: str | None) -> str:
 
 
 def _example(name: str, base: str, data: dict[str, Any], *, inpainting: bool) -> str:
-    """Return Python that loads the ControlNet and draws a picture."""
+    """Return Python that loads the ControlNet and draws what `python -m infer generate` draws."""
     pipeline = "StableDiffusion3ControlNetPipeline"
-    control = 'control_image=load_image("conditioning.png"),'
+    names, arguments = ["conditioning"], "control_image=conditioning,"
     if inpainting:
         pipeline = "StableDiffusion3ControlNetInpaintingPipeline"
-        control = """control_image=load_image("picture.png"),
-    control_mask=load_image("mask.png"),  # white where the picture is drawn anew"""
+        names = ["picture", "mask"]
+        arguments = "control_image=picture,\n    control_mask=mask,  # white: drawn anew"
+    bilinear = "Image.Resampling.BILINEAR"
+    loading = "\n".join(
+        f'{each} = load_image("{each}.png").resize(size, {bilinear})' for each in names
+    )
+    numpy = ""
+    factor, offset = SCALES[data.get("conditioning_range", "-1_1")]
+    if (factor, offset) != SCALES["-1_1"]:
+        numpy = "import numpy as np\n"
+        scaled = "" if (factor, offset) == (1, 0) else f" * {factor:g} + {offset:g}"
+        loading += (
+            "\n# In the range of training, which is not the pipeline's own.\n"
+            "pixels = torch.from_numpy(np.array(conditioning)).permute(2, 0, 1)[None] / 255\n"
+            f"conditioning = pixels{scaled}"
+        )
     return f"""```python
-import torch
+{numpy}import torch
 from diffusers import SD3ControlNetModel, {pipeline}
 from diffusers.utils import load_image
+from PIL import Image
 
 controlnet = SD3ControlNetModel.from_pretrained("{name}", dtype=torch.float16)
 pipeline = {pipeline}.from_pretrained(
     "{base}", controlnet=controlnet, dtype=torch.float16
 )
+size = ({data["width"]}, {data["height"]})  # as in training; give images of this shape
+{loading}
 image = pipeline(
     "a prompt",
-    {control}
-    height={data["height"]},
-    width={data["width"]},
-    max_sequence_length={data["max_sequence_length"]},
+    {arguments}
+    width=size[0],
+    height=size[1],
+    max_sequence_length={data["max_sequence_length"]},  # as in training; the pipeline's own is 256
+    generator=torch.manual_seed(0),
 ).images[0]
 ```"""
 
