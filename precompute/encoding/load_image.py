@@ -39,17 +39,19 @@ class SourceImages:
             ShardError: the file has changed, or cannot be read any more.
             RunError: the source's disk fails again and again.
         """
-        if kind == "image":
-            return self._picture(item, size_px)
         draw = self.context.annotator.function if self.context.annotator else None
+        inpainting = self.context.config.inpainting
+        if kind == "conditioning_image" and draw is None and not inpainting:
+            return self._fit_conditioning_image(item, size_px)
+        picture = self._picture(item, size_px)
+        if kind == "image":
+            return picture
         if draw is None:
             control = self._fit_conditioning_image(item, size_px)
         else:
-            control = images.annotated(self._picture(item, size_px), draw)
+            control = images.annotated(picture, draw)
             self.note_values(item, control, AS_IS)
-        if self.context.config.inpainting:
-            return without_masked(self._picture(item, size_px), control)
-        return control
+        return without_masked(picture, control) if inpainting else control
 
     def _picture(self, item: int, size_px: tuple[int, int]) -> Image.Image:
         picture = images.fit(self._decode_image(self.context.row_of(item)), size_px)
