@@ -1,5 +1,6 @@
 """The settings of stage 3."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -13,6 +14,17 @@ from sd3.images import OtherShape
 from shards.format.manifest import DEFAULT_CONDITIONING
 
 Offload = Literal["none", "model", "groups"]
+# Settings that ControlNets which draw together may each have their own of.
+PER_CONTROLNET = (
+    "controlnet_conditioning_scale",
+    "control_guidance_start",
+    "control_guidance_end",
+)
+
+
+def for_each(values: Sequence[float], count: int) -> list[float]:
+    """Return a value for each of `count` ControlNets, from one for all or one for each."""
+    return list(values) * (count if len(values) == 1 else 1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,12 +37,16 @@ class PipelineConfig:
         heading="ControlNet",
         unless="estimate",
     )
-    controlnet_conditioning_scale: float = option(1.0, help="Strength of the control; 0 is none.")
-    control_guidance_start: float = option(
-        0.0, help="Fraction of the steps after which the control begins."
+    controlnet_conditioning_scale: tuple[float, ...] = option(
+        (1.0,),
+        help="Strength of the control; 0 is none. For ControlNets that are combined one for all, "
+        "or one for each.",
     )
-    control_guidance_end: float = option(
-        1.0, help="Fraction of the steps after which the control ends."
+    control_guidance_start: tuple[float, ...] = option(
+        (0.0,), help="Fraction of the steps after which the control begins; likewise."
+    )
+    control_guidance_end: tuple[float, ...] = option(
+        (1.0,), help="Fraction of the steps after which the control ends; likewise."
     )
     convention: ConfigConvention = option(
         "saved",
@@ -117,15 +133,32 @@ class PipelineConfig:
             side = getattr(self, name)
             if side is not None:
                 check_resolution(side, flag(name))
-        if not 0 <= self.control_guidance_start < self.control_guidance_end <= 1:
-            raise ConfigError(
-                f"--control-guidance-start {self.control_guidance_start:g} and --control-guidance-"
-                f"end {self.control_guidance_end:g}: between 0 and 1, the start before the end."
-            )
+        self._check_guidance()
         if self.shift is not None and self.shift <= 0:
             raise ConfigError(f"--shift {self.shift:g}: must be above 0.")
         if self.offload == "groups" and self.compile:
             raise ConfigError("--offload groups: does not go with --compile; try model.")
+
+    def _check_guidance(self) -> None:
+        count = self.num_combined
+        for name in PER_CONTROLNET:
+            if len(given := getattr(self, name)) not in (1, count):
+                several = f", or {count}, one for each" if count > 1 else ""
+                raise ConfigError(f"{flag(name)}: {len(given)} values; give one{several}.")
+        starts, ends = (
+            for_each(getattr(self, name), count) for name in PER_CONTROLNET if "guidance" in name
+        )
+        for start, end in zip(starts, ends, strict=True):
+            if not 0 <= start < end <= 1:
+                raise ConfigError(
+                    f"--control-guidance-start {start:g} and --control-guidance-end {end:g}: "
+                    "between 0 and 1, the start before the end."
+                )
+
+    @property
+    def num_combined(self) -> int:
+        """How many ControlNets draw a picture together."""
+        return 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -214,6 +247,11 @@ class GenerateConfig(PipelineConfig):
             raise ConfigError("--seed: give at least one.")
         if self.batch_size < 1:
             raise ConfigError(f"--batch-size {self.batch_size}: at least 1.")
+
+    @property
+    def num_combined(self) -> int:
+        """How many ControlNets draw a picture together."""
+        return len(self.controlnet) if self.combine else 1
 
     @property
     def _draws_validation(self) -> bool:

@@ -123,7 +123,7 @@ class DrawService:
                     "seed": (seed,),
                     "num_inference_steps": num_inference_steps,
                     "guidance_scale": guidance_scale,
-                    "controlnet_conditioning_scale": controlnet_conditioning_scale,
+                    "controlnet_conditioning_scale": (controlnet_conditioning_scale,),
                 }
             )
             request = DrawRequest(prompt, negative_prompt, (control,), (seed,))

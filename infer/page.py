@@ -101,8 +101,8 @@ def _add_settings(
     title = gr.Dropdown(titles, value=titles[0], label="ControlNet")
     scale = gr.Slider(
         0,
-        max(MOST_STRENGTH, config.controlnet_conditioning_scale),
-        config.controlnet_conditioning_scale,
+        max(MOST_STRENGTH, *config.controlnet_conditioning_scale),
+        config.controlnet_conditioning_scale[0],
         step=0.05,
         label="Strength",
     )

@@ -12,7 +12,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from common.provenance import write_run
-from infer.config import GenerateConfig
+from infer.config import PER_CONTROLNET, GenerateConfig, for_each
 from infer.convention import control_arguments
 from infer.drawing import metadata
 from infer.drawing.controlnet_set import ControlNetSet, combine, find_controlnet_sets
@@ -212,7 +212,11 @@ def draw(
     ]
     several = len(controls) > 1
     images = [control["control_image"] for control in controls]
-    scale = config.controlnet_conditioning_scale
+    settings: dict[str, Any] = {
+        name: for_each(getattr(config, name), len(controls)) for name in PER_CONTROLNET
+    }
+    if not several:
+        settings = {name: values[0] for name, values in settings.items()}
     negative = None
     if config.guidance_scale > 1:
         negative = [picture.request.negative_prompt for picture in batch]
@@ -228,9 +232,7 @@ def draw(
         height=batch[0].size[1],
         num_inference_steps=config.num_inference_steps,
         guidance_scale=config.guidance_scale,
-        controlnet_conditioning_scale=[scale] * len(controls) if several else scale,
-        control_guidance_start=config.control_guidance_start,
-        control_guidance_end=config.control_guidance_end,
+        **settings,
         max_sequence_length=tokens,
         generator=generator,
     )

@@ -12,7 +12,7 @@ from xxhash import xxh3_128
 from common.errors import ConfigError
 from common.options import as_dict
 from common.provenance import versions
-from infer.config import GenerateConfig
+from infer.config import PER_CONTROLNET, GenerateConfig
 from sd3.pretrained import controlnet_in
 
 KEY = "sd3_controlnet"
@@ -49,6 +49,9 @@ def describe(
     left_out = NOT_IDENTITY if config.from_photo else NOT_IDENTITY | OF_PHOTOGRAPHS
     left_out = left_out if config.mask else left_out | {"mask"}  # as before there were masks
     settings = {name: value for name, value in as_dict(config).items() if name not in left_out}
+    for name in PER_CONTROLNET:
+        if len(settings[name]) == 1:  # as before there could be several
+            (settings[name],) = settings[name]
     description = {
         "settings": settings | picture,
         "digests": digests,
@@ -112,6 +115,9 @@ def settings_from(path: Path) -> tuple[dict[str, Any], list[str]]:
     description = read(path)
     known = {field.name for field in dataclasses.fields(GenerateConfig)} - NOT_IDENTITY
     settings = {name: value for name, value in description["settings"].items() if name in known}
+    for name in PER_CONTROLNET:
+        if isinstance(settings.get(name), int | float):
+            settings[name] = [settings[name]]
     digests, drawn = description.get("digests", {}), description.get("drawn", {})
     warnings = []
     for kind, option in (("images", "image"), ("controlnets", "controlnet")):

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from common.progress import Progress
 from infer.batches import split_into_batches
-from infer.config import ScoreConfig
+from infer.config import PER_CONTROLNET, ScoreConfig
 from infer.convention import Convention, control_arguments
 from infer.drawing.prompts import EncodedPrompts
 from infer.scoring.measures import Measure, Sample
@@ -106,9 +106,7 @@ def _draw(
         conditioning = [sample.conditioning for sample in batch]
         arguments |= {
             **control_arguments(conditioning, convention),
-            "controlnet_conditioning_scale": config.controlnet_conditioning_scale,
-            "control_guidance_start": config.control_guidance_start,
-            "control_guidance_end": config.control_guidance_end,
+            **{name: getattr(config, name)[0] for name in PER_CONTROLNET},
         }
     pictures: list[Image.Image] = pipeline(**arguments).images
     return pictures

@@ -47,7 +47,7 @@ def test_a_picture_is_that_of_the_cpu(config: GenerateConfig, tmp_path: Path) ->
     on_cpu = replace(config, device="cpu", output_dir=tmp_path / "cpu")
     difference = np.abs(picture(config) - picture(on_cpu))
     assert difference.mean() < 1
-    without = replace(config, controlnet_conditioning_scale=0.0, output_dir=tmp_path / "without")
+    without = replace(config, controlnet_conditioning_scale=(0.0,), output_dir=tmp_path / "without")
     assert np.abs(picture(config) - picture(without)).mean() > 2
 
 

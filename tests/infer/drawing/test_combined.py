@@ -1,5 +1,6 @@
 """ControlNets of different numbers of blocks act together, each as it would alone."""
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -7,15 +8,20 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from diffusers import SD3ControlNetModel
+from diffusers import (
+    SD3ControlNetModel,
+    SD3MultiControlNetModel,
+    StableDiffusion3ControlNetPipeline,
+)
 from PIL import Image
 from torch import Tensor
 
+from common.config_file import read_section
 from infer.config import GenerateConfig
 from infer.drawing.generate import generate
 from sd3.controlnet.combined import CombinedControlNets
 from sd3.pretrained import DATA_KEY
-from tests.conftest import PROMPTS, awaken
+from tests.conftest import PROMPTS, RESOLUTION_PX, TOKENS, Outcome, awaken
 from train import models
 
 
@@ -61,6 +67,76 @@ def test_each_block_gets_what_both_alone_would_give_it(base: Path) -> None:
     for residual, first in zip(alone, (0, 0, 1, 1), strict=True):
         assert torch.equal(residual, of_two[first])
     assert not torch.equal(both[3], alone[3])
+
+
+def test_each_has_its_own_scale_start_and_end(
+    base: Path,
+    controlnet: Path,
+    circles: Path,
+    command: Callable[..., Outcome],
+    tmp_path: Path,
+) -> None:
+    """As options, and again from a picture's file; as the stock pipeline takes lists."""
+    second = SD3ControlNetModel.from_pretrained(controlnet)
+    awaken(second, 1)
+    second.save_pretrained(tmp_path / "second")
+    names, image = [str(controlnet), str(tmp_path / "second")], str(circles / "source" / "0.png")
+    options = ["--pretrained-model-name-or-path", str(base), "--combine", "--device", "cpu"]
+    options += ["--controlnet", names[0], "--controlnet", names[1], "--image", image]
+    options += ["--prompt", PROMPTS[0], "--num-inference-steps", "4"]
+    each = ["--controlnet-conditioning-scale", "0.8", "0.5", "--control-guidance-start", "0", "0.4"]
+    each += ["--control-guidance-end", "0.6", "1"]
+    drawn = tmp_path / "drawn"
+    done = command("infer", "generate", *options, *each, "--output-dir", str(drawn))
+    assert done.exit_code == 0, done.output
+    pipeline = StableDiffusion3ControlNetPipeline.from_pretrained(
+        base,
+        controlnet=SD3MultiControlNetModel(
+            [SD3ControlNetModel.from_pretrained(name) for name in names]
+        ),
+    )
+    small = Image.open(image).convert("RGB").resize((RESOLUTION_PX,) * 2, Image.Resampling.BILINEAR)
+    expected = pipeline(
+        PROMPTS[0],
+        control_image=[small, small],
+        controlnet_conditioning_scale=[0.8, 0.5],
+        control_guidance_start=[0.0, 0.4],
+        control_guidance_end=[0.6, 1.0],
+        height=RESOLUTION_PX,
+        width=RESOLUTION_PX,
+        num_inference_steps=4,
+        max_sequence_length=TOKENS,
+        generator=torch.manual_seed(0),
+    ).images[0]
+    picture = np.array(Image.open(drawn / "000.png"))
+    assert np.array_equal(picture, np.array(expected))
+    again = command(
+        "infer",
+        "generate",
+        "--like",
+        str(drawn / "000.png"),
+        "--output-dir",
+        str(tmp_path / "like"),
+    )
+    assert again.exit_code == 0, again.output
+    assert np.array_equal(np.array(Image.open(tmp_path / "like" / "000.png")), picture)
+    wrong = [*options, "--controlnet-conditioning-scale", "0.8", "0.5", "1"]
+    refused = command("infer", "generate", *wrong, "--output-dir", str(drawn))
+    assert refused.exit_code == 2
+    assert "--controlnet-conditioning-scale: 3 values; give one, or 2, one for each." in (
+        refused.output
+    )
+
+
+def test_a_configuration_may_say_one_for_all(tmp_path: Path) -> None:
+    path = tmp_path / "a.toml"
+    path.write_text(
+        "[infer]\ncontrolnet_conditioning_scale = 0.8\ncontrol_guidance_end = [0.5, 1]\n"
+    )
+    assert read_section(path, "infer", GenerateConfig) == {
+        "controlnet_conditioning_scale": (0.8,),
+        "control_guidance_end": (0.5, 1),
+    }
 
 
 @pytest.mark.parametrize("order", [(0, 1), (1, 0)])

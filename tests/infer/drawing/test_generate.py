@@ -71,14 +71,16 @@ def test_pictures_equal_the_stock_pipeline_pixel_for_pixel(config: GenerateConfi
 def test_options_reach_the_pipeline(config: GenerateConfig) -> None:
     one = replace(config, prompt=PROMPTS[:1], image=config.image[:1])
     generate(
-        replace(one, guidance_scale=3.0, controlnet_conditioning_scale=0.5, negative_prompt="black")
+        replace(
+            one, guidance_scale=3.0, controlnet_conditioning_scale=(0.5,), negative_prompt="black"
+        )
     )
     expected = stock(
         config, 0, guidance_scale=3.0, controlnet_conditioning_scale=0.5, negative_prompt="black"
     )
     picture = np.array(Image.open(config.output_dir / "000.png"))
     assert np.array_equal(picture, expected)
-    generate(replace(one, controlnet_conditioning_scale=0.0))
+    generate(replace(one, controlnet_conditioning_scale=(0.0,)))
     free = np.array(Image.open(config.output_dir / "000.png"))
     assert np.array_equal(free, stock(config, 0, controlnet_conditioning_scale=0.0))
     assert not np.array_equal(free, picture)

@@ -129,9 +129,9 @@ def test_two_controlnets_together(config: GenerateConfig, second: Path) -> None:
         controlnet=(*config.controlnet, str(second)),
         combine=True,
         prompt=PROMPTS[:1],
-        controlnet_conditioning_scale=0.5,
+        controlnet_conditioning_scale=(0.5,),
         shift=2.0,
-        control_guidance_end=0.5,
+        control_guidance_end=(0.5,),
     )
     generate(both)
     (expected,) = stock(
@@ -475,7 +475,10 @@ def test_bad_pairs_are_named(
         ({"height": 64}, "--height and --width: give both"),
         ({"height": 64, "width": 60}, "--width 60: must be divisible by 16"),
         ({"height": 64, "width": 64, "resolution": 64}, "--resolution: give it, or"),
-        ({"control_guidance_start": 0.5, "control_guidance_end": 0.5}, "the start before the end"),
+        (
+            {"control_guidance_start": (0.5,), "control_guidance_end": (0.5,)},
+            "the start before the end",
+        ),
         ({"shift": 0.0}, "--shift 0: must be above 0"),
         ({"batch_size": 0}, "--batch-size 0: at least 1"),
         ({"seed": ()}, "--seed: give at least one"),

@@ -61,7 +61,8 @@ def test_pictures_are_those_of_the_stock_pipelines(config: ScoreConfig) -> None:
         "control_guidance_start": 0.2,
         "control_guidance_end": 0.9,
     }
-    score(replace(config, num_inference_steps=3, negative_prompt="black", **influence))
+    each = {name: (value,) for name, value in influence.items()}
+    score(replace(config, num_inference_steps=3, negative_prompt="black", **each))
     base = config.pretrained_model_name_or_path
     network = SD3ControlNetModel.from_pretrained(config.controlnet[0])
     stock = StableDiffusion3ControlNetPipeline.from_pretrained(base, controlnet=network)
