@@ -12,6 +12,7 @@ from shards import info, verify
 from shards.format import manifest, seal
 from shards.format.expected_cache import read_expected
 from shards.format.manifest import DEFAULT_CONDITIONING, Manifest
+from shards.format.published import dataset_card
 from shards.remote import transfer
 from shards.remote.folder import RemoteFolder, is_url
 from shards.remote.shard_files import TransferResult
@@ -52,6 +53,7 @@ def seal_command(cache: Path) -> None:
     with user_errors():
         expected, _ = read_expected(cache)
         sealed = seal.seal(cache, expected)
+        dataset_card.write(cache, sealed)  # a cache of a former version has none
     pairs = info.num_pairs(sealed, expected.conditioning_name)
     click.echo(f"{cache}: complete, {pairs}, {sealed.num_skipped} rows left out")
 

@@ -16,6 +16,7 @@ from shards.format.expected_cache import ExpectedCache, ExpectedProduct
 from shards.format.json_files import digest
 from shards.format.manifest import Manifest, conditioning_folder, validation_folder
 from shards.format.product import Product, product_of, shard_captions_digest
+from shards.format.published import dataset_card
 from shards.format.sidecar import Sidecar, Skipped
 from shards.format.specs import AnnotatorSpec, ConditioningSpec
 
@@ -86,6 +87,7 @@ def seal(cache: Path, expected: ExpectedCache) -> Manifest:
         before = previous_manifest(cache)
         now = with_controls_of(before)
         if now != before or not _is_sealed(cache):
+            dataset_card.write(cache, now)
             manifest.write(cache, now)
         (cache / manifest.PREVIOUS).unlink(missing_ok=True)
     return now

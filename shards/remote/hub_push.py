@@ -6,7 +6,10 @@ from pathlib import Path
 
 from common.provenance import RUN
 from shards.format.manifest import MANIFEST, Manifest
+from shards.format.published.dataset_card import CARD
 from shards.reading.location import file_sha256
+from shards.remote.card import card_to_send
+from shards.remote.folder import RemoteFolder
 from shards.remote.hub import Repository
 from shards.remote.retry import with_retries
 from shards.remote.shard_files import (
@@ -20,14 +23,16 @@ from shards.remote.shard_files import (
 SHARDS_A_COMMIT = 64
 
 
-def push(cache: Path, url: str, manifest: Manifest, *, overwrite: bool) -> TransferResult:
+def push(
+    cache: Path, remote: RemoteFolder, manifest: Manifest, *, overwrite: bool
+) -> TransferResult:
     """Make a folder of a repository equal to a complete cache of this machine.
 
     What an interrupted push has sent is not sent again, committed or not.
 
     Args:
         cache: a complete cache.
-        url: `hf://…`; the repository is made, private, if there is none.
+        remote: `hf://…`; the repository is made, private, if there is none.
         manifest: of the cache.
         overwrite: whether another complete cache in the folder may be changed.
 
@@ -35,9 +40,9 @@ def push(cache: Path, url: str, manifest: Manifest, *, overwrite: bool) -> Trans
         ShardError: the cache is damaged, or cannot be sent.
         ConfigError: the folder holds another cache.
     """
-    pushing = _Push(cache, url)
+    pushing = _Push(cache, remote.url)
     if pushing.is_another(MANIFEST):
-        require_overwrite(overwrite, url)
+        require_overwrite(overwrite, remote.url)
         pushing.removed = (MANIFEST,)
     result = for_each_shard(
         "push",
@@ -46,7 +51,8 @@ def push(cache: Path, url: str, manifest: Manifest, *, overwrite: bool) -> Trans
         give_up=pushing.given_up.set,
         copied=pushing.add,
     )
-    pushing.finish()
+    with card_to_send(cache, remote, manifest) as card:
+        pushing.finish(card)
     return result
 
 
@@ -81,8 +87,10 @@ class _Push:
         if len(self._waiting) >= 2 * SHARDS_A_COMMIT:
             self._commit()
 
-    def finish(self) -> None:
-        """Send what waits, and with it the manifest."""
+    def finish(self, card: Path | None) -> None:
+        """Send what waits, and with it the manifest and a card."""
+        if card:
+            self._waiting[CARD] = card
         for name in (RUN, MANIFEST):
             path = self.cache / name
             if path.is_file() and not self._is_there(name, file_sha256(path)):

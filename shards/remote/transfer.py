@@ -9,9 +9,12 @@ from common.errors import ConfigError, ShardError
 from common.provenance import RUN
 from shards.format import json_files, manifest
 from shards.format.expected_cache import PLAN
-from shards.format.manifest import MANIFEST, PREVIOUS
+from shards.format.manifest import MANIFEST, PREVIOUS, Manifest
+from shards.format.published import dataset_card
+from shards.format.published.dataset_card import CARD
 from shards.reading.location import LocalFiles
 from shards.remote import hub_push
+from shards.remote.card import card_to_send
 from shards.remote.folder import RemoteFolder, remove_abandoned
 from shards.remote.shard_files import (
     ShardFiles,
@@ -63,11 +66,21 @@ def pull(remote: RemoteFolder, cache: Path, *, overwrite: bool = False) -> Trans
     )
     with contextlib.suppress(ShardError):  # not every copy of a cache has it
         remote.fetch(RUN, cache / RUN, size=None, sha256=None)
+    _pull_card(remote, cache, remote_manifest)
     with atomic_file(cache / MANIFEST) as file:
         file.write(data)
     (cache / PREVIOUS).unlink(missing_ok=True)
     remove_abandoned(cache)
     return result
+
+
+def _pull_card(remote: RemoteFolder, cache: Path, own_manifest: Manifest) -> None:
+    """Fetch the data set card, unless one is here; bring it up to date if one is now."""
+    if not (cache / CARD).is_file():
+        with contextlib.suppress(ShardError):  # a cache of a former version has none
+            remote.fetch(CARD, cache / CARD, size=None, sha256=None)
+    if (cache / CARD).is_file():
+        dataset_card.write(cache, own_manifest)
 
 
 def _pull_shard(remote: RemoteFolder, cache: Path, files: ShardFiles) -> bool:
@@ -107,7 +120,7 @@ def push(cache: Path, remote: RemoteFolder, *, overwrite: bool = False) -> Trans
     own_manifest = files.manifest()
     files.check_present(own_manifest, [folder for folder, _ in own_manifest.products()])
     if remote.is_repository:
-        return hub_push.push(cache, remote.url, own_manifest, overwrite=overwrite)
+        return hub_push.push(cache, remote, own_manifest, overwrite=overwrite)
     data = json_files.read_file(cache / MANIFEST)
     remote_data = remote.read(MANIFEST) if remote.size(MANIFEST) is not None else None
     if remote_data is not None and remote_data != data:
@@ -121,6 +134,9 @@ def push(cache: Path, remote: RemoteFolder, *, overwrite: bool = False) -> Trans
     )
     if (cache / RUN).is_file():
         remote.put(cache / RUN, RUN)
+    with card_to_send(cache, remote, own_manifest) as card:
+        if card:
+            remote.put(card, CARD)
     if remote_data != data or result.copied:
         remote.put(cache / MANIFEST, MANIFEST)
     return result

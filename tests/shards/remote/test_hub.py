@@ -79,6 +79,22 @@ def test_pushed_and_pulled_it_is_the_same(
     assert {line.partition(" ")[0] for line in hub.asked[sent:]} == {"GET"}  # nothing is written
 
 
+def test_words_in_a_card_that_is_there_stay(cache: Path, tmp_path: Path) -> None:
+    """A card is edited on the far side; ours must not undo that, and yet be of this cache."""
+    own = (cache / "README.md").read_text()
+    edited = own.replace("license: unknown", "license: cc-by-4.0") + "\nMine.\n"
+    there, pulled = tmp_path / "there", tmp_path / "pulled"
+    shutil.copytree(cache, there)
+    (there / "README.md").write_text(edited.replace("| `latents` | ", "| `latents` | 9"))
+    push(there)
+    push(cache)
+    pull(pulled)
+    assert (pulled / "README.md").read_text() == edited
+    (pulled / "README.md").write_text(edited + "Here.\n")
+    pull(pulled)
+    assert (pulled / "README.md").read_text() == edited + "Here.\n"
+
+
 def test_a_pull_asks_for_each_file_once(hub: Hub, cache: Path, tmp_path: Path) -> None:
     """The hub counts requests; 20,000 files must not take 80,000."""
     push(cache)

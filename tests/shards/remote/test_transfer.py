@@ -78,6 +78,22 @@ def test_pushed_and_pulled_it_is_the_same(cache: Path, bucket: str, tmp_path: Pa
     assert (again.copied, again.unchanged) == (0, count)
 
 
+def test_words_in_a_card_that_is_there_stay(cache: Path, bucket: str, tmp_path: Path) -> None:
+    """A card is edited on the far side; ours must not undo that, and yet be of this cache."""
+    own = (cache / "README.md").read_text()
+    edited = own.replace("license: unknown", "license: cc-by-4.0") + "\nMine.\n"
+    there, pulled = tmp_path / "there", tmp_path / "pulled"
+    shutil.copytree(cache, there)
+    (there / "README.md").write_text(edited.replace("| `latents` | ", "| `latents` | 9"))
+    transfer.push(there, RemoteFolder(bucket))
+    transfer.push(cache, RemoteFolder(bucket))
+    transfer.pull(RemoteFolder(bucket), pulled)
+    assert (pulled / "README.md").read_text() == edited
+    (pulled / "README.md").write_text(edited + "Here.\n")
+    transfer.pull(RemoteFolder(bucket), pulled)
+    assert (pulled / "README.md").read_text() == edited + "Here.\n"
+
+
 def test_pull_replaces_what_is_damaged_and_nothing_else(
     cache: Path, bucket: str, tmp_path: Path
 ) -> None:

@@ -1,0 +1,1 @@
+"""What a cache tells readers other than ours."""
