@@ -1,5 +1,6 @@
 """Estimates of a run's memory, compared with what it takes."""
 
+import gc
 import json
 import re
 import shutil
@@ -37,6 +38,7 @@ def taken(config: TrainConfig) -> int:
     run = assemble(config)
     batches, guard = batches_and_guard(run)
     loop.take_step(run, batches, guard, 1)
+    gc.collect()  # what earlier tests have left would be freed, and counted, in the midst of it
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as found:
         loop.take_step(run, batches, guard, 2)
     batches.close()
