@@ -106,7 +106,7 @@ def test_the_page_draws_what_generate_does(page: str, config: ServeConfig, tmp_p
         "image": (tmp_path / "ring.png",),
         "seed": (3,),
         "guidance_scale": 4.0,
-        "controlnet_conditioning_scale": 0.5,
+        "controlnet_conditioning_scale": (0.5,),
         "output_dir": tmp_path / "own",
     }
     generate(
