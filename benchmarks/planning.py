@@ -193,7 +193,7 @@ def measure_files(num_rows: int, folder: Path) -> dict[str, Any]:
         before = {name: products[name].layout for name in before}
         figures[number] = {"opening": opened, **seconds}
         figures[f"{number}_us_a_row"] = (opened + sum(seconds.values())) / num_rows * 1e6
-        figures[f"{number}peak_gb"] = peak_gb()
+        figures[f"{number}_peak_gb"] = peak_gb()
     return figures
 
 
@@ -259,7 +259,7 @@ def print_files(figures: dict[str, Any]) -> None:
         parts = ", ".join(f"{name} {seconds:.1f}" for name, seconds in figures[number].items())
         click.echo(
             f"{number}: {figures[f'{number}_us_a_row']:.1f} us a row ({parts} s), "
-            f"{figures[f'{number}peak_gb']:.2f} GB"
+            f"{figures[f'{number}_peak_gb']:.2f} GB"
         )
 
 
