@@ -26,7 +26,7 @@ from infer.memory.estimate import choose_offload, need_with, simulate_sets
 from infer.pipeline import TEXT_COMPONENTS
 from infer.placement import check_offload, place, place_controlnet, take_turns
 from infer.vae import save_memory
-from sd3.controlnet.combined import CombinedControlNets
+from sd3.controlnet.combined import together
 from sd3.finite import check_finite
 from sd3.inpainting import is_inpainting
 from sd3.quantized import quantize
@@ -107,9 +107,7 @@ class LoadedBase:
         stock_class = StableDiffusion3ControlNetPipeline
         if is_inpainting(networks[0].config):
             stock_class = StableDiffusion3ControlNetInpaintingPipeline
-        controlnet = networks[0]
-        if len(networks) > 1:
-            controlnet = CombinedControlNets(networks, stock.transformer.config.num_layers)
+        controlnet = together(networks, stock.transformer.config.num_layers)
         pipeline = stock_class(**stock.components, controlnet=controlnet)
         if self.config.compile:
             compile_blocks(*networks)

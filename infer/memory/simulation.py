@@ -187,7 +187,7 @@ class _Pipeline:
             StableDiffusion3ControlNetPipeline,
         )
 
-        from sd3.controlnet.combined import CombinedControlNets
+        from sd3.controlnet.combined import together
 
         self.config, self.sizes = config, sizes
         self.dtype = getattr(torch, config.dtype)
@@ -202,10 +202,8 @@ class _Pipeline:
             loaded = _bytes(transformer)
             if config.quantize_base is not None:
                 quantize(transformer.requires_grad_(False), config.quantize_base)
-            controlnet = nets[0]
-            if len(nets) > 1:
-                controlnet = CombinedControlNets(nets, int(sizes.transformer["num_layers"]))
-            self.inpainting = is_inpainting(sizes.controlnets[0]) if nets else False
+            controlnet = together(nets, int(sizes.transformer["num_layers"]))
+            self.inpainting = is_inpainting(sizes.controlnets[0])
             stock_class = StableDiffusion3ControlNetPipeline
             if self.inpainting:
                 stock_class = StableDiffusion3ControlNetInpaintingPipeline

@@ -55,3 +55,12 @@ class CombinedControlNets(SD3MultiControlNetModel):  # type: ignore[misc]
                 sums[numbers] = sum(others, first)
             spread.append(sums[numbers])
         return (spread,)
+
+
+def together(
+    controlnets: list[SD3ControlNetModel], num_base_blocks: int
+) -> SD3ControlNetModel | CombinedControlNets:
+    """Return what controls a base: the ControlNet, if it is one, or all of them combined."""
+    if len(controlnets) == 1:
+        return controlnets[0]
+    return CombinedControlNets(controlnets, num_base_blocks)

@@ -12,6 +12,7 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 
 from common.errors import ConfigError
+from infer.pipeline import COMPONENTS
 from precompute.config import PrecomputeConfig
 from precompute.run import precompute
 from sd3 import images
@@ -40,20 +41,8 @@ def config(fresh: PrecomputeConfig, circles: Path) -> PrecomputeConfig:
 def prepared(base: Path, picture: Image.Image, mask: Image.Image) -> Tensor:
     """What the stock pipeline gives an inpainting ControlNet, [1, 17, h, w]."""
     vae = AutoencoderKL.from_pretrained(base, subfolder="vae")
-    parts = dict.fromkeys(
-        (
-            "transformer",
-            "scheduler",
-            "text_encoder",
-            "tokenizer",
-            "text_encoder_2",
-            "tokenizer_2",
-            "text_encoder_3",
-            "tokenizer_3",
-            "controlnet",
-        )
-    )
-    pipeline = StableDiffusion3ControlNetInpaintingPipeline(vae=vae, **parts)
+    parts = dict.fromkeys((*COMPONENTS, "controlnet")) | {"vae": vae}
+    pipeline = StableDiffusion3ControlNetInpaintingPipeline(**parts)
     with torch.no_grad():
         return pipeline.prepare_image_with_mask(
             picture, mask, *SIZE, 1, 1, torch.device("cpu"), torch.float32
