@@ -1,5 +1,6 @@
 """Checks of settings that several stages share."""
 
+from collections.abc import Sequence
 from typing import TypeVar
 
 from common.errors import ConfigError
@@ -25,6 +26,11 @@ def pair_up(
             "of the other, or one of either."
         )
     return list(zip(all_prompts, all_images, strict=True))
+
+
+def for_each(values: Sequence[float], count: int) -> list[float]:
+    """Return a value for each of `count` things, from one for all or one for each."""
+    return list(values) * (count if len(values) == 1 else 1)
 
 
 def check_resolution(resolution: int, flag: str = "--resolution") -> None:

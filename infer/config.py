@@ -1,11 +1,10 @@
 """The settings of stage 3."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from common.checks import check_resolution, check_sequence_length
+from common.checks import check_resolution, check_sequence_length, for_each
 from common.errors import ConfigError
 from common.options import flag, option
 from sd3.annotators.arguments import parse_arguments
@@ -20,11 +19,6 @@ PER_CONTROLNET = (
     "control_guidance_start",
     "control_guidance_end",
 )
-
-
-def for_each(values: Sequence[float], count: int) -> list[float]:
-    """Return a value for each of `count` ControlNets, from one for all or one for each."""
-    return list(values) * (count if len(values) == 1 else 1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,10 +56,29 @@ class PipelineConfig:
         (), help="key=value, an argument of what draws controls from photographs; repeatable."
     )
     pretrained_model_name_or_path: str = option(
-        help="Base model: a diffusers folder or a hub id.", heading="Base model"
+        help="Base model: a diffusers folder, a hub id or a .safetensors file.",
+        heading="Base model",
     )
     revision: str | None = option(None, help="Revision of the base model on the hub.")
     variant: str | None = option(None, help="Variant of the base model's weight files, e.g. fp16.")
+    single_file_config: str | None = option(
+        None,
+        help="Of a one-file base: folder or hub id of the configurations, tokenizers and whatever "
+        "else it lacks; by default the published model of its kind.",
+    )
+    transformer: Path | None = option(
+        None,
+        help="A .safetensors file whose transformer takes the place of the base's, e.g. a "
+        "fine-tune's.",
+    )
+    lora: tuple[str, ...] = option(
+        (),
+        help="LoRA to merge into the base: a .safetensors file, a folder or a hub id; repeatable. "
+        "Needs the extra [lora].",
+    )
+    lora_scale: tuple[float, ...] = option(
+        (1.0,), help="Strength of the LoRAs: one for all, or one for each."
+    )
     cache_dir: Path | None = option(
         None, help="Folder for downloaded models; not the cache of shards."
     )
@@ -318,11 +331,17 @@ class DecodeConfig:
     """
 
     pretrained_model_name_or_path: str = option(
-        help="Base model: a diffusers folder or a hub id; only its VAE is read.",
+        help="Base model: a diffusers folder, a hub id or a .safetensors file; only its VAE "
+        "is read.",
         heading="Base model",
     )
     revision: str | None = option(None, help="Revision of the base model on the hub.")
     variant: str | None = option(None, help="Variant of the base model's weight files, e.g. fp16.")
+    single_file_config: str | None = option(
+        None,
+        help="Of a one-file base: folder or hub id of the configurations, tokenizers and whatever "
+        "else it lacks; by default the published model of its kind.",
+    )
     cache_dir: Path | None = option(
         None, help="Folder for downloaded models; not the cache of shards."
     )

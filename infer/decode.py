@@ -12,8 +12,8 @@ from safetensors.torch import load_file
 from common.device import pick_device
 from common.errors import ConfigError
 from infer.config import DecodeConfig
+from sd3.base.find import find_base
 from sd3.contact_sheet import save_png
-from sd3.pretrained import find_base
 from sd3.vae_decoder import decode, to_bytes
 
 NAMES = {"latents", "conditioning_image"}
@@ -41,6 +41,7 @@ def decode_validations(config: DecodeConfig) -> None:
         revision=config.revision,
         variant=config.variant,
         cache_dir=config.cache_dir,
+        single_file_config=config.single_file_config,
     )
     contents = [_read(path) for path in undecoded]
     latents = [tensors["latents"] for tensors in contents]

@@ -26,6 +26,7 @@ from infer.memory.estimate import choose_offload, need_with, simulate_sets
 from infer.pipeline import TEXT_COMPONENTS
 from infer.placement import check_offload, place, place_controlnet, take_turns
 from infer.vae import save_memory
+from sd3.base.lora import COMPONENTS, find_loras, merge_loras
 from sd3.controlnet.combined import together
 from sd3.finite import check_finite
 from sd3.inpainting import is_inpainting
@@ -43,7 +44,7 @@ class LoadedBase:
         with_text_encoders: whether the text encoders are loaded.
 
     Raises:
-        ConfigError: --offload needs a device other than the CPU.
+        ConfigError: --offload needs a device other than the CPU, or a LoRA cannot be merged.
     """
 
     def __init__(
@@ -60,6 +61,7 @@ class LoadedBase:
         check_offload(config.offload, self.device)
         keep_freed_memory(self.device)
         free_memory()
+        loras = find_loras(config.lora, config.lora_scale, config.cache_dir)
         self.offload = find_offload(
             config,
             base,
@@ -72,6 +74,8 @@ class LoadedBase:
         self._stock = StableDiffusion3Pipeline.from_pretrained(
             base, dtype=getattr(torch, config.dtype), variant=config.variant, **absent
         )
+        for name in COMPONENTS if with_text_encoders else COMPONENTS[:1]:
+            merge_loras(getattr(self._stock, name), name, loras)
         if config.shift is not None:
             self._stock.scheduler = FlowMatchEulerDiscreteScheduler.from_config(
                 self._stock.scheduler.config, shift=config.shift

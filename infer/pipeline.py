@@ -11,10 +11,10 @@ from common.errors import ConfigError, RunError
 from common.memory.exhausted import first_line, is_out_of_memory
 from infer.config import PipelineConfig
 from infer.memory.estimate import remedies
+from sd3.base.find import find_base
 from sd3.inpainting import is_inpainting
 from sd3.pretrained import (
     controlnet_mismatches,
-    find_base,
     find_controlnet,
     read_config,
 )
@@ -62,6 +62,8 @@ def find_models(
         revision=config.revision,
         variant=config.variant,
         cache_dir=config.cache_dir,
+        single_file_config=config.single_file_config,
+        transformer=config.transformer,
     )
     transformer = read_config(base, "transformer")
     folders = []

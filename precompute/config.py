@@ -93,12 +93,25 @@ class PrecomputeConfig:
     )
     seed: int = option(0, help="Seed for the choice of rows.")
     pretrained_model_name_or_path: str = option(
-        help="Base model: a diffusers folder or a hub id; only VAE, text encoders and tokenizers "
-        "are read.",
+        help="Base model: a diffusers folder, a hub id or a .safetensors file; only VAE, text "
+        "encoders and tokenizers are read.",
         heading="Base model",
     )
     revision: str | None = option(None, help="Revision of the base model on the hub.")
     variant: str | None = option(None, help="Variant of the base model's weight files, e.g. fp16.")
+    single_file_config: str | None = option(
+        None,
+        help="Of a one-file base: folder or hub id of the configurations, tokenizers and whatever "
+        "else it lacks; by default the published model of its kind.",
+    )
+    lora: tuple[str, ...] = option(
+        (),
+        help="LoRA to merge into the base: a .safetensors file, a folder or a hub id; repeatable. "
+        "Needs the extra [lora].",
+    )
+    lora_scale: tuple[float, ...] = option(
+        (1.0,), help="Strength of the LoRAs: one for all, or one for each."
+    )
     cache_dir: Path | None = option(
         None, help="Folder for downloaded models and data sets; not the cache of shards."
     )

@@ -143,6 +143,7 @@ def _time_text(context: Context) -> tuple[float, int]:
         specs.text_settings,
         context.device,
         config.variant,
+        loras=specs.loras,
         in_groups=config.offload == "groups",
     )
     prompts = [context.prompt(item % len(context.prompts)) for item in range(size)]

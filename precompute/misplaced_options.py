@@ -6,6 +6,7 @@ TRAIN_OPTIONS = (
     "--shuffle-window",
     "--local-cache-dir",
     "--local-cache-gb",
+    "--transformer",
     "--controlnet-model-name-or-path",
     "--num-controlnet-layers",
     "--convention",

@@ -1,75 +1,20 @@
-"""Finding base models and ControlNets: a folder, or the needed files of a hub repository."""
+"""Finding ControlNets and other models: a folder, or the needed files of a hub repository."""
 
-import contextlib
-import fnmatch
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from common.atomic_files import DISK_FULL
 from common.errors import ConfigError
-from sd3.single_file import refuse_file, refuse_files_alone
+from sd3.single_file import refuse_file
 
 # Entry of a ControlNet's config.json that says how its data was made. diffusers stores entries
 # with a leading underscore and ignores them when it builds the model.
 DATA_KEY = "_precompute"
-BASE_PIPELINE = "StableDiffusion3Pipeline"
 # The files beside weights that loading a component needs; nothing else is downloaded.
 FILE_PATTERNS = ("*.json", "*.txt", "*.model")
-
-
-def find_base(
-    name_or_path: str,
-    subfolders: Sequence[str],
-    *,
-    revision: str | None = None,
-    variant: str | None = None,
-    cache_dir: Path | None = None,
-    weights: bool = True,
-) -> Path:
-    """Return the local folder of a base model that holds at least `subfolders`.
-
-    Args:
-        name_or_path: a diffusers model folder, or a hub id such as
-            `stabilityai/stable-diffusion-3.5-medium`.
-        subfolders: components that the caller needs, e.g. `("vae",)`; only these are downloaded
-            from the hub.
-        revision: branch, tag or commit on the hub.
-        variant: of the weight files, e.g. `fp16`, for components that have it.
-        cache_dir: folder for downloads; None for the hub's default.
-        weights: whether the weights are needed, or only configurations.
-
-    Raises:
-        ConfigError: neither a folder nor a hub id, no access, or components missing.
-    """
-    folder = Path(name_or_path)
-    if not folder.is_dir():
-        refuse_file("base model", name_or_path, BASE_PIPELINE)
-        if not is_hub_id(name_or_path):
-            raise ConfigError(
-                f"base model {name_or_path!r}: no such folder, and not a hub id (owner/name). "
-                "Give --pretrained-model-name-or-path a diffusers model folder or a hub id."
-            )
-        patterns = [f"{name}/{kind}" for name in subfolders for kind in FILE_PATTERNS]
-        if weights:
-            patterns += _weight_patterns(name_or_path, subfolders, revision, variant)
-        ignored = [] if variant else ["*.fp16*", "*.bf16*"]
-        folder = _download(
-            name_or_path, ["model_index.json", *patterns], ignored, revision, cache_dir
-        )
-    missing = [name for name in subfolders if not has_component(folder, name)]
-    if missing:
-        refuse_files_alone("base model", name_or_path, revision, BASE_PIPELINE)
-        # Where no file matches, there is no folder either.
-        present = sorted(path.name for path in folder.glob("*/"))
-        raise ConfigError(
-            f"base model {name_or_path!r}: no {', '.join(f'{name}/' for name in missing)} in it; "
-            f"found {', '.join(f'{name}/' for name in present) or 'no folders'}. "
-            "A diffusers model folder has one folder for each component."
-        )
-    return folder
 
 
 def has_component(folder: Path, name: str) -> bool:
@@ -116,14 +61,14 @@ def find_controlnet(
     """
     folder = Path(name_or_path)
     if not folder.is_dir():
-        refuse_file(flag, name_or_path, None)
+        refuse_file(flag, name_or_path)
         if not is_hub_id(name_or_path):
             raise ConfigError(
                 f"{flag} {name_or_path}: no such folder, and not a hub id (owner/name). "
                 "Train one first: python -m train."
             )
         patterns = ["config.json", *(["*.safetensors", "*.index.json"] if weights else [])]
-        folder = _download(name_or_path, patterns, ["*/*"], None, cache_dir)
+        folder = download(name_or_path, patterns, ["*/*"], None, cache_dir)
     if found := controlnet_in(folder, weights=weights):
         return found
     checkpoints = [path.parent for path in folder.glob("checkpoint-*/controlnet")]
@@ -158,7 +103,7 @@ def find_model(
             raise ConfigError(
                 f"{flag}={name_or_path}: no such folder, and not a hub id (owner/name)."
             )
-        folder = _download(
+        folder = download(
             name_or_path, [*FILE_PATTERNS, "*.safetensors"], ["*/*"], revision, cache_dir
         )
     if not (folder / "config.json").is_file() or not any(folder.glob("*.safetensors")):
@@ -229,27 +174,7 @@ def is_hub_id(name: str) -> bool:
     return re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name) is not None
 
 
-def _weight_patterns(
-    repo: str, subfolders: Sequence[str], revision: str | None, variant: str | None
-) -> list[str]:
-    """Return patterns of the weights to download, in the variant if a component has it."""
-    from huggingface_hub import list_repo_files
-
-    present: list[str] = []
-    if variant is not None:
-        # The download itself reports problems of the repository or the network better, and the
-        # HTTP library's errors change with its version.
-        with contextlib.suppress(Exception):
-            present = list_repo_files(repo, revision=revision)
-    patterns = []
-    for name in subfolders:
-        of_variant = f"{name}/*.{variant}*safetensors"
-        has_variant = any(fnmatch.fnmatch(path, of_variant) for path in present)
-        patterns.append(of_variant if has_variant else f"{name}/*.safetensors")
-    return patterns
-
-
-def _download(
+def download(
     repo: str,
     allow_patterns: list[str],
     ignore_patterns: list[str],
@@ -257,6 +182,13 @@ def _download(
     cache_dir: Path | None,
 ) -> Path:
     """Return the local copy of the matching files of a hub repository.
+
+    Args:
+        repo: its id.
+        allow_patterns: of the paths that are wanted.
+        ignore_patterns: of those among them that are not.
+        revision: branch, tag or commit.
+        cache_dir: folder for downloads; None for the hub's default.
 
     Raises:
         ConfigError: gated, unknown or out of reach.

@@ -1,30 +1,58 @@
-"""Telling single-file checkpoints from diffusers' model folders, which the stages need."""
+"""Telling weight files from model folders, and refusing those that cannot be read."""
 
 import contextlib
 from pathlib import Path
 
 from common.errors import ConfigError
 
-SUFFIXES = (".safetensors", ".ckpt", ".pt", ".pth", ".bin", ".gguf")
+READ = ".safetensors"
+# What to do with files of other kinds.
+UNREAD = {
+    ".gguf": "GGUF's numbers are not read here. Give the model in 16 bit as .safetensors; "
+    "--quantize-base int8, fp8 or nf4 makes it small in memory.",
+    **dict.fromkeys(
+        (".ckpt", ".pt", ".pth", ".bin"),
+        "a pickled file, which can run code when it is opened. Give the model as .safetensors.",
+    ),
+}
+SUFFIXES = (READ, *UNREAD)
 
 
-def refuse_file(what: str, name_or_path: str, pipeline: str | None) -> None:
-    """Refuse the path or address of a weight file.
+def is_one_file(name_or_path: str) -> bool:
+    """Return whether a path is that of a checkpoint that can be read."""
+    return name_or_path.lower().endswith(READ) and Path(name_or_path).is_file()
+
+
+def refuse_file(what: str, name_or_path: str) -> None:
+    """Refuse the path or address of a weight file where a folder or a hub id is needed.
 
     Args:
         what: is loaded, for the message, e.g. `base model`.
         name_or_path: as the user gave it.
-        pipeline: the diffusers class that reads such files, if there is one.
 
     Raises:
         ConfigError: it is one; says what to do.
     """
-    if name_or_path.lower().endswith(SUFFIXES) and not Path(name_or_path).is_dir():
-        raise _refusal(what, name_or_path, Path(name_or_path).name, pipeline)
+    suffix = Path(name_or_path).suffix.lower()
+    if suffix not in SUFFIXES or Path(name_or_path).is_dir():
+        return
+    begin = f"{what} {name_or_path!r}: "
+    if "://" in name_or_path:
+        raise ConfigError(f"{begin}a web address. Download the file and give its path.")
+    if not Path(name_or_path).exists():
+        raise ConfigError(f"{begin}no such file.")
+    raise ConfigError(
+        begin
+        + UNREAD.get(
+            suffix,
+            "a file, and the folder that holds it with its config.json is needed: diffusers' "
+            "format, as train writes it.",
+        )
+    )
 
 
-def refuse_files_alone(what: str, name_or_path: str, revision: str | None, pipeline: str) -> None:
-    """Refuse a folder or a hub repository that has weight files and no components' folders.
+def refuse_files_alone(what: str, name_or_path: str, revision: str | None) -> None:
+    """Refuse a folder or a hub repository of raw weights: files and no components' folders.
 
     Call it where a component is missing.
 
@@ -32,7 +60,6 @@ def refuse_files_alone(what: str, name_or_path: str, revision: str | None, pipel
         what: is loaded, for the message.
         name_or_path: a folder, or a repository on the hub.
         revision: of the repository.
-        pipeline: the diffusers class that reads such files, if there is one.
 
     Raises:
         ConfigError: it is one; says what to do.
@@ -44,7 +71,13 @@ def refuse_files_alone(what: str, name_or_path: str, revision: str | None, pipel
         names = _names_on_the_hub(name_or_path, revision)
     weights = sorted(name for name in names if "/" not in name and name.endswith(SUFFIXES))
     if weights and "model_index.json" not in names and "config.json" not in names:
-        raise _refusal(what, name_or_path, weights[0], pipeline)
+        listing = ", ".join(weights[:3]) + (f" and {len(weights) - 3} more" if weights[3:] else "")
+        where = folder / weights[0] if folder.is_dir() else f"{weights[0]}, downloaded"
+        raise ConfigError(
+            f"{what} {name_or_path!r}: raw weights ({listing}), without the configurations and "
+            f"tokenizers of a diffusers folder. Give a one-file checkpoint itself ({where}), or "
+            "the hub id of the diffusers folder; that of SD3 medium ends with -diffusers."
+        )
 
 
 def _names_on_the_hub(repo: str, revision: str | None) -> list[str]:
@@ -54,16 +87,3 @@ def _names_on_the_hub(repo: str, revision: str | None) -> list[str]:
     with contextlib.suppress(Exception):
         return list(HfApi().list_repo_files(repo, revision=revision))
     return []
-
-
-def _refusal(what: str, name_or_path: str, file: str, pipeline: str | None) -> ConfigError:
-    convert = ""
-    if pipeline:
-        convert = (
-            f'; or convert it: {pipeline}.from_single_file("{file}").save_pretrained("FOLDER")'
-        )
-    where = "" if name_or_path.endswith(file) else f" ({file})"
-    return ConfigError(
-        f"{what} {name_or_path!r}: a single-file checkpoint{where}, and a diffusers model folder "
-        f"is needed. Give one, or its hub id{convert}."
-    )

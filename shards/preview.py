@@ -7,8 +7,9 @@ from PIL import Image
 
 from common.device import pick_device
 from common.errors import ConfigError, ShardError
+from sd3.base.find import find_base
 from sd3.contact_sheet import contact_sheet
-from sd3.pretrained import find_base, read_config
+from sd3.pretrained import read_config
 from sd3.vae_decoder import decode, to_bytes
 from shards.reading.cache import Cache
 from shards.reading.order import Order

@@ -254,7 +254,9 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             return
         self.hub.blobs[etag] = data
         headers |= {"X-Linked-Size": str(len(data)), "X-Linked-ETag": f'"{etag}"'}
-        headers |= {"Location": f"{self.hub.url}/cdn/{etag}"}
+        # Another host, as the hub's is: clients follow others before they look at the headers.
+        elsewhere = self.hub.url.replace("127.0.0.1", "localhost")
+        headers |= {"Location": f"{elsewhere}/cdn/{etag}"}
         self.send({}, 302, headers)
 
     def at(self, kind: str, name: str, revision: str) -> tuple[str, dict[str, bytes]] | None:

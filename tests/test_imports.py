@@ -16,6 +16,7 @@ CACHE = {
     "common",
     "common.memory",
     "sd3",
+    "sd3.base",
     "sd3.controlnet",
     "shards.format",
     "shards.format.published",
@@ -41,6 +42,7 @@ PRODUCT = STAGE | PRECOMPUTE | TRAIN | INFER
 ALLOWED = {
     "common.memory": set(),
     "common": {"common.memory"},
+    "sd3.base": {"common", "sd3"},
     "sd3.controlnet": {"common", "sd3"},
     "sd3": {"common"},
     "sd3.annotators": {"common", "common.memory", "sd3"},

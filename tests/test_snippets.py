@@ -9,14 +9,19 @@ from typing import Any
 
 import numpy as np
 import pytest
+from diffusers import SD3Transformer2DModel
 from PIL import Image
+from safetensors.torch import save_file
 
 from infer.config import GenerateConfig
 from infer.drawing.generate import generate
 from sd3.images import fit
 from sd3.pretrained import DATA_KEY
 from tests.conftest import PROMPTS, REPOSITORY, RESOLUTION_PX, TOKENS
-from train.saving.model_card import _example
+from tests.published_names import transformer
+from train.config import TrainConfig
+from train.saving.card_base import card_base
+from train.saving.card_example import example
 
 # As diffusers documents the use of what its script trains, on a GPU at 1024 px in float16.
 DOCUMENTED = """
@@ -103,7 +108,11 @@ def test_the_snippet_of_the_readme(config: GenerateConfig) -> None:
 
 @pytest.mark.parametrize("pixel_range", ["-1_1", "0_1", "stability_canny"])
 def test_the_snippet_of_a_model_card(
-    config: GenerateConfig, controlnet: Path, tmp_path: Path, pixel_range: str
+    config: GenerateConfig,
+    train_config: TrainConfig,
+    controlnet: Path,
+    tmp_path: Path,
+    pixel_range: str,
 ) -> None:
     """As the card of a ControlNet says it, pixel for pixel what generate draws."""
     other = tmp_path / "controlnet"
@@ -111,15 +120,43 @@ def test_the_snippet_of_a_model_card(
     saved = json.loads((other / "config.json").read_text())
     saved[DATA_KEY]["conditioning_range"] = pixel_range
     (other / "config.json").write_text(json.dumps(saved))
-    example = _example(
-        str(other), config.pretrained_model_name_or_path, saved[DATA_KEY], inpainting=False
-    )
-    (code,) = re.findall(r"```python\n(.*?)```", example, re.DOTALL)
+    base = card_base(train_config)
+    text = example(str(other), base, saved[DATA_KEY], inpainting=False)
+    (code,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
     changes = {
         "torch.float16": "torch.float32",
         '"a prompt",': f"{PROMPTS[0]!r}, num_inference_steps=2,",
         '"conditioning.png"': repr(str(config.image[0])),
+        f'"path/to/{base.name}"': repr(config.pretrained_model_name_or_path),
     }
     found = run(code, changes, {})
     generate(replace(config, controlnet=(str(other),)))
     assert np.array_equal(np.array(found), np.array(Image.open(config.output_dir / "000.png")))
+
+
+def test_the_snippet_of_a_card_loads_the_transformer_that_it_was_trained_with(
+    config: GenerateConfig, train_config: TrainConfig, controlnet: Path, tmp_path: Path
+) -> None:
+    base = SD3Transformer2DModel.from_pretrained(
+        config.pretrained_model_name_or_path, subfolder="transformer"
+    )
+    changed = {name: tensor * 1.5 for name, tensor in base.state_dict().items()}
+    file = tmp_path / "tuned.safetensors"
+    save_file({n: t.clone().contiguous() for n, t in transformer(changed).items()}, file)
+    card = card_base(replace(train_config, transformer=file))
+    assert card.in_words.endswith("with the transformer of `tuned.safetensors`")
+    data = json.loads((controlnet / "config.json").read_text())[DATA_KEY]
+    text = example(str(controlnet), card, data, inpainting=False)
+    (code,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    changes = {
+        "torch.float16": "torch.float32",
+        '"a prompt",': f"{PROMPTS[0]!r}, num_inference_steps=2,",
+        '"conditioning.png"': repr(str(config.image[0])),
+        f'"path/to/{card.name}"': repr(config.pretrained_model_name_or_path),
+        '"path/to/tuned.safetensors"': repr(str(file)),
+    }
+    found = np.array(run(code, changes, {}))
+    generate(replace(config, transformer=file, cache_dir=tmp_path / "downloads"))
+    assert np.array_equal(found, np.array(Image.open(config.output_dir / "000.png")))
+    generate(replace(config, output_dir=tmp_path / "without"))
+    assert not np.array_equal(found, np.array(Image.open(tmp_path / "without" / "000.png")))

@@ -187,7 +187,7 @@ def _load_networks(
     The transformer leaves host memory before the ControlNet is loaded.
     """
     dtype = models.WEIGHT_DTYPES[accelerator.mixed_precision]
-    transformer = models.load_transformer(inputs.base, config.variant, dtype)
+    transformer = models.load_transformer(inputs.base, config.variant, dtype, inputs.loras)
     models.prepare_base(config, transformer, partial(quantize, device=accelerator.device))
     if config.offload_base:
         StreamedBlocks(transformer, config.offload_base, accelerator.device)

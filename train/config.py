@@ -52,12 +52,30 @@ class TrainConfig:
         LOCAL_CACHE_GB, help="Size of --local-cache-dir at most, in 10^9 bytes."
     )
     pretrained_model_name_or_path: str = option(
-        help="Base model: a diffusers folder or a hub id; only transformer and scheduler are "
-        "read, and the VAE's decoder for validation images.",
+        help="Base model: a diffusers folder, a hub id or a .safetensors file; only transformer "
+        "and scheduler are read, and the VAE's decoder for validation images.",
         heading="Base model",
     )
     revision: str | None = option(None, help="Revision of the base model on the hub.")
     variant: str | None = option(None, help="Variant of the base model's weight files, e.g. fp16.")
+    single_file_config: str | None = option(
+        None,
+        help="Of a one-file base: folder or hub id of the configurations, tokenizers and whatever "
+        "else it lacks; by default the published model of its kind.",
+    )
+    transformer: Path | None = option(
+        None,
+        help="A .safetensors file whose transformer takes the place of the base's, e.g. a "
+        "fine-tune's.",
+    )
+    lora: tuple[str, ...] = option(
+        (),
+        help="LoRA to merge into the base: a .safetensors file, a folder or a hub id; repeatable. "
+        "Needs the extra [lora].",
+    )
+    lora_scale: tuple[float, ...] = option(
+        (1.0,), help="Strength of the LoRAs: one for all, or one for each."
+    )
     cache_dir: Path | None = option(
         None, help="Folder for downloaded models; not the cache of shards."
     )

@@ -14,9 +14,11 @@ from accelerate.utils import (
 
 from common.device import keep_freed_memory, use_device
 from common.errors import ConfigError, ShardError
+from sd3.base.find import find_base
+from sd3.base.lora import Lora, find_loras
 from sd3.controlnet.kinds import ControlNetKind, kind_of
 from sd3.controlnet.pooled_projection import PooledProjection
-from sd3.pretrained import find_base, read_config
+from sd3.pretrained import read_config
 from shards.format.json_files import digest
 from shards.reading.cache import Cache
 from shards.reading.order import Order
@@ -40,6 +42,7 @@ class Inputs:
     Attributes:
         cache: opened for reading.
         base: folder of the base model.
+        loras: merged into its transformer.
         controlnet: folder of the ControlNet to continue from, or None.
         pooled_projection: the convention of the ControlNet's inputs.
         controlnet_kind: what the ControlNet's blocks read.
@@ -53,6 +56,7 @@ class Inputs:
 
     cache: Cache
     base: Path
+    loras: list[Lora]
     controlnet: Path | None
     pooled_projection: PooledProjection
     controlnet_kind: ControlNetKind
@@ -86,6 +90,7 @@ def find_inputs(config: TrainConfig, num_processes: int) -> Inputs:
     draws_pictures = validates and cache.validation.product.num_records > 0
     needs_vae = draws_pictures and config.validation_decode != "latents"
     base = local_main_first(lambda: _find_base(config, needs_vae))
+    loras = local_main_first(lambda: find_loras(config.lora, config.lora_scale, config.cache_dir))
     check_base(base, cache.manifest)
     controlnet = None
     if config.controlnet_model_name_or_path is not None:
@@ -102,6 +107,7 @@ def find_inputs(config: TrainConfig, num_processes: int) -> Inputs:
     return Inputs(
         cache=cache,
         base=base,
+        loras=loras,
         controlnet=controlnet,
         pooled_projection=find_pooled_projection(
             config, controlnet, checkpoint, inpainting=bool(cache.conditioning_spec.inpainting)
@@ -133,6 +139,8 @@ def _find_base(config: TrainConfig, needs_vae: bool) -> Path:
             revision=config.revision,
             variant=config.variant,
             cache_dir=config.cache_dir,
+            single_file_config=config.single_file_config,
+            transformer=config.transformer,
         )
     except ConfigError as error:
         hint = (

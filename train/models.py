@@ -2,7 +2,7 @@
 
 import dataclasses
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from common.errors import ConfigError
+from sd3.base.lora import Lora, merge_loras
 from sd3.controlnet.kinds import PICTURE_ALONE, ControlNetKind, kind_of
 from sd3.controlnet.picture_blocks import of_one_attention, queries_and_keys_anew
 from sd3.controlnet.pooled_projection import (
@@ -54,16 +55,19 @@ def load_scheduler(base: Path) -> FlowMatchEulerDiscreteScheduler:
     return FlowMatchEulerDiscreteScheduler.from_pretrained(base, subfolder="scheduler")
 
 
-def load_transformer(base: Path, variant: str | None, dtype: torch.dtype) -> SD3Transformer2DModel:
+def load_transformer(
+    base: Path, variant: str | None, dtype: torch.dtype, loras: Sequence[Lora] = ()
+) -> SD3Transformer2DModel:
     """Return the base model's transformer.
 
     Args:
         base: folder of the base model.
         variant: variant of its weight files.
         dtype: number format of its weights.
+        loras: to merge into them.
 
     Raises:
-        ConfigError: a weight is not finite.
+        ConfigError: a weight is not finite, or a LoRA was made for another model.
     """
     transformer = SD3Transformer2DModel.from_pretrained(
         base,
@@ -72,6 +76,7 @@ def load_transformer(base: Path, variant: str | None, dtype: torch.dtype) -> SD3
         dtype=dtype,
         use_safetensors=True,
     )
+    merge_loras(transformer, "transformer", loras)
     check_finite(transformer, f"base model {base}, as {dtype}".replace("torch.", ""))
     return transformer
 

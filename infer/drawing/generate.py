@@ -11,8 +11,9 @@ from diffusers import StableDiffusion3ControlNetPipeline
 from PIL import Image
 from tqdm import tqdm
 
+from common.checks import for_each
 from common.provenance import write_run
-from infer.config import PER_CONTROLNET, GenerateConfig, for_each
+from infer.config import PER_CONTROLNET, GenerateConfig
 from infer.convention import control_arguments
 from infer.drawing import metadata
 from infer.drawing.controlnet_set import ControlNetSet, combine, find_controlnet_sets

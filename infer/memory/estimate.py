@@ -18,7 +18,8 @@ from infer.convention import check_positions, given_sizes, native_sizes, read_co
 from infer.memory.simulation import Drawing, Sizes, simulate
 from precompute.config import PrecomputeConfig
 from precompute.memory.simulation import read_sizes
-from sd3.pretrained import controlnet_mismatches, find_base, find_controlnet, read_config
+from sd3.base.find import find_base
+from sd3.pretrained import controlnet_mismatches, find_controlnet, read_config
 from sd3.prompt_embeds import CLIP_TOKENS
 from train.models import controlnet_config
 
@@ -79,6 +80,8 @@ def find_drawings(config: PipelineConfig) -> list[Drawing]:
         revision=config.revision,
         cache_dir=config.cache_dir,
         weights=False,
+        single_file_config=config.single_file_config,
+        transformer=config.transformer,
     )
     folders = [
         find_controlnet(name, "--controlnet", cache_dir=config.cache_dir, weights=False)

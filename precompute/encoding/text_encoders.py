@@ -20,6 +20,7 @@ from precompute.encoding.batch_size import BatchSize, in_parts
 from precompute.fingerprints.encoder_spec import CLIP_COMPONENTS, T5_COMPONENTS, TextSettings
 from precompute.memory.layer_groups import bring_in_groups
 from precompute.sources.counted import Counted
+from sd3.base.lora import Lora, merge_loras
 from sd3.pretrained import component_variant
 
 SHOWN_CHARACTERS = 60
@@ -133,6 +134,7 @@ class TextEncoders:
         device: torch.device,
         variant: str | None,
         *,
+        loras: Sequence[Lora] = (),
         in_groups: bool = False,
     ) -> "TextEncoders":
         """Return those of a base model.
@@ -142,9 +144,11 @@ class TextEncoders:
             settings: token length and number formats.
             device: where they compute.
             variant: variant of the weight files.
+            loras: to merge into the CLIP encoders.
             in_groups: whether T5's layers stay in host memory and visit the device in turn.
 
         Raises:
+            ConfigError: a LoRA was made for another model.
             RunError: they do not fit the device's memory.
         """
         from transformers import CLIPTextModelWithProjection, T5EncoderModel
@@ -159,6 +163,7 @@ class TextEncoders:
                 # Load onto the device directly, so that there are never two copies.
                 device_map={"": str(to)},
             )
+            merge_loras(model, name, loras)
             return model.eval()
 
         tokenizers = Tokenizers(

@@ -101,6 +101,7 @@ class TextPass:
             specs.text_settings,
             context.device,
             config.variant,
+            loras=specs.loras,
             in_groups=config.offload == "groups",
         )
         self.batch_size = find_batch_size(

@@ -1,15 +1,18 @@
 """What the encoders compute, and what their results depend on, from the base model's files."""
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import click
 from PIL import ImageColor
 
 from common.errors import ConfigError
 from precompute.config import PrecomputeConfig
 from precompute.fingerprints.digest_cache import DigestCache
-from precompute.fingerprints.fingerprint import hash_component
+from precompute.fingerprints.fingerprint import hash_component, hash_file
+from sd3.base.lora import Lora, find_loras
 from sd3.buckets import bucket_shapes
 from sd3.images import BACKGROUND
 from sd3.pretrained import has_component, largest_side, read_config, vae_factor
@@ -83,6 +86,7 @@ def text_identity(
     settings: TextSettings,
     digests: DigestCache,
     *,
+    loras: Sequence[Lora] = (),
     former: bool = False,
 ) -> Identity:
     """Return everything that the bytes of a text record depend on besides the prompt.
@@ -98,7 +102,14 @@ def text_identity(
         "compute_dtype": settings.compute_dtype,
         "cache_dtype": settings.cache_dtype,
         **_products_in_full(settings.compute_dtype, settings.allow_tf32),
+        **_merged(loras, digests),
     }
+
+
+def _merged(loras: Sequence[Lora], digests: DigestCache) -> Identity:
+    """Return the entry for LoRAs that are merged into the text encoders; none without any."""
+    merged = [[hash_file(lora.path, digests).hex(), lora.scale] for lora in loras]
+    return {"loras": merged} if merged else {}
 
 
 def _products_in_full(compute_dtype: str, allow_tf32: bool) -> Identity:
@@ -195,6 +206,7 @@ class EncoderSpecs:
 
     Attributes:
         base: folder of the base model.
+        loras: merged into its text encoders; none that leaves them as they are.
         text_settings: what the text encoders are run with.
         latent_settings: what the VAE is run with.
         text: shapes of a prompt's embeddings.
@@ -203,6 +215,7 @@ class EncoderSpecs:
     """
 
     base: Path
+    loras: Sequence[Lora]
     text_settings: TextSettings
     latent_settings: LatentSettings
     text: TextSpec
@@ -251,12 +264,25 @@ def read_specs(base: Path, config: PrecomputeConfig) -> EncoderSpecs:
         _check_positions(base, of_latents)
     return EncoderSpecs(
         base,
+        _text_loras(config),
         of_text,
         of_latents,
         text_spec(base, of_text),
         latent_spec(base, of_latents, "-1_1"),
         _conditioning_spec(base, of_latents, config),
     )
+
+
+def _text_loras(config: PrecomputeConfig) -> list[Lora]:
+    """Return the LoRAs that change text encoders; say so of those that do not."""
+    loras = find_loras(config.lora, config.lora_scale, config.cache_dir)
+    for lora in loras:
+        if not lora.changes_text:
+            click.echo(
+                f"--lora {lora.path}: changes the transformer alone; the cache is as without it",
+                err=True,
+            )
+    return [lora for lora in loras if lora.changes_text]
 
 
 def _conditioning_spec(

@@ -44,19 +44,19 @@ def hash_component(
         if path.suffix == ".safetensors":
             if f".{variant}" in path.name if variant else path.name.count(".") == 1:
                 digest.update(b"weights")
-                digest.update(_hash_file(path, digests))
+                digest.update(hash_file(path, digests))
         elif path.name == "config.json":
             digest.update(_relevant_config(path))
         elif path.suffix in {".json", ".txt", ".model"} and "index" not in path.name:
             digest.update(path.name.encode())
             said = None if former or path.suffix != ".json" else _json_content(path)
-            digest.update(said or _hash_file(path, digests))
+            digest.update(said or hash_file(path, digests))
     return digest.hexdigest()
 
 
 def annotator_identity(annotator: Annotator, digests: DigestCache) -> list[str]:
     """Return what an annotator's drawings depend on: code, arguments, files and models."""
-    files = sorted(_hash_file(path, digests).hex() for path in annotator.files)
+    files = sorted(hash_file(path, digests).hex() for path in annotator.files)
     folders = sorted(_hash_folder(folder, digests) for folder in annotator.folders)
     models = [hash_component(folder, None, digests) for folder in annotator.models]
     return [*annotator.identity, *files, *folders, *models]
@@ -67,7 +67,7 @@ def _hash_folder(folder: Path, digests: DigestCache) -> str:
     digest = xxhash.xxh3_128()
     for path in files_below(folder):
         digest.update(f"{path.relative_to(folder).as_posix()}\0".encode())
-        digest.update(_hash_file(path, digests))
+        digest.update(hash_file(path, digests))
     return digest.hexdigest()
 
 
@@ -97,7 +97,8 @@ def _relevant(values: Any) -> Any:
     }
 
 
-def _hash_file(path: Path, digests: DigestCache) -> bytes:
+def hash_file(path: Path, digests: DigestCache) -> bytes:
+    """Return a digest of a file's bytes, 16 bytes."""
     version = file_version(path.absolute())
     (known,) = digests.find([version])
     if known is not None:

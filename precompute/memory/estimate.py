@@ -27,7 +27,7 @@ from precompute.memory.simulation import (
     text_peaks,
 )
 from precompute.planning.workers import find_part
-from sd3.pretrained import find_base
+from sd3.base.find import find_base
 
 ENCODERS = (*(name for _, name in CLIP_COMPONENTS), T5_COMPONENTS[1], "vae")
 # What reduces the peak of the text pass, and of the image pass, the best first.
@@ -85,6 +85,7 @@ def find_sizes(config: PrecomputeConfig) -> Sizes:
         revision=config.revision,
         cache_dir=config.cache_dir,
         weights=False,
+        single_file_config=config.single_file_config,
     )
     return read_sizes(base)
 

@@ -276,6 +276,6 @@ class Context:
 
 
 def without_folders(name_or_path: str) -> str:
-    """Return a base model's id on the hub, or its folder's name: caches are published."""
+    """Return a base model's id on the hub, or its name without folders: caches are published."""
     path = Path(name_or_path)
-    return path.resolve().name if path.is_dir() else name_or_path
+    return path.resolve().name if path.exists() else name_or_path

@@ -23,7 +23,14 @@ def find_identities(
 ) -> list[Identity]:
     """Return the identities of text, latents and conditioning."""
     text, text_formerly = (
-        text_identity(specs.base, config.variant, specs.text_settings, digests, former=former)
+        text_identity(
+            specs.base,
+            config.variant,
+            specs.text_settings,
+            digests,
+            loras=specs.loras,
+            former=former,
+        )
         for former in (False, True)
     )
     latents, latents_formerly = (

@@ -54,8 +54,8 @@ from precompute.sources.open_source import open_source
 from precompute.sources.source import Kind, Source
 from sd3.annotators.annotator import Annotator
 from sd3.annotators.registry import find_annotator
+from sd3.base.find import find_base
 from sd3.buckets import nearest_buckets
-from sd3.pretrained import find_base
 from sd3.value_scale import AS_IS
 from shards.format.manifest import conditioning_folder, validation_folder
 from shards.format.tensor_spec import record_bytes
@@ -81,6 +81,7 @@ def prepare(config: PrecomputeConfig) -> Context:
         revision=config.revision,
         variant=config.variant,
         cache_dir=config.cache_dir,
+        single_file_config=config.single_file_config,
     )
     specs = read_specs(base, config)
     pairs = find_pairs(config, specs.latent_settings.shapes, annotator)

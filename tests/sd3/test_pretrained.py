@@ -13,7 +13,8 @@ from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError
 from common.errors import ConfigError
 from precompute.fingerprints.digest_cache import DigestCache
 from precompute.fingerprints.fingerprint import hash_component
-from sd3.pretrained import component_variant, find_base, find_controlnet
+from sd3.base.find import find_base
+from sd3.pretrained import component_variant, find_controlnet
 from tests.hub_server import Hub
 
 HUB_FILES = (
@@ -101,27 +102,42 @@ def test_no_network_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["sd3.5_large.safetensors", "https://huggingface.co/x/y/blob/main/sd3.gguf"]
+    ("name", "advice"),
+    [
+        ("https://huggingface.co/x/y/blob/main/sd3.safetensors", "a web address. Download the"),
+        ("sd3.gguf", r"GGUF's numbers are not read here\. .* as \.safetensors; --quantize-base"),
+        ("sd3.ckpt", r"a pickled file, .* Give the model as \.safetensors\."),
+        ("missing.safetensors", r"no such file\."),
+    ],
 )
-def test_a_single_file_is_called_one(name: str, tmp_path: Path) -> None:
-    (tmp_path / "sd3.5_large.safetensors").write_bytes(b"")
-    given = name if "/" in name else str(tmp_path / name)
-    file = given.rpartition("/")[2]
-    with pytest.raises(
-        ConfigError,
-        match=rf"base model '{given}': a single-file checkpoint, and a diffusers model folder is "
-        rf'needed\. .* StableDiffusion3Pipeline.from_single_file\("{file}"\)',
-    ):
-        find_base(given, ("vae",))
-    with pytest.raises(ConfigError, match=rf"^--controlnet '{given}': a single-file checkpoint"):
-        find_controlnet(given, "--controlnet")
+def test_files_that_are_not_read_say_what_to_give(
+    name: str, advice: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for file in ("sd3.gguf", "sd3.ckpt"):
+        Path(file).write_bytes(b"")
+    with pytest.raises(ConfigError, match=rf"^base model '{name}': {advice}"):
+        find_base(name, ("vae",))
+    with pytest.raises(ConfigError, match=rf"^--controlnet '{name}': {advice}"):
+        find_controlnet(name, "--controlnet")
 
 
-def test_weight_files_alone_are_called_single_file_checkpoints(hub: Hub, tmp_path: Path) -> None:
+def test_a_controlnet_in_one_file_is_sent_to_its_folder(tmp_path: Path) -> None:
+    file = tmp_path / "controlnet.safetensors"
+    file.write_bytes(b"")
+    with pytest.raises(ConfigError, match=r"a file, and the folder that holds it with its config"):
+        find_controlnet(str(file), "--controlnet")
+
+
+def test_raw_weights_are_called_so(hub: Hub, tmp_path: Path) -> None:
     (tmp_path / "raw.safetensors").write_bytes(b"")
     hub.add("models/some/raw", {"raw.safetensors": b"x", "vae_notes.txt": b"", "README.md": b""})
-    for name in (str(tmp_path), "some/raw"):
-        with pytest.raises(ConfigError, match=r": a single-file checkpoint \(raw\.safetensors\)"):
+    for name, file in ((str(tmp_path), f"{tmp_path}/raw.safetensors"), ("some/raw", "raw.safeten")):
+        with pytest.raises(
+            ConfigError,
+            match=rf"'{name}': raw weights \(raw\.safetensors\), without the configurations .* "
+            rf"Give a one-file checkpoint itself \({file}",
+        ):
             find_base(name, ("vae", "transformer"))
     hub.add("models/some/other", {"model_index.json": b"{}", "x.safetensors": b"x"})
     with pytest.raises(ConfigError, match="no vae/ in it; found no folders"):

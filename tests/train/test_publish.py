@@ -30,7 +30,9 @@ from tests.hub_server import Hub
 from train import run
 from train.config import TrainConfig
 from train.run import train
-from train.saving.model_card import _example, hub_name, write_card
+from train.saving.card_base import CardBase, hub_name
+from train.saving.card_example import example
+from train.saving.model_card import write_card
 
 
 @pytest.fixture
@@ -68,7 +70,7 @@ def test_the_card_says_what_it_is_and_how_to_load_it(
 ) -> None:
     # Every option that is a path, now and in future.
     paths = {entry.name for entry in fields(TrainConfig) if "Path" in str(entry.type)}
-    private = {name: tmp_path / name for name in paths}
+    private = {name: tmp_path / name for name in paths - {"transformer"}}
     zeros = replace(config, pooled_projection="zeros")
     train(replace(zeros, **private, logging_dir="my-logs", validation_steps=1))
     config = replace(config, output_dir=tmp_path / "output_dir")
@@ -194,14 +196,14 @@ def test_the_card_of_an_upload_names_what_others_can_load(
 
 
 def test_the_example_has_the_pictures_sides() -> None:
-    example = _example(
+    text = example(
         "lab/circles",
-        "base",
+        CardBase("base", None, None, [], {}),
         {"height": 64, "width": 96, "max_sequence_length": 9},
         inpainting=False,
     )
-    assert "size = (96, 64)  #" in example
-    assert "max_sequence_length=9,  #" in example
+    assert "size = (96, 64)  #" in text
+    assert "max_sequence_length=9,  #" in text
 
 
 def test_a_base_in_the_hubs_cache_is_known_by_its_name(tmp_path: Path) -> None:

@@ -12,8 +12,9 @@ from common.errors import ConfigError
 from common.memory.need import CUDA_BYTES, GB, LOST_SHARE, Need
 from common.memory.processes import map_in_processes
 from common.options import as_arguments, flag
+from sd3.base.find import find_base
 from sd3.controlnet.block_counts import describe_count, in_words
-from sd3.pretrained import find_base, find_controlnet, largest_side, read_config, vae_factor
+from sd3.pretrained import find_controlnet, largest_side, read_config, vae_factor
 from sd3.prompt_embeds import CLIP_TOKENS
 from shards.reading.cache import Cache
 from shards.remote.streaming import open_files
@@ -77,6 +78,8 @@ def find_sizes(config: TrainConfig) -> Sizes:
         revision=config.revision,
         cache_dir=config.cache_dir,
         weights=False,
+        single_file_config=config.single_file_config,
+        transformer=config.transformer,
     )
     if config.controlnet_model_name_or_path is None:
         extra = manifest.conditioning_specs[config.conditioning_name] if manifest else None

@@ -1,7 +1,5 @@
 """The model card of a trained ControlNet."""
 
-import json
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -17,11 +15,12 @@ from sd3.controlnet.block_counts import describe_count
 from sd3.controlnet.kinds import kind_of
 from sd3.controlnet.pooled_projection import pooled_projection_of
 from sd3.inpainting import is_inpainting
-from sd3.pixels import SCALES
-from sd3.pretrained import DATA_KEY, is_hub_id
+from sd3.pretrained import DATA_KEY
 from shards.format.specs import describe_annotator
 from train.assembly import Run
 from train.config import TrainConfig
+from train.saving.card_base import card_base
+from train.saving.card_example import example
 from train.saving.controlnet import EMA_FOLDER
 from train.validation.pictures import PROMPT_KEY
 
@@ -53,23 +52,22 @@ def model_card(run: Run, repository: str | None) -> str:
     """Return the card as Markdown: what the ControlNet is, how to load it, how it was made."""
     config, network = run.config, run.accelerator.unwrap_model(run.controlnet)
     data: dict[str, Any] = network.config[DATA_KEY]
-    base = hub_name(config.pretrained_model_name_or_path)
-    folder = Path(config.pretrained_model_name_or_path).name
+    base = card_base(config)
     name = repository or config.hub_model_id or config.output_dir.resolve().name
     num_layers, num_images = network.config.num_layers, run.inputs.order.num_records
     return f"""---
-{_metadata(base)}
+{_metadata(base.hub_id)}
 ---
 
 # {name}
 
-A ControlNet of {num_layers} blocks for {base or f"the base model {folder!r}"},
+A ControlNet of {num_layers} blocks for {base.in_words},
 trained on {num_images} images at {data["width"]} x {data["height"]} pixels
 with the control "{config.conditioning_name}".
 
 ## How to use it
 
-{_example(name, base or f"path/to/{folder}", data, inpainting=is_inpainting(network.config))}
+{example(name, base, data, inpainting=is_inpainting(network.config))}
 
 {_inputs_note(network.config, run.transformer.config.num_layers)}{_ema_note(run)}
 ## Pictures
@@ -84,32 +82,6 @@ The licence of the base model applies to what is derived from it.
 """
 
 
-def hub_name(name_or_path: str) -> str | None:
-    """Return a base model's name on the hub, e.g. `owner/name`; None if its folder tells none."""
-    folder = Path(name_or_path)
-    if not folder.is_dir():
-        return name_or_path
-    if name := _name_in(str(folder.resolve())):
-        return name
-    # diffusers notes there what a model was loaded from.
-    for path in (folder / "model_index.json", folder / "transformer" / "config.json"):
-        try:
-            loaded_from = str(json.loads(path.read_text(encoding="utf-8")).get("_name_or_path"))
-        except (OSError, ValueError, AttributeError):
-            continue
-        if is_hub_id(loaded_from) and not Path(loaded_from).exists():
-            return loaded_from
-        if name := _name_in(loaded_from):
-            return name
-    return None
-
-
-def _name_in(path: str) -> str | None:
-    """Return the name in the path of a copy that huggingface_hub keeps of a repository."""
-    found = re.search(r"\bmodels--([^/\\]+?)--([^/\\]+)", path)
-    return f"{found[1]}/{found[2]}" if found else None
-
-
 def _metadata(base: str | None) -> str:
     """Return the YAML that the hub reads."""
     metadata: str = ModelCardData(
@@ -119,51 +91,6 @@ def _metadata(base: str | None) -> str:
         inference=True,
     ).to_yaml()
     return metadata
-
-
-def _example(name: str, base: str, data: dict[str, Any], *, inpainting: bool) -> str:
-    """Return Python that loads the ControlNet and draws what `python -m infer generate` draws."""
-    pipeline = "StableDiffusion3ControlNetPipeline"
-    names, arguments = ["conditioning"], "control_image=conditioning,"
-    if inpainting:
-        pipeline = "StableDiffusion3ControlNetInpaintingPipeline"
-        names = ["picture", "mask"]
-        arguments = "control_image=picture,\n    control_mask=mask,  # white: drawn anew"
-    bilinear = "Image.Resampling.BILINEAR"
-    loading = "\n".join(
-        f'{each} = load_image("{each}.png").resize(size, {bilinear})' for each in names
-    )
-    numpy = ""
-    factor, offset = SCALES[data.get("conditioning_range", "-1_1")]
-    if (factor, offset) != SCALES["-1_1"]:
-        numpy = "import numpy as np\n"
-        scaled = "" if (factor, offset) == (1, 0) else f" * {factor:g} + {offset:g}"
-        loading += (
-            "\n# In the range of training, which is not the pipeline's own.\n"
-            "pixels = torch.from_numpy(np.array(conditioning)).permute(2, 0, 1)[None] / 255\n"
-            f"conditioning = pixels{scaled}"
-        )
-    return f"""```python
-{numpy}import torch
-from diffusers import SD3ControlNetModel, {pipeline}
-from diffusers.utils import load_image
-from PIL import Image
-
-controlnet = SD3ControlNetModel.from_pretrained("{name}", dtype=torch.float16)
-pipeline = {pipeline}.from_pretrained(
-    "{base}", controlnet=controlnet, dtype=torch.float16
-)
-size = ({data["width"]}, {data["height"]})  # as in training; give images of this shape
-{loading}
-image = pipeline(
-    "a prompt",
-    {arguments}
-    width=size[0],
-    height=size[1],
-    max_sequence_length={data["max_sequence_length"]},  # as in training; the pipeline's own is 256
-    generator=torch.manual_seed(0),
-).images[0]
-```"""
 
 
 def _inputs_note(controlnet: Mapping[str, Any], num_base_blocks: int) -> str:
@@ -227,10 +154,10 @@ def _prompt_of(picture: Path) -> str | None:
 def _origin(run: Run, data: dict[str, Any]) -> str:
     """Return the versions, data and settings that the ControlNet was made with."""
     made_with = ", ".join(f"{library} {version}" for library, version in versions().items())
-    base = hub_name(run.config.pretrained_model_name_or_path)
+    base = card_base(run.config)
     settings = "\n".join(
         f"    {key} = {value}"
-        for key, value in (as_dict(run.config) | {"pretrained_model_name_or_path": base}).items()
+        for key, value in (as_dict(run.config) | base.settings).items()
         if key not in PRIVATE and value is not None and not _is_path(value)
     )
     return f"""{run.num_steps} steps; made with {made_with}; \
