@@ -20,13 +20,17 @@ from pathlib import Path
 from typing import Any
 
 import click
+import huggingface_hub
 import pytest
+import torch
 from accelerate.state import AcceleratorState
-from diffusers import SD3ControlNetModel
+from diffusers import SD3ControlNetModel, StableDiffusion3Pipeline
 from PIL import Image
+from safetensors.torch import save_file
 
 from precompute.config import PrecomputeConfig
 from tests.conftest import REPOSITORY, RESOLUTION_PX, TOKENS, main_of, run_python, without_make
+from tests.published_names import one_file, transformer
 from train import models
 from train.config import TrainConfig
 from train.run import train
@@ -180,6 +184,7 @@ def prepared(
         shutil.copy(circles / "source/0.png", folder / name)
     shutil.copy(circles / "target/0.png", folder / "picture.png")
     Image.new("L", (512, 512), 255).save(folder / "mask.png")
+    bases(folder)
     (folder / "pairs.jsonl").write_text('{"prompt": "a caption", "image": "edges.png"}\n')
     return folder
 
@@ -210,6 +215,25 @@ def with_runs(
     heads = {"num_attention_heads": 2, "attention_head_dim": 64, "caption_projection_dim": 128}
     SD3ControlNetModel(num_layers=1, **heads).save_pretrained(folder / "out-zeros")
     return folder
+
+
+def bases(folder: Path) -> None:
+    """Write the base's one-file checkpoint, another transformer, and a LoRA of kohya's names."""
+    pipeline = StableDiffusion3Pipeline.from_pretrained(folder / "BASE")
+    whole = one_file(pipeline, text=False)
+    save_file(whole, folder / "sd3.5_medium.safetensors")
+    tuned = transformer(pipeline.transformer.state_dict())
+    save_file(
+        {name: tensor.clone().contiguous() for name, tensor in tuned.items()},
+        folder / "tuned.safetensors",
+    )
+    width = tuned["joint_blocks.0.x_block.attn.proj.bias"].shape[0]
+    module = "lora_unet_joint_blocks_0_x_block_attn_proj"
+    lora = {"down": torch.ones(1, width), "up": torch.ones(width, 1)}
+    save_file(
+        {f"{module}.lora_{name}.weight": tensor for name, tensor in lora.items()},
+        folder / "style.safetensors",
+    )
 
 
 def pictures(folder: Path, circles: Path, rows: list[dict[str, str]]) -> None:
@@ -255,6 +279,7 @@ def reader(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.M
     shutil.copytree(request.getfixturevalue(name), folder)
     mark_as_installed(folder)
     monkeypatch.chdir(folder)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HOME", str(tmp_path / "home"))
     monkeypatch.setenv("MODEL_DIR", "BASE")
     monkeypatch.setenv("OUTPUT_DIR", "out-of-the-script")
     monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "0")

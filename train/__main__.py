@@ -13,7 +13,7 @@ from train.misplaced_options import MISPLACED
 
 def run(config: TrainConfig) -> None:
     """Import the networks' libraries only once the command line is known to be good."""
-    with _without_transformers():
+    with contextlib.nullcontext() if config.lora else _without_transformers():
         from train.run import train
 
     if ended_by := train(config):
@@ -24,7 +24,7 @@ def run(config: TrainConfig) -> None:
 def _without_transformers() -> Iterator[None]:
     """Have diffusers imported as if transformers were not installed, which saves a second.
 
-    Its models import that library for the LoRAs of text encoders, of which training has none.
+    Its models import that library for LoRAs alone.
     """
     from diffusers.utils import import_utils
 

@@ -33,6 +33,19 @@ NOT_IDENTITY = {
 
 # Settings that change nothing where the images are conditioning images, as they once always were.
 OF_PHOTOGRAPHS = {"from_photo", "conditioning_from", "conditioning_args"}
+# Options that came later, and what goes with each; absent where they are not given, as before.
+LATER = {
+    "mask": ("mask",),
+    "lora": ("lora", "lora_scale"),
+    "transformer": ("transformer",),
+    "single_file_config": ("single_file_config",),
+}
+# Kinds of input files whose digests are kept, and the options that name them.
+DIGESTED = {
+    "images": "image",
+    "controlnets": "controlnet",
+    "loras": "lora",
+}
 
 
 def describe(
@@ -42,12 +55,14 @@ def describe(
 
     Args:
         config: settings of the run.
-        digests: of the input files' bytes, by kind: `images` and `controlnets`.
+        digests: of the input files' bytes, by kind; see `DIGESTED`.
         drawn: `device`, its type; `batch`, the picture's place in its batch and the batch's size.
         picture: settings of this picture, which replace the run's.
     """
     left_out = NOT_IDENTITY if config.from_photo else NOT_IDENTITY | OF_PHOTOGRAPHS
-    left_out = left_out if config.mask else left_out | {"mask"}  # as before there were masks
+    for name, group in LATER.items():
+        if not getattr(config, name):
+            left_out = left_out.union(group)
     settings = {name: value for name, value in as_dict(config).items() if name not in left_out}
     for name in PER_CONTROLNET:
         if len(settings[name]) == 1:  # as before there could be several
@@ -120,7 +135,7 @@ def settings_from(path: Path) -> tuple[dict[str, Any], list[str]]:
             settings[name] = [settings[name]]
     digests, drawn = description.get("digests", {}), description.get("drawn", {})
     warnings = []
-    for kind, option in (("images", "image"), ("controlnets", "controlnet")):
+    for kind, option in DIGESTED.items():
         for name, digest in zip(settings.get(option, []), digests.get(kind, []), strict=False):
             source = Path(name)
             if source.exists() and digest_of(source) != digest:

@@ -17,6 +17,7 @@ from infer.drawing.from_photographs import draw_from_photographs
 from infer.drawing.requests import Control, DrawRequest
 from infer.photographs import Redrawing
 from sd3 import images
+from sd3.base.lora import find_loras
 from sd3.image_files import BadImage
 from sd3.inpainting import without_masked
 
@@ -99,9 +100,11 @@ def plan_pictures(
             drawn is saved beside the pictures.
 
     Raises:
-        ConfigError: a conditioning image cannot be used, or is one too many or too few.
+        ConfigError: a conditioning image cannot be used, or is one too many or too few; or a LoRA
+            cannot be used.
     """
     _check_masks(controlnets, requests, from_photo=bool(redrawings))
+    loras = find_loras(config.lora, config.lora_scale, config.cache_dir)
     several_seeds = any(len(request.seeds) > 1 for request in requests)
     title = f"-{controlnets.title}" if title_in_name else ""
     convention = controlnets.convention
@@ -120,11 +123,14 @@ def plan_pictures(
                 Picture(path, "", request, seed, size, controls, controlnets.conventions)
             )
         pictures[-1].fit_controls()  # fails now, before anything is loaded
-    annotators = [redrawing.digest for redrawing in redrawings]
+    run_digests = {
+        "annotators": [redrawing.digest for redrawing in redrawings],
+        "loras": [metadata.digest_of(lora.path) for lora in loras],
+    }
     return [
         replace(
             picture,
-            description=_describe(config, controlnets, picture, [place, len(batch)], annotators),
+            description=_describe(config, controlnets, picture, [place, len(batch)], run_digests),
         )
         for batch in batch_pictures(pictures, config.batch_size)
         for place, picture in enumerate(batch)
@@ -176,7 +182,7 @@ def _describe(
     controlnets: ControlNetSet,
     picture: Picture,
     batch: list[int],
-    annotators: list[str],
+    run_digests: dict[str, list[str]],
 ) -> str:
     """Return what a picture's file says of it; `batch` is its place and the batch's size."""
     request = picture.request
@@ -188,7 +194,7 @@ def _describe(
             "images": [control.digest for control in request.controls],
             **({"masks": [control.mask_digest for control in masked]} if masked else {}),
             "controlnets": list(controlnets.digests),
-            **({"annotators": annotators} if annotators else {}),
+            **{kind: digests for kind, digests in run_digests.items() if digests},
         },
         {"device": pick_device(config.device).type, "batch": batch},
         controlnet=list(controlnets.names),

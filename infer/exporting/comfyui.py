@@ -32,11 +32,12 @@ def base_blocks(config: Mapping[str, Any]) -> int:
     return int(config["num_attention_heads"]) * int(config["attention_head_dim"]) // HEAD_SIZE
 
 
-def why_driven_wrongly(config: Mapping[str, Any]) -> str | None:
+def why_driven_wrongly(config: Mapping[str, Any], name_or_path: str) -> str | None:
     """Return why ComfyUI cannot drive a ControlNet as it was trained, and the way out; or None.
 
     Args:
         config: the ControlNet's configuration.
+        name_or_path: of the ControlNet, as the user gave it.
     """
     if kind_of(config) == "stability":
         return (
@@ -54,7 +55,7 @@ def why_driven_wrongly(config: Mapping[str, Any]) -> str | None:
         return (
             "it was trained with the prompt's pooled embedding, and ComfyUI gives zeros; go on "
             "from it for some hundred steps with python -m train --pooled-projection zeros "
-            "--controlnet-model-name-or-path"
+            f"--controlnet-model-name-or-path {name_or_path}"
         )
     pixel_range = (config.get(DATA_KEY) or {}).get("conditioning_range", "-1_1")
     if pixel_range != "-1_1":

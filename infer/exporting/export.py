@@ -38,10 +38,9 @@ def export(config: ExportConfig) -> None:
         raise ConfigError(f"--output {config.output}: is there already; --overwrite replaces it.")
     folder = find_controlnet(config.controlnet, "--controlnet", cache_dir=config.cache_dir)
     saved = corrected(read_config(folder, ""), config.convention)
-    if why := why_driven_wrongly(saved):
+    if why := why_driven_wrongly(saved, config.controlnet):
         given = f"--controlnet {config.controlnet}"
-        path = f" {config.controlnet}" if why.endswith("-path") else ""
-        raise ConfigError(f"{given}: ComfyUI would drive it wrongly: {why}{path}.")
+        raise ConfigError(f"{given}: ComfyUI would drive it wrongly: {why}.")
     controlnet = SD3ControlNetModel.from_pretrained(folder, dtype=torch.float32)
     check_finite(controlnet, f"--controlnet {folder}")
     weights = without_shift(dict(controlnet.state_dict()), saved)

@@ -16,6 +16,7 @@ from diffusers import (
 from PIL import Image
 from torch import Tensor
 
+import demo.base_model.pipeline
 from common.config_file import read_section
 from infer.config import GenerateConfig
 from infer.drawing.generate import generate
@@ -23,6 +24,13 @@ from sd3.controlnet.combined import CombinedControlNets
 from sd3.pretrained import DATA_KEY
 from tests.conftest import PROMPTS, RESOLUTION_PX, TOKENS, Outcome, awaken
 from train import models
+
+DATA = {
+    "max_sequence_length": TOKENS,
+    "conditioning_range": "-1_1",
+    "height": RESOLUTION_PX,
+    "width": RESOLUTION_PX,
+}
 
 
 def net(base: Path, num_layers: int, seed: int) -> SD3ControlNetModel:
@@ -67,6 +75,62 @@ def test_each_block_gets_what_both_alone_would_give_it(base: Path) -> None:
     for residual, first in zip(alone, (0, 0, 1, 1), strict=True):
         assert torch.equal(residual, of_two[first])
     assert not torch.equal(both[3], alone[3])
+
+
+@torch.no_grad()
+def test_three_and_two_blocks_reach_all_six_of_the_base(circles: Path, tmp_path: Path) -> None:
+    """diffusers pairs their residuals off and drops the third."""
+    base = tmp_path / "base"
+    pipeline = demo.base_model.pipeline.build_pipeline(0, num_layers=6)
+    demo.base_model.pipeline.save_base(base, pipeline)
+    three, two = net(base, 3, 0), net(base, 2, 1)
+    controls = list(torch.randn(2, 1, 16, 8, 8))
+    of_three, of_two = (
+        each(controlnet_cond=control, conditioning_scale=1.0, **inputs())[0]
+        for each, control in zip((three, two), controls, strict=True)
+    )
+    (both,) = CombinedControlNets([three, two], 6)(
+        controlnet_cond=controls, conditioning_scale=[1.0, 1.0], **inputs()
+    )
+    assert len(both) == 6
+    for residual, first, second in zip(both, (0, 0, 1, 1, 2, 2), (0, 0, 0, 1, 1, 1), strict=True):
+        assert torch.equal(residual, of_three[first] + of_two[second])
+    # In pictures: at scale 0 the second changes none.
+    for name, network in (("three", three), ("two", two)):
+        network.register_to_config(**{DATA_KEY: DATA})
+        network.save_pretrained(tmp_path / name)
+    config = GenerateConfig(
+        pretrained_model_name_or_path=str(base),
+        controlnet=(str(tmp_path / "three"), str(tmp_path / "two")),
+        controlnet_conditioning_scale=(1.0, 0.0),
+        combine=True,
+        output_dir=tmp_path / "combined",
+        prompt=PROMPTS,
+        image=(circles / "source" / "0.png",) * 4,
+        num_inference_steps=2,
+        device="cpu",
+        batch_size=2,
+    )
+    generate(config)
+    generate(
+        replace(
+            config,
+            controlnet=config.controlnet[:1],
+            controlnet_conditioning_scale=(1.0,),
+            combine=False,
+            image=config.image[:2],
+            output_dir=tmp_path / "alone",
+        )
+    )
+    generate(
+        replace(config, controlnet_conditioning_scale=(1.0, 1.0), output_dir=tmp_path / "with both")
+    )
+    combined, alone, heard = (
+        np.array(Image.open(tmp_path / name / "000.png"))
+        for name in ("combined", "alone", "with both")
+    )
+    assert np.array_equal(combined, alone)
+    assert not np.array_equal(combined, heard)
 
 
 def test_each_has_its_own_scale_start_and_end(

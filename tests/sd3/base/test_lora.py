@@ -1,6 +1,8 @@
 """LoRAs merged into a base: as diffusers merges them, and as the formula says."""
 
 import math
+import subprocess
+import sys
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -20,8 +22,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from common.errors import ConfigError
+from common.options import as_dict, flag
 from infer.config import GenerateConfig
 from infer.drawing.generate import generate
+from infer.drawing.metadata import settings_from
 from precompute.config import PrecomputeConfig
 from precompute.run import precompute
 from sd3.base.lora import find_loras, merge_loras
@@ -135,7 +139,7 @@ def test_generate_draws_what_the_stock_pipeline_draws_with_it(
         device="cpu",
     )
     generate(config)
-    generate(replace(config, lora=(), output_dir=tmp_path / "without"))
+    generate(replace(config, lora=(), lora_scale=(1.0,), output_dir=tmp_path / "without"))
     stock = StableDiffusion3ControlNetPipeline.from_pretrained(
         base, controlnet=SD3ControlNetModel.from_pretrained(controlnet)
     )
@@ -153,6 +157,12 @@ def test_generate_draws_what_the_stock_pipeline_draws_with_it(
     ).images[0]
     found = np.array(Image.open(tmp_path / "drawn" / "000.png"))
     assert np.array_equal(found, np.array(expected))
+    # Its settings are in the picture.
+    settings, warnings = settings_from(tmp_path / "drawn" / "000.png")
+    assert (settings["lora"], settings["lora_scale"], warnings) == ([str(lora)], [SCALE], [])
+    assert not {"lora", "lora_scale", "transformer", "single_file_config"} & (
+        settings_from(tmp_path / "without" / "000.png")[0].keys()
+    )
     assert not np.array_equal(found, np.array(Image.open(tmp_path / "without" / "000.png")))
 
 
@@ -171,6 +181,17 @@ def test_training_computes_with_the_merged_transformer(
         train(replace(config, output_dir=tmp_path / name, **options))
         (file,) = (tmp_path / name).glob("*.safetensors")
         trained[name] = load_file(file)
+    # As a command too, which imports only what it needs.
+    options = as_dict(replace(config, output_dir=tmp_path / "command"))
+    arguments = [
+        f"{flag(name)}={value}"
+        for name, value in options.items()
+        if type(value) in (str, int, float) and value != getattr(TrainConfig, name, None)
+    ]
+    given = [f"--lora={lora}", f"--lora-scale={SCALE}"]
+    subprocess.run([sys.executable, "-m", "train", *arguments, *given], check=True)
+    (file,) = (tmp_path / "command").glob("*.safetensors")
+    torch.testing.assert_close(load_file(file), trained["lora"], rtol=1e-5, atol=1e-7)
     card = (tmp_path / "lora" / "README.md").read_text()
     assert f"with `style.safetensors` merged at {SCALE}" in card
     assert str(lora) not in card
