@@ -2,7 +2,8 @@
 
 import contextlib
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from types import ModuleType
 
 from common.command import stage_command
 from common.interruption import exit_code
@@ -12,28 +13,32 @@ from train.misplaced_options import MISPLACED
 
 
 def run(config: TrainConfig) -> None:
-    """Import the networks' libraries only once the command line is known to be good."""
-    with contextlib.nullcontext() if config.lora else _without_transformers():
-        from train.run import train
+    """Import the networks' libraries only once the command line is known to be good.
 
-    if ended_by := train(config):
+    Without LoRAs diffusers is told that transformers and peft are not installed, which saves a
+    second each: its models import them for LoRAs alone, peft at their first step.
+    """
+    from diffusers import utils
+    from diffusers.utils import import_utils
+
+    hidden = () if config.lora else ("_transformers_available", "_peft_available")
+    with _false(import_utils, hidden):
+        from train.run import train
+    with _false(utils, () if config.lora else ("USE_PEFT_BACKEND",)):
+        ended_by = train(config)
+    if ended_by:
         sys.exit(exit_code(ended_by))
 
 
 @contextlib.contextmanager
-def _without_transformers() -> Iterator[None]:
-    """Have diffusers imported as if transformers were not installed, which saves a second.
-
-    Its models import that library for LoRAs alone.
-    """
-    from diffusers.utils import import_utils
-
-    available = import_utils._transformers_available
-    import_utils._transformers_available = False
+def _false(module: ModuleType, names: Sequence[str]) -> Iterator[None]:
+    """Have names of a module stand for False meanwhile."""
+    before = {name: getattr(module, name) for name in names}
+    vars(module).update(dict.fromkeys(names, False))
     try:
         yield
     finally:
-        import_utils._transformers_available = available
+        vars(module).update(before)
 
 
 def need(config: TrainConfig, free: int | None) -> Need:

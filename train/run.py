@@ -4,6 +4,7 @@ import contextlib
 import os
 from collections.abc import Iterator
 from signal import Signals
+from typing import Any
 
 import click
 
@@ -193,8 +194,15 @@ def _start_records(run: Run) -> None:
         config.output_dir.mkdir(parents=True, exist_ok=True)
         write_run(config.output_dir, "train", config, num_steps=run.num_steps, data=data)
     if accelerator.log_with:
-        flat = {key: value if value is not None else "" for key, value in as_dict(config).items()}
+        flat = {key: _flat(value) for key, value in as_dict(config).items()}
         accelerator.init_trackers(config.tracker_project_name, config=flat)
+
+
+def _flat(value: Any) -> Any:
+    """Return a setting as trackers take it."""
+    if isinstance(value, list):
+        return " ".join(map(str, value))
+    return "" if value is None else value
 
 
 def _command(config: TrainConfig) -> str:

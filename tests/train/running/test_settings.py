@@ -37,9 +37,9 @@ def test_a_run_is_put_together_as_asked_for(
     asked: dict[str, Any] = {}
     find_base, open_files = inputs.find_base, inputs.open_files
 
-    def found_base(*names: Any, revision: Any, variant: Any, cache_dir: Any) -> Path:
+    def found_base(*names: Any, revision: Any, cache_dir: Any, **others: Any) -> Path:
         asked.update(revision=revision, cache_dir=cache_dir)
-        return find_base(*names, revision=revision, variant=variant, cache_dir=cache_dir)
+        return find_base(*names, revision=revision, cache_dir=cache_dir, **others)
 
     def opened(location: str, folder: Path | None, size: float) -> Any:
         asked.update(local_cache_dir=folder, local_cache_gb=size)
