@@ -146,7 +146,7 @@ def _find_base(config: TrainConfig, needs_vae: bool) -> Path:
         hint = (
             " Validation pictures need vae/; --validation-decode latents does without, and "
             "--validation-steps 0."
-            if needs_vae
+            if needs_vae and "vae/" in str(error)
             else ""
         )
         raise ConfigError(f"{error}{hint}") from error

@@ -30,9 +30,9 @@ from sd3.base.contents import Contents, component_of
 from sd3.pretrained import has_component
 
 SOURCE = "source.json"
+MODELS = {"transformer": "SD3Transformer2DModel", "vae": "AutoencoderKL"}
 COMPONENTS = (
-    "transformer",
-    "vae",
+    *MODELS,
     *(f"{kind}{number}" for number in ("", "_2", "_3") for kind in ("text_encoder", "tokenizer")),
 )
 
@@ -170,16 +170,20 @@ def _load(file: Path, name: str, dtype: str, folder: Path, flag: str) -> Any:
     Raises:
         ConfigError: it does not fit its configuration.
     """
+    import diffusers
     import torch
-    from diffusers import AutoencoderKL, SD3Transformer2DModel, StableDiffusion3Pipeline
 
     settings = {"config": str(folder), "torch_dtype": getattr(torch, dtype)}
-    models = {"transformer": SD3Transformer2DModel, "vae": AutoencoderKL}
     try:
-        if name in models:
-            return models[name].from_single_file(
+        if name in MODELS:
+            model = getattr(diffusers, MODELS[name])
+            return model.from_single_file(
                 str(file), subfolder=name, local_files_only=True, **settings
             )
+        # Text encoders come with the pipeline alone, which training cannot import: it hides
+        # transformers from diffusers.
+        from diffusers import StableDiffusion3Pipeline
+
         others = dict.fromkeys(set(COMPONENTS) - {name})
         pipeline = StableDiffusion3Pipeline.from_single_file(str(file), **settings, **others)
         return getattr(pipeline, name)

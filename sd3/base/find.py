@@ -60,7 +60,15 @@ def find_base(
                 f"or hub id of the rest: {CONFIG_FLAG}."
             )
         rest = [name for name in subfolders if name not in contents.components]
-        folder = find(lent, subfolders, weights=False, flag=CONFIG_FLAG)
+        try:
+            folder = find(lent, subfolders, weights=False, flag=CONFIG_FLAG)
+        except ConfigError as error:
+            if single_file_config is not None:
+                raise
+            raise ConfigError(
+                f"{FLAG} {file}: its configurations are fetched from {lent}: {error} "
+                f"{CONFIG_FLAG} names a folder that has them."
+            ) from error
         if weights:
             if rest:
                 folder = find(lent, rest, weights=True, flag=CONFIG_FLAG)

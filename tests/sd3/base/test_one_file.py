@@ -2,6 +2,8 @@
 
 import json
 import os
+import subprocess
+import sys
 import tarfile
 from dataclasses import replace
 from pathlib import Path
@@ -16,6 +18,7 @@ from safetensors.torch import load_file, save_file
 
 import demo.base_model.pipeline
 from common.errors import ConfigError
+from common.options import as_dict, flag
 from infer.config import GenerateConfig
 from infer.drawing.generate import generate
 from precompute.config import PrecomputeConfig
@@ -25,6 +28,7 @@ from sd3.base.find import find_base
 from tests.conftest import PROMPTS, four_steps, narrow_posterior
 from tests.hub_server import Hub
 from tests.published_names import one_file, transformer
+from train.config import TrainConfig
 from train.run import train
 
 WEIGHTS = ("transformer", "vae", "text_encoder", "text_encoder_2", "text_encoder_3")
@@ -145,6 +149,47 @@ def tensors_of(shard: Path) -> list[bytes]:
             for member in tar
             if member.name.endswith(".safetensors")
         ]
+
+
+@pytest.mark.slow
+def test_train_reads_it_as_a_command(
+    pipeline: Any, folder: Path, cache: Path, tmp_path: Path
+) -> None:
+    """Training hides libraries from diffusers that it does not need."""
+    save_file(one_file(pipeline, text=False), tmp_path / "model.safetensors")
+    config = replace(
+        four_steps(folder, cache, tmp_path / "folder"),
+        validation_steps=4,
+        validation_inference_steps=2,
+    )
+    train(config)
+    given = as_dict(replace(config, output_dir=tmp_path / "file"))
+    arguments = [
+        f"{flag(name)}={value}"
+        for name, value in given.items()
+        if type(value) in (str, int, float) and value != getattr(TrainConfig, name, None)
+    ]
+    of_file = {
+        "pretrained-model-name-or-path": tmp_path / "model.safetensors",
+        "single-file-config": folder,
+        "cache-dir": tmp_path / "downloads",
+    }
+    arguments += [f"--{name}={value}" for name, value in of_file.items()]
+    subprocess.run([sys.executable, "-m", "train", *arguments], check=True)
+    torch.testing.assert_close(
+        weights(tmp_path / "file"), weights(tmp_path / "folder"), rtol=1e-5, atol=1e-7
+    )
+
+
+def test_a_hub_out_of_reach_names_the_way_out(
+    pipeline: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    save_file(one_file(pipeline, text=False), tmp_path / "model.safetensors")
+    with pytest.raises(
+        ConfigError, match=rf"are fetched from {MEDIUM}: .* --single-file-config names a folder"
+    ):
+        find_base(str(tmp_path / "model.safetensors"), ("vae",), cache_dir=tmp_path / "empty")
 
 
 @pytest.mark.parametrize("prefix", ["", "model.diffusion_model."])
