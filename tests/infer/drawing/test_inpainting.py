@@ -3,6 +3,7 @@
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -20,6 +21,8 @@ from sd3 import images
 from sd3.pretrained import DATA_KEY
 from tests.conftest import PROMPTS, RESOLUTION_PX, TOKENS, awaken
 from train import models
+from train.saving.card_base import CardBase
+from train.saving.card_example import example
 
 SIZE = (RESOLUTION_PX, RESOLUTION_PX)
 
@@ -182,3 +185,24 @@ def test_scoring_compares_with_the_rows_images(
     assert kept.size == Image.open(scored.output_dir / "with_controlnet" / "000.png").size
     with pytest.raises(ConfigError, match="the control is the image without a part"):
         score(replace(scored, measure=("circles",)))
+
+
+def test_the_snippet_of_its_card_draws_the_same(config: GenerateConfig, painter: Path) -> None:
+    data = json.loads((painter / "config.json").read_text())[DATA_KEY]
+    base = CardBase("base", None, None, [], {})
+    text = example(str(painter), base, data, inpainting=True)
+    code = text.removeprefix("```python\n").removesuffix("```")
+    for old, new in {
+        "torch.float16": "torch.float32",
+        '"a prompt",': f"{PROMPTS[0]!r}, num_inference_steps=2,",
+        '"path/to/base"': repr(config.pretrained_model_name_or_path),
+        '"picture.png"': repr(str(config.image[0])),
+        '"mask.png"': repr(str(config.mask[0])),
+    }.items():
+        assert old in code
+        code = code.replace(old, new)
+    names: dict[str, Any] = {}
+    exec(compile(code, "snippet", "exec"), names)
+    generate(replace(config, seed=(0,)))
+    drawn = np.array(Image.open(config.output_dir / "000.png"))
+    assert np.array_equal(np.array(names["image"]), drawn)

@@ -1,7 +1,10 @@
 """The files of a saved ControlNet: replaced whole, compared whole."""
 
+from dataclasses import replace
 from pathlib import Path
 
+from train.config import TrainConfig
+from train.run import train
 from train.saving.controlnet import _put_in_place, is_same_controlnet
 
 CONFIG, WEIGHTS = "config.json", "diffusion_pytorch_model.safetensors"
@@ -28,3 +31,22 @@ def test_two_are_the_same_only_if_all_their_files_are(tmp_path: Path) -> None:
     assert not is_same_controlnet(one, make(tmp_path / "other", **{WEIGHTS: "1235"}))
     assert not is_same_controlnet(one, make(tmp_path / "less"))
     assert not is_same_controlnet(make(tmp_path / "none"), one)
+
+
+def test_all_files_of_a_run_have_the_usual_permissions(train_config: TrainConfig) -> None:
+    """The safetensors library lets only the owner read what it writes."""
+    config = replace(
+        train_config,
+        validation_steps=4,
+        validation_inference_steps=2,
+        validation_decode="latents",
+        ema_decay=0.5,
+    )
+    train(config)
+    usual = config.output_dir / "usual"
+    usual.touch()
+    files = [path for path in config.output_dir.rglob("*") if path.is_file()]
+    assert {path.suffix for path in files} >= {".safetensors", ".json", ".md", ".pkl", ".bin"}
+    assert len([path for path in files if "validation" in path.parts]) > 1
+    unlike = [path for path in files if path.stat().st_mode != usual.stat().st_mode]
+    assert not unlike
