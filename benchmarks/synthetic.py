@@ -1,7 +1,7 @@
 """A cache of random numbers in the true format, of any size, for measurements and tests."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -11,6 +11,7 @@ from shards.format import manifest
 from shards.format.keys import record_key
 from shards.format.manifest import Manifest
 from shards.format.product import captions_digest, product_of
+from shards.format.published import samples
 from shards.format.records import Record
 from shards.format.specs import Bucket, ConditioningSpec, LatentSpec, TextSpec
 from shards.format.tensor_spec import TensorSpec
@@ -95,23 +96,21 @@ def write_cache(
         )
         for shard, grid in enumerate(shard_grids)
     ]
-    manifest.write(
-        folder,
-        Manifest(
-            text=product_of(folder / "text", texts),
-            text_spec=shape.text_spec(),
-            text_identity="0",
-            buckets=grids,
-            latents=product_of(folder / "latents", latents, shard_buckets),
-            latent_spec=shape.latent_spec(),
-            conditioning={"conditioning": product_of(controls, conditioning, shard_buckets)},
-            conditioning_specs={"conditioning": ConditioningSpec(**asdict(shape.latent_spec()))},
-            validation={"conditioning": product_of(folder, [])},
-            captions=captions_digest(latents),
-            num_skipped=0,
-            made_by={"base": "random numbers"},
-        ),
+    made = Manifest(
+        text=product_of(folder / "text", texts),
+        text_spec=shape.text_spec(),
+        text_identity="0",
+        buckets=grids,
+        latents=product_of(folder / "latents", latents, shard_buckets),
+        latent_spec=shape.latent_spec(),
+        conditioning={"conditioning": product_of(controls, conditioning, shard_buckets)},
+        conditioning_specs={"conditioning": ConditioningSpec(**asdict(shape.latent_spec()))},
+        validation={"conditioning": product_of(folder, [])},
+        captions=captions_digest(latents),
+        num_skipped=0,
+        made_by={"base": "random numbers"},
     )
+    manifest.write(folder, replace(made, samples=samples.write(folder, made)))
 
 
 class _RandomRecords:

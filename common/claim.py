@@ -56,6 +56,12 @@ def alone(path: Path, abandoned_after_s: float) -> Iterator[None]:
         path.unlink(missing_ok=True)
 
 
+def renew(path: Path) -> None:
+    """Change one's own claim, so that none who waits takes it for left behind."""
+    with contextlib.suppress(FileNotFoundError):
+        os.utime(path)
+
+
 def _removed(path: Path) -> bool:
     """Remove a claim of nobody, unless another process of this machine was quicker.
 

@@ -10,9 +10,8 @@ from common.command import CONTEXT, Group, user_errors
 from common.errors import ConfigError
 from shards import info, verify
 from shards.format import manifest, seal
-from shards.format.expected_cache import read_expected
+from shards.format.expected_cache import PLAN, read_expected
 from shards.format.manifest import DEFAULT_CONDITIONING, Manifest
-from shards.format.published import dataset_card
 from shards.remote import transfer
 from shards.remote.folder import RemoteFolder, is_url
 from shards.remote.shard_files import TransferResult
@@ -49,12 +48,16 @@ def info_command(cache: str, by_shard: bool, as_json: bool) -> None:
 @main.command("seal")
 @click.argument("cache", type=click.Path(path_type=Path))
 def seal_command(cache: Path) -> None:
-    """Complete CACHE, whose parts were made apart and copied into one folder."""
+    """Complete CACHE: its parts, made apart, are in one folder, or a former version made it."""
     with user_errors():
-        expected, _ = read_expected(cache)
-        sealed = seal.seal(cache, expected)
-        dataset_card.write(cache, sealed)  # a cache of a former version has none
-    pairs = info.num_pairs(sealed, expected.conditioning_name)
+        if (cache / PLAN).is_file() or not (cache / manifest.MANIFEST).is_file():
+            expected, _ = read_expected(cache)
+            seal.seal(cache, expected)
+            names = [expected.conditioning_name]
+        else:  # it was pulled, and so is complete
+            names = [*manifest.load(cache).conditioning]
+        sealed = seal.complete(cache)
+    pairs = ", ".join(info.num_pairs(sealed, name) for name in names)
     click.echo(f"{cache}: complete, {pairs}, {sealed.num_skipped} rows left out")
 
 
@@ -68,8 +71,7 @@ def verify_command(ctx: click.Context, cache: str, as_json: bool) -> None:
     with user_errors():
         folder = _local_folder(cache)
         found = manifest.load(folder)
-        total = verify.num_shards(found) + 1
-        with tqdm(total=total, unit="shard", desc="verify", disable=None) as bar:
+        with tqdm(total=verify.num_steps(found), unit="shard", desc="verify", disable=None) as bar:
             for _, shard_faults in verify.faults(folder):
                 faults.extend(shard_faults)
                 bar.update()

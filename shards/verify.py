@@ -10,8 +10,9 @@ from numpy.typing import NDArray
 from common.errors import ShardError, os_error_line
 from shards import tar_check
 from shards.format import sidecar
-from shards.format.manifest import Manifest
+from shards.format.manifest import SAMPLES, Manifest
 from shards.format.product import Product, captions_digest
+from shards.format.published import samples
 from shards.format.sidecar import Sidecar
 from shards.reading.location import LocalFiles, file_sha256
 from shards.reading.reader import ProductReader
@@ -28,8 +29,9 @@ def faults(cache: Path) -> Iterator[tuple[str, list[str]]]:
     """Check every shard of a cache; yield (what was checked, its faults) as it is done.
 
     Checked are presence, size and sha256 of tars and sidecars, the sidecars against the tars' own
-    headers, every record's checksums, shapes and dtypes, that its numbers are finite, and that
-    every prompt or image that a record refers to is there. A fault is told once.
+    headers, every record's checksums, shapes and dtypes, that its numbers are finite, that every
+    prompt or image that a record refers to is there, and the sha256 of the index of samples. A
+    fault is told once.
 
     Raises:
         ShardError: there is no manifest to check against.
@@ -54,10 +56,16 @@ def faults(cache: Path) -> Iterator[tuple[str, list[str]]]:
             told.update(fresh)
             yield f"{folder}/{shard:06d}", fresh
     yield "captions", _caption_faults(manifest, cache / "latents")
+    yield SAMPLES, _index_faults(manifest, cache)
+
+
+def num_steps(manifest: Manifest) -> int:
+    """Return how often `faults` reports."""
+    return num_shards(manifest) + 2
 
 
 def num_shards(manifest: Manifest) -> int:
-    """Return the number of shards that `faults` reports on."""
+    """Return the number of shards that a cache has."""
     return sum(product.num_shards for _, product in manifest.products())
 
 
@@ -154,3 +162,16 @@ def _caption_faults(manifest: Manifest, folder: Path) -> list[str]:
     except (ShardError, OSError):
         return []  # reported with its shard
     return [f"{folder}: the sidecars' captions are not those the manifest was written for"]
+
+
+def _index_faults(manifest: Manifest, cache: Path) -> list[str]:
+    path = cache / SAMPLES
+    if manifest.samples is None:
+        return []  # of a former version
+    if not path.is_file():
+        found = "missing, though manifest.json counts on it"
+    elif not samples.is_there(cache, manifest.samples):
+        found = "its sha256 is not the one in the manifest; the file has been changed"
+    else:
+        return []
+    return [f"{path}: {found}; python -m shards seal writes it anew"]

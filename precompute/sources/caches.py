@@ -4,12 +4,12 @@ from collections.abc import Iterable
 
 from common.provenance import RUN
 from shards.format.expected_cache import PLAN
-from shards.format.manifest import MANIFEST, PREVIOUS
+from shards.format.manifest import MANIFEST, PREVIOUS, SAMPLES
 from shards.format.published.dataset_card import CARD
 
 HASHES = "hashes.npy"
 PRODUCTS = {"text", "latents", "conditioning", "validation"}
-CACHE_FILES = PRODUCTS | {RUN, CARD, MANIFEST, PREVIOUS, PLAN, HASHES, f"{HASHES}.lock"}
+CACHE_FILES = PRODUCTS | {RUN, CARD, MANIFEST, PREVIOUS, SAMPLES, PLAN, HASHES, f"{HASHES}.lock"}
 
 
 def not_of_a_cache(names: Iterable[str]) -> list[str]:

@@ -15,7 +15,7 @@ from common.atomic_files import write_text
 from common.errors import ShardError
 from shards.format.incomplete import explain_missing_manifest
 from shards.format.json_files import FORMAT_VERSION, Count, Digest, decode, plain, read_file
-from shards.format.product import Product
+from shards.format.product import IndexFile, Product
 from shards.format.specs import AnnotatorSpec, Bucket, ConditioningSpec, LatentSpec, TextSpec
 from shards.format.tensor_spec import TensorSpec, record_bytes
 
@@ -23,6 +23,8 @@ MANIFEST = "manifest.json"
 # The manifest of the last complete cache, while the cache is being changed. A cache that has only
 # this one is not complete.
 PREVIOUS = "manifest.previous.json"
+# One row a sample, for other readers than ours. A cache of a former version has none.
+SAMPLES = "samples.parquet"
 DEFAULT_CONDITIONING = "conditioning"
 # A control's name is a folder's name: nothing in a cache leads outside it.
 CONTROL_NAME = r"[A-Za-z0-9_-]{1,100}"
@@ -57,6 +59,7 @@ class Manifest:
         made_by: versions and base model, for people; nothing depends on it.
         annotators: what drew the conditioning images, by name of the control; none for a control
             that the source had, or that a version made which did not note it.
+        samples: the file `SAMPLES`; None if there is none.
     """
 
     text: Product
@@ -73,6 +76,7 @@ class Manifest:
     held_out: list[Count] = field(default_factory=list)
     made_by: dict[str, Any] = field(default_factory=dict)
     annotators: dict[Name, AnnotatorSpec] = field(default_factory=dict)
+    samples: IndexFile | None = None
     format_version: int = FORMAT_VERSION
 
     def __post_init__(self) -> None:

@@ -62,6 +62,21 @@ class Product:
         return sum(self.shard_bytes)
 
 
+@dataclass(frozen=True)
+class IndexFile:
+    """The index of a cache's samples, as the manifest lists it.
+
+    Attributes:
+        num_rows: samples of all controls together.
+        num_bytes: size of the file.
+        sha256: of the file.
+    """
+
+    num_rows: Count
+    num_bytes: Count
+    sha256: Digest
+
+
 def product_of(
     folder: Path, sidecars: Iterable[Sidecar], shard_buckets: Sequence[int] = ()
 ) -> Product:

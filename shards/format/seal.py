@@ -7,6 +7,7 @@ A process that finds every expected shard writes the manifest: a worker of stage
 import contextlib
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from pathlib import Path
 
 from common import claim
@@ -14,15 +15,15 @@ from common.errors import ShardError
 from shards.format import bad_rows, manifest, sidecar
 from shards.format.expected_cache import ExpectedCache, ExpectedProduct
 from shards.format.json_files import digest
-from shards.format.manifest import Manifest, conditioning_folder, validation_folder
+from shards.format.manifest import SAMPLES, Manifest, conditioning_folder, validation_folder
 from shards.format.product import Product, product_of, shard_captions_digest
-from shards.format.published import dataset_card
+from shards.format.published import dataset_card, samples
 from shards.format.sidecar import Sidecar, Skipped
 from shards.format.specs import AnnotatorSpec, ConditioningSpec
 
 # Who made this file may change the manifest. It counts as a temporary file.
 CLAIM = f"{manifest.MANIFEST}.tmp-0"
-# The manifest is changed in a second or less.
+# The manifest is changed in a second or less; whoever writes an index renews the claim.
 ABANDONED_AFTER_S = 20
 
 
@@ -38,10 +39,13 @@ def previous_manifest(cache: Path) -> Manifest | None:
 def withdraw(cache: Path) -> None:
     """Make a complete cache an incomplete one, before its shards change.
 
-    What its manifest says of other controls is needed when it is sealed again.
+    What its manifest says of other controls is needed when it is sealed again. The index of its
+    samples goes.
     """
-    with _alone(cache), contextlib.suppress(FileNotFoundError):  # another worker was first
-        (cache / manifest.MANIFEST).rename(cache / manifest.PREVIOUS)
+    with _alone(cache):
+        with contextlib.suppress(FileNotFoundError):  # another worker was first
+            (cache / manifest.MANIFEST).rename(cache / manifest.PREVIOUS)
+        (cache / SAMPLES).unlink(missing_ok=True)
 
 
 def seal(cache: Path, expected: ExpectedCache) -> Manifest:
@@ -77,24 +81,49 @@ def seal(cache: Path, expected: ExpectedCache) -> Manifest:
             num_skipped=num_skipped,
             made_by=expected.made_by,
             annotators=annotators,
+            samples=before.samples if before else None,
         )
 
     before = previous_manifest(cache)
     now = with_controls_of(before)
-    if now == before and _is_sealed(cache):
+    if now == before and _is_sealed(cache, now):
         return now  # the disk may be read-only
     with _alone(cache):
         before = previous_manifest(cache)
         now = with_controls_of(before)
-        if now != before or not _is_sealed(cache):
-            dataset_card.write(cache, now)
-            manifest.write(cache, now)
+        if now != before or not _is_sealed(cache, now):
+            now = _publish(cache, now)
         (cache / manifest.PREVIOUS).unlink(missing_ok=True)
     return now
 
 
-def _is_sealed(cache: Path) -> bool:
-    return (cache / manifest.MANIFEST).is_file() and not (cache / manifest.PREVIOUS).exists()
+def complete(cache: Path) -> Manifest:
+    """Give a sealed cache what one of a former version lacks, or has lost: index and card.
+
+    Raises:
+        ShardError: the cache is not complete, or damaged.
+    """
+    with _alone(cache):
+        found = manifest.load(cache)
+        if found.samples is None or not samples.is_there(cache, found.samples):
+            return _publish(cache, found)
+        dataset_card.write(cache, found)
+        return found
+
+
+def _publish(cache: Path, now: Manifest) -> Manifest:
+    """Write index, card and manifest; return the manifest."""
+    index = samples.write(cache, now, after_shard=lambda: claim.renew(cache / CLAIM))
+    now = replace(now, samples=index)
+    dataset_card.write(cache, now)
+    manifest.write(cache, now)
+    return now
+
+
+def _is_sealed(cache: Path, now: Manifest) -> bool:
+    has_index = now.samples is None or (cache / SAMPLES).is_file()
+    is_complete = (cache / manifest.MANIFEST).is_file()
+    return is_complete and has_index and not (cache / manifest.PREVIOUS).exists()
 
 
 def _alone(cache: Path) -> AbstractContextManager[None]:

@@ -5,7 +5,7 @@ import threading
 from pathlib import Path
 
 from common.provenance import RUN
-from shards.format.manifest import MANIFEST, Manifest
+from shards.format.manifest import MANIFEST, SAMPLES, Manifest
 from shards.format.published.dataset_card import CARD
 from shards.reading.location import file_sha256
 from shards.remote.card import card_to_send
@@ -43,7 +43,7 @@ def push(
     pushing = _Push(cache, remote.url)
     if pushing.is_another(MANIFEST):
         require_overwrite(overwrite, remote.url)
-        pushing.removed = (MANIFEST,)
+        pushing.remove(MANIFEST, SAMPLES)
     result = for_each_shard(
         "push",
         manifest,
@@ -91,12 +91,16 @@ class _Push:
         """Send what waits, and with it the manifest and a card."""
         if card:
             self._waiting[CARD] = card
-        for name in (RUN, MANIFEST):
+        for name in (RUN, SAMPLES, MANIFEST):
             path = self.cache / name
             if path.is_file() and not self._is_there(name, file_sha256(path)):
                 self._waiting[name] = path
         if self._waiting:
             self._commit()
+
+    def remove(self, *names: str) -> None:
+        """Have the next commit remove files, those of them that are there."""
+        self.removed = tuple(name for name in names if self._digests.pop(name, None))
 
     def is_another(self, name: str) -> bool:
         """Tell whether the repository has a file of this name and other bytes."""

@@ -9,13 +9,14 @@ from common.errors import ConfigError, ShardError
 from common.provenance import RUN
 from shards.format import json_files, manifest
 from shards.format.expected_cache import PLAN
-from shards.format.manifest import MANIFEST, PREVIOUS, Manifest
+from shards.format.manifest import MANIFEST, PREVIOUS, SAMPLES, Manifest
 from shards.format.published import dataset_card
 from shards.format.published.dataset_card import CARD
 from shards.reading.location import LocalFiles
 from shards.remote import hub_push
 from shards.remote.card import card_to_send
 from shards.remote.folder import RemoteFolder, remove_abandoned
+from shards.remote.index_file import check_index, pull_index, push_index
 from shards.remote.shard_files import (
     ShardFiles,
     TransferResult,
@@ -58,6 +59,7 @@ def pull(remote: RemoteFolder, cache: Path, *, overwrite: bool = False) -> Trans
         elif (cache / PLAN).is_file():  # what an interrupted pull left has none
             require_overwrite(overwrite, cache, "a cache that precompute has not finished")
         (cache / PLAN).unlink(missing_ok=True)  # of another cache than the one that arrives
+    pull_index(remote, cache, remote_manifest)
     result = for_each_shard(
         "pull",
         remote_manifest,
@@ -119,6 +121,7 @@ def push(cache: Path, remote: RemoteFolder, *, overwrite: bool = False) -> Trans
     files = LocalFiles(cache)
     own_manifest = files.manifest()
     files.check_present(own_manifest, [folder for folder, _ in own_manifest.products()])
+    check_index(cache, own_manifest)
     if remote.is_repository:
         return hub_push.push(cache, remote, own_manifest, overwrite=overwrite)
     data = json_files.read_file(cache / MANIFEST)
@@ -126,6 +129,7 @@ def push(cache: Path, remote: RemoteFolder, *, overwrite: bool = False) -> Trans
     if remote_data is not None and remote_data != data:
         require_overwrite(overwrite, remote)
         remote.remove(MANIFEST)
+        remote.remove(SAMPLES)
     result = for_each_shard(
         "push",
         own_manifest,
@@ -137,6 +141,7 @@ def push(cache: Path, remote: RemoteFolder, *, overwrite: bool = False) -> Trans
     with card_to_send(cache, remote, own_manifest) as card:
         if card:
             remote.put(card, CARD)
+    push_index(cache, remote, own_manifest, was_complete=remote_data == data)
     if remote_data != data or result.copied:
         remote.put(cache / MANIFEST, MANIFEST)
     return result

@@ -8,15 +8,26 @@ from typing import Any
 
 import pytest
 
-from common.errors import ConfigError
+from common.errors import ConfigError, ShardError
+from shards import verify
 from shards.format import manifest
 from shards.remote import transfer
 from shards.remote.folder import RemoteFolder
-from tests.conftest import reseal
+from tests.conftest import reseal, write_manifest
 from tests.shards.remote.conftest import Server
 
 pytest.importorskip("aiohttp")
 pytestmark = pytest.mark.usefixtures("patience")
+
+
+def former(cache: Path, folder: Path) -> Path:
+    """Copy a cache as a former version made it, without an index of samples."""
+    shutil.copytree(cache, folder)
+    (folder / "samples.parquet").unlink()
+    document = json.loads((folder / "manifest.json").read_text())
+    del document["samples"]
+    write_manifest(folder, document)
+    return folder
 
 
 def damage(path: Path) -> None:
@@ -66,3 +77,34 @@ def test_what_is_being_pulled_is_no_cache_and_no_plan_of_another(
     assert there == []
     assert manifest.load(other) == manifest.load(cache)
     assert not (other / "manifest.previous.json").exists()
+
+
+def test_no_index_of_another_cache_stays(
+    cache: Path, tmp_path: Path, serve: Callable[[Path], Server]
+) -> None:
+    pulled = Path(shutil.copytree(cache, tmp_path / "pulled"))
+    old = former(cache, tmp_path / "former")
+    transfer.pull(RemoteFolder(serve(old).url), pulled, overwrite=True)
+    assert not (pulled / "samples.parquet").exists()
+    transfer.pull(RemoteFolder(serve(cache).url), pulled, overwrite=True)
+    assert (pulled / "samples.parquet").read_bytes() == (cache / "samples.parquet").read_bytes()
+
+
+def test_a_copy_without_its_index_is_pulled_and_told(
+    cache: Path, tmp_path: Path, serve: Callable[[Path], Server]
+) -> None:
+    copied = Path(shutil.copytree(cache, tmp_path / "copied"))
+    (copied / "samples.parquet").unlink()
+    transfer.pull(RemoteFolder(serve(copied).url), tmp_path / "pulled")
+    (fault,) = [fault for _, faults in verify.faults(tmp_path / "pulled") for fault in faults]
+    assert "samples.parquet: missing, though" in fault
+    (copied / "samples.parquet").write_bytes(b"other")
+    with pytest.raises(ShardError, match=r"samples\.parquet"):
+        transfer.pull(RemoteFolder(serve(copied).url), tmp_path / "again")
+
+
+def test_an_index_that_is_not_the_manifests_is_not_sent(cache: Path, tmp_path: Path) -> None:
+    copied = Path(shutil.copytree(cache, tmp_path / "copied"))
+    (copied / "samples.parquet").write_bytes(b"other")
+    with pytest.raises(ShardError, match=r"samples\.parquet: missing, damaged or changed; python"):
+        transfer.push(copied, RemoteFolder("s3://bucket/never-asked"))

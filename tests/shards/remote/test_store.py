@@ -106,9 +106,11 @@ def test_a_push_changes_a_shard_in_this_order(
     changes = [name for name in store.done if name[1] != "run.json"]
     assert changes == [
         ("remove", "manifest.json"),
+        ("remove", "samples.parquet"),
         ("remove", "text/000001.json"),
         ("put", "text/000001.tar"),
         ("put", "text/000001.json"),
+        ("put", "samples.parquet"),
         ("put", "manifest.json"),
     ]
 
