@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import datasets
 import pytest
 import torch
 
@@ -99,3 +100,16 @@ def test_energons_recipe_gives_each_sample_once(folder: Path) -> None:
             given.append((key, batch["prompt"][index], tensors))
     check(given, folder)
     assert not [fault for _, faults in verify.faults(folder / "cache") for fault in faults]
+
+
+def test_datasets_gets_the_same_fields_of_records_that_have_different_ones(folder: Path) -> None:
+    files = LocalFiles(folder / "cache")
+    listed = files.manifest()
+    rows = datasets.load_dataset("cache", "latents", split="train", streaming=True)
+    told = [(row["__key__"], row["json"]) for row in rows]
+    assert len({frozenset(fields) for _, fields in told}) == 1
+    held_out = [int(key.partition("-")[0]) for key, fields in told if fields["held_out"]]
+    expected_shards = [
+        shard for shard in listed.held_out for _ in range(listed.latents.shard_records[shard])
+    ]
+    assert held_out == expected_shards != []
