@@ -69,7 +69,8 @@ def converted_base(
     with _alone(kept_in / f"{target.name}.lock"):
         _renew(target, file)
         for entry in folder.iterdir():
-            if entry.name not in contents.components:
+            # The folder may be one of these itself.
+            if entry.name not in contents.components and entry.name != SOURCE:
                 _link(target / entry.name, entry)
         for name in contents.components:
             (target / name).mkdir(exist_ok=True)

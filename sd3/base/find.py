@@ -72,8 +72,9 @@ def find_base(
         if weights:
             if rest:
                 folder = find(lent, rest, weights=True, flag=CONFIG_FLAG)
+            own = [name for name in subfolders if transformer is None or name != "transformer"]
             folder = converted_base(
-                file, contents, folder, subfolders, flag=FLAG, kept_in=_kept_in(cache_dir)
+                file, contents, folder, own, flag=FLAG, kept_in=_kept_in(cache_dir)
             )
     elif single_file_config is not None:
         raise ConfigError(

@@ -284,6 +284,26 @@ def test_only_what_is_needed_is_converted_once(
     )
 
 
+def test_another_transformer_beside_a_checkpoint(
+    pipeline: Any, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The checkpoint's own is not converted, and nothing is converted again."""
+    changed = {name: tensor + 1 for name, tensor in weights(folder / "transformer").items()}
+    save_file(changed, tmp_path / "tuned.safetensors")
+    save_file(one_file(pipeline), tmp_path / "model.safetensors")
+    for converted in (5, 0):
+        found = find_base(
+            str(tmp_path / "model.safetensors"),
+            ALL,
+            single_file_config=str(folder),
+            transformer=tmp_path / "tuned.safetensors",
+            cache_dir=tmp_path,
+        )
+        assert capsys.readouterr().err.count("converting") == converted
+    torch.testing.assert_close(weights(found / "transformer"), changed, rtol=0, atol=0)
+    assert_same(found, folder, WEIGHTS[1:])
+
+
 def test_an_interruption_leaves_nothing_that_is_taken_for_whole(
     pipeline: Any, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
