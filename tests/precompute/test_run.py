@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import pytest
 from diffusers import AutoencoderKL
 from PIL import Image
@@ -32,6 +33,12 @@ from tests.precompute.edited_source import copy_of, rows
 
 def times(cache: Path, product: str) -> dict[str, int]:
     return {path.name: path.stat().st_mtime_ns for path in (cache / product).rglob("*.tar")}
+
+
+def indexed_prompts(cache: Path) -> list[str]:
+    """Return the caption of each sample as the index of samples says it."""
+    table = pq.read_table(cache / "samples.parquet")
+    return [row["prompts"][0]["prompt"] for row in table.to_pylist()]
 
 
 def test_a_finished_cache_is_left_alone(cache: Path, precompute_config: PrecomputeConfig) -> None:
@@ -98,6 +105,7 @@ def test_a_new_caption_keeps_the_latents(
         for index in range(count)
     ]
     assert prompts == ["something else", *(row["prompt"] for row in rows(circles)[1:])]
+    assert indexed_prompts(fresh.cache) == prompts
 
 
 def test_swapped_captions_are_noticed(
@@ -122,6 +130,7 @@ def test_swapped_captions_are_noticed(
     assert after.latents.shard_sha256 == before.latents.shard_sha256
     assert after.latents.fingerprint == before.latents.fingerprint
     assert after.captions != before.captions
+    assert indexed_prompts(fresh.cache)[2] == second
     found = Cache(fresh.cache)
     assert found.text.metadata(*found.text.locate(found.sample(0, 2)[2][0]))["prompt"] == second
 
