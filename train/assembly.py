@@ -43,7 +43,12 @@ from train.optim.fused_backward import FusedBackward
 from train.optim.learning_rate import describe_change
 from train.saving.controlnet import restore_ema, use_diffusers_format
 from train.saving.output_dir import output_dir_locked
-from train.saving.resuming import check_same_model, describe_step_change, restore
+from train.saving.resuming import (
+    check_same_model,
+    describe_base_change,
+    describe_step_change,
+    restore,
+)
 
 
 @dataclass(frozen=True)
@@ -135,10 +140,14 @@ def _load(config: TrainConfig, accelerator: Accelerator) -> Run:
         # accelerate counts batches to find the ends of optimiser steps. A checkpoint is such an
         # end, but with another accumulation the restored count would not be.
         accelerator.step = 0
-        if said := describe_step_change(
-            inputs.checkpoint, inputs.state, config, accelerator.num_processes
+        for said in (
+            describe_base_change(inputs.checkpoint, config),
+            describe_step_change(
+                inputs.checkpoint, inputs.state, config, accelerator.num_processes
+            ),
         ):
-            accelerator.print(said)
+            if said is not None:
+                accelerator.print(said)
         peak = peak_learning_rate(config, step_samples)
         was, now = set_learning_rate(schedule.scheduler, peak)
         if not math.isclose(was, now, rel_tol=1e-6):

@@ -2,11 +2,12 @@
 
 import contextlib
 import fnmatch
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 from common.errors import ConfigError
-from sd3.base.contents import read_contents
+from sd3.base.contents import Contents, read_contents
 from sd3.base.converted import converted_base
 from sd3.pretrained import FILE_PATTERNS, download, has_component, is_hub_id
 from sd3.single_file import is_one_file, refuse_file, refuse_files_alone
@@ -47,48 +48,56 @@ def find_base(
         ConfigError: neither a folder, a checkpoint nor a hub id, no access, or components missing.
     """
 
-    def find(name: str, wanted: Sequence[str], *, weights: bool, flag: str) -> Path:
-        return _find_folder(name, wanted, revision, variant, cache_dir, weights=weights, flag=flag)
-
+    find = partial(_find_folder, revision=revision, variant=variant, cache_dir=cache_dir)
+    own = [name for name in subfolders if transformer is None or name != "transformer"]
     if is_one_file(name_or_path):
         file = Path(name_or_path)
         contents = read_contents(file, FLAG)
-        lent = single_file_config or contents.published
-        if lent is None:
-            raise ConfigError(
-                f"{FLAG} {file}: it holds {', '.join(contents.components)} alone. Name the folder "
-                f"or hub id of the rest: {CONFIG_FLAG}."
-            )
-        rest = [name for name in subfolders if name not in contents.components]
-        try:
-            folder = find(lent, subfolders, weights=False, flag=CONFIG_FLAG)
-        except ConfigError as error:
-            if single_file_config is not None:
-                raise
-            raise ConfigError(
-                f"{FLAG} {file}: its configurations are fetched from {lent}: {error} "
-                f"{CONFIG_FLAG} names a folder that has them."
-            ) from error
+        folder = _lent_to(file, contents, find, subfolders, single_file_config, weights=weights)
         if weights:
-            if rest:
-                folder = find(lent, rest, weights=True, flag=CONFIG_FLAG)
-            own = [name for name in subfolders if transformer is None or name != "transformer"]
-            folder = converted_base(
-                file, contents, folder, own, flag=FLAG, kept_in=_kept_in(cache_dir)
-            )
+            kept_in = _kept_in(cache_dir)
+            folder = converted_base(file, contents, folder, own, flag=FLAG, kept_in=kept_in)
     elif single_file_config is not None:
         raise ConfigError(
             f"{CONFIG_FLAG} {single_file_config}: {FLAG} {name_or_path} is no one-file checkpoint, "
             "and has its own configurations. Leave the option out."
         )
     else:
-        whole = weights and transformer is None
-        folder = find(name_or_path, subfolders, weights=whole, flag=FLAG)
-        if rest := [name for name in subfolders if weights and not whole and name != "transformer"]:
-            folder = find(name_or_path, rest, weights=True, flag=FLAG)
+        folder = find(name_or_path, subfolders, weights=weights and own == [*subfolders])
+        if weights and own and own != [*subfolders]:
+            folder = find(name_or_path, own, weights=True)
     if transformer is None:
         return folder
     return _with_transformer(folder, transformer, subfolders, cache_dir, weights=weights)
+
+
+def _lent_to(
+    file: Path,
+    contents: Contents,
+    find: Callable[..., Path],
+    subfolders: Sequence[str],
+    single_file_config: str | None,
+    *,
+    weights: bool,
+) -> Path:
+    """Return the folder that has what a checkpoint lacks: all configurations, other weights."""
+    lent = single_file_config or contents.published
+    if lent is None:
+        raise ConfigError(
+            f"{FLAG} {file}: it holds {', '.join(contents.components)} alone. Name the folder "
+            f"or hub id of the rest: {CONFIG_FLAG}."
+        )
+    rest = [name for name in subfolders if name not in contents.components]
+    try:
+        folder = find(lent, subfolders, weights=False, flag=CONFIG_FLAG)
+        return find(lent, rest, weights=True, flag=CONFIG_FLAG) if weights and rest else folder
+    except ConfigError as error:
+        if single_file_config is not None:
+            raise
+        raise ConfigError(
+            f"{FLAG} {file}: its configurations are fetched from {lent}: {error} "
+            f"{CONFIG_FLAG} names a folder that has them."
+        ) from error
 
 
 def _with_transformer(
@@ -120,12 +129,12 @@ def _kept_in(cache_dir: Path | None) -> Path:
 def _find_folder(
     name_or_path: str,
     subfolders: Sequence[str],
+    *,
     revision: str | None,
     variant: str | None,
     cache_dir: Path | None,
-    *,
     weights: bool,
-    flag: str,
+    flag: str = FLAG,
 ) -> Path:
     """Return the local folder of a diffusers model; see `find_base`."""
     folder = Path(name_or_path)

@@ -14,7 +14,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from common.errors import ConfigError, os_error_line
 from common.memory.exhausted import is_out_of_memory
-from common.options import flag
+from common.options import as_dict, flag
 from common.provenance import read_settings
 from sd3.finite import nonfinite_weight_in
 from sd3.pretrained import read_config
@@ -33,6 +33,15 @@ from train.saving.controlnet import CONTROLNET_FOLDER, EMA_FOLDER
 from train.saving.digests import find_change, find_cut
 from train.saving.write_state import first_failure
 
+# Options that say what the base is. A folder may have moved, so this is worth a line, no more.
+OF_THE_BASE = (
+    "pretrained_model_name_or_path",
+    "revision",
+    "single_file_config",
+    "transformer",
+    "lora",
+    "lora_scale",
+)
 WAY_OUT = "resume from an earlier one; --resume-from-checkpoint latest takes the newest whole one."
 
 
@@ -194,6 +203,24 @@ def describe_step_change(
         f"{checkpoint.name}: a step took {was} samples, and takes {now} from now on: "
         f"{', '.join(changed)}"
     )
+
+
+def describe_base_change(checkpoint: Path, config: TrainConfig) -> str | None:
+    """Return a sentence about another base model than a checkpoint was trained beside.
+
+    None if it is the same by its name, or if the checkpoint's run.json does not say.
+
+    Args:
+        checkpoint: its folder.
+        config: of the run that goes on.
+    """
+    before, now = read_settings(checkpoint), as_dict(config)
+    changed = [
+        f"{flag(name)} was {before[name] or 'not given'} and is {now[name] or 'not given'}"
+        for name in OF_THE_BASE
+        if name in before and before[name] != now[name]
+    ]
+    return f"{checkpoint.name}: another base from now on: {', '.join(changed)}" if changed else None
 
 
 def _newest_whole(present: list[Path]) -> Path | None:

@@ -510,3 +510,19 @@ def test_another_number_of_samples_a_step_is_said(
         "and is 2, --gradient-accumulation-steps was 2 and is 3\n"
     )
     assert said in capsys.readouterr().out
+
+
+def test_another_base_is_said(
+    train_config: TrainConfig, base: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    train(replace(train_config, max_train_steps=1))
+    resumed = replace(train_config, resume_from_checkpoint="latest")
+    train(replace(resumed, max_train_steps=2))
+    assert "another base" not in capsys.readouterr().out
+    moved = tmp_path / "moved"
+    shutil.copytree(base, moved)
+    train(replace(resumed, max_train_steps=3, pretrained_model_name_or_path=str(moved)))
+    assert (
+        "checkpoint-2: another base from now on: --pretrained-model-name-or-path was "
+        f"{base} and is {moved}\n"
+    ) in capsys.readouterr().out
