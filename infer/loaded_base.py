@@ -26,10 +26,11 @@ from infer.memory.estimate import choose_offload, need_with, simulate_sets
 from infer.pipeline import TEXT_COMPONENTS
 from infer.placement import check_offload, place, place_controlnet, take_turns
 from infer.vae import save_memory
-from sd3.base.lora import COMPONENTS, find_loras, merge_loras
+from sd3.base.lora import COMPONENTS, find_loras, merge_loras, say_text_is_cached
 from sd3.controlnet.combined import together
 from sd3.finite import check_finite
 from sd3.inpainting import is_inpainting
+from sd3.pretrained import component_variant
 from sd3.quantized import quantize
 
 
@@ -72,8 +73,10 @@ class LoadedBase:
         )
         absent = {} if with_text_encoders else dict.fromkeys(TEXT_COMPONENTS)
         self._stock = StableDiffusion3Pipeline.from_pretrained(
-            base, dtype=getattr(torch, config.dtype), variant=config.variant, **absent
+            base, dtype=getattr(torch, config.dtype), variant=_variant(base, config), **absent
         )
+        if not with_text_encoders:
+            say_text_is_cached(loras)
         for name in COMPONENTS if with_text_encoders else COMPONENTS[:1]:
             merge_loras(getattr(self._stock, name), name, loras)
         if config.shift is not None:
@@ -117,6 +120,12 @@ class LoadedBase:
             compile_blocks(*networks)
         place_controlnet(pipeline, self.offload, self.device)
         return pipeline
+
+
+def _variant(base: Path, config: PipelineConfig) -> str | None:
+    """Return the variant of the settings, if any component has weights of it."""
+    found = (component_variant(folder, config.variant) for folder in base.glob("*/"))
+    return config.variant if any(found) else None
 
 
 def load_controlnet(folder: Path, config: PipelineConfig) -> SD3ControlNetModel:

@@ -20,7 +20,7 @@ SUFFIXES = (READ, *UNREAD)
 
 def is_one_file(name_or_path: str) -> bool:
     """Return whether a path is that of a checkpoint that can be read."""
-    return name_or_path.lower().endswith(READ) and Path(name_or_path).is_file()
+    return name_or_path.endswith(READ) and Path(name_or_path).is_file()
 
 
 def refuse_file(what: str, name_or_path: str) -> None:
@@ -41,6 +41,8 @@ def refuse_file(what: str, name_or_path: str) -> None:
         raise ConfigError(f"{begin}a web address. Download the file and give its path.")
     if not Path(name_or_path).exists():
         raise ConfigError(f"{begin}no such file.")
+    if suffix == READ and not name_or_path.endswith(READ):
+        raise ConfigError(f"{begin}its name must end with {READ}, in small letters.")
     raise ConfigError(
         begin
         + UNREAD.get(

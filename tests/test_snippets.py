@@ -158,5 +158,9 @@ def test_the_snippet_of_a_card_loads_the_transformer_that_it_was_trained_with(
     found = np.array(run(code, changes, {}))
     generate(replace(config, transformer=file, cache_dir=tmp_path / "downloads"))
     assert np.array_equal(found, np.array(Image.open(config.output_dir / "000.png")))
+    # Other bytes in its place: what was drawn with the former ones is drawn anew.
+    save_file({n: 0.5 * t for n, t in transformer(changed).items()}, file)
+    generate(replace(config, transformer=file, cache_dir=tmp_path / "downloads"))
+    assert not np.array_equal(found, np.array(Image.open(config.output_dir / "000.png")))
     generate(replace(config, output_dir=tmp_path / "without"))
     assert not np.array_equal(found, np.array(Image.open(tmp_path / "without" / "000.png")))

@@ -13,6 +13,7 @@ from common.interruption import signals_noted
 from common.memory.exhausted import first_line, is_out_of_memory
 from common.options import as_dict
 from common.provenance import write_run
+from sd3.base.lora import say_text_is_cached
 from sd3.controlnet.block_counts import describe_count
 from sd3.pretrained import DATA_KEY
 from shards.reading.location import LocalFiles
@@ -235,6 +236,7 @@ def _announce(run: Run) -> None:
     num_blocks = run.accelerator.unwrap_model(run.controlnet).config.num_layers
     if remark := describe_count(num_blocks, run.transformer.config.num_layers):
         click.echo(f"train: {remark}")
+    say_text_is_cached(inputs.loras, inputs.cache.manifest.made_by.get("loras", []))
     if ends_in_warm_up(run.config, run.num_steps):
         click.echo(
             f"train: --lr-warmup-steps {run.config.lr_warmup_steps} is more than the run's "

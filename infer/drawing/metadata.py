@@ -13,6 +13,7 @@ from common.errors import ConfigError
 from common.options import as_dict
 from common.provenance import versions
 from infer.config import PER_CONTROLNET, GenerateConfig
+from sd3.base.lora import find_file
 from sd3.pretrained import controlnet_in
 
 KEY = "sd3_controlnet"
@@ -73,6 +74,8 @@ def describe(
         "drawn": drawn,
         "versions": versions(),
     }
+    if files := _versions_of_files(config):
+        description["versions of files"] = files
     return json.dumps(description, ensure_ascii=False, sort_keys=True)
 
 
@@ -116,7 +119,8 @@ def matches(path: Path, description: str) -> bool:
     except ConfigError:
         return False
     expected = json.loads(description)
-    return all(existing.get(name) == expected[name] for name in ("settings", "digests", "drawn"))
+    compared = ("settings", "digests", "drawn", "versions of files")
+    return all(existing.get(name) == expected.get(name) for name in compared)
 
 
 def settings_from(path: Path) -> tuple[dict[str, Any], list[str]]:
@@ -137,13 +141,37 @@ def settings_from(path: Path) -> tuple[dict[str, Any], list[str]]:
     warnings = []
     for kind, option in DIGESTED.items():
         for name, digest in zip(settings.get(option, []), digests.get(kind, []), strict=False):
-            source = Path(name)
-            if source.exists() and digest_of(source) != digest:
+            if Path(name).exists() and _digest_now(kind, name) != digest:
                 warnings.append(f"{name} has changed since {path} was drawn.")
+    for option, version in description.get("versions of files", {}).items():
+        source = Path(str(settings.get(option)))
+        if source.is_file() and version_of(source) != version:
+            warnings.append(f"{source} has changed since {path} was drawn.")
     if drawn.get("batch", [0, 1])[1] > 1:
         warnings.append(f"{path} was drawn in a batch; alone it comes out alike, not the same.")
     # `width` and `height` hold the picture's size; a configuration's resolution must not win.
     return settings | {"resolution": None}, warnings
+
+
+def _digest_now(kind: str, name: str) -> str | None:
+    """Return the digest of what a setting names; None if that is no longer there."""
+    try:
+        return digest_of(find_file(name) if kind == "loras" else Path(name))
+    except (ConfigError, OSError):
+        return None
+
+
+def version_of(path: Path) -> list[int]:
+    """Return size and time of a file that is too large to be read for a digest."""
+    status = path.stat()
+    return [status.st_size, status.st_mtime_ns]
+
+
+def _versions_of_files(config: GenerateConfig) -> dict[str, list[int]]:
+    """Return the versions of the checkpoints that a base is made of, by their options."""
+    options = ("pretrained_model_name_or_path", "transformer")
+    files = {option: Path(str(getattr(config, option))) for option in options}
+    return {option: version_of(file) for option, file in files.items() if file.is_file()}
 
 
 def digest_of(path: Path) -> str:

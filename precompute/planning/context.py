@@ -261,6 +261,7 @@ class Context:
                 "base": without_folders(self.config.pretrained_model_name_or_path),
                 "revision": self.config.revision,
                 "versions": versions(),
+                **({"loras": [lora.name for lora in self.specs.loras]} if self.specs.loras else {}),
             },
             num_rows=len(self.inventory),
             num_images=self.products.latents.num_records,

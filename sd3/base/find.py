@@ -58,6 +58,7 @@ def find_base(
             kept_in = _kept_in(cache_dir)
             folder = converted_base(file, contents, folder, own, flag=FLAG, kept_in=kept_in)
     elif single_file_config is not None:
+        refuse_file("base model", name_or_path)
         raise ConfigError(
             f"{CONFIG_FLAG} {single_file_config}: {FLAG} {name_or_path} is no one-file checkpoint, "
             "and has its own configurations. Leave the option out."
@@ -93,7 +94,7 @@ def _lent_to(
         return find(lent, rest, weights=True, flag=CONFIG_FLAG) if weights and rest else folder
     except ConfigError as error:
         if single_file_config is not None:
-            raise
+            raise ConfigError(f"{CONFIG_FLAG}: {error}") from error
         raise ConfigError(
             f"{FLAG} {file}: its configurations are fetched from {lent}: {error} "
             f"{CONFIG_FLAG} names a folder that has them."
@@ -105,9 +106,10 @@ def _with_transformer(
 ) -> Path:
     """Return a base model's folder with the transformer of a checkpoint in place of its own."""
     if not is_one_file(str(file)):
+        refuse_file(TRANSFORMER_FLAG, str(file))
         raise ConfigError(
-            f"{TRANSFORMER_FLAG} {file}: no such file. Give a .safetensors file with an SD3 "
-            "transformer in it; the folder of a whole model is given to "
+            f"{TRANSFORMER_FLAG} {file}: {'a folder' if file.is_dir() else 'no such file'}. Give a "
+            f".safetensors file with an SD3 transformer in it; the folder of a whole model goes to "
             f"{FLAG}."
         )
     contents = read_contents(file, TRANSFORMER_FLAG).only("transformer")

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import click
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
@@ -43,6 +44,11 @@ class Lora:
     components: frozenset[str]
 
     @property
+    def name(self) -> str:
+        """Its file's name and its strength, as caches note them."""
+        return f"{self.path.name} at {self.scale:g}"
+
+    @property
     def changes_text(self) -> bool:
         """Whether it changes a text encoder."""
         return bool(self.components - {"transformer"})
@@ -62,6 +68,8 @@ def find_loras(
         ConfigError: one cannot be found or merged, the scales do not fit, or peft is missing.
     """
     if not names:
+        if tuple(scales) != (1.0,):
+            raise ConfigError(f"{FLAG}-scale {scales[0]:g}: there is no {FLAG}.")
         return []
     if len(scales) not in (1, len(names)):
         raise ConfigError(
@@ -69,9 +77,26 @@ def find_loras(
         )
     if importlib.util.find_spec("peft") is None:
         raise ConfigError(f"{FLAG}: peft is not installed: pip install '.[lora]'")
-    paths = [_find(name, cache_dir) for name in names]
+    paths = [find_file(name, cache_dir) for name in names]
     each = zip(paths, for_each(scales, len(names)), strict=True)
     return [Lora(path, scale, _components(path)) for path, scale in each]
+
+
+def say_text_is_cached(loras: Sequence[Lora], merged: Sequence[str] = ()) -> None:
+    """Print which LoRAs change text encoders, where a cache has the embeddings of prompts.
+
+    Args:
+        loras: of a run.
+        merged: names of those that the cache was made with.
+    """
+    for lora in loras:
+        if lora.changes_text and lora.name not in merged:
+            alone = "" if "transformer" in lora.components else ", and nothing else is in it"
+            click.echo(
+                f"{FLAG} {lora.path}: prompts come from the cache; only precompute {FLAG} merges "
+                f"its part for the text encoders{alone}",
+                err=True,
+            )
 
 
 def merge_loras(model: Any, component: str, loras: Sequence[Lora]) -> None:
@@ -124,7 +149,16 @@ def _merge(model: Any, component: str, lora: Lora) -> None:
     model._hf_peft_config_loaded = False
 
 
-def _find(name: str, cache_dir: Path | None) -> Path:
+def find_file(name: str, cache_dir: Path | None = None) -> Path:
+    """Return the file of a LoRA.
+
+    Args:
+        name: a file, a folder or a hub id.
+        cache_dir: folder for downloads; None for the hub's default.
+
+    Raises:
+        ConfigError: there is none, or several.
+    """
     path = Path(name)
     if path.is_file():
         return path
@@ -177,7 +211,15 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
     weights, metadata = StableDiffusion3Pipeline.lora_state_dict(
         str(path), return_lora_metadata=True
     )
-    return weights, metadata
+    alphas = {name: weights.pop(name) for name in list(weights) if name.endswith(".alpha")}
+    for name, alpha in alphas.items():  # diffusers refuses them; others write them
+        module = name.removesuffix(".alpha")
+        for up in (f"{module}.{ending}.weight" for ending in ("lora_B", "lora_up", "lora.up")):
+            if up in weights:
+                weights[up] = (weights[up].float() * float(alpha) / weights[up].shape[1]).to(
+                    weights[up].dtype
+                )
+    return weights, None if alphas else metadata
 
 
 def _modules(weights: Mapping[str, Tensor], component: str) -> set[str]:

@@ -173,3 +173,15 @@ def test_a_contact_sheet_shows_what_it_is_given() -> None:
     sheet = contact_sheet([([red, blue], "a caption " * 40)], ["left", "right"])
     colours = {colour: count for count, colour in sheet.getcolors(1 << 20)}
     assert colours[255, 0, 0] == colours[0, 0, 255] == CELL_PX**2
+
+
+def test_a_variant_that_no_component_has_is_passed_over(
+    config: GenerateConfig, tmp_path: Path
+) -> None:
+    """As in the other stages."""
+    generate(replace(config, output_dir=tmp_path / "plain"))
+    generate(replace(config, output_dir=tmp_path / "variant", variant="fp16"))
+    plain, variant = (
+        np.array(Image.open(tmp_path / name / "000.png")) for name in ("plain", "variant")
+    )
+    assert np.array_equal(plain, variant)

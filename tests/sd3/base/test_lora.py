@@ -33,7 +33,7 @@ from sd3.base.lora_names import in_diffusers_names
 from sd3.images import fit
 from shards.format import manifest
 from shards.reading.cache import Cache
-from tests.conftest import PROMPTS, RESOLUTION_PX, TOKENS
+from tests.conftest import PROMPTS, RESOLUTION_PX, TOKENS, four_steps
 from tests.published_names import transformer
 from train import models
 from train.config import TrainConfig
@@ -157,7 +157,9 @@ def test_generate_draws_what_the_stock_pipeline_draws_with_it(
     ).images[0]
     found = np.array(Image.open(tmp_path / "drawn" / "000.png"))
     assert np.array_equal(found, np.array(expected))
-    # Its settings are in the picture.
+    # Its settings are in the picture; a folder is looked into.
+    generate(replace(config, lora=(str(lora.parent),), output_dir=tmp_path / "of the folder"))
+    assert settings_from(tmp_path / "of the folder" / "000.png")[1] == []
     settings, warnings = settings_from(tmp_path / "drawn" / "000.png")
     assert (settings["lora"], settings["lora_scale"], warnings) == ([str(lora)], [SCALE], [])
     assert not {"lora", "lora_scale", "transformer", "single_file_config"} & (
@@ -168,7 +170,12 @@ def test_generate_draws_what_the_stock_pipeline_draws_with_it(
 
 @pytest.mark.extras
 def test_training_computes_with_the_merged_transformer(
-    train_config: TrainConfig, merged_base: Path, controlnet: Path, lora: Path, tmp_path: Path
+    train_config: TrainConfig,
+    merged_base: Path,
+    controlnet: Path,
+    lora: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     config = replace(train_config, controlnet_model_name_or_path=str(controlnet))
     config = replace(config, num_controlnet_layers=None)
@@ -195,6 +202,8 @@ def test_training_computes_with_the_merged_transformer(
     card = (tmp_path / "lora" / "README.md").read_text()
     assert f"with `style.safetensors` merged at {SCALE}" in card
     assert str(lora) not in card
+    said = "style.safetensors: prompts come from the cache; only precompute --lora merges its part"
+    assert said in capsys.readouterr().err
     torch.testing.assert_close(trained["lora"], trained["merged"], rtol=1e-3, atol=2e-5)
     with pytest.raises(AssertionError):
         torch.testing.assert_close(trained["without"], trained["merged"], rtol=1e-3, atol=2e-5)
@@ -228,6 +237,14 @@ def test_precompute_encodes_with_the_merged_clip_encoders(
     ours, plain = manifest.load(tmp_path / "lora"), manifest.load(cache)
     assert ours.latents.fingerprint == plain.latents.fingerprint
     assert ours.text.fingerprint != plain.text.fingerprint
+    assert ours.made_by["loras"] == [f"style.safetensors at {SCALE}"]
+    # A run beside the same LoRA has nothing to say of it.
+    capsys.readouterr()
+    config = four_steps(
+        Path(precompute_config.pretrained_model_name_or_path), tmp_path / "lora", tmp_path / "out"
+    )
+    train(replace(config, max_train_steps=1, **with_lora))
+    assert "prompts come from the cache" not in capsys.readouterr().err
     # Of the transformer alone: the same cache as without it.
     capsys.readouterr()
     other = save_lora(tmp_path / "other.safetensors", {"transformer": changes["transformer"]})
@@ -290,6 +307,19 @@ def test_kohyas_names_change_what_they_name_in_the_published_model(
     torch.testing.assert_close(transformer(model.state_dict()), published, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.extras
+def test_alphas_of_diffusers_names_scale_as_kohyas_do(
+    base: Path, pipeline: Any, tmp_path: Path
+) -> None:
+    changes = drawn(pipeline.transformer, IN_TRANSFORMER, seed=5)
+    file = save_lora(tmp_path / "a.safetensors", {"transformer": changes})
+    alphas = {f"transformer.{name}.alpha": torch.tensor(ALPHA) for name in changes}
+    save_file(load_file(file) | alphas, file)
+    found = models.load_transformer(base, None, torch.float32, find_loras([str(file)], [SCALE]))
+    expected = merged(pipeline.transformer, changes, SCALE * ALPHA / RANK)
+    torch.testing.assert_close(found.state_dict(), expected, rtol=1e-6, atol=1e-6)
+
+
 def test_kohyas_text_encoders_and_dotted_names() -> None:
     pair = {"lora_down.weight": torch.ones(2, 4), "lora_up.weight": torch.ones(4, 2)}
     first, second = "lora_te1_text_model_encoder_layers", "lora_te2_text_model_encoder_layers"
@@ -321,6 +351,8 @@ def test_several_are_merged_each_at_its_scale(base: Path, tmp_path: Path, pipeli
     torch.testing.assert_close(found.state_dict(), expected, rtol=1e-6, atol=1e-6)
     with pytest.raises(ConfigError, match="--lora-scale: 3 for 2 --lora; give one, or one for"):
         find_loras(paths, [1.0, 2.0, 3.0])
+    with pytest.raises(ConfigError, match=r"--lora-scale 0\.5: there is no --lora\."):
+        find_loras([], [0.5])
 
 
 @pytest.mark.extras

@@ -362,13 +362,19 @@ def test_what_cannot_be_a_base_is_refused(
 
 def test_options_that_do_not_fit_say_so(pipeline: Any, folder: Path, tmp_path: Path) -> None:
     (tmp_path / "cut.safetensors").write_bytes(b"x" * 20)
+    (tmp_path / "x.SAFETENSORS").write_bytes(b"")
+    save_file({"joint_blocks.0.x": torch.ones(1)}, tmp_path / "e.safetensors")
     save_file(
         {n: t for n, t in one_file(pipeline).items() if "joint" not in n and "diffusion" not in n},
         tmp_path / "encoders.safetensors",
     )
     for name, options, message in (
         (folder, {"single_file_config": "x"}, "--single-file-config x: .* is no one-file check"),
-        (folder, {"transformer": folder}, f"--transformer {folder}: no such file"),
+        ("a.safetensors", {"single_file_config": folder}, r"'a\.safetensors': no such file"),
+        (tmp_path / "e.safetensors", {"single_file_config": "x.safetensors"}, "--single-file-conf"),
+        (folder, {"transformer": folder}, f"--transformer {folder}: a folder"),
+        (folder, {"transformer": Path("a.safetensors")}, "--transformer 'a.*: no such file"),
+        (folder, {"transformer": tmp_path / "x.SAFETENSORS"}, "must end with .safetensors, in sm"),
         (tmp_path / "cut.safetensors", {}, "cannot be read as safetensors"),
         (tmp_path / "encoders.safetensors", {}, "Name the folder or hub id of the rest"),
         (
