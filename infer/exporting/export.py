@@ -34,6 +34,8 @@ def export(config: ExportConfig) -> None:
             number format, or the file is there.
         OSError: the file cannot be written.
     """
+    if config.output.is_dir():
+        raise ConfigError(f"--output {config.output}: a folder, and a file's name is needed.")
     if config.output.exists() and not config.overwrite:
         raise ConfigError(f"--output {config.output}: is there already; --overwrite replaces it.")
     folder = find_controlnet(config.controlnet, "--controlnet", cache_dir=config.cache_dir)

@@ -8,7 +8,7 @@ tokenizers are not in it.
 
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
@@ -43,16 +43,12 @@ class Contents:
         components: names of a diffusers folder's components, as `transformer`.
         dtypes: of each component, the number format to store it in: that of most of its numbers,
             and bfloat16 for 8 bit.
-        published: hub id of the published model whose configurations fit; None without blocks.
+        published: hub id of the published model whose configurations fit.
     """
 
     components: tuple[str, ...]
     dtypes: Mapping[str, str]
-    published: str | None
-
-    def only(self, component: str) -> "Contents | None":
-        """Return the same without other components; None if this one is not there."""
-        return replace(self, components=(component,)) if component in self.components else None
+    published: str
 
 
 def read_contents(path: Path, flag: str) -> Contents:
@@ -104,11 +100,11 @@ def _unfit(tensors: Mapping[str, object]) -> str | None:
         return "a LoRA, not a model. Give it to --lora, beside its base model."
     if any("controlnet" in name for name in tensors):
         return "a ControlNet, not a base model."
-    if not any(component_of(name) for name in tensors):
+    if not any(component_of(name) == "transformer" for name in tensors):
         first = min(tensors, default="none")
         return (
-            "no SD3 checkpoint: none of its names has joint_blocks, as SD3's and SD3.5's have; "
-            f"{len(tensors)} tensors, {first} first. Other models cannot be used."
+            "no transformer of SD3 in it: none of its names has joint_blocks, as SD3's and SD3.5's "
+            f"have; {len(tensors)} tensors, {first} first. Other models cannot be used."
         )
     if any(mark in name for name in tensors for mark in SCALES):
         return (
@@ -128,10 +124,8 @@ def _stored_dtype(counts: Counter[str], path: Path, flag: str) -> str:
     return DTYPES[most]
 
 
-def _published(tensors: Mapping[str, object]) -> str | None:
+def _published(tensors: Mapping[str, object]) -> str:
     blocks = {_block(name) for name in tensors} - {None}
-    if not blocks:
-        return None
     if len(blocks) == BLOCKS_OF_LARGE:
         return LARGE_35
     return MEDIUM_35 if any(".attn2." in name for name in tensors) else MEDIUM

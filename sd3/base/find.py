@@ -3,6 +3,7 @@
 import contextlib
 import fnmatch
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -83,11 +84,6 @@ def _lent_to(
 ) -> Path:
     """Return the folder that has what a checkpoint lacks: all configurations, other weights."""
     lent = single_file_config or contents.published
-    if lent is None:
-        raise ConfigError(
-            f"{FLAG} {file}: it holds {', '.join(contents.components)} alone. Name the folder "
-            f"or hub id of the rest: {CONFIG_FLAG}."
-        )
     rest = [name for name in subfolders if name not in contents.components]
     try:
         folder = find(lent, subfolders, weights=False, flag=CONFIG_FLAG)
@@ -112,9 +108,7 @@ def _with_transformer(
             f".safetensors file with an SD3 transformer in it; the folder of a whole model goes to "
             f"{FLAG}."
         )
-    contents = read_contents(file, TRANSFORMER_FLAG).only("transformer")
-    if contents is None:
-        raise ConfigError(f"{TRANSFORMER_FLAG} {file}: no transformer in it.")
+    contents = replace(read_contents(file, TRANSFORMER_FLAG), components=("transformer",))
     if not weights:
         return folder
     return converted_base(

@@ -176,6 +176,13 @@ def find_file(name: str, cache_dir: Path | None = None) -> Path:
     return (usual or found)[0]
 
 
+def reads_as_it_is(path: Path) -> bool:
+    """Return whether diffusers reads a LoRA's file: not one of kohya's names, or with alphas."""
+    with safe_open(path, framework="pt") as file:
+        names = list(file.keys())
+    return not is_of_published_names(names) and not any(n.endswith(".alpha") for n in names)
+
+
 def _components(path: Path) -> frozenset[str]:
     """Return what a LoRA changes, from the names of its weights."""
     try:

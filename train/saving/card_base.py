@@ -9,6 +9,7 @@ from typing import Any
 from common.checks import for_each
 from sd3.base.contents import read_contents
 from sd3.base.find import FLAG
+from sd3.base.lora import find_file, reads_as_it_is
 from sd3.pretrained import is_hub_id
 from sd3.single_file import is_one_file
 from train.config import TrainConfig
@@ -22,14 +23,15 @@ class CardBase:
         name: of the folder, or its hub id.
         hub_id: None if its folder tells none.
         transformer: name of the checkpoint whose transformer was in its place; None without one.
-        loras: name and strength of each LoRA that was merged into it.
+        loras: name and strength of each LoRA that was merged into it, and whether diffusers reads
+            its names.
         settings: the options that say all this.
     """
 
     name: str
     hub_id: str | None
     transformer: str | None
-    loras: list[tuple[str, float]]
+    loras: list[tuple[str, float, bool]]
     settings: dict[str, Any]
 
     @property
@@ -38,7 +40,7 @@ class CardBase:
         words = self.hub_id or f"the base model {self.name!r}"
         if self.transformer:
             words += f" with the transformer of `{self.transformer}`"
-        merged = [f"`{name}` merged at {scale:g}" for name, scale in self.loras]
+        merged = [f"`{name}` merged at {scale:g}" for name, scale, _ in self.loras]
         return f"{words}, with {' and '.join(merged)}" if merged else words
 
 
@@ -52,11 +54,12 @@ def card_base(config: TrainConfig) -> CardBase:
         transformer = transformer or Path(given)
     loras = [_outside(name) for name in config.lora]
     scales = for_each(config.lora_scale, len(loras))
+    read = [reads_as_it_is(find_file(name, config.cache_dir)) for name in config.lora]
     return CardBase(
         name=_outside(name_or_path),
         hub_id=hub_name(name_or_path),
         transformer=transformer.name if transformer else None,
-        loras=list(zip(loras, scales, strict=True)),
+        loras=list(zip(loras, scales, read, strict=True)),
         settings={
             "pretrained_model_name_or_path": hub_name(given),
             "single_file_config": hub_name(config.single_file_config or ""),

@@ -72,10 +72,18 @@ image = pipeline(
 
 def _merging(base: CardBase) -> str:
     """Return the lines that merge the LoRAs, one after the other."""
-    return "".join(
-        f"""
-pipeline.load_lora_weights("{name if "/" in name else f"path/to/{name}"}")
-pipeline.fuse_lora(lora_scale={scale:g})
-pipeline.unload_lora_weights()"""
-        for name, scale in base.loras
-    )
+    lines = []
+    for name, scale, is_read in base.loras:
+        path = name if "/" in name else f"path/to/{name}"
+        if is_read:
+            lines += [
+                f'pipeline.load_lora_weights("{path}")',
+                f"pipeline.fuse_lora(lora_scale={scale:g})",
+                "pipeline.unload_lora_weights()",
+            ]
+        else:
+            lines.append(
+                f"# Without {name} at {scale:g}: diffusers does not read its names for SD3, and "
+                "python -m infer generate --lora does."
+            )
+    return "".join(f"\n{line}" for line in lines)

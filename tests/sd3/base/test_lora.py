@@ -38,6 +38,8 @@ from tests.published_names import transformer
 from train import models
 from train.config import TrainConfig
 from train.run import train
+from train.saving.card_base import card_base
+from train.saving.card_example import example
 
 SCALE, RANK, ALPHA = 0.7, 3, 5.0
 IN_TRANSFORMER = ("transformer_blocks.0.attn.to_q", "transformer_blocks.1.ff.net.0.proj")
@@ -305,6 +307,27 @@ def test_kohyas_names_change_what_they_name_in_the_published_model(
     (found,) = find_loras([str(tmp_path / "kohya.safetensors")], [SCALE])
     merge_loras(model, "transformer", [found])
     torch.testing.assert_close(transformer(model.state_dict()), published, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.extras
+def test_the_cards_snippet_merges_what_diffusers_reads(
+    train_config: TrainConfig, lora: Path, pipeline: Any, tmp_path: Path
+) -> None:
+    """diffusers merges nothing of kohya's names for SD3, and only warns."""
+    save_file(kohya(transformer(pipeline.transformer.state_dict()), 1), tmp_path / "k.safetensors")
+    files = (str(lora), str(tmp_path / "k.safetensors"))
+    card = card_base(replace(train_config, lora=files, lora_scale=(0.5, 2.0)))
+    text = example(
+        "me/it", card, {"height": 8, "width": 8, "max_sequence_length": 9}, inpainting=False
+    )
+    assert card.in_words.endswith(
+        "with `style.safetensors` merged at 0.5 and `k.safetensors` merged at 2"
+    )
+    assert (
+        'load_lora_weights("path/to/style.safetensors")\npipeline.fuse_lora(lora_scale=0.5)' in text
+    )
+    assert "# Without k.safetensors at 2: diffusers does not read its names" in text
+    assert text.count("pipeline.load_lora_weights") == 1
 
 
 @pytest.mark.extras

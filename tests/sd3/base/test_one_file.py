@@ -327,7 +327,7 @@ def test_an_interruption_leaves_nothing_that_is_taken_for_whole(
         (lambda t: {"controlnet_blocks.0.weight": torch.ones(1)}, "a ControlNet, not a base model"),
         (
             lambda t: {"model.diffusion_model.input_blocks.0.0.weight": torch.ones(1)},
-            r"no SD3 checkpoint: .* 1 tensors, model\.diffusion_model\.input_blocks",
+            r"no transformer of SD3 in it: .* 1 tensors, model\.diffusion_model\.input_blocks",
         ),
         (
             lambda t: t | {"scaled_fp8": torch.ones(1)},
@@ -376,11 +376,15 @@ def test_options_that_do_not_fit_say_so(pipeline: Any, folder: Path, tmp_path: P
         (folder, {"transformer": Path("a.safetensors")}, "--transformer 'a.*: no such file"),
         (folder, {"transformer": tmp_path / "x.SAFETENSORS"}, "must end with .safetensors, in sm"),
         (tmp_path / "cut.safetensors", {}, "cannot be read as safetensors"),
-        (tmp_path / "encoders.safetensors", {}, "Name the folder or hub id of the rest"),
+        (
+            tmp_path / "encoders.safetensors",
+            {"single_file_config": folder},
+            "no transformer of SD3",
+        ),
         (
             folder,
             {"transformer": tmp_path / "encoders.safetensors"},
-            "--transformer .*: no transformer in it",
+            "--transformer .*: no transformer of SD3 in it",
         ),
     ):
         with pytest.raises(ConfigError, match=message):
