@@ -15,6 +15,7 @@ TRAIN_OPTIONS = (
     "--ema-decay",
     "--checkpointing-steps",
     "--checkpoints-total-limit",
+    "--keep-best",
     "--resume-from-checkpoint",
     "--train-batch-size",
     "--gradient-accumulation-steps",

@@ -118,6 +118,11 @@ class TrainConfig:
         heading="Output",
     )
     checkpointing_steps: int = option(500, help="Steps between checkpoints.")
+    keep_best: bool = option(
+        False,
+        help="Keep the ControlNet of the lowest held-out loss in best/, beside the last; the cache "
+        "needs held-out rows (precompute --validation-rows).",
+    )
     checkpoints_total_limit: int | None = option(
         None, help="Number of checkpoints to keep; older ones are deleted. By default all are kept."
     )

@@ -87,6 +87,11 @@ def find_inputs(config: TrainConfig, num_processes: int) -> Inputs:
     require_packages(config)
     cache = _open_cache(config)
     validates = config.validation_steps > 0
+    if config.keep_best and not (validates and cache.manifest.held_out):
+        raise ConfigError(
+            "--keep-best: there is no held-out loss to choose by. Give --validation-steps, and "
+            "hold rows out of training: precompute --validation-rows 128."
+        )
     draws_pictures = validates and cache.validation.product.num_records > 0
     needs_vae = draws_pictures and config.validation_decode != "latents"
     base = local_main_first(lambda: _find_base(config, needs_vae))

@@ -19,6 +19,7 @@ from train.processes.agreement import HostGroup
 from train.processes.sharding import clip_gradients
 from train.processes.strategy import keeps_gradients, strategy
 from train.saving import checkpoints
+from train.saving.best import keep_best
 from train.saving.checkpoints import TrainState
 from train.step_log import StepLog
 from train.validation import pictures
@@ -68,7 +69,7 @@ def take_steps(run: Run, received: Received) -> tuple[TrainState, Signals | None
     )
     if pictures.is_due(run, state.step) and not (state.step and pictures.is_done(run, state.step)):
         # The run is new; or it was killed between that step's checkpoint and its validation.
-        pictures.validate(run, state.step)
+        keep_best(run, state.step, pictures.validate(run, state.step))
     hosts = HostGroup()
     with _progress(run) as progress:
         log = StepLog(run, guard, hosts, progress)
@@ -116,7 +117,7 @@ def _loop(
                 checkpoints.save(run.accelerator, config, state, run.ema)
         if pictures.is_due(run, state.step) and not signal:
             with log.paused():
-                pictures.validate(run, state.step)
+                keep_best(run, state.step, pictures.validate(run, state.step))
     return state, signal
 
 

@@ -130,6 +130,7 @@ OURS = {
     "compile",
     "deterministic",
     "ema_decay",
+    "keep_best",
     "validation_batch_size",
     "validation_inference_steps",
     "validation_guidance_scale",

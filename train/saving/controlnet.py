@@ -58,9 +58,9 @@ def save_result(
         RunError: a weight is not finite; nothing is saved.
         OSError: it cannot be written; raised on all processes.
     """
-    _replace_controlnet(accelerator, controlnet, output_dir)
+    replace_controlnet(accelerator, controlnet, output_dir)
     if ema is not None:
-        _replace_controlnet(accelerator, controlnet, output_dir / EMA_FOLDER, ema)
+        replace_controlnet(accelerator, controlnet, output_dir / EMA_FOLDER, ema)
 
 
 def is_same_controlnet(one: Path, other: Path) -> bool:
@@ -124,10 +124,13 @@ def _refuse_nonfinite(weights: dict[str, Tensor]) -> None:
         )
 
 
-def _replace_controlnet(
+def replace_controlnet(
     accelerator: Accelerator, controlnet: Any, folder: Path, average: Ema | None = None
 ) -> None:
-    """Save a ControlNet over an earlier one, so that an interruption leaves no mixture of both."""
+    """Save a ControlNet over an earlier one, so that an interruption leaves no mixture of both.
+
+    Every process must call this; see `save_controlnet`.
+    """
     partial = folder / "controlnet.partial"
     if accelerator.is_main_process:
         shutil.rmtree(partial, ignore_errors=True)

@@ -19,6 +19,7 @@ from sd3.pretrained import DATA_KEY
 from shards.format.specs import describe_annotator
 from train.assembly import Run
 from train.config import TrainConfig
+from train.saving.best import BEST_FOLDER, read_best
 from train.saving.card_base import card_base
 from train.saving.card_example import example
 from train.saving.controlnet import EMA_FOLDER
@@ -69,7 +70,7 @@ with the control "{config.conditioning_name}".
 
 {example(name, base, data, inpainting=is_inpainting(network.config))}
 
-{_inputs_note(network.config, run.transformer.config.num_layers)}{_ema_note(run)}
+{_inputs_note(network.config, run.transformer.config.num_layers)}{_ema_note(run)}{_best_note(run)}
 ## Pictures
 
 {_gallery(config) or "None were drawn while it was trained."}
@@ -115,6 +116,18 @@ def _ema_note(run: Run) -> str:
     return (
         f"\nA moving average of the weights (decay {run.config.ema_decay}) is in `{EMA_FOLDER}/`: "
         f'pass `subfolder="{EMA_FOLDER}"`.\n'
+    )
+
+
+def _best_note(run: Run) -> str:
+    """Return where the weights of the lowest held-out loss are, or nothing if none are kept."""
+    best = read_best(run.config.output_dir) if run.config.keep_best else None
+    if best is None:
+        return ""
+    what = "the moving average" if best.averaged else "the weights"
+    return (
+        f"\nThe held-out loss was lowest at step {best.step}, {best.held_out_loss:.4f}; {what} of "
+        f'that step are in `{BEST_FOLDER}/`: pass `subfolder="{BEST_FOLDER}"`.\n'
     )
 
 

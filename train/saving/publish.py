@@ -9,6 +9,7 @@ from huggingface_hub import HfApi
 from common.errors import ConfigError, RunError, ShardError
 from shards.remote.retry import with_retries
 from train.config import TrainConfig
+from train.saving.best import BEST_FOLDER
 from train.saving.controlnet import EMA_FOLDER
 from train.saving.model_card import CARD, pictures
 
@@ -76,10 +77,12 @@ def _patterns(config: TrainConfig) -> list[str]:
     """Return what to upload of the output folder, which holds checkpoints and logs as well."""
     weights = ("config.json", "diffusion_pytorch_model*")
     patterns = [CARD, *weights]
-    if (config.output_dir / EMA_FOLDER).is_dir():
-        patterns += [f"{EMA_FOLDER}/{name}" for name in weights]
-    folders = {path.parent for path in pictures(config)}
-    return patterns + [f"{_inside(config, folder)}/*.png" for folder in sorted(folders)]
+    kept = [EMA_FOLDER, *([BEST_FOLDER] if config.keep_best else [])]
+    for folder in kept:
+        if (config.output_dir / folder).is_dir():
+            patterns += [f"{folder}/{name}" for name in weights]
+    drawn = {path.parent for path in pictures(config)}
+    return patterns + [f"{_inside(config, folder)}/*.png" for folder in sorted(drawn)]
 
 
 def _inside(config: TrainConfig, path: Path) -> str:

@@ -80,12 +80,15 @@ def is_done(run: Run, step: int) -> bool:
     return main_decides(folder(run, step).is_dir)
 
 
-def validate(run: Run, step: int) -> None:
+def validate(run: Run, step: int) -> dict[str, list[float]]:
     """Draw the pairs and measure the held-out loss, with the weights and with their average.
 
     At step 0 the average is the weights, so only these are validated.
 
     Every process must call this.
+
+    Returns:
+        The held-out losses by name and noise level, the same on every process.
 
     Raises:
         OSError: the pictures cannot be written.
@@ -114,6 +117,7 @@ def validate(run: Run, step: int) -> None:
         if final.is_dir():
             shutil.rmtree(final)
         move_into_place(partial, final)
+    return losses
 
 
 def _evaluate(run: Run, averages: list[Ema]) -> tuple[list[Drawing], dict[str, list[float]]]:
