@@ -16,6 +16,7 @@ from shards.format.manifest import DEFAULT_CONDITIONING
 from shards.remote.streaming import LOCAL_CACHE_GB
 from train.misplaced_options import AT_PRECOMPUTE
 
+BY_RESOLUTION = "resolution"  # the value of --shift beside numbers
 DEFAULT_SEQUENCE_LENGTH = 77  # T5 tokens; stage 1's default too
 # Each takes less memory than the one before, and more time.
 Checkpointing = Literal["none", "controlnet", "selective", "full"]
@@ -242,6 +243,18 @@ class TrainConfig:
     logit_mean: float = option(0.0, help="Mean of logit_normal.")
     logit_std: float = option(1.0, help="Standard deviation of logit_normal.")
     mode_scale: float = option(1.29, help="Scale of mode.")
+    shift: str | None = option(
+        None,
+        help="Shift of the noise schedule in training: a number, or resolution: the base's own at "
+        "the size that it was made for, less for smaller pictures. By default the base's own.",
+    )
+    min_timestep: int = option(0, help="Lowest timestep that is drawn; 0 is the picture.")
+    max_timestep: int = option(1000, help="Highest timestep that is drawn; 1000 is noise.")
+    stratified_timesteps: bool = option(
+        False,
+        help="Spread the timesteps of each step's samples evenly over their distribution: the same "
+        "objective, with less noise in the loss.",
+    )
     precondition_outputs: int = option(
         1, help="1: compare clean latents in the loss; 0: compare velocities (noise - latent)."
     )
@@ -294,6 +307,7 @@ class TrainConfig:
             "lr_warmup_steps",
             "offload_base",
         )
+        self._check_schedule()
         for names, least in ((at_least_one, 1), (not_negative, 0)):
             for name in names:
                 value = getattr(self, name)
@@ -384,3 +398,20 @@ class TrainConfig:
             check_resolution(self.resolution)
             if self.max_sequence_length is not None:
                 check_sequence_length(self.max_sequence_length)
+
+    def _check_schedule(self) -> None:
+        """Refuse a shift that is none, and timesteps out of order."""
+        low, high = self.min_timestep, self.max_timestep
+        if not 0 <= low < high <= 1000:
+            raise ConfigError(
+                f"--min-timestep {low} and --max-timestep {high}: between 0 and 1000, the lowest "
+                "before the highest."
+            )
+        if self.shift is None or self.shift == BY_RESOLUTION:
+            return
+        try:
+            number = float(self.shift)
+        except ValueError:
+            number = math.nan
+        if not 0 < number < math.inf:
+            raise ConfigError(f"--shift {self.shift}: a number above 0, or {BY_RESOLUTION}.")

@@ -9,6 +9,7 @@ Axes: B samples, T tokens, W embedding width, C latent channels, h x w latent gr
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, fields
+from functools import lru_cache
 from typing import Any, Self
 
 import numpy as np
@@ -95,15 +96,24 @@ class TrainingSamples:
         order: which record comes at which place.
         seed: of all draws.
         proportion_empty_prompts: how often the empty prompt replaces the caption.
+        strata: samples of an optimiser step, of which each draws its timestep from a part of the
+            distribution of its own; 1 for independent draws.
     """
 
     def __init__(
-        self, cache: Cache, order: Order, *, seed: int, proportion_empty_prompts: float
+        self,
+        cache: Cache,
+        order: Order,
+        *,
+        seed: int,
+        proportion_empty_prompts: float,
+        strata: int = 1,
     ) -> None:
         self.cache = cache
         self.order = order
         self.seed = seed
         self.proportion_empty_prompts = proportion_empty_prompts
+        self.strata = strata
         cached = cache.sample_specs(0).keys()
         from_posterior = [
             name for name in ("latent", "conditioning_latent") if f"{name}_std" in cached
@@ -193,12 +203,35 @@ class TrainingSamples:
         """
         # Philox is counter-based: every place's stream starts at once and overlaps no other.
         rng = np.random.Generator(np.random.Philox(key=[self.seed, place]))
-        draws["uniform"][position], draws["normal"][position] = rng.random(), rng.standard_normal()
+        uniform, normal = rng.random(), rng.standard_normal()
+        if self.strata > 1:
+            from scipy.special import ndtri
+
+            uniform = (stratum(self.seed, place, self.strata) + uniform) / self.strata
+            normal = float(ndtri(uniform))
+        draws["uniform"][position], draws["normal"][position] = uniform, normal
         drop_prompt = rng.random() < self.proportion_empty_prompts
         caption = int(rng.integers(num_prompts))
         for name in self.drawn_latents:
             rng.standard_normal(out=draws[name][position], dtype=np.float32)
         return None if drop_prompt else caption
+
+
+def stratum(seed: int, place: int, strata: int) -> int:
+    """Return the part of a distribution that the sample at a place draws from, 0 to strata - 1.
+
+    The samples of an optimiser step have one each, in an order drawn for the step.
+    """
+    step, position = divmod(place, strata)
+    return int(_strata(seed, step, strata)[position])
+
+
+@lru_cache(maxsize=8)
+def _strata(seed: int, step: int, strata: int) -> NDArray[np.intp]:
+    # A key that no place has; as a list it would be rounded to floating point.
+    key = np.array([seed, (1 << 63) + step], np.uint64)
+    rng = np.random.Generator(np.random.Philox(key=key))
+    return rng.permutation(strata)
 
 
 @dataclass(frozen=True)

@@ -25,9 +25,10 @@ from shards.reading.order import Order
 from shards.remote.streaming import open_files
 from train import distribution, models
 from train.compatibility import check_base, check_same_order
-from train.config import TrainConfig
+from train.config import BY_RESOLUTION, TrainConfig
 from train.continued.find import find_continued, find_pooled_projection
 from train.loss import Objective
+from train.objective import Timesteps, drawn_part, shifted
 from train.processes.agreement import check_same_everywhere, local_main_first, main_decides
 from train.saving.checkpoints import TrainState, read_state
 from train.saving.resuming import check_same_optimizer, choose
@@ -273,8 +274,11 @@ def num_train_steps(config: TrainConfig, inputs: Inputs, step_samples: int) -> i
 def make_objective(config: TrainConfig, inputs: Inputs, device: torch.device) -> Objective:
     """Return the objective with the base scheduler's tables on the device."""
     scheduler = models.load_scheduler(inputs.base)
+    schedule = find_timesteps(config, inputs.base, float(scheduler.config.shift))
+    _check_drawn_part(scheduler.sigmas, schedule, inputs.cache)
     return Objective.from_config(
         config,
+        schedule=schedule,
         sigmas=scheduler.sigmas.to(device, torch.float32),
         timesteps=scheduler.timesteps.to(device, torch.float32),
         latent_spec=inputs.cache.manifest.latent_spec,
@@ -282,6 +286,34 @@ def make_objective(config: TrainConfig, inputs: Inputs, device: torch.device) ->
         pooled_projection=inputs.pooled_projection,
         controlnet_kind=inputs.controlnet_kind,
     )
+
+
+def find_timesteps(config: TrainConfig, base: Path, base_shift: float) -> Timesteps:
+    """Return how the base's schedule is shifted, and which part of it is drawn.
+
+    Args:
+        config: of the run.
+        base: folder of the base model, whose transformer says what size it was made for.
+        base_shift: of its schedule.
+    """
+    ends = (config.min_timestep, config.max_timestep)
+    if config.shift == BY_RESOLUTION:
+        native_side = int(read_config(base, "transformer")["sample_size"])
+        return Timesteps(1.0, native_side**2, *ends)
+    shift = base_shift if config.shift is None else float(config.shift)
+    return Timesteps(shift / base_shift, None, *ends)
+
+
+def _check_drawn_part(sigmas: torch.Tensor, schedule: Timesteps, cache: Cache) -> None:
+    """Refuse timesteps between which the schedule has no entry."""
+    for height, width in cache.manifest.buckets:
+        levels = shifted(sigmas, schedule.shift_for(height, width)) * len(sigmas)
+        first, last = drawn_part(levels, schedule.low, schedule.high)
+        if first >= last:
+            raise ConfigError(
+                f"--min-timestep {schedule.low} and --max-timestep {schedule.high}: the schedule "
+                f"has no timestep between them; its lowest is {float(levels[-1]):.1f}."
+            )
 
 
 def require_packages(config: TrainConfig) -> None:

@@ -45,6 +45,9 @@ def take_steps(run: Run, received: Received) -> tuple[TrainState, Signals | None
         run.inputs.order,
         seed=config.seed,
         proportion_empty_prompts=config.proportion_empty_prompts,
+        strata=samples_per_step(config, accelerator.num_processes)
+        if config.stratified_timesteps
+        else 1,
     )
     batch_places = RankPlaces(
         state.place,

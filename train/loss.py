@@ -16,6 +16,7 @@ from shards.format.specs import LatentSpec
 from train import objective
 from train.config import TrainConfig
 from train.data import Batch, EncodedSamples
+from train.objective import UNCHANGED, Timesteps
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,7 @@ class Objective:
         logit_std: standard deviation of the logit, for `logit_normal`.
         mode_scale: how far from uniform `mode` is.
         precondition_outputs: compare clean latents; otherwise velocities.
+        schedule: how the tables are shifted, and which part of them is drawn.
     """
 
     sigmas: Tensor
@@ -49,6 +51,7 @@ class Objective:
     logit_std: float
     mode_scale: float
     precondition_outputs: bool
+    schedule: Timesteps = UNCHANGED
 
     @classmethod
     def from_config(
@@ -61,6 +64,7 @@ class Objective:
         conditioning_spec: LatentSpec,
         pooled_projection: PooledProjection,
         controlnet_kind: ControlNetKind = "joint",
+        schedule: Timesteps = UNCHANGED,
     ) -> "Objective":
         """Return the objective of the settings, with these tables, scalings and convention."""
         return cls(
@@ -75,6 +79,7 @@ class Objective:
             logit_std=config.logit_std,
             mode_scale=config.mode_scale,
             precondition_outputs=bool(config.precondition_outputs),
+            schedule=schedule,
         )
 
 
@@ -101,16 +106,7 @@ def batch_losses(batch: Batch, controlnet: Any, transformer: Any, settings: Obje
         transformer: frozen; gets its own dtype.
         settings: of the objective.
     """
-    density = objective.timestep_density(
-        batch.uniform,
-        batch.normal,
-        settings.weighting_scheme,
-        logit_mean=settings.logit_mean,
-        logit_std=settings.logit_std,
-        mode_scale=settings.mode_scale,
-    )
-    index = objective.schedule_index(density, len(settings.sigmas))
-    sigma, timestep = settings.sigmas[index], settings.timesteps[index]
+    sigma, timestep = noise_levels(batch, settings)
     velocity, noisy, latent = predict(batch, sigma, timestep, controlnet, transformer, settings)
     return objective.flow_loss(
         velocity,
@@ -121,6 +117,28 @@ def batch_losses(batch: Batch, controlnet: Any, transformer: Any, settings: Obje
         objective.loss_weight(sigma, settings.weighting_scheme),
         precondition_outputs=settings.precondition_outputs,
     )
+
+
+def noise_levels(batch: Batch, settings: Objective) -> tuple[Tensor, Tensor]:
+    """Return the noise level of each sample and the networks' timestep input for it, [B] each."""
+    schedule, (sigmas, timesteps) = settings.schedule, (settings.sigmas, settings.timesteps)
+    shift = schedule.shift_for(*batch.latent.shape[-2:])
+    if shift != 1:
+        sigmas = objective.shifted(sigmas, shift)
+        timesteps = sigmas * len(sigmas)
+    uniform, normal = batch.uniform, batch.normal
+    scheme: dict[str, Any] = {
+        "scheme": settings.weighting_scheme,
+        "logit_mean": settings.logit_mean,
+        "logit_std": settings.logit_std,
+        "mode_scale": settings.mode_scale,
+    }
+    if (schedule.low, schedule.high) != (0, len(sigmas)):
+        first, last = objective.drawn_part(timesteps, schedule.low, schedule.high)
+        uniform, normal = objective.restricted(uniform, normal, first=first, last=last, **scheme)
+    density = objective.timestep_density(uniform, normal, **scheme)
+    index = objective.schedule_index(density, len(sigmas))
+    return sigmas[index], timesteps[index]
 
 
 def predict(

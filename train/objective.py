@@ -2,13 +2,42 @@
 
 Axes: B samples, C latent channels (16), h x w latent grid (pixels / 8).
 Source: Esser et al. 2024, arXiv:2403.03206, section 3; preconditioning after Karras et al. 2022,
-arXiv:2206.00364, section 5. Sigma is the share of noise: 0 is data, 1 is noise.
+arXiv:2206.00364, section 5; shift: Esser et al., section 5.3.2. Sigma is the share of noise: 0 is
+data, 1 is noise.
 """
 
 import math
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Timesteps:
+    """The settings of the schedule.
+
+    Attributes:
+        shift: by which the base's schedule is shifted further: 1 leaves it as it is.
+        native_cells: cells of a latent grid that the base's own shift is for; with it the shift is
+            that of each batch's resolution, and `shift` does not count.
+        low: the lowest timestep that is drawn.
+        high: the highest.
+    """
+
+    shift: float = 1.0
+    native_cells: int | None = None
+    low: int = 0
+    high: int = 1000
+
+    def shift_for(self, height: int, width: int) -> float:
+        """Return the shift of the base's schedule for a latent grid."""
+        if self.native_cells is None:
+            return self.shift
+        return math.sqrt(height * width / self.native_cells)
+
+
+UNCHANGED = Timesteps()
 
 
 def timestep_density(
@@ -40,6 +69,75 @@ def timestep_density(
         cosine = torch.cos(math.pi * uniform / 2) ** 2
         return 1 - uniform - mode_scale * (cosine - 1 + uniform)
     return uniform
+
+
+def restricted(
+    uniform: Tensor,
+    normal: Tensor,
+    scheme: str,
+    first: Tensor,
+    last: Tensor,
+    *,
+    logit_mean: float = 0.0,
+    logit_std: float = 1.0,
+    mode_scale: float = 1.29,
+) -> tuple[Tensor, Tensor]:
+    """Return the two draws of `timestep_density` anew, so that the density lies within a part.
+
+    Within it the density is as before: the draws are mapped to the quantiles that lead there.
+
+    Args:
+        uniform: uniform in [0, 1), [B].
+        normal: standard normal, [B].
+        scheme: as for `timestep_density`, like the three that follow.
+        first: where the part begins, 0 to 1, [].
+        last: where it ends, [].
+        logit_mean: mean of the logit.
+        logit_std: standard deviation of the logit.
+        mode_scale: how far from uniform `mode` is.
+
+    Returns:
+        `uniform` and `normal`, [B] each; the scheme uses one of them.
+    """
+    ends = torch.stack([first, last]).double()
+    if scheme == "logit_normal":
+        ends = torch.special.ndtr((torch.logit(ends) - logit_mean) / logit_std)
+        quantile = torch.special.ndtr(normal.double())
+        normal = torch.special.ndtri(ends[0] + (ends[1] - ends[0]) * quantile).to(normal)
+        return uniform, normal
+    if scheme == "mode":
+        ends = _mode_quantiles(ends, mode_scale)
+    return (ends[0] + (ends[1] - ends[0]) * uniform.double()).to(uniform), normal
+
+
+def _mode_quantiles(density: Tensor, mode_scale: float) -> Tensor:
+    """Return the uniform draws that lead to densities by `mode`, which falls as they rise."""
+    low, high = torch.zeros_like(density), torch.ones_like(density)
+    for _ in range(40):
+        middle = (low + high) / 2
+        found = timestep_density(middle, middle, "mode", mode_scale=mode_scale)
+        low, high = (
+            torch.where(found > density, middle, low),
+            torch.where(found > density, high, middle),
+        )
+    return (low + high) / 2
+
+
+def shifted(sigma: Tensor, shift: float) -> Tensor:
+    """Return noise levels after a shift; two shifts in a row are one of their product."""
+    return shift * sigma / (1 + (shift - 1) * sigma)
+
+
+def drawn_part(timesteps: Tensor, low: int, high: int) -> tuple[Tensor, Tensor]:
+    """Return which part of the schedule lies between two timesteps, as fractions of it, [] each.
+
+    Args:
+        timesteps: of the schedule, descending, [N].
+        low: the lowest timestep.
+        high: the highest.
+    """
+    count = len(timesteps)
+    return (timesteps > high).sum() / count, (timesteps >= low).sum() / count
 
 
 def schedule_index(density: Tensor, num_train_timesteps: int) -> Tensor:
