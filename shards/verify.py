@@ -11,10 +11,10 @@ from common.errors import ShardError, os_error_line
 from shards import tar_check
 from shards.format import sidecar
 from shards.format.manifest import SAMPLES, Manifest
-from shards.format.product import Product, captions_digest
+from shards.format.product import Product, captions_digest, file_sha256
 from shards.format.published import samples
 from shards.format.sidecar import Sidecar
-from shards.reading.location import LocalFiles, file_sha256
+from shards.reading.location import LocalFiles
 from shards.reading.reader import ProductReader
 
 # Of a number format's bits, those of the exponent: all are set in infinities and NaN alone.

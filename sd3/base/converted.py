@@ -145,14 +145,15 @@ def _quiet() -> Iterator[None]:
     """Silence diffusers' remarks on the way in which it converts, and its progress bars."""
     from diffusers.utils import logging
 
-    verbosity = logging.get_verbosity()
+    verbosity, has_bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     try:
         yield
     finally:
         logging.set_verbosity(verbosity)
-        logging.enable_progress_bar()
+        if has_bars:
+            logging.enable_progress_bar()
 
 
 def _stored_bytes(file: Path, name: str, dtype: str) -> int:

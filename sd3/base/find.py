@@ -48,7 +48,6 @@ def find_base(
     Raises:
         ConfigError: neither a folder, a checkpoint nor a hub id, no access, or components missing.
     """
-
     find = partial(_find_folder, revision=revision, variant=variant, cache_dir=cache_dir)
     own = [name for name in subfolders if transformer is None or name != "transformer"]
     if is_one_file(name_or_path):
@@ -105,7 +104,7 @@ def _with_transformer(
         refuse_file(TRANSFORMER_FLAG, str(file))
         raise ConfigError(
             f"{TRANSFORMER_FLAG} {file}: {'a folder' if file.is_dir() else 'no such file'}. Give a "
-            f".safetensors file with an SD3 transformer in it; the folder of a whole model goes to "
+            ".safetensors file with an SD3 transformer in it; the folder of a whole model goes to "
             f"{FLAG}."
         )
     contents = replace(read_contents(file, TRANSFORMER_FLAG), components=("transformer",))

@@ -178,18 +178,22 @@ def find_file(name: str, cache_dir: Path | None = None) -> Path:
 
 def reads_as_it_is(path: Path) -> bool:
     """Return whether diffusers reads a LoRA's file: not one of kohya's names, or with alphas."""
-    with safe_open(path, framework="pt") as file:
-        names = list(file.keys())
+    names = _names(path)
     return not is_of_published_names(names) and not any(n.endswith(".alpha") for n in names)
+
+
+def _names(path: Path) -> list[str]:
+    """Return the names of a LoRA's weights."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            return list(file.keys())
+    except (OSError, SafetensorError) as error:
+        raise ConfigError(f"{FLAG} {path}: cannot be read as safetensors ({error}).") from error
 
 
 def _components(path: Path) -> frozenset[str]:
     """Return what a LoRA changes, from the names of its weights."""
-    try:
-        with safe_open(path, framework="pt") as file:
-            names = list(file.keys())
-    except (OSError, SafetensorError) as error:
-        raise ConfigError(f"{FLAG} {path}: cannot be read as safetensors ({error}).") from error
+    names = _names(path)
     for part, kind in OTHER_KINDS.items():
         if any(part in name for name in names):
             raise ConfigError(
@@ -211,9 +215,7 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
     """Return a LoRA's weights under diffusers' names, and what diffusers saved of its settings."""
     from diffusers import StableDiffusion3Pipeline
 
-    with safe_open(path, framework="pt") as file:
-        names = list(file.keys())
-    if is_of_published_names(names):
+    if is_of_published_names(_names(path)):
         return in_diffusers_names(load_file(path), path), None
     weights, metadata = StableDiffusion3Pipeline.lora_state_dict(
         str(path), return_lora_metadata=True

@@ -114,3 +114,9 @@ def captions_digest(latents: Iterable[Sidecar]) -> str:
 def shard_captions_digest(latents: Sidecar) -> str:
     """Return the digest of which prompts caption which image of a shard of latents."""
     return digest([latents.keys, latents.prompts])
+
+
+def file_sha256(path: Path) -> str:
+    """Return the SHA-256 of a file's bytes, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,6 +1,5 @@
 """Where a cache's files are: a folder here, or behind a URL (see `shards.remote.folder`)."""
 
-import hashlib
 import os
 import resource
 from collections.abc import Callable, Iterator, Sequence
@@ -184,12 +183,6 @@ class LocalFiles:
                         f"{tar}: cut short or changed, {expected} bytes expected, "
                         f"found {sizes[tar.name]}; copy it again, or run precompute again"
                     )
-
-
-def file_sha256(path: Path) -> str:
-    """Return the SHA-256 of a file's bytes, in hexadecimal."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _sizes(folder: Path) -> dict[str, int]:

@@ -18,7 +18,7 @@ from tqdm import tqdm
 from common.atomic_files import cannot_write, move_into_place
 from common.errors import ConfigError
 from shards.format.json_files import LARGEST_FILE_BYTES
-from shards.reading.location import file_sha256
+from shards.format.product import file_sha256
 from shards.remote import hub, retry
 from shards.remote.retry import (
     CutShortError,

@@ -6,8 +6,8 @@ from pathlib import Path
 
 from common.provenance import RUN
 from shards.format.manifest import MANIFEST, SAMPLES, Manifest
+from shards.format.product import file_sha256
 from shards.format.published.dataset_card import CARD
-from shards.reading.location import file_sha256
 from shards.remote.card import card_to_send
 from shards.remote.folder import RemoteFolder
 from shards.remote.hub import Repository

@@ -10,8 +10,8 @@ from tqdm import tqdm
 from common.errors import ConfigError, ShardError
 from common.prefetch import prefetch
 from shards.format.manifest import Manifest
+from shards.format.product import file_sha256
 from shards.format.sidecar import sidecar_path, tar_path
-from shards.reading.location import file_sha256
 
 SHARDS_AT_A_TIME = 4
 

@@ -49,8 +49,7 @@ def card_base(config: TrainConfig) -> CardBase:
     given, transformer = config.pretrained_model_name_or_path, config.transformer
     name_or_path = given
     if is_one_file(given):
-        published = read_contents(Path(given), FLAG).published
-        name_or_path = config.single_file_config or published or given
+        name_or_path = config.single_file_config or read_contents(Path(given), FLAG).published
         transformer = transformer or Path(given)
     loras = [_outside(name) for name in config.lora]
     scales = for_each(config.lora_scale, len(loras))

@@ -4,7 +4,6 @@ Any reader of Parquet finds by it what belongs together, without our code. A row
 record of one control; an image with two controls has two rows.
 """
 
-import hashlib
 import tempfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -20,7 +19,7 @@ from common.errors import ShardError
 from common.prefetch import prefetch
 from shards.format import sidecar
 from shards.format.manifest import SAMPLES, Manifest, conditioning_folder
-from shards.format.product import IndexFile
+from shards.format.product import IndexFile, file_sha256
 from shards.format.published.json_members import read_json_members
 from shards.format.published.prompt_table import PLACE, PromptTable
 from shards.format.sidecar import Sidecar, tar_path
@@ -97,18 +96,13 @@ def write(
         for table in _row_groups(_shards(pool, cache, manifest, prompts, after_shard)):
             writer.write_table(table, row_group_size=len(table))
             num_rows += len(table)
-    return IndexFile(num_rows, path.stat().st_size, _sha256(path))
+    return IndexFile(num_rows, path.stat().st_size, file_sha256(path))
 
 
 def is_there(cache: Path, listed: IndexFile) -> bool:
     """Tell whether a cache has the index that its manifest lists, byte for byte."""
     path = cache / SAMPLES
-    return path.is_file() and _sha256(path) == listed.sha256
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    return path.is_file() and file_sha256(path) == listed.sha256
 
 
 def _texts(

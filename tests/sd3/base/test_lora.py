@@ -22,7 +22,6 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from common.errors import ConfigError
-from common.options import as_dict, flag
 from infer.config import GenerateConfig
 from infer.drawing.generate import generate
 from infer.drawing.metadata import settings_from
@@ -33,7 +32,7 @@ from sd3.base.lora_names import in_diffusers_names
 from sd3.images import fit
 from shards.format import manifest
 from shards.reading.cache import Cache
-from tests.conftest import PROMPTS, RESOLUTION_PX, TOKENS, four_steps
+from tests.conftest import PROMPTS, RESOLUTION_PX, TOKENS, flags, four_steps
 from tests.published_names import transformer
 from train import models
 from train.config import TrainConfig
@@ -191,14 +190,10 @@ def test_training_computes_with_the_merged_transformer(
         (file,) = (tmp_path / name).glob("*.safetensors")
         trained[name] = load_file(file)
     # As a command too, which imports only what it needs.
-    options = as_dict(replace(config, output_dir=tmp_path / "command"))
-    arguments = [
-        f"{flag(name)}={value}"
-        for name, value in options.items()
-        if type(value) in (str, int, float) and value != getattr(TrainConfig, name, None)
-    ]
-    given = [f"--lora={lora}", f"--lora-scale={SCALE}"]
-    subprocess.run([sys.executable, "-m", "train", *arguments, *given], check=True)
+    of_command = replace(
+        config, output_dir=tmp_path / "command", lora=(str(lora),), lora_scale=(SCALE,)
+    )
+    subprocess.run([sys.executable, "-m", "train", *flags(of_command)], check=True)
     (file,) = (tmp_path / "command").glob("*.safetensors")
     torch.testing.assert_close(load_file(file), trained["lora"], rtol=1e-5, atol=1e-7)
     card = (tmp_path / "lora" / "README.md").read_text()

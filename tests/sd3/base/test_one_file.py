@@ -18,17 +18,15 @@ from safetensors.torch import load_file, save_file
 
 import demo.base_model.pipeline
 from common.errors import ConfigError
-from common.options import as_dict, flag
 from infer.config import GenerateConfig
 from infer.drawing.generate import generate
 from precompute.config import PrecomputeConfig
 from precompute.run import precompute
 from sd3.base.contents import LARGE_35, MEDIUM, MEDIUM_35, read_contents
 from sd3.base.find import find_base
-from tests.conftest import PROMPTS, four_steps, narrow_posterior
+from tests.conftest import PROMPTS, flags, four_steps, narrow_posterior
 from tests.hub_server import Hub
 from tests.published_names import one_file, transformer
-from train.config import TrainConfig
 from train.run import train
 
 WEIGHTS = ("transformer", "vae", "text_encoder", "text_encoder_2", "text_encoder_3")
@@ -163,19 +161,14 @@ def test_train_reads_it_as_a_command(
         validation_inference_steps=2,
     )
     train(config)
-    given = as_dict(replace(config, output_dir=tmp_path / "file"))
-    arguments = [
-        f"{flag(name)}={value}"
-        for name, value in given.items()
-        if type(value) in (str, int, float) and value != getattr(TrainConfig, name, None)
-    ]
-    of_file = {
-        "pretrained-model-name-or-path": tmp_path / "model.safetensors",
-        "single-file-config": folder,
-        "cache-dir": tmp_path / "downloads",
-    }
-    arguments += [f"--{name}={value}" for name, value in of_file.items()]
-    subprocess.run([sys.executable, "-m", "train", *arguments], check=True)
+    of_file = replace(
+        config,
+        output_dir=tmp_path / "file",
+        pretrained_model_name_or_path=str(tmp_path / "model.safetensors"),
+        single_file_config=str(folder),
+        cache_dir=tmp_path / "downloads",
+    )
+    subprocess.run([sys.executable, "-m", "train", *flags(of_file)], check=True)
     torch.testing.assert_close(
         weights(tmp_path / "file"), weights(tmp_path / "folder"), rtol=1e-5, atol=1e-7
     )
