@@ -100,7 +100,7 @@ def prepare_demo(folder: Path, extent: Extent) -> TrainConfig:
     precompute(PrecomputeConfig(**stage1 | changes))
     stage2 = read_section(DEMO, "train", TrainConfig)
     overrides = {
-        "cache": str(folder / "cache"),
+        "cache": (str(folder / "cache"),),
         "train_batch_size": SAMPLES,
         "max_train_steps": extent.steps,
         "lr_warmup_steps": extent.steps // 10,

@@ -43,7 +43,7 @@ class TimedSteps:
         self.run = run
         self.device = run.accelerator.device
         samples = TrainingSamples(
-            run.inputs.cache, run.inputs.order, seed=0, proportion_empty_prompts=0.0
+            [run.inputs.cache], run.inputs.order, seed=0, proportion_empty_prompts=0.0
         )
         places = RankPlaces(0, batch_size=run.config.train_batch_size, rank=0, num_ranks=1)
         workers = run.config.dataloader_num_workers

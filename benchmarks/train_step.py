@@ -216,7 +216,7 @@ def prepare_config(row: Row, folder: Path, transformer: dict[str, Any]) -> Train
         write_cache(cache, shape, 1, IMAGES)
     config = TrainConfig(
         pretrained_model_name_or_path=str(folder / "base"),
-        cache=str(cache),
+        cache=(str(cache),),
         output_dir=folder / "out",
     )
     return replace(config, **PLAIN | row.settings)

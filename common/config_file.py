@@ -133,10 +133,8 @@ def _settings(
 def _checked(value: Any, hint: Any, where: str) -> Any:
     multiple, kind = unwrap(hint)
     if multiple:
-        if kind is float and not isinstance(value, list):
-            value = [value]  # one for all
         if not isinstance(value, list):
-            raise ConfigError(f"{where}: expected a list, found {value!r}.")
+            value = [value]
         return tuple(_checked(item, kind, where) for item in value)
     if kind in NUMBER_OR_WORD:
         if value == "auto":

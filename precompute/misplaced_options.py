@@ -4,6 +4,8 @@ AT_TRAIN = "belongs to python -m train."
 TRAIN_OPTIONS = (
     "--proportion-empty-prompts",
     "--shuffle-window",
+    "--weights",
+    "--repeats",
     "--local-cache-dir",
     "--local-cache-gb",
     "--transformer",

@@ -6,6 +6,7 @@ import hashlib
 import importlib
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -37,6 +38,7 @@ from demo.circles import write_circles
 from precompute.config import PrecomputeConfig
 from precompute.run import precompute
 from sd3.pretrained import DATA_KEY
+from shards.format import manifest
 from tests import hub_server, skips
 from tests.hub_server import Hub
 from train import loop, models
@@ -204,11 +206,27 @@ def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Hub]:
     server.server_close()
 
 
+def with_another_control(cache: Path, copy: Path, name: str) -> Path:
+    """Return a copy of a cache that has its control once more, under another name."""
+    shutil.copytree(cache, copy)
+    for product in ("conditioning", "validation"):
+        if (copy / product / "conditioning").is_dir():
+            shutil.copytree(copy / product / "conditioning", copy / product / name)
+    found = manifest.load(copy)
+    parts = ("conditioning", "conditioning_specs", "validation")
+    both = {
+        part: dict.fromkeys(("conditioning", name), getattr(found, part)["conditioning"])
+        for part in parts
+    }
+    manifest.write(copy, replace(found, samples=None, **both))
+    return copy
+
+
 def four_steps(base: Path, cache: Path, output_dir: Path) -> TrainConfig:
     """Return the settings of four steps of two samples, without pictures."""
     return TrainConfig(
         pretrained_model_name_or_path=str(base),
-        cache=str(cache),
+        cache=(str(cache),),
         output_dir=output_dir,
         num_controlnet_layers=2,
         train_batch_size=2,

@@ -27,7 +27,7 @@ STAGE = CACHE | {"sd3.annotators", "shards"}
 PLANNING = {"precompute.sources", "precompute.fingerprints", "precompute.planning"}
 PRECOMPUTE = PLANNING | {"precompute.encoding", "precompute.memory", "precompute"}
 BELOW_SAVING = {"train.processes", "train.optim", "train.validation"}
-TRAIN = BELOW_SAVING | {"train", "train.continued", "train.memory", "train.saving"}
+TRAIN = BELOW_SAVING | {"train", "train.continued", "train.memory", "train.saving", "train.sets"}
 INFER = {"infer", "infer.drawing", "infer.exporting", "infer.memory", "infer.scoring"}
 DRAWING = {
     "infer.batches",
@@ -77,8 +77,9 @@ ALLOWED = {
     "precompute.memory": STAGE | PLANNING | {"precompute.config", "precompute.encoding"},
     "precompute": STAGE | PRECOMPUTE,
     "train.processes": STAGE | {"train.config"},
+    "train.sets": STAGE | {"train.config"},
     "train.optim": STAGE | {"train.config", "train.processes"},
-    "train.memory": STAGE | NETWORKS | {"train.distribution", "train.optim"},
+    "train.memory": STAGE | NETWORKS | {"train.distribution", "train.optim", "train.sets"},
     "train.validation": STAGE | NETWORKS | {"train.assembly", "train.processes", "train.optim"},
     "train.saving": STAGE
     | {"train.assembly", "train.config", "train.processes", "train.optim", "train.validation"},

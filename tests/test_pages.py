@@ -29,7 +29,15 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from precompute.config import PrecomputeConfig
-from tests.conftest import REPOSITORY, RESOLUTION_PX, TOKENS, main_of, run_python, without_make
+from tests.conftest import (
+    REPOSITORY,
+    RESOLUTION_PX,
+    TOKENS,
+    main_of,
+    run_python,
+    with_another_control,
+    without_make,
+)
 from tests.published_names import one_file, transformer
 from train import models
 from train.config import TrainConfig
@@ -197,9 +205,10 @@ def with_runs(
     folder = tmp_path_factory.mktemp("after") / "reader"
     shutil.copytree(prepared, folder)
     shutil.copytree(held_out, folder / "cache")
+    with_another_control(held_out, folder / "canny-cache", "fine")
     config = TrainConfig(
         pretrained_model_name_or_path=str(base),
-        cache=str(held_out),
+        cache=(str(held_out),),
         output_dir=folder / "out",
         num_controlnet_layers=2,
         max_train_steps=1,

@@ -49,6 +49,7 @@ from train.saving.resuming import (
     describe_step_change,
     restore,
 )
+from train.sets.data_entry import mixed_entry
 
 
 @dataclass(frozen=True)
@@ -225,7 +226,8 @@ def _load_controlnet(config: TrainConfig, inputs: Inputs) -> Any:
         if config.convention == "train_controlnet_sd3":
             set_pooled_projection(controlnet, "prompt")
         spec = inputs.cache.conditioning_spec
-        check_controlnet(controlnet, inputs.base, inputs.cache.manifest, spec.extra_channels)
+        for one in inputs.sets:
+            check_controlnet(controlnet, inputs.base, one.cache.manifest, spec.extra_channels)
         convert_to(
             convention,
             controlnet,
@@ -233,8 +235,7 @@ def _load_controlnet(config: TrainConfig, inputs: Inputs) -> Any:
             # Inpainting has the shift in either convention.
             shift_factor=0.0 if spec.inpainting else spec.shift_factor,
         )
-    data = models.data_entry(inputs.cache.manifest, config.conditioning_name)
-    controlnet.register_to_config(**{DATA_KEY: data})
+    controlnet.register_to_config(**{DATA_KEY: mixed_entry(inputs.sets)})
     models.prepare_controlnet(config, controlnet)
     cast_weights_at_use(controlnet)
     return controlnet

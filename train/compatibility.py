@@ -1,6 +1,7 @@
 """Whether the cache, the base model and a checkpoint go together."""
 
 import contextlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from shards.format.manifest import Manifest, data_digest
 from shards.format.specs import LatentSpec
 from train.processes.strategy import STRATEGY_NAMES, strategy
 from train.saving.checkpoints import TrainState
+from train.sets.identity import num_sets
 
 Comparison = tuple[str, object, object]  # what is compared, the left value, the right value
 
@@ -56,7 +58,7 @@ def check_base(base: Path, manifest: Manifest) -> None:
 
 
 def check_same_order(
-    checkpoint: Path, saved: TrainState, current: TrainState, manifest: Manifest
+    checkpoint: Path, saved: TrainState, current: TrainState, manifests: Sequence[Manifest]
 ) -> None:
     """Refuse to resume if the sequence of samples would be a different one.
 
@@ -64,7 +66,7 @@ def check_same_order(
         checkpoint: its folder.
         saved: what the checkpoint says.
         current: what the settings and the cache say.
-        manifest: the cache's.
+        manifests: of the caches.
 
     Raises:
         ConfigError: listing what differs.
@@ -74,7 +76,7 @@ def check_same_order(
         ("--shuffle-window", saved.shuffle_window, current.shuffle_window),
         ("samples a step, all of one bucket", saved.bucket_group, current.bucket_group),
     ]
-    wrong, changes = _different(compared), _data_changes(saved, current, manifest)
+    wrong, changes = _different(compared), _data_changes(saved, current, manifests)
     if wrong or changes:
         table = f"{two_columns('checkpoint', 'now', wrong)}\n" if wrong else ""
         raise ConfigError(
@@ -85,8 +87,11 @@ def check_same_order(
         )
 
 
-def _data_changes(saved: TrainState, current: TrainState, manifest: Manifest) -> str:
-    """Return a line on what has changed in the cache since a checkpoint, or nothing."""
+def _data_changes(saved: TrainState, current: TrainState, manifests: Sequence[Manifest]) -> str:
+    """Return a line on what has changed in the data since a checkpoint, or nothing."""
+    were, are = (num_sets(state.fingerprints) for state in (saved, current))
+    if were != are:
+        return f"  the number of sets that are mixed was {were}, and is {are}\n"
     names = sorted(saved.fingerprints.keys() | current.fingerprints.keys())
     others = [n for n in names if saved.fingerprints.get(n) != current.fingerprints.get(n)]
     if not others:
@@ -94,11 +99,12 @@ def _data_changes(saved: TrainState, current: TrainState, manifest: Manifest) ->
     told: list[str] = []
     with contextlib.suppress(KeyError, TypeError):  # nobody checks what stands there for people
         since = data_digest(saved.fingerprints)
-        for change in manifest.made_by.get("changes", []):
+        for change in manifests[0].made_by.get("changes", []) if are == 1 else []:
             if told or change["since"] == since:
                 told.append(change["what"])
     what = f": {'; then '.join(map(str, told))}" if told else ""
-    return f"  the cache has other {', '.join(others)}{what}\n"
+    have = "the cache has" if are == 1 else "the caches have"
+    return f"  {have} other {', '.join(others)}{what}\n"
 
 
 def check_same_distribution(checkpoint: Path, state: TrainState, accelerator: Accelerator) -> None:

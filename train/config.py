@@ -26,14 +26,25 @@ Checkpointing = Literal["none", "controlnet", "selective", "full"]
 class TrainConfig:
     """Train a ControlNet from a cache that precompute made."""
 
-    cache: str = option(
-        help="The cache: a folder, or its URL (s3://, gs://, hf://, http:// or https://).",
+    cache: tuple[str, ...] = option(
+        help="The cache: a folder, or its URL (s3://, gs://, hf://, http:// or https://); several "
+        "are mixed. cache[:1000] is the first 1,000 of its samples.",
         heading="Data",
         aliases=("shards",),
         unless="estimate",
     )
-    conditioning_name: str = option(
-        DEFAULT_CONDITIONING, help="Which of the cache's controls to train on."
+    conditioning_name: tuple[str, ...] = option(
+        (DEFAULT_CONDITIONING,),
+        help="Which of the cache's controls to train on; of several caches one for all, or one "
+        "for each.",
+    )
+    weights: tuple[float, ...] = option(
+        (),
+        help="How often each of several caches comes, beside the others: 3 1. By default each "
+        "sample of all comes equally often.",
+    )
+    repeats: tuple[int, ...] = option(
+        (), help="Instead: how often each cache's samples come in a pass over the data."
     )
     proportion_empty_prompts: float = option(
         0.0, help="Fraction of prompts replaced by the empty prompt, drawn at each step."
@@ -308,6 +319,7 @@ class TrainConfig:
             "offload_base",
         )
         self._check_schedule()
+        self._check_sets()
         for names, least in ((at_least_one, 1), (not_negative, 0)):
             for name in names:
                 value = getattr(self, name)
@@ -386,8 +398,8 @@ class TrainConfig:
                 raise ConfigError(f"{flag(name)}: {AT_PRECOMPUTE}")
             if self.cache:
                 raise ConfigError(
-                    f"{flag(name)} {getattr(self, name)}: --cache {self.cache} says it; leave one "
-                    "out."
+                    f"{flag(name)} {getattr(self, name)}: --cache {self.cache[0]} says it; "
+                    "leave one out."
                 )
         if self.estimate and not self.cache:
             if self.resolution is None:
@@ -398,6 +410,42 @@ class TrainConfig:
             check_resolution(self.resolution)
             if self.max_sequence_length is not None:
                 check_sequence_length(self.max_sequence_length)
+
+    def _check_sets(self) -> None:
+        """Refuse controls, weights and repeats that do not go with the caches."""
+        count = len(self.cache)
+        if not self.cache and not self.estimate:
+            raise ConfigError("--cache: give at least one.")
+        controls = self.conditioning_name
+        if len(controls) not in (1, count):
+            raise ConfigError(
+                f"--conditioning-name {' '.join(controls)}: {len(controls)} for {count} caches; "
+                "give one for all, or one for each."
+            )
+        for name in ("weights", "repeats"):
+            values = getattr(self, name)
+            given = f"{flag(name)} {' '.join(f'{value:g}' for value in values)}"
+            if values and len(values) != count:
+                raise ConfigError(
+                    f"{given}: {len(values)} for {count} caches; give one for each --cache."
+                )
+            if values and count == 1:
+                raise ConfigError(
+                    f"{given}: is about several caches; of one, --num-train-epochs says how often "
+                    "it comes."
+                )
+        if self.weights and self.repeats:
+            raise ConfigError("--weights and --repeats: give one of them.")
+        if self.weights and (min(self.weights) < 0 or not sum(self.weights)):
+            raise ConfigError(
+                f"--weights {' '.join(f'{value:g}' for value in self.weights)}: must be at least "
+                "0, and one above."
+            )
+        if self.repeats and min(self.repeats) < 1:
+            raise ConfigError(
+                f"--repeats {' '.join(map(str, self.repeats))}: must be at least 1; --weights 0 "
+                "leaves a cache out."
+            )
 
     def _check_schedule(self) -> None:
         """Refuse a shift that is none, and timesteps out of order."""

@@ -6,6 +6,7 @@ a resumed or re-partitioned run draws the same.
 Axes: B samples, T tokens, W embedding width, C latent channels, h x w latent grid.
 """
 
+import contextlib
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, fields
@@ -18,9 +19,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from common.prefetch import prefetch
+from shards.format.specs import Bucket
 from shards.format.tensor_spec import TensorSpec
-from shards.reading.cache import Cache
-from shards.reading.order import Order
+from shards.reading.cache import Cache, SampleRecords
+from shards.reading.mixed_order import MixedOrder
 from shards.reading.tensors import empty_tensors
 
 BATCHES_AHEAD = 2  # for each reading thread
@@ -80,20 +82,20 @@ class BatchMemory:
         records: what is read, by name in the records, [B, ...].
         draws: what is drawn, by name in `Batch`. Where the cache holds means and deviations, the
             latents sampled from them are here too.
-        bucket: the bucket whose shapes these are.
+        bucket: height and width of the latents.
     """
 
     records: dict[str, Tensor]
     draws: dict[str, Tensor]
-    bucket: int
+    bucket: Bucket
 
 
 class TrainingSamples:
     """The endless sequence of training samples, indexed by place.
 
     Args:
-        cache: opened for reading.
-        order: which record comes at which place.
+        caches: of each set, opened for reading; their samples differ in size alone.
+        order: which record of which set comes at which place.
         seed: of all draws.
         proportion_empty_prompts: how often the empty prompt replaces the caption.
         strata: samples of an optimiser step, of which each draws its timestep from a part of the
@@ -102,25 +104,30 @@ class TrainingSamples:
 
     def __init__(
         self,
-        cache: Cache,
-        order: Order,
+        caches: Sequence[Cache],
+        order: MixedOrder,
         *,
         seed: int,
         proportion_empty_prompts: float,
         strata: int = 1,
     ) -> None:
-        self.cache = cache
+        self.caches = list(caches)
         self.order = order
         self.seed = seed
         self.proportion_empty_prompts = proportion_empty_prompts
         self.strata = strata
-        cached = cache.sample_specs(0).keys()
+        self._specs = {
+            grid: cache.sample_specs(number)
+            for cache in self.caches
+            for number, grid in enumerate(cache.manifest.buckets)
+        }
+        cached = self.caches[0].sample_specs(0).keys()
         from_posterior = [
             name for name in ("latent", "conditioning_latent") if f"{name}_std" in cached
         ]
         # Tensors of a latent's shape that need normal draws, in the order of drawing.
         self.drawn_latents = ["noise", *from_posterior]
-        self.empty_prompt = cache.empty_prompt_key()
+        self.empty_prompts = [cache.empty_prompt_key() for cache in self.caches]
 
     def __getitem__(self, place: int) -> dict[str, Tensor]:
         """Return the tensors of the sample at a place: those of a `Batch`, without the batch axis.
@@ -133,24 +140,31 @@ class TrainingSamples:
 
     def key(self, place: int) -> str:
         """Return the key of the sample at a place, for messages."""
-        shard, slot = self.order.record(place)
-        return self.cache.conditioning.index(shard).key(slot)
+        number, shard, slot = self.order.record(place)
+        return self.caches[number].conditioning.index(shard).key(slot)
 
-    def bucket(self, place: int) -> int:
-        """Return the number of the bucket that the sample at a place belongs to."""
-        shard, _ = self.order.record(place)
-        return self.cache.conditioning.bucket(shard)
+    def bucket(self, place: int) -> Bucket:
+        """Return height and width of the latents of the sample at a place."""
+        number, shard, _ = self.order.record(place)
+        return self._bucket(number, shard)
 
-    def allocate(self, count: int, bucket: int = 0, *, pin: bool = False) -> BatchMemory:
+    def _bucket(self, number: int, shard: int) -> Bucket:
+        cache = self.caches[number]
+        return cache.manifest.buckets[cache.conditioning.bucket(shard)]
+
+    def allocate(
+        self, count: int, bucket: Bucket | None = None, *, pin: bool = False
+    ) -> BatchMemory:
         """Return memory for a batch.
 
         Args:
             count: number of samples.
-            bucket: the bucket that they belong to.
+            bucket: height and width of their latents; by default the first cache's first.
             pin: use pinned memory. Torch reuses freed pinned memory for later batches, but only
                 once all copies from it are done.
         """
-        tensors = self.cache.sample_specs(bucket)
+        bucket = bucket or self.caches[0].manifest.buckets[0]
+        tensors = self._specs[bucket]
         latent = TensorSpec(tensors["latent"].shape, "float32")
         draws = dict.fromkeys(self.drawn_latents, latent)
         draws |= dict.fromkeys(("uniform", "normal"), TensorSpec((), "float32"))
@@ -171,20 +185,47 @@ class TrainingSamples:
             ShardError: a record is missing or damaged.
         """
         draws = {name: tensor.numpy() for name, tensor in memory.draws.items()}
-        samples, prompts = [], []
+        of_sets: dict[int, tuple[list[int], list[SampleRecords], list[str]]] = {}
         for position, place in enumerate(places):
-            sample = self.cache.sample_records(*self.order.record(place))
-            assert self.cache.conditioning.bucket(sample.conditioning[0]) == memory.bucket
+            number, shard, index = self.order.record(place)
+            assert self._bucket(number, shard) == memory.bucket
+            sample = self.caches[number].sample_records(shard, index)
             caption = self.draw(draws, position, place, len(sample.prompts))
+            empty = self.empty_prompts[number]
+            positions, samples, prompts = of_sets.setdefault(number, ([], [], []))
+            positions.append(position)
             samples.append(sample)
-            prompts.append(self.empty_prompt if caption is None else sample.prompts[caption])
-        self.cache.read(memory.records, samples, prompts)
+            prompts.append(empty if caption is None else sample.prompts[caption])
+        for number, (positions, samples, prompts) in of_sets.items():
+            self.caches[number].read(memory.records, samples, prompts, positions)
         for name in memory.draws.keys() & memory.records.keys():
             deviation = memory.records[f"{name}_std"].float()
             memory.draws[name].mul_(deviation).add_(memory.records[name])
         tensors = memory.records | memory.draws
         names = [each.name for each in fields(Batch) if each.name in tensors]
         return Batch(**{name: tensors[name] for name in names})
+
+    @contextlib.contextmanager
+    def read_ahead(self, place: int) -> Iterator[None]:
+        """Fetch what is read from a place on in the background, of the caches that are remote.
+
+        Raises:
+            ShardError: the shards that are mixed at a time have no room here.
+        """
+        places = [self.order.count(number, place) for number in range(len(self.caches))]
+        sets = list(zip(self.caches, self.order.orders, places, strict=True))
+        # Sets of one remote cache share its copies.
+        needs = {str(cache.files): cache.bytes_ahead(order, at) for cache, order, at in sets}
+        with contextlib.ExitStack() as entered:
+            for cache, order, at in sets:
+                beside = sum(needs.values()) - needs[str(cache.files)]
+                entered.enter_context(cache.read_ahead(order, at, beside_bytes=beside))
+            yield
+
+    def release_before(self, place: int) -> None:
+        """Allow the removal of shards that are needed only before a place."""
+        for number, cache in enumerate(self.caches):
+            cache.files.release_before(self.order.count(number, place))
 
     def draw(
         self, draws: Mapping[str, NDArray[np.float32]], position: int, place: int, num_prompts: int
@@ -290,10 +331,10 @@ def read_batches(
     )
     with (
         ThreadPoolExecutor(max(1, num_workers), "read") as pool,
-        samples.cache.read_ahead(samples.order, batch_places.start),
+        samples.read_ahead(batch_places.start),
     ):
         lead = BATCHES_AHEAD * num_workers
         filled = prefetch(pool, fill, work, lead) if num_workers else map(fill, work)
         for places, batch in filled:
-            samples.cache.files.release_before(places[0])
+            samples.release_before(places[0])
             yield places, batch

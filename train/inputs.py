@@ -13,7 +13,7 @@ from accelerate.utils import (
 )
 
 from common.device import keep_freed_memory, use_device
-from common.errors import ConfigError, ShardError
+from common.errors import ConfigError
 from sd3.base.find import find_base
 from sd3.base.lora import Lora, find_loras
 from sd3.controlnet.kinds import ControlNetKind, kind_of
@@ -21,8 +21,7 @@ from sd3.controlnet.pooled_projection import PooledProjection
 from sd3.pretrained import read_config
 from shards.format.json_files import digest
 from shards.reading.cache import Cache
-from shards.reading.order import Order
-from shards.remote.streaming import open_files
+from shards.reading.mixed_order import MixedOrder
 from train import distribution, models
 from train.compatibility import check_base, check_same_order
 from train.config import BY_RESOLUTION, TrainConfig
@@ -32,6 +31,9 @@ from train.objective import Timesteps, drawn_part, shifted
 from train.processes.agreement import check_same_everywhere, local_main_first, main_decides
 from train.saving.checkpoints import TrainState, read_state
 from train.saving.resuming import check_same_optimizer, choose
+from train.sets.find import find_sets
+from train.sets.identity import data_fingerprints
+from train.sets.training_set import TrainingSet
 from train.validation.held_out import held_out_records
 from train.validation.sampling import Pair, read_pairs
 
@@ -41,7 +43,7 @@ class Inputs:
     """What a run reads, found and checked.
 
     Attributes:
-        cache: opened for reading.
+        sets: of samples that the run trains on, at least one.
         base: folder of the base model.
         loras: merged into its transformer.
         controlnet: folder of the ControlNet to continue from, or None.
@@ -55,17 +57,22 @@ class Inputs:
         state: where the run starts.
     """
 
-    cache: Cache
+    sets: list[TrainingSet]
     base: Path
     loras: list[Lora]
     controlnet: Path | None
     pooled_projection: PooledProjection
     controlnet_kind: ControlNetKind
-    order: Order
+    order: MixedOrder
     pairs: list[Pair]
     measures_held_out: bool
     checkpoint: Path | None
     state: TrainState
+
+    @property
+    def cache(self) -> Cache:
+        """The first set's cache; the networks see the same kind of data in all."""
+        return self.sets[0].cache
 
     @property
     def draws_pictures(self) -> bool:
@@ -86,32 +93,30 @@ def find_inputs(config: TrainConfig, num_processes: int) -> Inputs:
         ConfigError: the base model, the cache and the checkpoint do not go together.
     """
     require_packages(config)
-    cache = _open_cache(config)
+    sets, order = find_sets(config, samples_per_step(config, num_processes))
+    cache = sets[0].cache
     validates = config.validation_steps > 0
-    if config.keep_best and not (validates and cache.manifest.held_out):
+    measures_held_out = validates and any(held_out_records(one.cache) for one in sets)
+    if config.keep_best and not measures_held_out:
         raise ConfigError(
             "--keep-best: there is no held-out loss to choose by. Give --validation-steps, and "
             "hold rows out of training: precompute --validation-rows 128."
         )
-    draws_pictures = validates and cache.validation.product.num_records > 0
-    needs_vae = draws_pictures and config.validation_decode != "latents"
+    pairs = _pairs(sets) if validates else []
+    needs_vae = bool(pairs) and config.validation_decode != "latents"
     base = local_main_first(lambda: _find_base(config, needs_vae))
     loras = local_main_first(lambda: find_loras(config.lora, config.lora_scale, config.cache_dir))
-    check_base(base, cache.manifest)
+    for one in sets:
+        check_base(base, one.cache.manifest)
     controlnet = None
     if config.controlnet_model_name_or_path is not None:
-        controlnet = find_continued(config.controlnet_model_name_or_path, config, cache)
-    _check_same_everywhere(config, cache, base, controlnet)
-    order = Order(
-        cache.manifest.training_records(config.conditioning_name),
-        seed=config.seed,
-        window=config.shuffle_window,
-        shard_buckets=cache.conditioning.product.shard_buckets,
-        group=samples_per_step(config, num_processes),
-    )
-    checkpoint, state = main_decides(lambda: _find_start(config, cache, order))
+        controlnet = find_continued(
+            config.controlnet_model_name_or_path, config, [one.cache for one in sets]
+        )
+    _check_same_everywhere(sets, base, controlnet)
+    checkpoint, state = main_decides(lambda: _find_start(config, sets, order))
     return Inputs(
-        cache=cache,
+        sets=sets,
         base=base,
         loras=loras,
         controlnet=controlnet,
@@ -120,19 +125,17 @@ def find_inputs(config: TrainConfig, num_processes: int) -> Inputs:
         ),
         controlnet_kind=_find_kind(config, controlnet, cache),
         order=order,
-        pairs=read_pairs(cache) if draws_pictures else [],
-        measures_held_out=validates and bool(held_out_records(cache)),
+        pairs=pairs,
+        measures_held_out=measures_held_out,
         checkpoint=checkpoint,
         state=state,
     )
 
 
-def _open_cache(config: TrainConfig) -> Cache:
-    files = open_files(config.cache, config.local_cache_dir, config.local_cache_gb)
-    cache = Cache(files, config.conditioning_name)
-    if not sum(cache.manifest.training_records(config.conditioning_name)):
-        raise ShardError(f"{config.cache}: the cache holds no samples")
-    return cache
+def _pairs(sets: list[TrainingSet]) -> list[Pair]:
+    """Return the validation pairs of all sets, those of one control of one cache once."""
+    caches = {(str(one.cache.files), one.cache.conditioning_name): one.cache for one in sets}
+    return [pair for cache in caches.values() for pair in read_pairs(cache)]
 
 
 def _find_base(config: TrainConfig, needs_vae: bool) -> Path:
@@ -176,36 +179,37 @@ def _find_kind(config: TrainConfig, controlnet: Path | None, cache: Cache) -> Co
     return kind
 
 
-def _check_same_everywhere(
-    config: TrainConfig, cache: Cache, base: Path, controlnet: Path | None
-) -> None:
+def _check_same_everywhere(sets: list[TrainingSet], base: Path, controlnet: Path | None) -> None:
     """Refuse to train if the processes found different caches or revisions of models."""
-    manifest = cache.manifest
-    validation = [manifest.validation[config.conditioning_name].fingerprint, manifest.held_out]
+    validation = [
+        [one.cache.validation.product.fingerprint, one.cache.manifest.held_out] for one in sets
+    ]
     check_same_everywhere(
         {
-            "--cache": digest([manifest.fingerprints(config.conditioning_name), validation]),
+            "--cache": digest([data_fingerprints(sets), validation]),
             "--pretrained-model-name-or-path": base.name,
             "--controlnet-model-name-or-path": controlnet.name if controlnet else "none",
         }
     )
 
 
-def _find_start(config: TrainConfig, cache: Cache, order: Order) -> tuple[Path | None, TrainState]:
+def _find_start(
+    config: TrainConfig, sets: list[TrainingSet], order: MixedOrder
+) -> tuple[Path | None, TrainState]:
     """Return the checkpoint to resume from and its state, or None and the state of a new run."""
     new = TrainState(
         step=0,
         place=0,
         seed=config.seed,
         shuffle_window=config.shuffle_window,
-        bucket_group=order.group,
-        fingerprints=cache.manifest.fingerprints(config.conditioning_name),
+        bucket_group=order.step_group,
+        fingerprints=data_fingerprints(sets),
     )
     checkpoint = choose(config.output_dir, config.resume_from_checkpoint)
     if checkpoint is None:
         return None, new
     saved = read_state(checkpoint)
-    check_same_order(checkpoint, saved, new, cache.manifest)
+    check_same_order(checkpoint, saved, new, [one.cache.manifest for one in sets])
     check_same_optimizer(checkpoint, config)
     return checkpoint, saved
 
@@ -275,7 +279,8 @@ def make_objective(config: TrainConfig, inputs: Inputs, device: torch.device) ->
     """Return the objective with the base scheduler's tables on the device."""
     scheduler = models.load_scheduler(inputs.base)
     schedule = find_timesteps(config, inputs.base, float(scheduler.config.shift))
-    _check_drawn_part(scheduler.sigmas, schedule, inputs.cache)
+    for one in inputs.sets:
+        _check_drawn_part(scheduler.sigmas, schedule, one.cache)
     return Objective.from_config(
         config,
         schedule=schedule,

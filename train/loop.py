@@ -41,7 +41,7 @@ def take_steps(run: Run, received: Received) -> tuple[TrainState, Signals | None
     """
     config, accelerator, state = run.config, run.accelerator, run.inputs.state
     samples = TrainingSamples(
-        run.inputs.cache,
+        [one.cache for one in run.inputs.sets],
         run.inputs.order,
         seed=config.seed,
         proportion_empty_prompts=config.proportion_empty_prompts,

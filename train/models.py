@@ -1,6 +1,5 @@
 """The two networks of training: the frozen SD3 transformer, and the ControlNet."""
 
-import dataclasses
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -22,11 +21,8 @@ from sd3.controlnet.pooled_projection import (
     PooledProjection,
 )
 from sd3.finite import check_finite
-from sd3.images import WHITE
 from sd3.pretrained import component_variant, read_config
 from sd3.quantized import quantize
-from sd3.value_scale import AS_IS
-from shards.format.manifest import Manifest
 from train.checkpointing import checkpoint_blocks
 from train.config import TrainConfig
 
@@ -265,28 +261,3 @@ def freeze_unused(controlnet: SD3ControlNetModel) -> None:
     last = controlnet.transformer_blocks[-1]
     for module in (last.ff_context, last.attn.to_add_out):
         module.requires_grad_(False)
-
-
-def data_entry(manifest: Manifest, conditioning_name: str) -> dict[str, Any]:
-    """Return what inference needs to know about the data a ControlNet was trained on.
-
-    `annotator` is there if one drew the conditioning images.
-    `height` and `width` are those of the bucket nearest to a square, in pixels.
-    """
-    conditioning = manifest.conditioning_specs[conditioning_name]
-    annotator = manifest.annotators.get(conditioning_name)
-    factor = conditioning.vae_scale_factor
-    sizes = [(height * factor, width * factor) for height, width in manifest.buckets]
-    height, width = min(sizes, key=lambda size: max(size) / min(size))
-    return {
-        "max_sequence_length": manifest.text_spec.max_sequence_length,
-        "conditioning_range": conditioning.pixel_range,
-        "background": conditioning.background or WHITE,
-        "conditioning_scale": conditioning.scale or AS_IS,
-        "height": height,
-        "width": width,
-        "buckets": sizes,
-        "latents_fingerprint": manifest.latents.fingerprint,
-        "text_fingerprint": manifest.text.fingerprint,
-        **({"annotator": dataclasses.asdict(annotator)} if annotator else {}),
-    }

@@ -16,6 +16,7 @@ from common.provenance import write_run
 from sd3.base.lora import say_text_is_cached
 from sd3.controlnet.block_counts import describe_count
 from sd3.pretrained import DATA_KEY
+from shards.reading.cache import Cache
 from shards.reading.location import LocalFiles
 from train.assembly import Run, assemble
 from train.config import TrainConfig
@@ -33,6 +34,7 @@ from train.saving.controlnet import (
     save_result,
 )
 from train.saving.model_card import CARD, write_card
+from train.sets.description import describe_mix
 from train.validation import pictures
 
 
@@ -92,19 +94,18 @@ def _train(config: TrainConfig) -> Signals | None:
                 return None
             return _take_steps_and_save(run)
         except ShardError as error:
-            if _is_cache_changed(run):
-                raise ShardError(
-                    f"{config.cache}: the cache was changed while the run read it ({error}). Run "
-                    "precompute again with the settings of before; then "
-                    f"{_command(config)} goes on. Or train on the changed cache, in another "
-                    "--output-dir."
-                ) from error
-            raise
+            changed = [one.location for one in run.inputs.sets if _is_cache_changed(one.cache)]
+            if not changed:
+                raise
+            raise ShardError(
+                f"{changed[0]}: the cache was changed while the run read it ({error}). Run "
+                f"precompute again with the settings of before; then {_command(config)} goes on. "
+                "Or train on the changed cache, in another --output-dir."
+            ) from error
 
 
-def _is_cache_changed(run: Run) -> bool:
+def _is_cache_changed(cache: Cache) -> bool:
     """Return whether a cache of this machine is another than the one that the run opened."""
-    cache = run.inputs.cache
     if not isinstance(cache.files, LocalFiles):
         return False
     try:
@@ -225,18 +226,21 @@ def _announce(run: Run) -> None:
     inputs, order = run.inputs, run.inputs.order
     start = f"resuming {inputs.checkpoint}" if inputs.checkpoint else "starting anew"
     buckets = ""
-    if order.several_buckets:
-        shapes = {order.buckets[shard] for shard in order.shards}
+    if len(inputs.sets) == 1 and order.orders[0].several_buckets:
+        shapes = {order.orders[0].buckets[shard] for shard in order.orders[0].shards}
         buckets = f" in {len(shapes)} buckets, filled up to {order.start(1)} an epoch"
     step_samples = samples_per_step(run.config, run.accelerator.num_processes)
     click.echo(
         f"train: {order.num_records} samples{buckets}, {run.num_steps} steps of {step_samples}, "
         f"{run.num_trained / 1e6:.1f} M parameters to train, {start}"
     )
+    for line in describe_mix(inputs.sets, order):
+        click.echo(f"train: {line}")
     num_blocks = run.accelerator.unwrap_model(run.controlnet).config.num_layers
     if remark := describe_count(num_blocks, run.transformer.config.num_layers):
         click.echo(f"train: {remark}")
-    say_text_is_cached(inputs.loras, inputs.cache.manifest.made_by.get("loras", []))
+    for one in inputs.sets:
+        say_text_is_cached(inputs.loras, one.cache.manifest.made_by.get("loras", []))
     if ends_in_warm_up(run.config, run.num_steps):
         click.echo(
             f"train: --lr-warmup-steps {run.config.lr_warmup_steps} is more than the run's "

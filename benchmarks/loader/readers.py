@@ -13,6 +13,7 @@ from torch import Tensor
 from common.device import keep_freed_memory
 from common.prefetch import prefetch
 from shards.reading.cache import Cache
+from shards.reading.mixed_order import unmixed
 from shards.reading.order import Order
 from shards.reading.tensors import empty_tensors
 from train.data import Batch, RankPlaces, TrainingSamples, read_batches
@@ -65,7 +66,7 @@ def read_for_training(cache: Cache, images: int) -> int:
 def training_batches(cache: Cache) -> Generator[tuple[list[int], Batch], None, None]:
     """Return training's batches with their places, without end."""
     order = Order(cache.conditioning.product.shard_records, seed=0)
-    samples = TrainingSamples(cache, order, seed=0, proportion_empty_prompts=0.0)
+    samples = TrainingSamples([cache], unmixed(order), seed=0, proportion_empty_prompts=0.0)
     places = RankPlaces(0, batch_size=BATCH, rank=0, num_ranks=1)
     return read_batches(samples, places, num_workers=THREADS, pin=False)
 

@@ -28,6 +28,7 @@ from common.command import CONTEXT, user_errors
 from common.provenance import commit, machine, versions
 from demo.base_model.pipeline import build_pipeline, save_base
 from shards.reading.cache import Cache
+from shards.reading.mixed_order import unmixed
 from shards.reading.order import Order
 from train import objective
 from train.data import TrainingSamples
@@ -183,8 +184,8 @@ def training_draws(cache: Path, data: Path) -> dict[str, Any]:
     """Return the draws of our training's first steps, as `benchmarks.reference.shim` takes them."""
     opened = Cache(cache)
     samples = TrainingSamples(
-        opened,
-        Order(opened.manifest.training_records("conditioning"), seed=SEED),
+        [opened],
+        unmixed(Order(opened.manifest.training_records("conditioning"), seed=SEED)),
         seed=SEED,
         proportion_empty_prompts=0.0,
     )
@@ -197,7 +198,7 @@ def training_draws(cache: Path, data: Path) -> dict[str, Any]:
     draws = {name: tensor.numpy() for name, tensor in memory.draws.items()}
     order = []
     for place in range(count):
-        record = samples.order.record(place)
+        _, *record = samples.order.record(place)
         samples.draw(draws, place, place, num_prompts=1)
         order.append(rows[str(opened.conditioning.metadata(*record)["image_hash"])])
     density = objective.timestep_density(

@@ -76,23 +76,38 @@ class Cache:
         return TensorReader(self.files, folder, product, self.manifest.specs_by_bucket(folder))
 
     @contextlib.contextmanager
-    def read_ahead(self, order: Order, place: int) -> Iterator[None]:
+    def read_ahead(self, order: Order, place: int, *, beside_bytes: int = 0) -> Iterator[None]:
         """Fetch what is read from a place on in the background, before it is read.
+
+        Args:
+            order: of the samples.
+            place: the first that is read.
+            beside_bytes: what other remote caches take of the same room.
 
         Raises:
             ShardError: the cache is remote, and the shards of two windows have no room here.
         """
         limit = self.files.limit_bytes
-        products = (self.text.product, self.latents.product, self.conditioning.product)
-        if limit is not None and sum(product.num_bytes for product in products) > limit:
-            self._check_room(order, place, limit)
+        if limit is not None and self._num_bytes > limit - beside_bytes:
+            self._check_room(order, place, limit - beside_bytes)
         with self.files.read_ahead(order.windows(place), self._shards_of):
             yield
 
+    def bytes_ahead(self, order: Order, place: int) -> int:
+        """Return the room that reading from a place on takes here, of a remote cache; else 0."""
+        limit = self.files.limit_bytes
+        if limit is None or self._num_bytes <= limit:
+            return 0 if limit is None else self._num_bytes
+        return self._bytes_of(_two_windows(order, place))
+
+    @property
+    def _num_bytes(self) -> int:
+        products = (self.text.product, self.latents.product, self.conditioning.product)
+        return sum(product.num_bytes for product in products)
+
     def _check_room(self, order: Order, place: int, limit: int) -> None:
         """Refuse a window that has no room here beside the next one."""
-        windows = [shards for _, shards in itertools.islice(order.windows(place), 2)]
-        shards = [shard for window in windows for shard in window]
+        shards = _two_windows(order, place)
         size = self._bytes_of(shards)
         if size > limit:
             window = min(order.window, self.conditioning.product.num_shards)
@@ -167,7 +182,11 @@ class Cache:
         return {name: spec for reader in readers for name, spec in reader.specs[bucket].items()}
 
     def read(
-        self, batch: Mapping[str, Tensor], samples: Sequence[SampleRecords], prompts: Sequence[str]
+        self,
+        batch: Mapping[str, Tensor],
+        samples: Sequence[SampleRecords],
+        prompts: Sequence[str],
+        positions: Sequence[int] | None = None,
     ) -> None:
         """Read samples straight into the memory of a batch.
 
@@ -177,13 +196,15 @@ class Cache:
             batch: contiguous CPU tensors [B, ...] as `sample_specs` says.
             samples: B samples, all of that bucket.
             prompts: B keys: of the text record that goes with each sample.
+            positions: of the samples in the batch, where it has others beside them.
 
         Raises:
             ShardError: a record is missing or damaged.
         """
         views = {name: byte_view(tensor) for name, tensor in batch.items()}
         first: dict[str, int] = {}
-        for position, (sample, prompt) in enumerate(zip(samples, prompts, strict=True)):
+        places = range(len(samples)) if positions is None else positions
+        for position, sample, prompt in zip(places, samples, prompts, strict=True):
             self.latents.read_into(*sample.latent, views, position)
             self.conditioning.read_into(*sample.conditioning, views, position)
             source = first.setdefault(prompt, position)
@@ -230,3 +251,9 @@ class Cache:
     def embeddings(self, prompt_key: str) -> dict[str, Tensor]:
         """Return `clip_embeds` [T, W], `t5_embeds` [T, W] and `pooled_embeds` [W] of a prompt."""
         return self.text.tensors(*self.text.locate(prompt_key))
+
+
+def _two_windows(order: Order, place: int) -> list[int]:
+    """Return the conditioning shards of the window at a place and of the next one."""
+    windows = itertools.islice(order.windows(place), 2)
+    return [shard for _, shards in windows for shard in shards]

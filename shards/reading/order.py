@@ -58,6 +58,7 @@ class Order:
         shard_buckets: each shard's bucket; by default all are of one.
         group: number of successive places, from any multiple of it on, that are of one bucket;
             without effect if there is only one bucket.
+        skipped: records at the beginning of each shard that do not count; by default none.
     """
 
     def __init__(
@@ -68,12 +69,14 @@ class Order:
         window: int | None = None,
         shard_buckets: Sequence[int] = (),
         group: int = 1,
+        skipped: Sequence[int] = (),
     ) -> None:
         self.sizes = list(shard_records)
         self.num_records = sum(self.sizes)
         self.seed = seed
         self.shards = [shard for shard, size in enumerate(self.sizes) if size]
         self.window = window or len(self.shards) or 1
+        self.skipped = list(skipped) or [0] * len(self.sizes)
         self.buckets = list(shard_buckets) or [0] * len(self.sizes)
         assert len(self.buckets) == len(self.sizes), "a bucket for each shard"
         self.several_buckets = len({self.buckets[shard] for shard in self.shards}) > 1
@@ -98,7 +101,8 @@ class Order:
         if self.several_buckets:
             record = self._record_of_group(record, place_in_group, number, window)
         position = bisect_right(epoch.ends, record)
-        return epoch.shards[position], record - _end(epoch.ends, position - 1)
+        shard, index = epoch.shards[position], record - _end(epoch.ends, position - 1)
+        return shard, self.skipped[shard] + index
 
     def _record_of_group(self, group: int, place_in_group: int, number: int, window: int) -> int:
         """Return the record at a place of a group.

@@ -11,6 +11,7 @@ from benchmarks.reference import losses
 from benchmarks.reference.losses import differences
 from benchmarks.reference.runs import flags
 from shards.reading.cache import Cache
+from shards.reading.mixed_order import unmixed
 from shards.reading.order import Order
 from tests.conftest import run_python
 from train.data import TrainingSamples
@@ -37,7 +38,7 @@ def test_what_is_handed_over_is_what_training_draws(
     found = losses.training_draws(cache, circles)
     opened = Cache(cache)
     order = Order(opened.conditioning.product.shard_records, seed=0)
-    samples = TrainingSamples(opened, order, seed=0, proportion_empty_prompts=0.0)
+    samples = TrainingSamples([opened], unmixed(order), seed=0, proportion_empty_prompts=0.0)
     for step in range(3):
         batch = samples.fill(samples.allocate(4), range(4 * step, 4 * step + 4))
         assert torch.equal(batch.noise, torch.from_numpy(found["noise"][step]))
@@ -50,7 +51,7 @@ def test_what_is_handed_over_is_what_training_draws(
 def test_the_posteriors_draws_are_handed_over(held_out: Path, circles: Path) -> None:
     opened = Cache(held_out)
     order = Order(opened.manifest.training_records("conditioning"), seed=0)
-    samples = TrainingSamples(opened, order, seed=0, proportion_empty_prompts=0.0)
+    samples = TrainingSamples([opened], unmixed(order), seed=0, proportion_empty_prompts=0.0)
     memory = samples.allocate(1)
     draws = {name: tensor.numpy() for name, tensor in memory.draws.items()}
     samples.draw(draws, 0, 5, num_prompts=1)

@@ -57,7 +57,7 @@ def test_a_row_is_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
 @pytest.mark.slow
 def test_operations_of_a_step() -> None:
     sizes = Sizes(TINY, controlnet(TINY, 2), None, (16, 16), (3, 48), (5, 96), False)
-    config = TrainConfig(pretrained_model_name_or_path="x", cache="y", **PLAIN)
+    config = TrainConfig(pretrained_model_name_or_path="x", cache=("y",), **PLAIN)
     found = flops.count_step_flops(config, sizes)
     assert flops.count_step_flops(replace(config, checkpointing="full"), sizes) == found
     assert (
@@ -80,7 +80,7 @@ def test_operations_of_a_step() -> None:
 def test_what_a_step_executes() -> None:
     """The miniature of `test_operations_of_a_step`, of 2 + 4 blocks of which 5 have gradients."""
     sizes = Sizes(TINY, controlnet(TINY, 2), None, (16, 16), (3, 48), (5, 96), False)
-    config = TrainConfig(pretrained_model_name_or_path="x", cache="y", **PLAIN)
+    config = TrainConfig(pretrained_model_name_or_path="x", cache=("y",), **PLAIN)
     width, picture, text = 64, 64, 8
     executed = {
         level: counts.count_step(replace(config, checkpointing=level), sizes)
@@ -126,7 +126,7 @@ def test_the_reference_encodes_at_each_step() -> None:
     vae = VAE | {"block_out_channels": [8] * 4, "norm_num_groups": 2, "layers_per_block": 1}
     sizes = Sizes(TINY, controlnet(TINY, 2), vae, (16, 16), (3, 48), (5, 96), False)
     config = TrainConfig(
-        pretrained_model_name_or_path="x", cache="y", checkpointing="controlnet", **PLAIN
+        pretrained_model_name_or_path="x", cache=("y",), checkpointing="controlnet", **PLAIN
     )
     with FakeTensorMode(), FlopCounterMode(display=False) as encoding, torch.no_grad():
         AutoencoderKL.from_config(vae).encode(torch.empty(2, 3, 128, 128))
@@ -175,7 +175,9 @@ def test_the_encoders_weigh_what_the_published_ones_do() -> None:
 def test_every_card_goes_with_every_base(base: str) -> None:
     run = train_settings(base)
     for card in card_names():
-        config = TrainConfig(**run | settings_with(card, "train", TrainConfig) | {"cache": "cache"})
+        config = TrainConfig(
+            **run | settings_with(card, "train", TrainConfig) | {"cache": ("cache",)}
+        )
         samples = config.train_batch_size * config.gradient_accumulation_steps
         assert samples == (1 if config.fused_backward_pass else 4)
         text = card_file(card).read_text()
@@ -195,7 +197,7 @@ def test_every_preset_fits_its_card(card: str) -> None:
     for base in ("sd3-medium", "sd35-medium"):
         run = train_settings(base)
         changes = settings_with(card, "train", TrainConfig)
-        config = TrainConfig(**run | changes | {"cache": "cache"})
+        config = TrainConfig(**run | changes | {"cache": ("cache",)})
         transformer = TRANSFORMERS[base]
         vae = VAE if config.validation_decode == "vae" else None
         sizes = Sizes(transformer, controlnet(transformer), vae, (128, 128), CLIP, T5, True)
@@ -204,7 +206,7 @@ def test_every_preset_fits_its_card(card: str) -> None:
 
 def test_presets_change_no_samples(tmp_path: Path) -> None:
     base = TrainConfig(
-        pretrained_model_name_or_path="x", cache="y", train_batch_size=8, output_dir=tmp_path
+        pretrained_model_name_or_path="x", cache=("y",), train_batch_size=8, output_dir=tmp_path
     )
     for card in card_names():
         config = apply_preset(base, card)

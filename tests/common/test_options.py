@@ -166,7 +166,7 @@ def test_a_file_gives_defaults_and_flags_win(call: Call, tmp_path: Path) -> None
         ("[trian]\n", "unknown table [trian]. Did you mean 'train'?"),
         ("[train]\nlearning_rate = 'fast'", "learning_rate in [train]: expected float, found 'fa"),
         ("[train]\ntrain_batch_size = 1.5", "train_batch_size in [train]: expected int, found 1.5"),
-        ("[train]\nprompt = 'one'", "prompt in [train]: expected a list, found 'one'"),
+        ("[train]\nprompt = 1", "prompt in [train]: expected str, found 1"),
         ("[train]\nkind = 'three'", "kind in [train]: 'three' is not one of 'one', 'two'"),
         ("[train\n", "not valid TOML"),
         ("train = 3", "train must be a table, [train], found 3"),

@@ -54,7 +54,7 @@ def plain(
     """Four steps in float32 near to gradient descent, whose rounding stays small; trained."""
     config = TrainConfig(
         pretrained_model_name_or_path=str(base),
-        cache=str(cache),
+        cache=(str(cache),),
         output_dir=tmp_path_factory.mktemp("plain") / "out",
         num_controlnet_layers=2,
         train_batch_size=2,

@@ -44,7 +44,7 @@ from shards.format import manifest
 from shards.reading.cache import Cache
 from tests.conftest import PROMPTS, RESOLUTION_PX, Outcome, flags
 from tests.depth_model import save_depth_model
-from train.models import data_entry
+from train.sets.data_entry import data_entry
 
 BLUR = {"name": "blur", "arguments": {"radius": 2.0}, "digest": "another"}
 SIZE = (RESOLUTION_PX, RESOLUTION_PX)

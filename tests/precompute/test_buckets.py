@@ -201,7 +201,7 @@ def test_training_on_buckets(
     config: PrecomputeConfig, train_config: TrainConfig, capsys: pytest.CaptureFixture[str]
 ) -> None:
     precompute(config)
-    train(replace(train_config, cache=str(config.cache), max_train_steps=3))
+    train(replace(train_config, cache=(str(config.cache),), max_train_steps=3))
     assert (train_config.output_dir / "diffusion_pytorch_model.safetensors").is_file()
 
 

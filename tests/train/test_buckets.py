@@ -31,7 +31,7 @@ from train.validation import sampling
 def config(train_config: TrainConfig, bucketed: Path) -> TrainConfig:
     """Six steps of two batches of two."""
     return replace(
-        train_config, cache=str(bucketed), gradient_accumulation_steps=2, max_train_steps=6
+        train_config, cache=(str(bucketed),), gradient_accumulation_steps=2, max_train_steps=6
     )
 
 
@@ -134,7 +134,7 @@ def test_validation_pairs_are_drawn_in_their_own_shapes(
     train(
         replace(
             config,
-            cache=str(with_pairs),
+            cache=(str(with_pairs),),
             max_train_steps=1,
             validation_steps=1,
             num_validation_images=2,

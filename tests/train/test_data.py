@@ -16,16 +16,16 @@ from benchmarks.synthetic import TINY, write_cache
 from sd3.prompt_embeds import prompt_embeds
 from shards.reading.cache import Cache
 from shards.reading.location import LocalFiles, Window
+from shards.reading.mixed_order import unmixed
 from shards.reading.order import Order
 from shards.reading.reader import ProductReader
-from tests.conftest import BUCKETS
 from train.data import RankPlaces, TrainingSamples, read_batches
 
 
 def samples(cache: Path, seed: int = 0, empty: float = 0.0) -> TrainingSamples:
     found = Cache(cache)
     order = Order(found.conditioning.product.shard_records, seed=seed)
-    return TrainingSamples(found, order, seed=seed, proportion_empty_prompts=empty)
+    return TrainingSamples([found], unmixed(order), seed=seed, proportion_empty_prompts=empty)
 
 
 def equal(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
@@ -59,7 +59,7 @@ def test_a_place_draws_the_same_whenever_it_is_asked(cache: Path) -> None:
 def test_a_sample_comes_with_its_own_caption(cache: Path) -> None:
     ours, found = samples(cache), Cache(cache)
     for place in range(10):
-        _, tensors, prompts = found.sample(*ours.order.record(place))
+        _, tensors, prompts = found.sample(*ours.order.record(place)[1:])
         assert torch.equal(ours[place]["latent"], tensors["latent"])
         assert torch.equal(ours[place]["t5_embeds"], found.embeddings(prompts[0])["t5_embeds"])
 
@@ -98,7 +98,7 @@ def test_all_captions_are_drawn_alike(cache: Path) -> None:
 
 def test_the_posterior_is_sampled_anew(held_out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ours = samples(held_out)
-    read, deviations = ours.cache.read, {"latent": 0.5, "conditioning_latent": 0.25}
+    read, deviations = ours.caches[0].read, {"latent": 0.5, "conditioning_latent": 0.25}
 
     def read_wide(batch: dict[str, torch.Tensor], *others: Any) -> None:
         """Read, and put deviations that can be seen in place of the miniature VAE's."""
@@ -106,8 +106,8 @@ def test_the_posterior_is_sampled_anew(held_out: Path, monkeypatch: pytest.Monke
         for name, deviation in deviations.items():
             batch[f"{name}_std"].fill_(deviation)
 
-    monkeypatch.setattr(ours.cache, "read", read_wide)
-    _, means, _ = ours.cache.sample(*ours.order.record(0))
+    monkeypatch.setattr(ours.caches[0], "read", read_wide)
+    _, means, _ = ours.caches[0].sample(*ours.order.record(0)[1:])
     # The same record in four epochs.
     places = [p for p in range(40) if ours.order.record(p) == ours.order.record(0)]
     assert len(places) == 4
@@ -131,7 +131,7 @@ def test_a_key_is_that_of_the_tars_member(many: Path) -> None:
             names = dict.fromkeys(name.partition(".")[0] for name in tar.getnames())
         members.append([name for name in names if name])
     for place in range(35):
-        shard, slot = ours.order.record(place)
+        _, shard, slot = ours.order.record(place)
         assert ours.key(place) == members[shard][slot]
 
 
@@ -155,7 +155,7 @@ def test_shards_are_fetched_from_the_start_on_and_released_batch_by_batch(many: 
     files = Watched(many)
     found = Cache(files)
     order = Order(found.conditioning.product.shard_records, seed=0, window=1)
-    ours = TrainingSamples(found, order, seed=0, proportion_empty_prompts=0.0)
+    ours = TrainingSamples([found], unmixed(order), seed=0, proportion_empty_prompts=0.0)
     places = RankPlaces(12, batch_size=2, rank=1, num_ranks=2)
     reading = read_batches(ours, places, num_workers=0, pin=False)
     assert [taken for taken, _ in islice(reading, 3)] == [[14, 15], [18, 19], [22, 23]]
@@ -187,7 +187,7 @@ def test_resumed_on_other_ranks_and_workers_the_sequence_goes_on(
 ) -> None:
     found = Cache(many)
     order = Order(found.conditioning.product.shard_records, seed=3, window=window)
-    ours = TrainingSamples(found, order, seed=3, proportion_empty_prompts=0.2)
+    ours = TrainingSamples([found], unmixed(order), seed=3, proportion_empty_prompts=0.2)
     place, taken = start, list[int]()
     for ranks, workers, batch_size, steps in phases:
         for rank in range(ranks):
@@ -238,7 +238,7 @@ def test_batches_are_of_one_bucket_however_a_step_is_shared_out(
         shard_buckets=product.shard_buckets,
         group=group,
     )
-    ours = TrainingSamples(found, order, seed=3, proportion_empty_prompts=0.2)
+    ours = TrainingSamples([found], unmixed(order), seed=3, proportion_empty_prompts=0.2)
     place = start * group
     for (ranks, batch_size), workers, steps in phases:
         accumulation = group // (ranks * batch_size)
@@ -263,7 +263,7 @@ def test_batches_are_of_one_bucket_however_a_step_is_shared_out(
         for step in range(steps):
             batches = slice(step * accumulation, (step + 1) * accumulation)
             (shape,) = {one for mine in shapes for one in mine[batches]}
-            assert shape == (16, *BUCKETS[ours.bucket(place + step * group)])
+            assert shape == (16, *ours.bucket(place + step * group))
         place += group * steps
 
 
@@ -280,10 +280,10 @@ def test_a_prompt_that_comes_again_is_read_once(
 ) -> None:
     ours = samples(cache, empty=1.0)
     read: list[tuple[int, int]] = []
-    original = type(ours.cache.text).read_into
+    original = type(ours.caches[0].text).read_into
 
     def read_into(self: ProductReader, shard: int, index: int, *more: object) -> None:
-        if self is ours.cache.text:
+        if self is ours.caches[0].text:
             read.append((shard, index))
         original(self, shard, index, *more)
 

@@ -36,7 +36,7 @@ def key(config: TrainConfig, place: int) -> str:
     from train.inputs import find_inputs
 
     inputs = find_inputs(config, 1)
-    samples = TrainingSamples(inputs.cache, inputs.order, seed=0, proportion_empty_prompts=0)
+    samples = TrainingSamples([inputs.cache], inputs.order, seed=0, proportion_empty_prompts=0)
     return samples.key(place)
 
 

@@ -13,6 +13,7 @@ from PIL import Image
 
 from sd3.controlnet.pooled_projection import PooledProjection
 from shards.reading.cache import Cache
+from shards.reading.mixed_order import unmixed
 from shards.reading.order import Order
 from tests.conftest import RESOLUTION_PX, TOKENS, awaken
 from train import models
@@ -49,8 +50,8 @@ def test_live_encoding_gives_the_loss_of_the_cache(
     )
     found = Cache(cache)
     samples = TrainingSamples(
-        found,
-        Order(found.conditioning.product.shard_records, seed=0),
+        [found],
+        unmixed(Order(found.conditioning.product.shard_records, seed=0)),
         seed=0,
         proportion_empty_prompts=0.0,
     )
@@ -78,7 +79,7 @@ def test_live_encoding_gives_the_loss_of_the_cache(
 
     # The live computation: stock classes and the reference's formulas, nothing of ours.
     rows = [json.loads(line) for line in (circles / "prompt.json").read_text().splitlines()]
-    keys = [found.sample(*samples.order.record(place))[0] for place in range(4)]
+    keys = [found.sample(*samples.order.record(place)[1:])[0] for place in range(4)]
     first_shard = found.manifest.latents.shard_records[0]
     live = [rows[int(key[:6]) * first_shard + int(key.split("-")[1])] for key in keys]
     vae = pipeline.vae

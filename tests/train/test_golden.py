@@ -29,7 +29,7 @@ def test_losses_are_as_written_down(name: str, train_config: TrainConfig, held_o
     """`UPDATE_GOLDEN=1 pytest tests/train/test_golden.py` writes them down anew."""
     settings = dict(SETTINGS[name])
     if "cache" in settings:
-        settings["cache"] = str(held_out)
+        settings["cache"] = (str(held_out),)
     config = replace(
         train_config,
         max_train_steps=20,

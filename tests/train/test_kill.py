@@ -73,7 +73,7 @@ def runs(train_config: TrainConfig, held_out: Path) -> Runs:
     return Runs(
         replace(
             train_config,
-            cache=str(held_out),
+            cache=(str(held_out),),
             max_train_steps=NUM_STEPS,
             checkpointing_steps=2,
             checkpoints_total_limit=2,

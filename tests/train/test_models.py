@@ -20,6 +20,7 @@ from shards.reading.cache import Cache
 from train import models
 from train.compatibility import check_base
 from train.continued.find import check_controlnet
+from train.sets.data_entry import data_entry
 
 
 def test_a_new_controlnet_copies_the_first_blocks(base: Path) -> None:
@@ -123,7 +124,7 @@ def test_stock_diffusers_loads_the_saved_controlnet_without_a_warning(
 ) -> None:
     controlnet = models.new_controlnet(base, None, 2)
     found = Cache(cache)
-    data = models.data_entry(found.manifest, "conditioning")
+    data = data_entry(found.manifest, "conditioning")
     controlnet.register_to_config(**{DATA_KEY: data})
     controlnet.save_pretrained(tmp_path)
     diffusers_logger = logging.getLogger("diffusers")
@@ -141,11 +142,11 @@ def test_stock_diffusers_loads_the_saved_controlnet_without_a_warning(
 
 def test_the_saved_controlnet_says_which_shapes_it_was_trained_on(bucketed: Path) -> None:
     found = Cache(bucketed)
-    data = models.data_entry(found.manifest, "conditioning")
+    data = data_entry(found.manifest, "conditioning")
     assert (data["height"], data["width"]) == (64, 64)
     assert data["buckets"] == [(64, 64), (32, 96), (96, 32)]
     wide = replace(found.manifest, buckets=[(4, 12), (8, 6), (6, 8)])
-    data = models.data_entry(wide, "conditioning")
+    data = data_entry(wide, "conditioning")
     assert (data["height"], data["width"]) == (64, 48)
 
 

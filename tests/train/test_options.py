@@ -106,6 +106,8 @@ OTHER_DEFAULTS = {"seed": 0}
 SWITCHES = {"gradient_checkpointing": ("checkpointing", {True: "controlnet", False: "none"})}
 OURS = {
     "cache",
+    "weights",
+    "repeats",
     "checkpointing",
     "local_cache_dir",
     "local_cache_gb",

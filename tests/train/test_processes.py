@@ -124,7 +124,7 @@ def test_sharded_training_is_that_of_one_process(
     """With accumulation, checkpointed activations, a resume, pictures and held-out losses."""
     config = replace(
         config,
-        cache=str(held_out),
+        cache=(str(held_out),),
         checkpointing="full" if name.startswith("zero") else "selective",
         validation_steps=3,
         num_validation_images=1,
@@ -163,7 +163,7 @@ def test_compiled_blocks_share_the_work(
     """Validation at the start and the end included, which computes without compiled blocks."""
     config = replace(
         config,
-        cache=str(held_out),
+        cache=(str(held_out),),
         max_train_steps=2,
         checkpointing="controlnet",
         validation_steps=2,

@@ -120,7 +120,7 @@ def test_the_card_gives_pictures_the_prompts_that_they_were_drawn_from(
             "infer", "decode", "--output-dir", config.output_dir, "--device", "cpu", *base
         )
         assert outcome.exit_code == 0, outcome.output
-    cache = Path(shutil.copytree(config.cache, tmp_path / "cache"))
+    cache = Path(shutil.copytree(config.cache[0], tmp_path / "cache"))
     precompute(
         replace(
             precompute_config,
@@ -132,7 +132,7 @@ def test_the_card_gives_pictures_the_prompts_that_they_were_drawn_from(
     longer = replace(
         config,
         ema_decay=None,
-        cache=str(cache),
+        cache=(str(cache),),
         max_train_steps=3,
         validation_steps=0,
         resume_from_checkpoint="latest",

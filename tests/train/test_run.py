@@ -191,7 +191,7 @@ def test_resuming_on_another_cache_is_refused(
     train(train_config)
     precompute(replace(fresh, resolution=48))
     with pytest.raises(ConfigError, match=r"the cache has other captions, .*latents"):
-        train(replace(train_config, resume_from_checkpoint="latest", cache=str(fresh.cache)))
+        train(replace(train_config, resume_from_checkpoint="latest", cache=(str(fresh.cache),)))
 
 
 def test_going_on_from_a_trained_controlnet(train_config: TrainConfig, tmp_path: Path) -> None:
@@ -275,7 +275,7 @@ def test_the_transformer_and_the_cache_alone_are_enough(
     config = replace(
         train_config,
         pretrained_model_name_or_path=str(machine / "base"),
-        cache=str(machine / "cache"),
+        cache=(str(machine / "cache"),),
         output_dir=machine / "out",
     )
     script = machine / "script.py"
@@ -356,7 +356,7 @@ def test_an_incomplete_cache_says_what_is_there(
     shutil.copytree(cache, tmp_path / "cache")
     (tmp_path / "cache" / "manifest.json").unlink()
     (tmp_path / "cache" / "text" / "000001.json").unlink()
-    outcome = command("train", *flags(replace(train_config, cache=str(tmp_path / "cache"))))
+    outcome = command("train", *flags(replace(train_config, cache=(str(tmp_path / "cache"),))))
     assert outcome.exit_code == 2
     assert "the cache is incomplete, manifest.json is missing" in outcome.output
     assert "text: 5 finished, missing 000001" in outcome.output
@@ -387,7 +387,7 @@ def test_a_damaged_cache_stops_training_with_the_shards_name(
     shutil.copytree(cache, copy)
     damage(copy)
     with pytest.raises(ShardError, match=message):
-        train(replace(train_config, cache=str(copy), max_train_steps=8))
+        train(replace(train_config, cache=(str(copy),), max_train_steps=8))
 
 
 def test_damage_met_in_a_worker_is_one_error(
@@ -397,7 +397,7 @@ def test_damage_met_in_a_worker_is_one_error(
     shutil.copytree(cache, copy)
     path = copy / "latents" / "000000.tar"
     path.write_bytes(bytes(path.stat().st_size))
-    config = replace(train_config, cache=str(copy), max_train_steps=8, dataloader_num_workers=1)
+    config = replace(train_config, cache=(str(copy),), max_train_steps=8, dataloader_num_workers=1)
     with pytest.raises(
         ShardError, match=r"^[^\n]*000000\.tar: record [^\n]*: damaged record[^\n]*$"
     ):

@@ -1,5 +1,6 @@
 """Finds the ControlNet that training goes on from, and checks that it fits."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,11 +33,11 @@ from train.saving.controlnet import CONTROLNET_FOLDER
 FLAG = "--controlnet-model-name-or-path"
 
 
-def find_continued(name: str, config: TrainConfig, cache: Cache) -> Path:
+def find_continued(name: str, config: TrainConfig, caches: Sequence[Cache]) -> Path:
     """Return the folder of the ControlNet to continue from; say what its convention means.
 
     Raises:
-        ConfigError: there is none, or it does not go with the cache or the settings.
+        ConfigError: there is none, or it does not go with the caches or the settings.
     """
     folder = local_main_first(lambda: find_controlnet(name, FLAG, cache_dir=config.cache_dir))
     saved = read_config(folder, "")
@@ -57,7 +58,9 @@ def find_continued(name: str, config: TrainConfig, cache: Cache) -> Path:
             f"--controlnet-kind {config.controlnet_kind}: is for a new ControlNet; {FLAG} {name} "
             f"is of the kind {kind}. Leave one out."
         )
-    notes = check_convention(name, controlnet, cache)
+    notes = dict.fromkeys(
+        note for cache in caches for note in check_convention(name, controlnet, cache)
+    )
     if PartialState().is_main_process:
         for note in notes:
             click.echo(f"train: {note}")

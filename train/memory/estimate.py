@@ -16,13 +16,12 @@ from sd3.base.find import find_base
 from sd3.controlnet.block_counts import describe_count, in_words
 from sd3.pretrained import find_controlnet, largest_side, read_config, vae_factor
 from sd3.prompt_embeds import CLIP_TOKENS
-from shards.reading.cache import Cache
-from shards.remote.streaming import open_files
 from train import models
 from train.config import DEFAULT_SEQUENCE_LENGTH, Checkpointing, TrainConfig
 from train.distribution import UNSUPPORTED
 from train.memory.simulation import Estimate, Sizes, simulate
 from train.models import mixed_precision
+from train.sets.find import open_caches
 
 # Changes that may help, each with the settings that it requires.
 REMEDIES: tuple[dict[str, Any], ...] = (
@@ -64,13 +63,12 @@ def find_sizes(config: TrainConfig) -> Sizes:
         ConfigError: the base or the ControlNet is missing, or they do not go together.
         ShardError: the cache is missing.
     """
-    manifest = None
+    caches = open_caches(config) if config.cache else []
+    manifest = caches[0].manifest if caches else None
     validates = measures_held_out = config.validation_steps > 0
-    if config.cache:
-        files = open_files(config.cache, config.local_cache_dir, config.local_cache_gb)
-        manifest = Cache(files, config.conditioning_name).manifest
-        validates &= manifest.validation[config.conditioning_name].num_records > 0
-        measures_held_out &= bool(manifest.held_out)
+    if caches:
+        validates &= any(cache.validation.product.num_records for cache in caches)
+        measures_held_out &= any(cache.manifest.held_out for cache in caches)
     decodes = validates and config.validation_decode == "vae"
     base = find_base(
         config.pretrained_model_name_or_path,
@@ -82,7 +80,7 @@ def find_sizes(config: TrainConfig) -> Sizes:
         transformer=config.transformer,
     )
     if config.controlnet_model_name_or_path is None:
-        extra = manifest.conditioning_specs[config.conditioning_name] if manifest else None
+        extra = caches[0].conditioning_spec if caches else None
         controlnet = models.controlnet_config(
             base,
             config.num_controlnet_layers,
@@ -102,7 +100,8 @@ def find_sizes(config: TrainConfig) -> Sizes:
         latent, clip, t5 = _planned_records(config, base, transformer)
     else:
         text = manifest.text_spec
-        latent = max(manifest.buckets, key=lambda bucket: bucket[0] * bucket[1])
+        grids = [bucket for cache in caches for bucket in cache.manifest.buckets]
+        latent = max(grids, key=lambda bucket: bucket[0] * bucket[1])
         clip = text.clip_tokens, text.clip_width
         t5 = text.max_sequence_length, text.t5_width
     return Sizes(

@@ -64,7 +64,7 @@ def model_card(run: Run, repository: str | None) -> str:
 
 A ControlNet of {num_layers} blocks for {base.in_words},
 trained on {num_images} images at {data["width"]} x {data["height"]} pixels
-with the control "{config.conditioning_name}".
+with {_controls(run)}.
 
 ## How to use it
 
@@ -81,6 +81,15 @@ with the control "{config.conditioning_name}".
 
 The licence of the base model applies to what is derived from it.
 """
+
+
+def _controls(run: Run) -> str:
+    """Return the control in words, or all that were mixed."""
+    names = dict.fromkeys(one.cache.conditioning_name for one in run.inputs.sets)
+    quoted = [f'"{name}"' for name in names]
+    if len(quoted) == 1:
+        return f"the control {quoted[0]}"
+    return f"the controls {', '.join(quoted[:-1])} and {quoted[-1]}, mixed"
 
 
 def _metadata(base: str | None) -> str:
@@ -180,8 +189,25 @@ commit {commit() or "unknown"} of the training code.
 - prompts: `{data["text_fingerprint"]}`
 - conditioning images: scale {data["conditioning_scale"]}, transparent ones over \
 {tuple(data["background"])}
-{_annotator_line(data)}
+{_annotator_line(data)}{_mixed_lines(data)}
 {settings}"""
+
+
+def _mixed_lines(data: dict[str, Any]) -> str:
+    """Return a line for each of several sets of samples."""
+    return "".join(
+        f'- set {one["name"]}: {one["num_records"]} samples, control "{one["control"]}", '
+        f"{one['share']:.1%} of a step, latents `{one['latents_fingerprint']}`"
+        f"{_drawn_by(one)}\n"
+        for one in data.get("mixed", [])
+    )
+
+
+def _drawn_by(entry: Mapping[str, Any]) -> str:
+    annotator = entry.get("annotator")
+    if not annotator:
+        return ""
+    return f", drawn by `{describe_annotator(annotator['name'], annotator['arguments'])}`"
 
 
 def _annotator_line(data: dict[str, Any]) -> str:

@@ -30,6 +30,9 @@ from train.loss import Objective, predict
 NUM_LEVELS = 8
 # The noise does not depend on the run's seed, so that runs can be compared.
 NOISE_SEED = 0
+# Names of the loss of the weights, and of their moving average.
+HELD_OUT = "held_out_loss"
+AVERAGED = "ema_held_out_loss"
 
 
 class Measurement(NamedTuple):

@@ -34,7 +34,7 @@ from train.assembly import Run
 from train.optim.ema import Ema
 from train.processes.agreement import main_decides
 from train.processes.sharding import reshard
-from train.validation.held_out import held_out_loss
+from train.validation.held_out import AVERAGED, HELD_OUT, held_out_loss
 from train.validation.sampling import Pair, negative_embeds, sample
 
 PROMPT_KEY = "prompt"  # of the prompt in a picture's file or a file of latents
@@ -131,17 +131,34 @@ def _evaluate(run: Run, averages: list[Ema]) -> tuple[list[Drawing], dict[str, l
             if run.inputs.draws_pictures:
                 drawings += _draw(run, controlnet, "-ema" if ema else "")
             if run.inputs.measures_held_out:
-                losses["ema_held_out_loss" if ema else "held_out_loss"] = held_out_loss(
-                    run.inputs.cache,
-                    run.accelerator,
-                    controlnet,
-                    run.transformer,
-                    run.objective,
-                    run.config.validation_batch_size or run.config.train_batch_size,
-                )
+                losses |= _held_out_losses(run, controlnet, AVERAGED if ema else HELD_OUT)
     controlnet.train()
     reshard(controlnet)
     return drawings, losses
+
+
+def _held_out_losses(run: Run, controlnet: Any, name: str) -> dict[str, list[float]]:
+    """Return the held-out loss by noise level; of several sets each one's, and their mean.
+
+    The mean is by weight, as the samples are drawn.
+    """
+    found: dict[str, list[float]] = {}
+    sets = [one for one in run.inputs.sets if one.cache.manifest.held_out]
+    for one in sets:
+        label = f"{name}/{one.name}" if len(run.inputs.sets) > 1 else name
+        found[label] = held_out_loss(
+            one.cache,
+            run.accelerator,
+            controlnet,
+            run.transformer,
+            run.objective,
+            run.config.validation_batch_size or run.config.train_batch_size,
+        )
+    if len(run.inputs.sets) == 1:
+        return found
+    weights = [one.weight for one in sets]
+    levels = np.average(list(found.values()), axis=0, weights=weights)
+    return {name: levels.tolist()} | found
 
 
 def _draw(run: Run, controlnet: Any, suffix: str) -> list[Drawing]:
@@ -218,7 +235,8 @@ def _log(run: Run, drawings: list[Drawing], losses: dict[str, list[float]], step
         values = {f"{name}/level-{level}": loss for level, loss in enumerate(levels)}
         mean = sum(levels) / len(levels)
         run.accelerator.log({name: mean, **values}, step=step)
-        run.print(f"step {step}: {name.replace('_', ' ')} {mean:.4f}")
+        in_words = name.replace("_", " ").replace("/", " of ")
+        run.print(f"step {step}: {in_words} {mean:.4f}")
     for tracker in run.accelerator.trackers:
         layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
         for drawing in drawings:

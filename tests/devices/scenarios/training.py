@@ -82,7 +82,7 @@ def test_validation(decode: Any, config: TrainConfig, held_out: Path) -> None:
     train(
         replace(
             config,
-            cache=str(held_out),
+            cache=(str(held_out),),
             max_train_steps=1,
             ema_decay=0.9,
             validation_steps=1,

@@ -25,7 +25,7 @@ from precompute.sources.source import SourceSettings
 from sd3.pretrained import DATA_KEY
 from shards.reading.cache import Cache
 from tests.conftest import PROMPTS, RESOLUTION_PX
-from train import models
+from train.sets.data_entry import data_entry
 
 SIZES = ((RESOLUTION_PX, RESOLUTION_PX),)
 
@@ -85,7 +85,7 @@ def test_background_and_scale_go_from_the_cache_to_the_controlnet(
     made = replace(fresh, background="black", conditioning_scale="0:200")
     precompute(made)
     found = Cache(made.cache)
-    entry = models.data_entry(found.manifest, "conditioning")
+    entry = data_entry(found.manifest, "conditioning")
     # As a ControlNet's config.json holds it.
     entry = json.loads(json.dumps(entry))
     assert (entry["background"], entry["conditioning_scale"]) == ([0, 0, 0], "0:200")
@@ -99,7 +99,7 @@ def test_a_cache_of_white_and_as_it_is_says_so_to_the_controlnet(cache: Path) ->
     assert '"background"' not in text
     assert '"scale"' not in text
     found = Cache(cache)
-    entry = models.data_entry(found.manifest, "conditioning")
+    entry = data_entry(found.manifest, "conditioning")
     assert (entry["background"], entry["conditioning_scale"]) == ((255, 255, 255), "as-is")
 
 

@@ -19,6 +19,7 @@ from precompute.run import precompute
 from shards import verify
 from shards.format import manifest, sidecar
 from shards.reading.cache import Cache
+from shards.reading.mixed_order import unmixed
 from shards.reading.order import Order
 from tests.conftest import NUM_ROWS, PROMPTS, RESOLUTION_PX, TOKENS
 from tests.precompute.edited_source import copy_of, rows
@@ -229,7 +230,7 @@ def test_every_caption_of_a_list_is_cached_and_training_draws_one(
     assert texts == [first, second, "a third"]
     assert found.manifest.num_skipped == 2
     order = Order(found.conditioning.product.shard_records, seed=0)
-    samples = TrainingSamples(found, order, seed=0, proportion_empty_prompts=0.0)
+    samples = TrainingSamples([found], unmixed(order), seed=0, proportion_empty_prompts=0.0)
     places = [p for p in range(400) if order.record(p) == (0, 0)]
     expected = [found.embeddings(key)["pooled_embeds"] for key in keys]
     drawn = {

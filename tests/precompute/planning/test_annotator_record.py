@@ -21,7 +21,7 @@ from shards.format.expected_cache import read_expected
 from shards.reading.cache import Cache
 from tests.conftest import RESOLUTION_PX, Outcome, flags, write_manifest
 from tests.precompute.test_again import Encoded, again, encoded, tars  # noqa: F401  (a fixture)
-from train.models import data_entry
+from train.sets.data_entry import data_entry
 
 BLUR = {"conditioning_name": "blurred", "conditioning_from": "blur"}
 

@@ -7,6 +7,7 @@ import math
 import re
 import struct
 from collections.abc import Iterator, Sequence
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -103,6 +104,26 @@ def page_order(
                     groups.append([of_c[q] for q in keyed])
             for t in range(len(groups)):
                 yield from groups[feistel(t, len(groups), key(b + 1))]
+
+
+def page_mix(
+    orders: Sequence[Iterator[tuple[int, int]]], weights: Sequence[int], group: int
+) -> Iterator[tuple[int, int, int]]:
+    """Yield (set, shard, record) of places 0, 1, 2, …, as the page says."""
+
+    def woven(sets: Sequence[int]) -> Iterator[int]:
+        if len(sets) == 1:
+            yield from itertools.repeat(sets[0])
+        half = len(sets) // 2
+        left, right = woven(sets[:half]), woven(sets[half:])
+        w, v = (sum(weights[s] for s in part) for part in (sets[:half], sets))
+        for t in itertools.count():
+            taken = [math.floor(Fraction(w * u, v) + Fraction(v // 2, v)) for u in (t, t + 1)]
+            yield next(left) if taken[1] > taken[0] else next(right)
+
+    for number in woven(range(len(orders))):
+        for _ in range(group):
+            yield number, *next(orders[number])
 
 
 def xxh(text: str, key: int = 0) -> int:

@@ -195,7 +195,7 @@ def test_training_streams_from_the_hub(
     hub: Hub, cache: Path, tmp_path: Path, train_config: TrainConfig
 ) -> None:
     push(cache)
-    train(replace(train_config, cache=URL, local_cache_dir=tmp_path / "local"))
+    train(replace(train_config, cache=(URL,), local_cache_dir=tmp_path / "local"))
     assert list((tmp_path / "local").rglob("*.tar"))
     assert (train_config.output_dir / "config.json").is_file()
 

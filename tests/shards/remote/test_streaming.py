@@ -18,6 +18,7 @@ import torch
 from benchmarks import synthetic
 from common.errors import ConfigError, ShardError
 from shards.reading.cache import Cache
+from shards.reading.mixed_order import unmixed
 from shards.reading.order import Order
 from shards.remote import streaming
 from shards.remote.folder import RemoteFolder
@@ -253,7 +254,7 @@ def test_a_bounded_folder_holds_what_is_read_and_what_comes_next(
     )
 
     def batches(opened: Cache, count: int) -> list[torch.Tensor]:
-        ours = TrainingSamples(opened, order, seed=0, proportion_empty_prompts=0.0)
+        ours = TrainingSamples([opened], unmixed(order), seed=0, proportion_empty_prompts=0.0)
         places = RankPlaces(0, batch_size=2, rank=0, num_ranks=1)
         reading = read_batches(ours, places, num_workers=2, pin=False)
         read = []
@@ -465,10 +466,10 @@ def test_training_from_a_url_gives_the_weights_of_training_from_the_folder(
     train_config: TrainConfig, tmp_path: Path, serve: Callable[[Path], Server]
 ) -> None:
     train(train_config)
-    server = serve(Path(train_config.cache))
+    server = serve(Path(train_config.cache[0]))
     away = replace(
         train_config,
-        cache=server.url,
+        cache=(server.url,),
         output_dir=tmp_path / "away",
         local_cache_dir=tmp_path / "local",
         dataloader_num_workers=2,

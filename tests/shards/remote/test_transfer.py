@@ -205,7 +205,7 @@ def test_training_streams_from_s3(
     cache: Path, bucket: str, tmp_path: Path, train_config: TrainConfig
 ) -> None:
     transfer.push(cache, RemoteFolder(bucket))
-    train(replace(train_config, cache=bucket, local_cache_dir=tmp_path / "local"))
+    train(replace(train_config, cache=(bucket,), local_cache_dir=tmp_path / "local"))
     assert list((tmp_path / "local").rglob("*.tar"))
     assert (train_config.output_dir / "config.json").is_file()
 

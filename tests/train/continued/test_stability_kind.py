@@ -252,7 +252,7 @@ def test_it_goes_on_from_their_canny_as_that_was_trained(
     with pytest.raises(ConfigError, match="trained on conditioning images in stability_canny, and"):
         train(canny)
     precompute(replace(fresh, conditioning_range="stability_canny"))
-    train(replace(canny, cache=str(fresh.cache)))
+    train(replace(canny, cache=(str(fresh.cache),)))
     saved = read_config(config.output_dir, "")
     assert saved["_precompute"]["conditioning_range"] == "stability_canny"
     pipeline = StableDiffusion3ControlNetPipeline.from_pretrained(

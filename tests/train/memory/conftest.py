@@ -27,7 +27,7 @@ def config(wide: tuple[Path, Path], tmp_path: Path) -> TrainConfig:
     base, cache = wide
     return TrainConfig(
         pretrained_model_name_or_path=str(base),
-        cache=str(cache),
+        cache=(str(cache),),
         output_dir=tmp_path / "out",
         train_batch_size=2,
         max_grad_norm=0.0,

@@ -313,7 +313,7 @@ def test_an_estimate_needs_no_weights(
 
 def without_cache(config: TrainConfig, resolution: int, tokens: int) -> TrainConfig:
     return replace(
-        config, cache="", estimate=True, resolution=resolution, max_sequence_length=tokens
+        config, cache=(), estimate=True, resolution=resolution, max_sequence_length=tokens
     )
 
 
@@ -331,13 +331,13 @@ def test_an_estimate_without_a_cache_is_the_same(config: TrainConfig) -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"cache": "", "estimate": True}, "--estimate: needs --cache, or --resolution"),
-        ({"cache": "", "estimate": True, "resolution": 1000}, "--resolution 1000: must be div"),
+        ({"cache": (), "estimate": True}, "--estimate: needs --cache, or --resolution"),
+        ({"cache": (), "estimate": True, "resolution": 1000}, "--resolution 1000: must be div"),
         ({"estimate": True, "resolution": 64}, "--resolution 64: --cache .* says it"),
         ({"resolution": 64}, "--resolution: belongs to python -m precompute"),
         ({"max_sequence_length": 77}, "--max-sequence-length: belongs to python -m precompute"),
         (
-            {"cache": "", "estimate": True, "resolution": 64, "max_sequence_length": 0},
+            {"cache": (), "estimate": True, "resolution": 64, "max_sequence_length": 0},
             "--max-sequence-length 0: must be 1 to 512",
         ),
     ],
@@ -397,7 +397,7 @@ def test_the_leanest_settings_fit_small_cards(base: str, most: float, tmp_path: 
     settings = preset | {"offload_base": transformer["num_layers"], "offload_activations": True}
     leanest = TrainConfig(
         pretrained_model_name_or_path=str(tmp_path),
-        cache="",
+        cache=(),
         estimate=True,
         resolution=1024,
         **settings | {"train_batch_size": 1},

@@ -31,7 +31,7 @@ def settings(**changes: Any) -> TrainConfig:
         "lr_num_cycles": 3,
         "lr_power": 2.5,
     }
-    return TrainConfig(cache="", pretrained_model_name_or_path="", **(unusual | changes))
+    return TrainConfig(cache=("",), pretrained_model_name_or_path="", **(unusual | changes))
 
 
 @pytest.fixture

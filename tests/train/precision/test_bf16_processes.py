@@ -28,7 +28,7 @@ def config(train_config: TrainConfig, held_out: Path) -> TrainConfig:
     """Four steps of two batches in the precision that accelerate's configuration says."""
     return replace(
         near_gradient_descent(train_config),
-        cache=str(held_out),
+        cache=(str(held_out),),
         mixed_precision=None,
         lr_scheduler="constant",
         max_grad_norm=0.0,

@@ -71,7 +71,7 @@ def test_a_run_compiles_few_blocks_and_its_validations_none(
     train(
         replace(
             train_config,
-            cache=str(held_out),
+            cache=(str(held_out),),
             compile=True,
             ema_decay=0.9,
             validation_steps=2,

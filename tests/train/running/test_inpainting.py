@@ -46,7 +46,7 @@ def config(
 
 @pytest.fixture
 def inpaint(config: PrecomputeConfig, train_config: TrainConfig) -> TrainConfig:
-    return replace(train_config, cache=str(config.cache))
+    return replace(train_config, cache=(str(config.cache),))
 
 
 def test_sampling_equals_the_stock_inpainting_pipeline(

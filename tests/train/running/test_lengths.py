@@ -174,7 +174,7 @@ def test_stage_1_may_replace_the_validation_pairs_while_a_run_goes_on(
     precompute(fresh)
     config = replace(
         train_config,
-        cache=str(fresh.cache),
+        cache=(str(fresh.cache),),
         validation_steps=4,
         num_validation_images=1,
         validation_inference_steps=1,

@@ -19,6 +19,7 @@ from train.assembly import assemble
 from train.config import TrainConfig
 from train.data import Batch
 from train.run import train
+from train.sets import find
 
 
 @pytest.fixture
@@ -35,7 +36,7 @@ def test_a_run_is_put_together_as_asked_for(
 ) -> None:
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = not tf32
     asked: dict[str, Any] = {}
-    find_base, open_files = inputs.find_base, inputs.open_files
+    find_base, open_files = inputs.find_base, find.open_files
 
     def found_base(*names: Any, revision: Any, cache_dir: Any, **others: Any) -> Path:
         asked.update(revision=revision, cache_dir=cache_dir)
@@ -47,7 +48,7 @@ def test_a_run_is_put_together_as_asked_for(
 
     # The base and the cache are on this machine, so these settings are not used.
     monkeypatch.setattr(inputs, "find_base", found_base)
-    monkeypatch.setattr(inputs, "open_files", opened)
+    monkeypatch.setattr(find, "open_files", opened)
     unused = {
         "revision": "v2",
         "cache_dir": Path("models"),
@@ -78,7 +79,7 @@ def test_a_run_is_put_together_as_asked_for(
     assert run.accelerator.logging_dir == str(config.output_dir / "elsewhere")
     assert run.accelerator.gradient_accumulation_steps == 2
     shards = Cache(cache).conditioning.product.shard_records
-    found = [run.inputs.order.record(place) for place in range(30)]
+    found = [run.inputs.order.record(place)[1:] for place in range(30)]
     for seed, window in ((3, 1), (0, 1), (3, None)):
         other = Order(shards, seed=seed, window=window)
         same = found == [other.record(place) for place in range(30)]

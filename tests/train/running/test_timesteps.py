@@ -12,6 +12,7 @@ from torch import Tensor
 
 from common.errors import ConfigError
 from shards.reading.cache import Cache
+from shards.reading.mixed_order import unmixed
 from shards.reading.order import Order
 from train import inputs, objective
 from train.config import TrainConfig
@@ -108,7 +109,9 @@ def test_each_sample_of_a_step_has_a_stratum(cache: Path) -> None:
     opened = Cache(cache)
     order = Order(opened.manifest.training_records("conditioning"), seed=0, window=4)
     plain, strata = (
-        TrainingSamples(opened, order, seed=5, proportion_empty_prompts=0.5, strata=count)
+        TrainingSamples(
+            [opened], unmixed(order), seed=5, proportion_empty_prompts=0.5, strata=count
+        )
         for count in (1, 8)
     )
     for step in range(3):
@@ -138,7 +141,9 @@ def test_the_density_stays_and_the_mean_of_a_batch_varies_less(cache: Path) -> N
     names = {"uniform": np.empty(1, np.float32), "normal": np.empty(1, np.float32)}
     variance = {}
     for count in (1, 16):
-        samples = TrainingSamples(opened, order, seed=1, proportion_empty_prompts=0, strata=count)
+        samples = TrainingSamples(
+            [opened], unmixed(order), seed=1, proportion_empty_prompts=0, strata=count
+        )
         samples.drawn_latents = []
         drawn = []
         for place in range(200 * 16):

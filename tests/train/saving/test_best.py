@@ -27,7 +27,7 @@ def config(train_config: TrainConfig, held_out: Path) -> TrainConfig:
     """Four steps, each with a checkpoint and a validation without pictures."""
     return replace(
         train_config,
-        cache=str(held_out),
+        cache=(str(held_out),),
         keep_best=True,
         checkpointing_steps=1,
         validation_steps=1,

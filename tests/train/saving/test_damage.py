@@ -88,7 +88,7 @@ def finished(base: Path, cache: Path, tmp_path_factory: pytest.TempPathFactory) 
     AcceleratorState._reset_state(True)  # a test before may have settled the precision
     config = TrainConfig(
         pretrained_model_name_or_path=str(base),
-        cache=str(cache),
+        cache=(str(cache),),
         output_dir=tmp_path_factory.mktemp("finished") / "out",
         num_controlnet_layers=1,
         train_batch_size=1,

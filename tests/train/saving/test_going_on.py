@@ -27,10 +27,10 @@ from tests.conftest import PROMPTS, RESOLUTION_PX, TOKENS, Outcome, Spoil, flags
 from tests.train.test_run import WEIGHTS, same, weights
 from train.config import TrainConfig
 from train.continued.convention import check_convention
-from train.models import data_entry
 from train.optim.adamw import make_optimizer
 from train.run import train
 from train.saving import checkpoints, resuming
+from train.sets.data_entry import data_entry
 
 INFER = ("--width", 64, "--height", 64, "--num-inference-steps", 1, "--device", "cpu")
 
@@ -386,7 +386,7 @@ def test_a_controlnet_of_diffusers_script_goes_on_as_it_was_trained(
     precompute(replace(fresh, conditioning_range="0_1"))
     config = replace(
         going_on,
-        cache=str(fresh.cache),
+        cache=(str(fresh.cache),),
         convention="train_controlnet_sd3",
         validation_steps=1,
         num_validation_images=1,

@@ -34,7 +34,7 @@ def refusal(found: Manifest, saved: TrainState, changes: Any = None) -> str:
     if changes is not None:
         found = replace(found, made_by=found.made_by | {"changes": changes})
     with pytest.raises(ConfigError) as raised:
-        check_same_order(Path("checkpoint-1"), saved, state(found), found)
+        check_same_order(Path("checkpoint-1"), saved, state(found), [found])
     return str(raised.value)
 
 
@@ -42,7 +42,9 @@ def test_a_changed_cache_is_told_in_rows(
     again: PrecomputeConfig,  # noqa: F811
     train_config: TrainConfig,
 ) -> None:
-    config = replace(train_config, cache=str(again.cache), checkpointing_steps=1, max_train_steps=1)
+    config = replace(
+        train_config, cache=(str(again.cache),), checkpointing_steps=1, max_train_steps=1
+    )
     train(config)
     edit(again, lambda rows: rows[3].update(prompt="another"))
     precompute(again)

@@ -36,7 +36,9 @@ from train.validation.held_out import (
 
 @pytest.fixture
 def config(train_config: TrainConfig, held_out: Path) -> TrainConfig:
-    return replace(train_config, cache=str(held_out), validation_steps=2, num_validation_images=1)
+    return replace(
+        train_config, cache=(str(held_out),), validation_steps=2, num_validation_images=1
+    )
 
 
 @pytest.fixture
@@ -271,7 +273,7 @@ def test_a_cache_that_is_changed_meanwhile_is_called_that_and_can_be_had_back(
     in_batch: Callable[[int, Spoil], None],
     tmp_path: Path,
 ) -> None:
-    cache = Path(shutil.copytree(config.cache, tmp_path / "cache"))
+    cache = Path(shutil.copytree(config.cache[0], tmp_path / "cache"))
     before = replace(precompute_config, cache=cache, validation_rows=3, posterior="mean_std")
 
     def hold_out_others(losses: Tensor, _: object) -> Tensor:
@@ -279,7 +281,9 @@ def test_a_cache_that_is_changed_meanwhile_is_called_that_and_can_be_had_back(
         return losses
 
     in_batch(2, hold_out_others)
-    config = replace(config, cache=str(cache), max_train_steps=3, resume_from_checkpoint="latest")
+    config = replace(
+        config, cache=(str(cache),), max_train_steps=3, resume_from_checkpoint="latest"
+    )
     # A run that goes on has not read its held-out rows before.
     train(replace(config, max_train_steps=1))
     with pytest.raises(ShardError, match="the cache was changed while the run read it") as raised:
@@ -293,7 +297,7 @@ def test_a_cache_that_is_changed_meanwhile_is_called_that_and_can_be_had_back(
 def test_a_cache_that_is_damaged_meanwhile_is_called_damaged(
     config: TrainConfig, in_batch: Callable[[int, Spoil], None], tmp_path: Path
 ) -> None:
-    cache = Path(shutil.copytree(config.cache, tmp_path / "cache"))
+    cache = Path(shutil.copytree(config.cache[0], tmp_path / "cache"))
 
     def damage(losses: Tensor, _: object) -> Tensor:
         for path in (cache / "latents").glob("*.tar"):
@@ -302,5 +306,5 @@ def test_a_cache_that_is_damaged_meanwhile_is_called_damaged(
 
     in_batch(2, damage)
     with pytest.raises(ShardError) as raised:
-        train(replace(config, cache=str(cache)))
+        train(replace(config, cache=(str(cache),)))
     assert "was changed while the run" not in str(raised.value)
