@@ -18,6 +18,8 @@ from train.misplaced_options import AT_PRECOMPUTE
 
 BY_RESOLUTION = "resolution"  # the value of --shift beside numbers
 DEFAULT_SEQUENCE_LENGTH = 77  # T5 tokens; stage 1's default too
+# What the networks get that can be dropped.
+DROPPED = ("t5", "clip", "pooled", "control")
 # Each takes less memory than the one before, and more time.
 Checkpointing = Literal["none", "controlnet", "selective", "full"]
 
@@ -49,6 +51,14 @@ class TrainConfig:
     proportion_empty_prompts: float = option(
         0.0, help="Fraction of prompts replaced by the empty prompt, drawn at each step."
     )
+    dropout_t5: float = option(
+        0.0,
+        help="Likewise of samples without T5's embedding, so that pictures can be drawn without T5 "
+        "(infer --no-t5).",
+    )
+    dropout_clip: float = option(0.0, help="Likewise without CLIP's embedding.")
+    dropout_pooled: float = option(0.0, help="Likewise without the pooled embedding.")
+    dropout_control: float = option(0.0, help="Likewise without the control.")
     shuffle_window: int | None = option(
         None, help="Shards shuffled together; by default all of them."
     )
@@ -352,10 +362,9 @@ class TrainConfig:
             )
         if self.ema_decay is not None and not 0 < self.ema_decay < 1:
             raise ConfigError(f"--ema-decay {self.ema_decay}: must be between 0 and 1, e.g. 0.999.")
-        if not 0 <= self.proportion_empty_prompts <= 1:
-            raise ConfigError(
-                f"--proportion-empty-prompts {self.proportion_empty_prompts}: must be in 0 to 1."
-            )
+        for name in ("proportion_empty_prompts", *(f"dropout_{part}" for part in DROPPED)):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ConfigError(f"{flag(name)} {getattr(self, name)}: must be in 0 to 1.")
 
     def _check_fused_backward(self) -> None:
         """Refuse settings that need all gradients at once beside --fused-backward-pass.

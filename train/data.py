@@ -24,8 +24,31 @@ from shards.format.tensor_spec import TensorSpec
 from shards.reading.cache import Cache, SampleRecords
 from shards.reading.mixed_order import MixedOrder
 from shards.reading.tensors import empty_tensors
+from train.config import DROPPED
 
 BATCHES_AHEAD = 2  # for each reading thread
+
+
+@dataclass(frozen=True)
+class Dropout:
+    """How often parts of what the networks get are zeros, each drawn by itself.
+
+    Attributes:
+        t5: T5's embedding, as the stock pipeline has it without `text_encoder_3`.
+        clip: the embedding of both CLIP encoders.
+        pooled: the pooled embedding.
+        control: what the ControlNet is controlled by.
+    """
+
+    t5: float = 0.0
+    clip: float = 0.0
+    pooled: float = 0.0
+    control: float = 0.0
+
+    @property
+    def chances(self) -> list[float]:
+        """In the order of `DROPPED`."""
+        return [getattr(self, name) for name in DROPPED]
 
 
 @dataclass(frozen=True)
@@ -41,6 +64,8 @@ class EncodedSamples:
         noise: standard normal, [B, C, h, w].
         conditioning_mask: for inpainting, 1 where the picture is kept and 0 elsewhere,
             [B, 1, h, w].
+        kept: 1, and 0 for each of `DROPPED` that is dropped from a sample, [B, 4]; None if
+            nothing ever is.
     """
 
     latent: Tensor
@@ -50,6 +75,7 @@ class EncodedSamples:
     pooled_embeds: Tensor
     noise: Tensor
     conditioning_mask: Tensor | None = field(default=None, kw_only=True)
+    kept: Tensor | None = field(default=None, kw_only=True)
 
     def to(self, device: torch.device) -> Self:
         """Return them on a device; from pinned memory the copy overlaps with computing."""
@@ -100,6 +126,7 @@ class TrainingSamples:
         proportion_empty_prompts: how often the empty prompt replaces the caption.
         strata: samples of an optimiser step, of which each draws its timestep from a part of the
             distribution of its own; 1 for independent draws.
+        dropout: how often parts are dropped.
     """
 
     def __init__(
@@ -110,12 +137,14 @@ class TrainingSamples:
         seed: int,
         proportion_empty_prompts: float,
         strata: int = 1,
+        dropout: Dropout | None = None,
     ) -> None:
         self.caches = list(caches)
         self.order = order
         self.seed = seed
         self.proportion_empty_prompts = proportion_empty_prompts
         self.strata = strata
+        self.chances = dropout.chances if dropout else []
         self._specs = {
             grid: cache.sample_specs(number)
             for cache in self.caches
@@ -168,6 +197,8 @@ class TrainingSamples:
         latent = TensorSpec(tensors["latent"].shape, "float32")
         draws = dict.fromkeys(self.drawn_latents, latent)
         draws |= dict.fromkeys(("uniform", "normal"), TensorSpec((), "float32"))
+        if any(self.chances):
+            draws["kept"] = TensorSpec((len(DROPPED),), "float32")
         return BatchMemory(
             empty_tensors(tensors, count, pin_memory=pin),
             empty_tensors(draws, count, pin_memory=pin),
@@ -255,6 +286,9 @@ class TrainingSamples:
         caption = int(rng.integers(num_prompts))
         for name in self.drawn_latents:
             rng.standard_normal(out=draws[name][position], dtype=np.float32)
+        if any(self.chances):
+            # Last, so that all other draws are the same whatever is dropped.
+            draws["kept"][position] = rng.random(len(DROPPED)) >= self.chances
         return None if drop_prompt else caption
 
 

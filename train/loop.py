@@ -11,7 +11,8 @@ from tqdm import tqdm
 from common.interruption import Received
 from common.progress import Progress
 from train.assembly import Run
-from train.data import Batch, RankPlaces, TrainingSamples, read_batches
+from train.config import DROPPED
+from train.data import Batch, Dropout, RankPlaces, TrainingSamples, read_batches
 from train.inputs import samples_per_step
 from train.loss import batch_losses
 from train.optim.nonfinite import NonFiniteGuard
@@ -48,6 +49,7 @@ def take_steps(run: Run, received: Received) -> tuple[TrainState, Signals | None
         strata=samples_per_step(config, accelerator.num_processes)
         if config.stratified_timesteps
         else 1,
+        dropout=Dropout(*(getattr(config, f"dropout_{name}") for name in DROPPED)),
     )
     batch_places = RankPlaces(
         state.place,

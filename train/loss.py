@@ -14,7 +14,7 @@ from sd3.controlnet.pooled_projection import PooledProjection
 from sd3.prompt_embeds import prompt_embeds
 from shards.format.specs import LatentSpec
 from train import objective
-from train.config import TrainConfig
+from train.config import DROPPED, TrainConfig
 from train.data import Batch, EncodedSamples
 from train.objective import UNCHANGED, Timesteps
 
@@ -163,17 +163,27 @@ def predict(
     latent = _scaled(samples.latent, settings.latent_spec)
     noisy = objective.noised(latent, samples.noise, sigma)
     control = control_of(samples.conditioning_latent, samples.conditioning_mask, settings)
+    clip = _kept(samples, "clip", samples.clip_embeds)
+    t5 = _kept(samples, "t5", samples.t5_embeds)
     velocity = run_networks(
         controlnet,
         transformer,
         settings,
-        control=control.to(dtype),
+        control=_kept(samples, "control", control).to(dtype),
         noisy=noisy.to(dtype),
         timestep=timestep,
-        embeds=prompt_embeds(samples.clip_embeds, samples.t5_embeds).to(dtype),
-        pooled=samples.pooled_embeds.to(dtype),
+        embeds=prompt_embeds(clip, t5).to(dtype),
+        pooled=_kept(samples, "pooled", samples.pooled_embeds).to(dtype),
     )
     return Prediction(velocity, noisy, latent)
+
+
+def _kept(samples: EncodedSamples, part: str, tensor: Tensor) -> Tensor:
+    """Return a tensor of `DROPPED`, with zeros for the samples that it is dropped from."""
+    if samples.kept is None:
+        return tensor
+    kept = samples.kept[:, DROPPED.index(part)].to(tensor.dtype)
+    return tensor * kept.view(-1, *(1,) * (tensor.ndim - 1))
 
 
 def control_of(latent: Tensor, mask: Tensor | None, settings: Objective) -> Tensor:

@@ -106,6 +106,10 @@ OTHER_DEFAULTS = {"seed": 0}
 SWITCHES = {"gradient_checkpointing": ("checkpointing", {True: "controlnet", False: "none"})}
 OURS = {
     "cache",
+    "dropout_t5",
+    "dropout_clip",
+    "dropout_pooled",
+    "dropout_control",
     "weights",
     "repeats",
     "checkpointing",
