@@ -95,6 +95,11 @@ class PipelineConfig:
     max_sequence_length: int | None = option(
         None, help="T5 tokens per prompt; by default those of the ControlNet's training."
     )
+    t5: bool = option(
+        True,
+        help="Encode prompts by T5 too. Without it, and where the base has none, its embedding is "
+        "zeros, as in the stock pipeline.",
+    )
     shift: float | None = option(
         None, help="Shift of the noise schedule; by default the base's own."
     )

@@ -16,6 +16,7 @@ from PIL import Image
 
 from common.errors import ConfigError
 from infer.config import PipelineConfig
+from sd3.base.without_t5 import uses_t5
 from sd3.buckets import nearest_buckets
 from sd3.controlnet.unsaved_convention import corrected
 from sd3.images import BACKGROUND
@@ -69,7 +70,11 @@ def find_convention(config: PipelineConfig, base: Path, name: str, controlnet: P
     """
     found = read_convention(config, base, name, controlnet)
     data = read_config(controlnet, "").get(DATA_KEY) or {}
-    if differences := _differences(found, _trained_sizes(data), data.get("max_sequence_length")):
+    differences = _differences(found, _trained_sizes(data), data.get("max_sequence_length"))
+    with_t5 = uses_t5(config.pretrained_model_name_or_path, wanted=config.t5)
+    if with_t5 and not data.get("t5", True):
+        differences.append("trained without T5, and these prompts are encoded by it (--no-t5)")
+    if differences:
         click.echo(f"{name}: {'; '.join(differences)}.", err=True)
     return found
 

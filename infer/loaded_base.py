@@ -27,6 +27,7 @@ from infer.pipeline import TEXT_COMPONENTS
 from infer.placement import check_offload, place, place_controlnet, take_turns
 from infer.vae import save_memory
 from sd3.base.lora import COMPONENTS, find_loras, merge_loras, say_text_is_cached
+from sd3.base.without_t5 import T5_COMPONENTS, uses_t5
 from sd3.controlnet.combined import together
 from sd3.finite import check_finite
 from sd3.inpainting import is_inpainting
@@ -71,7 +72,10 @@ class LoadedBase:
             batch_size=batch_size,
             with_text_encoders=with_text_encoders,
         )
-        absent = {} if with_text_encoders else dict.fromkeys(TEXT_COMPONENTS)
+        with_t5 = uses_t5(config.pretrained_model_name_or_path, wanted=config.t5)
+        absent = dict.fromkeys(() if with_t5 else T5_COMPONENTS)
+        if not with_text_encoders:
+            absent = dict.fromkeys(TEXT_COMPONENTS)
         self._stock = StableDiffusion3Pipeline.from_pretrained(
             base, dtype=getattr(torch, config.dtype), variant=_variant(base, config), **absent
         )

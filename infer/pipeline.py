@@ -12,6 +12,7 @@ from common.memory.exhausted import first_line, is_out_of_memory
 from infer.config import PipelineConfig
 from infer.memory.estimate import remedies
 from sd3.base.find import find_base
+from sd3.base.without_t5 import T5_COMPONENTS, uses_t5
 from sd3.inpainting import is_inpainting
 from sd3.pretrained import (
     controlnet_mismatches,
@@ -56,6 +57,8 @@ def find_models(
         ConfigError: a model cannot be found, a ControlNet's widths differ from the base's, or it
             takes more than a conditioning image and a mask.
     """
+    if not uses_t5(config.pretrained_model_name_or_path, wanted=config.t5):
+        components = [name for name in components if name not in T5_COMPONENTS]
     base = find_base(
         config.pretrained_model_name_or_path,
         components,

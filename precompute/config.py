@@ -180,6 +180,11 @@ class PrecomputeConfig:
     max_sequence_length: int = option(
         77, help="T5 tokens a prompt; inference uses the same number."
     )
+    t5: bool = option(
+        True,
+        help="Encode prompts by T5 too. Without it, and where the base has none, its embedding is "
+        "zeros, as in the stock pipeline.",
+    )
     validation_prompt: tuple[str, ...] = option(
         (), help="Prompts of the validation pairs; repeatable.", heading="Validation"
     )

@@ -61,9 +61,12 @@ def _made_from(spec: ConditioningSpec) -> str:
 
 def _describe_tensors(manifest: Manifest) -> Iterator[str]:
     text, latent = manifest.text_spec, manifest.latent_spec
+    t5 = f"T5 [{text.max_sequence_length}, {text.t5_width}]"
+    if text.without_t5:
+        t5 = f"no T5, zeros for its [{text.max_sequence_length}, {text.t5_width}]"
     yield (
-        f"text: CLIP [{text.clip_tokens}, {text.clip_width}], T5 [{text.max_sequence_length}, "
-        f"{text.t5_width}], pooled [{text.pooled_width}], {text.dtype}"
+        f"text: CLIP [{text.clip_tokens}, {text.clip_width}], {t5}, pooled [{text.pooled_width}], "
+        f"{text.dtype}"
     )
     for (height, width), images in zip(manifest.buckets, manifest.bucket_records(), strict=True):
         count = f", {images} images" if len(manifest.buckets) > 1 else ""

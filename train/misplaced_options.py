@@ -18,6 +18,7 @@ PRECOMPUTE_OPTIONS = (
     "--conditioning-args",
     "--num-extra-conditioning-channels",
     "--max-train-samples",
+    "--t5",
     "--random-flip",
     "--dry-run",
     "--overwrite",

@@ -23,6 +23,7 @@ from infer.drawing.requests import DrawRequest, find_requests
 from infer.loaded_base import LoadedBase
 from infer.photographs import Redrawing, find_redrawing
 from infer.pipeline import full_memory_explained, with_dtype
+from sd3.base.without_t5 import uses_t5
 from sd3.contact_sheet import contact_sheet, save_png, thumbnail
 from sd3.pretrained import read_config
 from shards.reading.cache import Cache
@@ -104,7 +105,8 @@ def _find_cached_prompts(
     texts = [request.prompt for request in requests]
     if config.guidance_scale > 1:
         texts += [request.negative_prompt for request in requests]
-    prompts = CachedPrompts(cache, texts)
+    with_t5 = uses_t5(config.pretrained_model_name_or_path, wanted=config.t5)
+    prompts = CachedPrompts(cache, texts, with_t5=with_t5)
     if not prompts.unknown:
         return prompts
     click.echo(

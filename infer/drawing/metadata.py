@@ -40,6 +40,7 @@ LATER = {
     "lora": ("lora", "lora_scale"),
     "transformer": ("transformer",),
     "single_file_config": ("single_file_config",),
+    "t5": ("t5",),
 }
 # Kinds of input files whose digests are kept, and the options that name them.
 DIGESTED = {
@@ -61,8 +62,9 @@ def describe(
         picture: settings of this picture, which replace the run's.
     """
     left_out = NOT_IDENTITY if config.from_photo else NOT_IDENTITY | OF_PHOTOGRAPHS
+    defaults = {field.name: field.default for field in dataclasses.fields(config)}
     for name, group in LATER.items():
-        if not getattr(config, name):
+        if getattr(config, name) == defaults[name]:
             left_out = left_out.union(group)
     settings = {name: value for name, value in as_dict(config).items() if name not in left_out}
     for name in PER_CONTROLNET:

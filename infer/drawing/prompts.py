@@ -17,13 +17,14 @@ class CachedPrompts:
     Args:
         cache: the cache to read from.
         prompts: every prompt of the run.
+        with_t5: whether T5's embedding is used; zeros take its place otherwise.
 
     Attributes:
         unknown: prompts that the cache does not hold.
         max_sequence_length: T5 tokens of the embeddings.
     """
 
-    def __init__(self, cache: Cache, prompts: Iterable[str]) -> None:
+    def __init__(self, cache: Cache, prompts: Iterable[str], *, with_t5: bool = True) -> None:
         self._spec = cache.manifest.text_spec
         self.max_sequence_length = self._spec.max_sequence_length
         self.unknown: list[str] = []
@@ -36,12 +37,14 @@ class CachedPrompts:
         }
         for prompt in dict.fromkeys(prompts):
             if prompt in validation:
-                record = reader.tensors(*validation[prompt])
+                record = cache.pair(*validation[prompt])
             elif key := cache.find_prompt(prompt):
                 record = cache.embeddings(key)
             else:
                 self.unknown.append(prompt)
                 continue
+            if not with_t5:
+                record["t5_embeds"] = torch.zeros_like(record["t5_embeds"])
             self._embeds[prompt] = record_embeds(record), record["pooled_embeds"]
 
     def check(self, max_sequence_length: int, transformer: Mapping[str, Any]) -> None:

@@ -19,6 +19,7 @@ from infer.memory.simulation import Drawing, Sizes, simulate
 from precompute.config import PrecomputeConfig
 from precompute.memory.simulation import read_sizes
 from sd3.base.find import find_base
+from sd3.base.without_t5 import uses_t5
 from sd3.pretrained import controlnet_mismatches, find_controlnet, read_config
 from sd3.prompt_embeds import CLIP_TOKENS
 from train.models import controlnet_config
@@ -74,9 +75,12 @@ def find_drawings(config: PipelineConfig) -> list[Drawing]:
     Raises:
         ConfigError: a model is missing, or base and ControlNet do not go together.
     """
+    components = COMPONENTS[: 2 if _is_cached(config) else None]
+    if not uses_t5(config.pretrained_model_name_or_path, wanted=config.t5):
+        components = tuple(name for name in components if name != "text_encoder_3")
     base = find_base(
         config.pretrained_model_name_or_path,
-        COMPONENTS[: 2 if _is_cached(config) else None],
+        components,
         revision=config.revision,
         cache_dir=config.cache_dir,
         weights=False,
@@ -113,7 +117,8 @@ def simulate_sets(
     Raises:
         ConfigError: base and ControlNet do not go together.
     """
-    encoders = read_sizes(base) if with_text_encoders else None
+    with_t5 = uses_t5(config.pretrained_model_name_or_path, wanted=config.t5)
+    encoders = read_sizes(base, with_t5=with_t5) if with_text_encoders else None
     found: dict[str, Drawing] = {}
     for folders in sets:
         controlnets, pictures, tokens = _read_controlnets(config, base, folders)

@@ -164,7 +164,10 @@ def _once(simulated: Callable[[], Drawing], *about: Any) -> Drawing:
 def _encode_prompts(config: PipelineConfig, sizes: Sizes) -> Drawing:
     """Return what the text encoders take."""
     assert sizes.encoders is not None
-    settings = TextSettings(sizes.tokens, config.dtype, config.dtype, allow_tf32=False)
+    width = None if sizes.encoders.t5 else int(sizes.transformer["joint_attention_dim"])
+    settings = TextSettings(
+        sizes.tokens, config.dtype, config.dtype, allow_tf32=False, width_without_t5=width
+    )
     peaks = stage1.text_peaks(sizes.encoders, settings, sizes.batch_size)
     whole, in_parts = peaks["none"], peaks["groups"]
     return Drawing(

@@ -17,10 +17,11 @@ from torch import Tensor
 from common.errors import RunError, ShardError
 from common.memory.exhausted import device_remedies, full_memory_line, is_out_of_memory
 from precompute.encoding.batch_size import BatchSize, in_parts
-from precompute.fingerprints.encoder_spec import CLIP_COMPONENTS, T5_COMPONENTS, TextSettings
+from precompute.fingerprints.encoder_spec import CLIP_COMPONENTS, TextSettings
 from precompute.memory.layer_groups import bring_in_groups
 from precompute.sources.counted import Counted
 from sd3.base.lora import Lora, merge_loras
+from sd3.base.without_t5 import T5_COMPONENTS
 from sd3.pretrained import component_variant
 
 SHOWN_CHARACTERS = 60
@@ -32,13 +33,13 @@ class Tokens:
 
     Attributes:
         clip: ids for each CLIP encoder, [B, T].
-        t5: ids for T5, [B, T].
+        t5: ids for T5, [B, T]; None without it.
         clip_lengths: how many CLIP tokens each prompt has, start and end included, uncut.
-        t5_lengths: how many T5 tokens each prompt has, the end token included, uncut.
+        t5_lengths: how many T5 tokens each prompt has, the end token included, uncut; 0 without it.
     """
 
     clip: list[Tensor]
-    t5: Tensor
+    t5: Tensor | None
     clip_lengths: list[int]
     t5_lengths: list[int]
 
@@ -49,19 +50,29 @@ class Tokenizers:
     Args:
         base: model folder with tokenizers.
         max_sequence_length: T5 tokens a prompt.
+        with_t5: whether T5 is used.
         pin_memory: whether tokens are to be copied to a GPU.
 
     Attributes:
         clip_length: CLIP tokens a prompt.
     """
 
-    def __init__(self, base: Path, max_sequence_length: int, *, pin_memory: bool = False) -> None:
+    def __init__(
+        self,
+        base: Path,
+        max_sequence_length: int,
+        *,
+        with_t5: bool = True,
+        pin_memory: bool = False,
+    ) -> None:
         from transformers import CLIPTokenizer, T5TokenizerFast
 
         self.clips = [
             CLIPTokenizer.from_pretrained(base, subfolder=name) for name, _ in CLIP_COMPONENTS
         ]
-        self.t5 = T5TokenizerFast.from_pretrained(base, subfolder=T5_COMPONENTS[0])
+        self.t5 = None
+        if with_t5:
+            self.t5 = T5TokenizerFast.from_pretrained(base, subfolder=T5_COMPONENTS[0])
         self.clip_length: int = self.clips[0].model_max_length
         self.max_sequence_length = max_sequence_length
         self.pin_memory = pin_memory
@@ -71,7 +82,7 @@ class Tokenizers:
         clip_lengths, t5_lengths = self.lengths(prompts)
         return Tokens(
             clip=[self._ids(tokenizer, prompts, self.clip_length) for tokenizer in self.clips],
-            t5=self._ids(self.t5, prompts, self.max_sequence_length),
+            t5=self._ids(self.t5, prompts, self.max_sequence_length) if self.t5 else None,
             clip_lengths=clip_lengths,
             t5_lengths=t5_lengths,
         )
@@ -79,7 +90,8 @@ class Tokenizers:
     def lengths(self, prompts: Sequence[str]) -> tuple[list[int], list[int]]:
         """Return how many tokens of CLIP, and of T5, each prompt has, uncut."""
         of_clips = [_lengths(tokenizer, prompts) for tokenizer in self.clips]
-        return [max(each) for each in zip(*of_clips, strict=True)], _lengths(self.t5, prompts)
+        of_t5 = _lengths(self.t5, prompts) if self.t5 else [0] * len(prompts)
+        return [max(each) for each in zip(*of_clips, strict=True)], of_t5
 
     def _ids(self, tokenizer: Any, prompts: Sequence[str], length: int) -> Tensor:
         tokens = tokenizer(
@@ -99,11 +111,11 @@ def _lengths(tokenizer: Any, prompts: Sequence[str]) -> list[int]:
 
 
 class TextEncoders:
-    """The two CLIP encoders and T5.
+    """The two CLIP encoders and T5, or the former alone.
 
     Args:
         clips: CLIP-L and CLIP-G, on the device.
-        t5: on the device, or brought to it in groups of layers.
+        t5: on the device, or brought to it in groups of layers; None without it.
         tokenizers: of all three; only `tokenize` needs them.
         settings: token length and number formats.
         device: where they compute.
@@ -166,14 +178,18 @@ class TextEncoders:
             merge_loras(model, name, loras)
             return model.eval()
 
+        with_t5 = settings.width_without_t5 is None
         tokenizers = Tokenizers(
-            base, settings.max_sequence_length, pin_memory=device.type == "cuda"
+            base,
+            settings.max_sequence_length,
+            with_t5=with_t5,
+            pin_memory=device.type == "cuda",
         )
         try:
             clips = [load(CLIPTextModelWithProjection, name, device) for _, name in CLIP_COMPONENTS]
             at_rest = torch.device("cpu") if in_groups else device
-            t5 = load(T5EncoderModel, T5_COMPONENTS[1], at_rest)
-            if in_groups:
+            t5 = load(T5EncoderModel, T5_COMPONENTS[1], at_rest) if with_t5 else None
+            if in_groups and with_t5:
                 bring_in_groups(t5, device, rest_stays=True)
         except RuntimeError as error:
             if not is_out_of_memory(error):
@@ -201,10 +217,10 @@ class TextEncoders:
             size: how many prompts are encoded at once.
 
         Returns:
-            `clip_embeds` [B, T, W], `t5_embeds` [B, T, W] and `pooled_embeds` [B, W], on the
-            device.
+            `clip_embeds` [B, T, W], `t5_embeds` [B, T, W] unless there is no T5, and
+            `pooled_embeds` [B, W], on the device.
         """
-        inputs = [tokens.t5, *tokens.clip]
+        inputs = [*tokens.clip, *([] if tokens.t5 is None else [tokens.t5])]
         embeds = in_parts(
             self._embeds,
             inputs,
@@ -215,18 +231,21 @@ class TextEncoders:
         dtype = getattr(torch, self.settings.cache_dtype)
         return {name: tensor.to(dtype) for name, tensor in embeds.items()}
 
-    def _embeds(self, t5: Tensor, *clip: Tensor) -> dict[str, Tensor]:
+    def _embeds(self, *tokens: Tensor) -> dict[str, Tensor]:
         hidden, pooled = [], []
-        for ids, encoder in zip(clip, self.clips, strict=True):
+        count = len(self.clips)
+        for ids, encoder in zip(tokens[:count], self.clips, strict=True):
             output = encoder(ids.to(self.device, non_blocking=True), output_hidden_states=True)
             # SD3 takes the projection of the end token and the last layer but one.
             pooled.append(output[0])
             hidden.append(output.hidden_states[-2])
-        return {
+        embeds = {
             "clip_embeds": torch.cat(hidden, dim=-1),
-            "t5_embeds": self.t5(t5.to(self.device, non_blocking=True))[0],
             "pooled_embeds": torch.cat(pooled, dim=-1),
         }
+        if self.t5 is not None:
+            embeds["t5_embeds"] = self.t5(tokens[count].to(self.device, non_blocking=True))[0]
+        return embeds
 
 
 def _remedies(settings: TextSettings, device: torch.device, *, in_groups: bool) -> list[str]:

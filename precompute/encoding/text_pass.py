@@ -71,7 +71,12 @@ def look_at_prompts(context: Context) -> list[str]:
     if not context.shards_to_build(context.products.text):
         return []
     step = -(-count // PROMPTS_LOOKED_AT)
-    tokenizers = Tokenizers(context.specs.base, context.config.max_sequence_length)
+    settings = context.specs.text_settings
+    tokenizers = Tokenizers(
+        context.specs.base,
+        settings.max_sequence_length,
+        with_t5=settings.width_without_t5 is None,
+    )
     cut = CutPrompts(tokenizers)
     for start in range(0, count, step * USUAL_BATCH):
         items = range(start, min(count, start + step * USUAL_BATCH), step)

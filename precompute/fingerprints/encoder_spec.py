@@ -12,7 +12,9 @@ from common.errors import ConfigError
 from precompute.config import PrecomputeConfig
 from precompute.fingerprints.digest_cache import DigestCache
 from precompute.fingerprints.fingerprint import hash_component, hash_file
+from sd3.base.find import find_base
 from sd3.base.lora import Lora, find_loras
+from sd3.base.without_t5 import T5_COMPONENTS, uses_t5
 from sd3.buckets import bucket_shapes
 from sd3.images import BACKGROUND
 from sd3.pretrained import has_component, largest_side, read_config, vae_factor
@@ -22,20 +24,34 @@ from shards.format.specs import ConditioningSpec, LatentSpec, TextSpec
 # Above this the activations of a whole image take more memory than many GPUs have.
 TILED_ABOVE_PX = 1024
 CLIP_COMPONENTS = (("tokenizer", "text_encoder"), ("tokenizer_2", "text_encoder_2"))
-T5_COMPONENTS = ("tokenizer_3", "text_encoder_3")
 # What a record's bytes depend on besides its content; plain JSON values.
 Identity = dict[str, Any]
-COMPONENTS = (*(name for pair in CLIP_COMPONENTS for name in pair), *T5_COMPONENTS)
 
 
 @dataclass(frozen=True)
 class TextSettings:
-    """The settings that the embeddings of a prompt depend on."""
+    """The settings that the embeddings of a prompt depend on.
+
+    Attributes:
+        width_without_t5: width of the zeros that stand for T5's embedding; None with T5.
+    """
 
     max_sequence_length: int
     compute_dtype: str
     cache_dtype: str
     allow_tf32: bool
+    width_without_t5: int | None = None
+
+    @property
+    def components(self) -> tuple[str, ...]:
+        """Tokenizers and text encoders that are used, as the base's folders are named."""
+        return text_components(with_t5=self.width_without_t5 is None)
+
+
+def text_components(*, with_t5: bool) -> tuple[str, ...]:
+    """Return the folders of tokenizers and text encoders."""
+    clips = tuple(name for pair in CLIP_COMPONENTS for name in pair)
+    return clips + T5_COMPONENTS if with_t5 else clips
 
 
 def text_spec(base: Path, settings: TextSettings) -> TextSpec:
@@ -51,17 +67,18 @@ def text_spec(base: Path, settings: TextSettings) -> TextSpec:
             ("text_encoder_2", "hidden_size"),
             ("text_encoder", "projection_dim"),
             ("text_encoder_2", "projection_dim"),
-            ("text_encoder_3", "d_model"),
         )
     }
+    t5_width = settings.width_without_t5 or _width(base, "text_encoder_3", "d_model")
     return TextSpec(
         clip_tokens=clip_tokens(base),
         clip_width=widths["text_encoder", "hidden_size"] + widths["text_encoder_2", "hidden_size"],
         max_sequence_length=settings.max_sequence_length,
-        t5_width=widths["text_encoder_3", "d_model"],
+        t5_width=t5_width,
         pooled_width=widths["text_encoder", "projection_dim"]
         + widths["text_encoder_2", "projection_dim"],
         dtype=settings.cache_dtype,
+        without_t5=True if settings.width_without_t5 else None,
     )
 
 
@@ -94,7 +111,8 @@ def text_identity(
     With `former`, as former versions of this program wrote it.
     """
     components = {
-        name: hash_component(base / name, variant, digests, former=former) for name in COMPONENTS
+        name: hash_component(base / name, variant, digests, former=former)
+        for name in settings.components
     }
     return {
         **components,
@@ -232,9 +250,24 @@ class EncoderSpecs:
 
 
 def text_settings(config: PrecomputeConfig) -> TextSettings:
-    """Return what a run's text encoders are run with."""
+    """Return what a run's text encoders are run with.
+
+    Raises:
+        ConfigError: without T5: the base's transformer, whose width the zeros have, is not found.
+    """
+    width = None
+    if not uses_t5(config.pretrained_model_name_or_path, wanted=config.t5):
+        base = find_base(
+            config.pretrained_model_name_or_path,
+            ("transformer",),
+            revision=config.revision,
+            cache_dir=config.cache_dir,
+            weights=False,
+            single_file_config=config.single_file_config,
+        )
+        width = _width(base, "transformer", "joint_attention_dim")
     return TextSettings(
-        config.max_sequence_length, config.text_dtype, config.cache_dtype, config.allow_tf32
+        config.max_sequence_length, config.text_dtype, config.cache_dtype, config.allow_tf32, width
     )
 
 

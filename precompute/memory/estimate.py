@@ -13,7 +13,6 @@ from common.options import as_arguments
 from precompute.config import PrecomputeConfig
 from precompute.fingerprints.encoder_spec import (
     CLIP_COMPONENTS,
-    T5_COMPONENTS,
     latent_settings,
     text_settings,
 )
@@ -28,8 +27,8 @@ from precompute.memory.simulation import (
 )
 from precompute.planning.workers import find_part
 from sd3.base.find import find_base
+from sd3.base.without_t5 import uses_t5
 
-ENCODERS = (*(name for _, name in CLIP_COMPONENTS), T5_COMPONENTS[1], "vae")
 # What reduces the peak of the text pass, and of the image pass, the best first.
 TEXT_REMEDIES: tuple[dict[str, Any], ...] = (
     {"offload": "groups"},
@@ -79,15 +78,16 @@ def find_sizes(config: PrecomputeConfig) -> Sizes:
     Raises:
         ConfigError: the base model or one of its configurations is missing.
     """
+    t5 = uses_t5(config.pretrained_model_name_or_path, wanted=config.t5)
     base = find_base(
         config.pretrained_model_name_or_path,
-        ENCODERS,
+        [*(name for _, name in CLIP_COMPONENTS), *(["text_encoder_3"] if t5 else []), "vae"],
         revision=config.revision,
         cache_dir=config.cache_dir,
         weights=False,
         single_file_config=config.single_file_config,
     )
-    return read_sizes(base)
+    return read_sizes(base, with_t5=t5)
 
 
 def estimate(config: PrecomputeConfig, sizes: Sizes, free: int | None) -> Estimate:

@@ -7,7 +7,6 @@ from common.device import free_gpu_bytes
 from common.memory.need import GB, Need
 from precompute.config import PrecomputeConfig
 from precompute.encoding.text_pass import USUAL_BATCH
-from precompute.fingerprints.encoder_spec import text_settings
 from precompute.memory.simulation import Offload, Peak, read_sizes, text_peaks
 from precompute.planning.context import Context
 
@@ -27,8 +26,10 @@ def choose_offload(context: Context) -> Context:
     ):
         free = free_gpu_bytes(str(context.device))
         assert free is not None
-        sizes = read_sizes(context.specs.base)
-        peaks = text_peaks(sizes, text_settings(config), text_batch(config))
+        settings = context.specs.text_settings
+        with_t5 = settings.width_without_t5 is None
+        sizes = read_sizes(context.specs.base, with_t5=with_t5)
+        peaks = text_peaks(sizes, settings, text_batch(config))
         chosen = fitting_offload(peaks, free)
         if chosen == "groups":
             needed = Need(peaks["none"].total).free

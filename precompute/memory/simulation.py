@@ -20,7 +20,6 @@ from precompute.encoding.text_encoders import TextEncoders, Tokens
 from precompute.encoding.vae_encoder import VaeEncoder
 from precompute.fingerprints.encoder_spec import (
     CLIP_COMPONENTS,
-    T5_COMPONENTS,
     LatentSettings,
     TextSettings,
 )
@@ -40,12 +39,12 @@ class Sizes:
 
     Attributes:
         clips: of CLIP-L and CLIP-G.
-        t5: of T5.
+        t5: of T5; None without it.
         vae: of the VAE.
     """
 
     clips: tuple[Mapping[str, Any], ...]
-    t5: Mapping[str, Any]
+    t5: Mapping[str, Any] | None
     vae: Mapping[str, Any]
 
 
@@ -72,15 +71,19 @@ class Peak:
         return self.weights + self.activations
 
 
-def read_sizes(base: Path) -> Sizes:
+def read_sizes(base: Path, *, with_t5: bool = True) -> Sizes:
     """Return the sizes of a base model's encoders, from its configurations alone.
+
+    Args:
+        base: its folder.
+        with_t5: whether T5 is used.
 
     Raises:
         ConfigError: a configuration is missing.
     """
     return Sizes(
         tuple(read_config(base, name) for _, name in CLIP_COMPONENTS),
-        read_config(base, T5_COMPONENTS[1]),
+        read_config(base, "text_encoder_3") if with_t5 else None,
         read_config(base, "vae"),
     )
 
@@ -107,17 +110,20 @@ def text_peaks(sizes: Sizes, settings: TextSettings, batch: int) -> dict[Offload
         configs = [CLIPTextConfig.from_dict({**config, **said}) for config in sizes.clips]
         with default_dtype(dtype):
             clips = [CLIPTextModelWithProjection(config).eval() for config in configs]
-            t5 = T5EncoderModel(T5Config.from_dict({**sizes.t5, **said}))
-        t5 = _keep_float32(t5, dtype)
-        for encoder in (*clips, t5):
+            t5 = T5EncoderModel(T5Config.from_dict({**sizes.t5, **said})) if sizes.t5 else None
+        t5 = t5 and _keep_float32(t5, dtype)
+        for encoder in (*clips, *([t5] if t5 else [])):
             _count(meter, encoder, WEIGHTS)
         lengths = [config.max_position_embeddings for config in configs]
         clip_ids = [torch.zeros(batch, length, dtype=torch.long) for length in lengths]
-        t5_ids = torch.zeros(batch, settings.max_sequence_length, dtype=torch.long)
+        t5_ids = None
+        if t5:
+            t5_ids = torch.zeros(batch, settings.max_sequence_length, dtype=torch.long)
         encoders = TextEncoders(clips, t5, None, settings, CPU)
         tokens = Tokens(clip_ids, t5_ids, [], [])
         whole = _peak(meter, lambda: encoders.encode(tokens, BatchSize(batch)))
-        return {"none": whole, "groups": _in_groups(whole, t5)}
+        # Only T5 visits the device in groups of layers.
+        return {"none": whole, "groups": _in_groups(whole, t5) if t5 else whole}
 
 
 def _in_groups(whole: Peak, t5: Any) -> Peak:

@@ -15,10 +15,10 @@ from common.errors import ConfigError
 from precompute.config import PrecomputeConfig
 from precompute.fingerprints.digest_cache import DigestCache
 from precompute.fingerprints.encoder_spec import (
-    COMPONENTS,
     EncoderSpecs,
     Identity,
     read_specs,
+    text_components,
 )
 from precompute.planning.bad_rows import BadRows, faulty_rows
 from precompute.planning.context import Context, Products
@@ -55,6 +55,7 @@ from precompute.sources.source import Kind, Source
 from sd3.annotators.annotator import Annotator
 from sd3.annotators.registry import find_annotator
 from sd3.base.find import find_base
+from sd3.base.without_t5 import uses_t5
 from sd3.buckets import nearest_buckets
 from sd3.value_scale import AS_IS
 from shards.format.manifest import conditioning_folder, validation_folder
@@ -75,9 +76,10 @@ def prepare(config: PrecomputeConfig) -> Context:
     source = KeptImages(open_source(config.source_settings()), _uses_of_images(config, annotator))
     if part.leads or config.part is not None:
         _print_source(source)
+    with_t5 = uses_t5(config.pretrained_model_name_or_path, wanted=config.t5)
     base = find_base(
         config.pretrained_model_name_or_path,
-        (*COMPONENTS, "vae"),
+        (*text_components(with_t5=with_t5), "vae"),
         revision=config.revision,
         variant=config.variant,
         cache_dir=config.cache_dir,

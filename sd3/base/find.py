@@ -10,6 +10,7 @@ from pathlib import Path
 from common.errors import ConfigError
 from sd3.base.contents import Contents, read_contents
 from sd3.base.converted import converted_base
+from sd3.base.without_t5 import T5_COMPONENTS
 from sd3.pretrained import FILE_PATTERNS, download, has_component, is_hub_id
 from sd3.single_file import is_one_file, refuse_file, refuse_files_alone
 
@@ -150,12 +151,14 @@ def _find_folder(
     missing = [name for name in subfolders if not has_component(folder, name)]
     if missing:
         refuse_files_alone("base model", name_or_path, revision)
+        of_t5_alone = set(missing) <= set(T5_COMPONENTS)
+        hint = " SD3 draws without T5 too: --no-t5." if of_t5_alone else ""
         # Where no file matches, there is no folder either.
         present = sorted(path.name for path in folder.glob("*/"))
         raise ConfigError(
             f"base model {name_or_path!r}: no {', '.join(f'{name}/' for name in missing)} in it; "
             f"found {', '.join(f'{name}/' for name in present) or 'no folders'}. "
-            "A diffusers model folder has one folder for each component."
+            f"A diffusers model folder has one folder for each component.{hint}"
         )
     return folder
 

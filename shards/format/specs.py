@@ -45,6 +45,10 @@ def describe_annotator(name: str, arguments: Mapping[str, Any]) -> str:
 class TextSpec:
     """Shapes of a text record: `clip_embeds` [clip_tokens, clip_width], `t5_embeds`
     [max_sequence_length, t5_width], `pooled_embeds` [pooled_width].
+
+    Attributes:
+        without_t5: whether the base has no T5; then records hold no `t5_embeds`, which are zeros
+            of this shape for the networks. None for no.
     """
 
     clip_tokens: Size
@@ -53,9 +57,17 @@ class TextSpec:
     t5_width: Size
     pooled_width: Size
     dtype: DType
+    without_t5: bool | None = None
 
     def tensor_specs(self) -> dict[str, TensorSpec]:
         """Return the tensors of a text record, by name."""
+        specs = self.network_specs()
+        if self.without_t5:
+            del specs["t5_embeds"]
+        return specs
+
+    def network_specs(self) -> dict[str, TensorSpec]:
+        """Return what the networks get of a prompt, by name: also what no record holds."""
         return {
             "clip_embeds": TensorSpec((self.clip_tokens, self.clip_width), self.dtype),
             "t5_embeds": TensorSpec((self.max_sequence_length, self.t5_width), self.dtype),

@@ -23,7 +23,7 @@ from shards.format.manifest import (
 from shards.format.tensor_spec import TensorSpec
 from shards.reading.location import Files, LocalFiles, ShardId
 from shards.reading.order import Order
-from shards.reading.tensors import TensorReader, byte_view
+from shards.reading.tensors import TensorReader, byte_view, empty_tensors
 
 
 class SampleRecords(NamedTuple):
@@ -145,7 +145,7 @@ class Cache:
         Raises:
             ShardError: the cache does not have it.
         """
-        return self.text.tensors(*self.text.locate(self.empty_prompt_key()))
+        return self.embeddings(self.empty_prompt_key())
 
     def empty_prompt_key(self) -> str:
         """Return the key of the empty prompt, always the first record of the first shard.
@@ -178,8 +178,9 @@ class Cache:
 
     def sample_specs(self, bucket: int) -> dict[str, TensorSpec]:
         """Return the tensors of a sample of a bucket, by name: latents, conditioning and text."""
-        readers = (self.latents, self.conditioning, self.text)
-        return {name: spec for reader in readers for name, spec in reader.specs[bucket].items()}
+        readers = (self.latents, self.conditioning)
+        specs = {name: spec for reader in readers for name, spec in reader.specs[bucket].items()}
+        return specs | self.manifest.text_spec.network_specs()
 
     def read(
         self,
@@ -202,6 +203,8 @@ class Cache:
             ShardError: a record is missing or damaged.
         """
         views = {name: byte_view(tensor) for name, tensor in batch.items()}
+        absent = batch.keys() & self.manifest.text_spec.network_specs().keys()
+        absent -= self.text.specs[0].keys()
         first: dict[str, int] = {}
         places = range(len(samples)) if positions is None else positions
         for position, sample, prompt in zip(places, samples, prompts, strict=True):
@@ -213,6 +216,8 @@ class Cache:
             else:
                 for name in self.text.specs[0]:
                     views[name][position] = views[name][source]
+            for name in absent:
+                views[name][position] = 0
 
     def sample(self, shard: int, index: int) -> tuple[str, dict[str, Tensor], list[str]]:
         """Return one image's key, its tensors and the keys of the prompts that caption it.
@@ -250,7 +255,18 @@ class Cache:
 
     def embeddings(self, prompt_key: str) -> dict[str, Tensor]:
         """Return `clip_embeds` [T, W], `t5_embeds` [T, W] and `pooled_embeds` [W] of a prompt."""
-        return self.text.tensors(*self.text.locate(prompt_key))
+        return self._with_t5(self.text.tensors(*self.text.locate(prompt_key)))
+
+    def pair(self, shard: int, index: int) -> dict[str, Tensor]:
+        """Return the tensors of a validation pair: of a prompt, and of a conditioning image."""
+        return self._with_t5(self.validation.tensors(shard, index))
+
+    def _with_t5(self, record: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Return a record of a prompt with the zeros that stand for T5 where there is none."""
+        specs = self.manifest.text_spec.network_specs()
+        absent = {name: spec for name, spec in specs.items() if name not in record}
+        zeros = {name: tensor[0].zero_() for name, tensor in empty_tensors(absent, 1).items()}
+        return record | zeros
 
 
 def _two_windows(order: Order, place: int) -> list[int]:

@@ -47,6 +47,8 @@ transformer = SD3Transformer2DModel.from_single_file(
     torch_dtype=torch.float16,
 )"""
         given = "transformer=transformer, "
+    if not data.get("t5", True):
+        given += "text_encoder_3=None, tokenizer_3=None, "
     return f"""```python
 {numpy}import torch
 from diffusers import {classes}

@@ -27,6 +27,7 @@ def data_entry(manifest: Manifest, conditioning_name: str) -> dict[str, Any]:
         **_sizes(manifest.buckets, conditioning.vae_scale_factor),
         "latents_fingerprint": manifest.latents.fingerprint,
         "text_fingerprint": manifest.text.fingerprint,
+        **({"t5": False} if manifest.text_spec.without_t5 else {}),
         **({"annotator": dataclasses.asdict(annotator)} if annotator else {}),
     }
 

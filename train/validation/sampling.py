@@ -46,7 +46,7 @@ def read_pairs(cache: Cache) -> list[Pair]:
     reader = cache.validation
     pairs = []
     for shard, slot in reader.locations():
-        record = reader.tensors(shard, slot)
+        record = cache.pair(shard, slot)
         pairs.append(
             Pair(
                 prompt=str(reader.metadata(shard, slot).get("prompt", "")),

@@ -16,7 +16,6 @@ from precompute.config import PrecomputeConfig
 from precompute.fingerprints import fingerprint
 from precompute.fingerprints.digest_cache import DigestCache
 from precompute.fingerprints.encoder_spec import (
-    COMPONENTS,
     EncoderSpecs,
     LatentSettings,
     TextSettings,
@@ -36,7 +35,7 @@ LATENTS = LatentSettings(512, [(512, 512)], "mean", "bfloat16", "float16", "whit
 @pytest.fixture
 def model(tmp_path: Path) -> Path:
     """A folder of components, each with a configuration, weights and tokenizer files."""
-    for name in (*COMPONENTS, "vae"):
+    for name in (*TEXT.components, "vae"):
         folder = tmp_path / "model" / name
         folder.mkdir(parents=True)
         (folder / "config.json").write_text('{"width": 4, "_name_or_path": "here"}')
@@ -102,7 +101,7 @@ def test_products_in_full_count_where_float32_is_computed(
         assert ("allow_tf32" in identity) == counts
 
 
-@pytest.mark.parametrize("component", [*COMPONENTS, "vae"])
+@pytest.mark.parametrize("component", [*TEXT.components, "vae"])
 def test_each_component_counts(model: Path, digests: DigestCache, component: str) -> None:
     def both() -> dict[str, Any]:
         text = text_identity(model, None, TEXT, digests)
