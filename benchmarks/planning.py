@@ -35,6 +35,8 @@ from precompute.planning.existing_layout import layout_arrays
 from precompute.planning.inventory import take_inventory
 from precompute.planning.layout import EMPTY, Layout
 from precompute.planning.plan import ProductPlan
+from precompute.planning.views.listing import list_views
+from precompute.planning.views.random_crops import RandomCrops
 from precompute.sources.file_versions import SETTLED_NS
 from precompute.sources.open_source import open_source
 from precompute.sources.source import Kind, Row, Source, SourceSettings
@@ -128,9 +130,10 @@ def make_plans(
     )
     latent_tensors = [SD3_1024PX.latent_spec().tensor_specs("latent", GRID)]
     none_held_out = np.zeros(len(inventory), bool)
+    views = list_views(none_held_out, 1, mirrored=False)
     latents = plans.plan_latents(
         folder,
-        plans.image_contents(inventory.images, none_held_out, mirrored=False),
+        plans.image_contents(inventory.images, none_held_out, views, RandomCrops(0, 0.5, 1.0)),
         np.zeros(len(inventory), np.int64),
         none_held_out,
         {"": 0},
@@ -139,7 +142,7 @@ def make_plans(
         before["latents"],
     )
     lap("layout")
-    latents = plans.with_captions(latents, inventory, prompts, text)
+    latents = plans.with_captions(latents, views, inventory, prompts, text)
     control = plans.plan_conditioning(
         folder, latents, inventory.conditionings, {"": 1}, latent_tensors
     )

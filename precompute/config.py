@@ -11,6 +11,7 @@ from common.checks import check_resolution, check_sequence_length, pair_up
 from common.errors import ConfigError
 from common.memory.processes import num_cores
 from common.options import flag, option
+from precompute.planning.views.random_crops import RandomCrops, parse_crop_scale
 from precompute.planning.workers import find_part
 from precompute.sources.source import SourceSettings
 from sd3.annotators.arguments import parse_arguments
@@ -19,6 +20,7 @@ from sd3.images import BACKGROUND, OtherShape
 from sd3.value_scale import AS_IS, parse_scale
 from shards.format.manifest import CONTROL_NAME, DEFAULT_CONDITIONING
 
+CROP_SCALE = "0.5:1"
 MOST_LOADERS = 16  # they decode more than any GPU encodes
 
 
@@ -91,7 +93,17 @@ class PrecomputeConfig:
     random_flip: bool = option(
         False, help="Add every image and its conditioning image a second time, mirrored."
     )
-    seed: int = option(0, help="Seed for the choice of rows.")
+    views: int = option(
+        1,
+        help="Crops of each image and its conditioning image that are kept, each as a pair of its "
+        "own: the centre crop, and random ones, drawn by --seed.",
+    )
+    crop_scale: str = option(
+        CROP_SCALE,
+        help="LOW:HIGH, how large random crops are: their sides as a share of those of the largest "
+        "crop, drawn between the two.",
+    )
+    seed: int = option(0, help="Seed for the choice of rows, and for random crops.")
     pretrained_model_name_or_path: str = option(
         help="Base model: a diffusers folder, a hub id or a .safetensors file; only VAE, text "
         "encoders and tokenizers are read.",
@@ -278,6 +290,7 @@ class PrecomputeConfig:
                 f"--background {self.background}: no colour; try white, or #ffffff."
             ) from error
         self._check_scale()
+        self._check_views()
         for name in ("vae_batch_size", "text_batch_size", "dataloader_num_workers"):
             value = getattr(self, name)
             if value not in (None, "auto") and value < 1:
@@ -350,6 +363,28 @@ class PrecomputeConfig:
                     "set, and --conditioning-from draws them; leave one out."
                 )
 
+    def _check_views(self) -> None:
+        if self.views < 1:
+            raise ConfigError(f"--views {self.views}: must be at least 1, the centre crop.")
+        given = f"--crop-scale {self.crop_scale}"
+        try:
+            least, _ = parse_crop_scale(self.crop_scale)
+        except ValueError as error:
+            raise ConfigError(
+                f"{given}: expected LOW:HIGH, above 0 and up to 1, the lower one first, such as "
+                f"{CROP_SCALE}."
+            ) from error
+        if least == 1:
+            raise ConfigError(
+                f"{given}: all crops of an image that has the shape of --resolution would be the "
+                "same; give a smaller LOW."
+            )
+        if self.views == 1 and self.crop_scale != CROP_SCALE:
+            raise ConfigError(
+                f"{given}: is for random crops, and --views 1 keeps the centre crop alone; give "
+                "--views 2 or more."
+            )
+
     @property
     def inpainting(self) -> bool:
         """Whether the cache is for inpainting."""
@@ -357,8 +392,13 @@ class PrecomputeConfig:
 
     @property
     def images_per_row(self) -> int:
-        """How many images each row gives: 2 with its mirror."""
-        return 2 if self.random_flip else 1
+        """How many images each row gives that is trained on: its crops, and their mirrors."""
+        return self.views * (2 if self.random_flip else 1)
+
+    @property
+    def random_crops(self) -> RandomCrops:
+        """How random crops are drawn."""
+        return RandomCrops(self.seed, *parse_crop_scale(self.crop_scale))
 
     @property
     def num_loaders(self) -> int:

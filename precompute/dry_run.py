@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import click
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -35,7 +36,8 @@ def dry_run(context: Context) -> None:
     click.echo(f"{rows} rows, {captions} captions, {len(context.prompts)} distinct prompts")
     if count := len(context.bad_rows):
         table = context.bad_rows.table()
-        click.echo(f"{count} rows would be left out, {rows - count} pairs kept:\n{table}")
+        kept = len(context.views) - np.isin(context.views.rows, list(context.bad_rows.rows)).sum()
+        click.echo(f"{count} rows would be left out, {kept} pairs kept:\n{table}")
     if changes := source_changes(context):
         click.echo(f"the source since the last run: {changes}")
     odd = [*describe_oddities(context), *look_at_controls(context), *look_at_prompts(context)]

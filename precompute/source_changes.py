@@ -29,7 +29,7 @@ def source_changes(context: Context) -> str:
     old = arrays.get("latents.ids")
     if old is None or not planned.num_rows:
         return ""
-    ids = context.products.latents.ids[:: context.config.images_per_row]
+    ids = context.products.latents.ids[context.views.is_first]
     stayed, now, before = _count_common(ids, old), len(ids), planned.num_rows
     changed = min(now, before) - stayed
     counts = [
@@ -76,7 +76,7 @@ def _count_common(ids: NDArray[np.uint64], old: NDArray[np.uint64]) -> int:
 
 
 def _changed_captions(context: Context) -> int:
-    """Return how many rows that stay have other captions."""
+    """Return how many rows that stay have other captions; each is known by its first view."""
     latents, changed = context.products.latents, 0
     for shard, summary in enumerate(context.finished[latents.folder]):
         if summary is not None and summary.captions == latents.captions[shard]:
@@ -86,11 +86,14 @@ def _changed_captions(context: Context) -> int:
             card = sidecar.load(latents.folder, shard)
         if card is None or card.captions == latents.captions[shard]:
             continue
-        planned = context.caption_keys(latents.shard(shard))
+        plan = latents.shard(shard)
+        planned = context.caption_keys(plan)
+        is_first = context.views.is_first[plan.items]
+        firsts = {plan.key(int(at), latents.ids) for at in np.flatnonzero(is_first)}
         for key, prompts in zip(card.keys, card.prompts, strict=False):
-            if key in planned:
+            if key in firsts:
                 changed += _prompt_ids(prompts) != _prompt_ids(planned[key])
-    return changed // context.config.images_per_row
+    return changed
 
 
 def _prompt_ids(keys: list[str]) -> list[str]:

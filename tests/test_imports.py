@@ -24,7 +24,12 @@ CACHE = {
     "shards.remote",
 }
 STAGE = CACHE | {"sd3.annotators", "shards"}
-PLANNING = {"precompute.sources", "precompute.fingerprints", "precompute.planning"}
+PLANNING = {
+    "precompute.sources",
+    "precompute.fingerprints",
+    "precompute.planning",
+    "precompute.planning.views",
+}
 PRECOMPUTE = PLANNING | {"precompute.encoding", "precompute.memory", "precompute"}
 BELOW_SAVING = {"train.processes", "train.optim", "train.validation"}
 TRAIN = BELOW_SAVING | {"train", "train.continued", "train.memory", "train.saving", "train.sets"}
@@ -71,8 +76,14 @@ ALLOWED = {
     "precompute.sources": STAGE
     | {"precompute.sources.files", "precompute.sources.parquet", "precompute.sources.webdataset"},
     "precompute.fingerprints": STAGE | {"precompute.config", "precompute.sources"},
+    "precompute.planning.views": {"sd3"},
     "precompute.planning": STAGE
-    | {"precompute.config", "precompute.sources", "precompute.fingerprints"},
+    | {
+        "precompute.config",
+        "precompute.sources",
+        "precompute.fingerprints",
+        "precompute.planning.views",
+    },
     "precompute.encoding": STAGE | PLANNING | {"precompute.memory.layer_groups"},
     "precompute.memory": STAGE | PLANNING | {"precompute.config", "precompute.encoding"},
     "precompute": STAGE | PRECOMPUTE,

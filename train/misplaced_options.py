@@ -20,6 +20,8 @@ PRECOMPUTE_OPTIONS = (
     "--max-train-samples",
     "--t5",
     "--random-flip",
+    "--views",
+    "--crop-scale",
     "--dry-run",
     "--overwrite",
     "--cache-dtype",

@@ -7,6 +7,7 @@ from common.errors import ShardError
 from precompute.encoding.control_values import ControlValues, used_values
 from precompute.planning.context import Context
 from precompute.planning.inventory import digest_hex
+from precompute.planning.views.random_crops import cut
 from precompute.sources.patient_read import read_patiently
 from precompute.sources.source import Kind
 from sd3 import images
@@ -54,11 +55,30 @@ class SourceImages:
         return without_masked(picture, control) if inpainting else control
 
     def _picture(self, item: int, size_px: tuple[int, int]) -> Image.Image:
-        picture = images.fit(self._decode_image(self.context.row_of(item)), size_px)
-        return self._mirrored(item, picture)
+        image = self._decode_image(self.context.row_of(item))
+        return self._view(item, image, size_px, image.size)
 
-    def _mirrored(self, item: int, picture: Image.Image) -> Image.Image:
-        return ImageOps.mirror(picture) if self.context.is_mirrored(item) else picture
+    def _view(
+        self,
+        item: int,
+        image: Image.Image,
+        size_px: tuple[int, int],
+        like: tuple[int, int],
+        other_shape: images.OtherShape = "refuse",
+    ) -> Image.Image:
+        """Return an item's view of its row's image, or of one that lies over it.
+
+        Raises:
+            BadImage: the image cannot be laid over the row's.
+        """
+        if self.context.views.crops[item]:
+            box = self.context.crop_of(item)
+            if box is None:
+                raise BadImage("its image has no size")
+            view = cut(image, box, size_px, like, other_shape)
+        else:
+            view = images.fit(image, size_px, like, other_shape)
+        return ImageOps.mirror(view) if self.context.views.mirrored[item] else view
 
     def _fit_conditioning_image(self, item: int, size_px: tuple[int, int]) -> Image.Image:
         row, config = self.context.row_of(item), self.context.config
@@ -70,15 +90,14 @@ class SourceImages:
             self.note_values(item, numbers, config.conditioning_scale)
             if not width:
                 raise BadImage("its image has no size")
-            fitted = images.fit(control, size_px, (width, height), config.conditioning_fit)
-            return self._mirrored(item, fitted)
+            return self._view(item, control, size_px, (width, height), config.conditioning_fit)
         except BadImage as error:
             name = self.context.file_name(row, "conditioning_image")
             raise BadImage(f"{name}: {error}") from error
 
     def note_values(self, item: int, numbers: Image.Image, scale: str) -> None:
         """Count what an item's conditioning image holds; each row once."""
-        if not self.context.is_mirrored(item):
+        if self.context.views.is_first[item]:
             self.control_values.add(self.context.row_of(item), used_values(numbers, scale))
 
     def _decode_image(self, row: int) -> Image.Image:

@@ -23,10 +23,13 @@ from precompute.planning.inventory import Inventory, digest_hex, prompt_digest
 from precompute.planning.plan import ProductPlan, ShardPlan, bytes_needed, item_key
 from precompute.planning.products import Prompts, image_metadata, text_addresses
 from precompute.planning.validation_pairs import ValidationPair
+from precompute.planning.views.listing import Views
+from precompute.planning.views.random_crops import Box
 from precompute.planning.workers import Part
 from precompute.sources.kept_images import KeptImages
 from precompute.sources.source import Kind, printable
 from sd3.annotators.annotator import Annotator
+from sd3.buckets import nearest_buckets
 from shards.format.expected_cache import ExpectedCache, ExpectedProduct
 from shards.format.manifest import conditioning_folder, validation_folder
 from shards.format.sidecar import Summary
@@ -60,6 +63,7 @@ class Context:
         specs: what the encoders compute.
         inventory: of the chosen rows.
         held_out: which rows are held out of training, [N].
+        views: of each row's picture, which the latents are of.
         bad_rows: the rows that cannot be used.
         prompts: the distinct prompts.
         pairs: the validation pairs.
@@ -75,6 +79,7 @@ class Context:
     specs: EncoderSpecs
     inventory: Inventory
     held_out: NDArray[np.bool_]
+    views: Views
     bad_rows: BadRows
     prompts: Prompts
     pairs: list[ValidationPair]
@@ -155,15 +160,22 @@ class Context:
         if not self.quiet:
             click.echo(text)
 
-    # From items to rows and records. An item of the latents is an image, or its mirror.
+    # From items to rows and records. An item of the latents is a view of a row's picture.
 
     def row_of(self, item: int) -> int:
-        """Return the inventory's row of an image."""
-        return item // self.config.images_per_row
+        """Return the inventory's row of a view."""
+        return int(self.views.rows[item])
 
-    def is_mirrored(self, item: int) -> bool:
-        """Tell whether an image is the mirror of its row's image."""
-        return item % self.config.images_per_row == 1
+    def crop_of(self, item: int) -> Box | None:
+        """Return where a view lies in its picture; None for a centre crop, or without a picture."""
+        row, number = self.row_of(item), int(self.views.crops[item])
+        width, height = map(int, self.inventory.sizes[row])
+        if not (number and width and height):
+            return None
+        shapes = self.specs.latent_settings.shapes
+        (bucket,) = nearest_buckets(self.inventory.sizes[row : row + 1], shapes)
+        picture = digest_hex(self.inventory.images[row])
+        return self.config.random_crops.box(picture, number, (width, height), shapes[bucket])
 
     def row_name(self, item: int) -> str:
         """Return the name of an image's row in reports."""
@@ -204,8 +216,9 @@ class Context:
         row = self.row_of(item)
         metadata = image_metadata(
             self.inventory.images[row],
-            mirrored=self.is_mirrored(item),
+            mirrored=bool(self.views.mirrored[item]),
             held_out=bool(self.held_out[row]),
+            crop=self.crop_of(item),
         )
         is_conditioning = product is self.products.conditioning
         if is_conditioning:
@@ -265,6 +278,8 @@ class Context:
             },
             num_rows=len(self.inventory),
             num_images=self.products.latents.num_records,
+            images_per_row=self.config.images_per_row,
+            num_held_out=int(self.held_out.sum()),
             max_bad_fraction=self.bad_rows.max_fraction,
             annotator=self._annotator_spec(),
         )

@@ -30,6 +30,9 @@ def describe_oddities(context: Context) -> list[str]:
         return row.image
 
     is_asked_for = context.config.caption is not None
+    crops, larger = "", ""
+    if context.config.views > 1:
+        crops, larger = ", or crops of them,", ", --crop-scale with a larger LOW cuts larger ones"
     kinds = (
         (
             Counted[int]() if is_asked_for else _used(context, empty_captions(context.inventory)),
@@ -44,7 +47,8 @@ def describe_oddities(context: Context) -> list[str]:
         ),
         (
             _enlarged(context),
-            "images are enlarged more than twofold; --min-image-px N leaves smaller ones out",
+            f"images{crops} are enlarged more than twofold; --min-image-px N leaves smaller ones "
+            f"out{larger}",
             name_and_size,
         ),
         (
@@ -76,10 +80,13 @@ def empty_captions(inventory: Inventory) -> Numbers:
 
 
 def _enlarged(context: Context) -> Counted[int]:
-    """Return the rows whose image is smaller than half of what it is resized to, either way."""
+    """Return the rows whose image, or its smallest crop, is smaller than half of what it is resized
+    to, either way.
+    """
     sizes, shapes = context.inventory.sizes, context.specs.latent_settings.shapes
     wanted = np.array(shapes)[nearest_buckets(sizes, shapes)]
-    small = (wanted > LARGEST_ENLARGEMENT * sizes).any(axis=1) & (sizes > 0).all(axis=1)
+    smallest = sizes * (context.config.random_crops.least if context.config.views > 1 else 1)
+    small = (wanted > LARGEST_ENLARGEMENT * smallest).any(axis=1) & (sizes > 0).all(axis=1)
     return _used(context, np.flatnonzero(small))
 
 

@@ -47,6 +47,7 @@ from precompute.planning.validation_pairs import (
     pairs_over,
     plan_validation,
 )
+from precompute.planning.views.listing import Views, list_views
 from precompute.planning.workers import find_part
 from precompute.sources.caches import HASHES, not_of_a_cache
 from precompute.sources.kept_images import KeptImages
@@ -93,29 +94,14 @@ def prepare(config: PrecomputeConfig) -> Context:
         identities = find_identities(config, specs, annotator, digests)
         digests.save()
     pairs = pairs_over(pairs, identities[2], config.background)
-    rows = choose_rows(len(source), config.max_train_samples, config.seed)
-    colour = list(ImageColor.getrgb(config.background))
-    inventory = take_inventory(
-        source,
-        rows,
-        digests,
-        conditioning=annotator is None,
-        transparency=any(colour != identity["background"] for identity in identities[1:]),
-        floats=config.conditioning_scale != AS_IS,
-        any_shape=config.conditioning_fit != "refuse",
-        min_image_px=config.min_image_px,
-    )
-    if not len(inventory):
-        raise ConfigError(
-            f"--min-image-px {config.min_image_px}: the images of all {len(rows)} rows are "
-            "smaller; give less."
-        )
+    inventory = _take_inventory(config, source, identities, digests)
     bad = BadRows(len(inventory), 0.0 if config.strict else config.max_bad_fraction)
     bad.add(faulty_rows(source, inventory))
     held_out = held_out_rows(inventory, config.validation_rows, config.seed)
     prompts = distinct_prompts(inventory)
-    products = _plan_products(config, specs, identities, inventory, held_out, prompts, pairs)
-    refuse_too_large_files(config, products, inventory)
+    views = list_views(held_out, config.views, mirrored=config.random_flip)
+    products = _plan_products(config, specs, identities, inventory, held_out, views, prompts, pairs)
+    refuse_too_large_files(config, products, inventory, views)
     return Context(
         config=config,
         part=part,
@@ -126,6 +112,7 @@ def prepare(config: PrecomputeConfig) -> Context:
         specs=specs,
         inventory=inventory,
         held_out=held_out,
+        views=views,
         bad_rows=bad,
         prompts=prompts,
         pairs=pairs,
@@ -145,6 +132,30 @@ def _find_annotator(config: PrecomputeConfig) -> Annotator | None:
             "--num-extra-conditioning-channels 1 needs; strokes does."
         )
     return annotator
+
+
+def _take_inventory(
+    config: PrecomputeConfig, source: Source, identities: Sequence[Identity], digests: DigestCache
+) -> Inventory:
+    """Return the inventory of the rows that the settings choose."""
+    rows = choose_rows(len(source), config.max_train_samples, config.seed)
+    colour = list(ImageColor.getrgb(config.background))
+    inventory = take_inventory(
+        source,
+        rows,
+        digests,
+        conditioning=config.conditioning_from is None,
+        transparency=any(colour != identity["background"] for identity in identities[1:]),
+        floats=config.conditioning_scale != AS_IS,
+        any_shape=config.conditioning_fit != "refuse",
+        min_image_px=config.min_image_px,
+    )
+    if not len(inventory):
+        raise ConfigError(
+            f"--min-image-px {config.min_image_px}: the images of all {len(rows)} rows are "
+            "smaller; give less."
+        )
+    return inventory
 
 
 def _uses_of_images(config: PrecomputeConfig, annotator: Annotator | None) -> dict[Kind, int]:
@@ -194,6 +205,7 @@ def _plan_products(
     identities: Sequence[Identity],
     inventory: Inventory,
     held_out: NDArray[np.bool_],
+    views: Views,
     prompts: Prompts,
     pairs: list[ValidationPair],
 ) -> Products:
@@ -210,7 +222,8 @@ def _plan_products(
         existing["text"],
     )
     latents = with_captions(
-        _plan_latents(config, specs, latent_id, inventory, held_out, existing["latents"]),
+        _plan_latents(config, specs, latent_id, inventory, held_out, views, existing["latents"]),
+        views,
         inventory,
         prompts,
         text,
@@ -224,7 +237,7 @@ def _plan_products(
     conditioning = plan_conditioning(
         cache / conditioning_folder(name),
         latents,
-        np.repeat(conditionings, 2 if config.random_flip else 1, axis=0),
+        conditionings[views.rows],
         control_id,
         [specs.conditioning.tensor_specs("conditioning_latent", grid) for grid in specs.grids],
     )
@@ -243,6 +256,7 @@ def _plan_latents(
     identity: Identity,
     inventory: Inventory,
     held_out: NDArray[np.bool_],
+    views: Views,
     existing: Layout,
 ) -> ProductPlan:
     images = over_background(
@@ -253,11 +267,9 @@ def _plan_latents(
     )
     return plan_latents(
         config.cache / "latents",
-        image_contents(images, held_out, mirrored=config.random_flip),
-        np.repeat(
-            nearest_buckets(inventory.sizes, specs.latent_settings.shapes), config.images_per_row
-        ),
-        np.repeat(held_out, config.images_per_row),
+        image_contents(images, held_out, views, config.random_crops),
+        nearest_buckets(inventory.sizes, specs.latent_settings.shapes)[views.rows],
+        held_out[views.rows],
         identity,
         [specs.latents.tensor_specs("latent", grid) for grid in specs.grids],
         config.shard_mb,

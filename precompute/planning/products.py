@@ -26,6 +26,8 @@ from precompute.planning.layout import (
     items_of_slots,
 )
 from precompute.planning.plan import ProductPlan, array_digest
+from precompute.planning.views.listing import Views
+from precompute.planning.views.random_crops import Box, RandomCrops
 from shards.format.json_files import LARGEST_FILE_BYTES
 from shards.format.sidecar import SIDECAR_BYTES_A_PROMPT, SIDECAR_BYTES_A_RECORD
 from shards.format.tensor_spec import TensorSpec, record_bytes
@@ -135,30 +137,37 @@ def in_other_shape(digests: Ids, other_shape: NDArray[np.bool_], fit: str) -> Id
     return np.where(other_shape[:, None], digests ^ bits.astype(np.uint64), digests)
 
 
-def image_contents(images: Ids, held_out: NDArray[np.bool_], *, mirrored: bool) -> Ids:
-    """Return the digest of each latent's image, [N, 2]; mirrored and held-out ones have their own.
+def image_contents(
+    images: Ids, held_out: NDArray[np.bool_], views: Views, crops: RandomCrops
+) -> Ids:
+    """Return the digest of each view, [V, 2]; held-out images, mirrors and crops have their own.
 
     Args:
         images: digests of the images of all rows, [N, 2].
         held_out: which rows are held out of training, [N].
-        mirrored: whether each row is followed by its mirror; then the result is [2 N, 2].
+        views: of all rows.
+        crops: how random ones are drawn.
     """
-    contents = np.where(held_out[:, None], images ^ HELD_OUT, images)
-    if not mirrored:
-        return contents
-    return np.stack([contents, contents ^ MIRROR], axis=1).reshape(-1, 2)
+    contents = np.where(held_out[:, None], images ^ HELD_OUT, images)[views.rows]
+    contents = np.where(views.mirrored[:, None], contents ^ MIRROR, contents)
+    return contents ^ crops.bits(int(views.crops.max(initial=0)))[views.crops]
 
 
-def image_metadata(content: Any, *, mirrored: bool, held_out: bool) -> dict[str, Any]:
+def image_metadata(
+    content: Any, *, mirrored: bool, held_out: bool, crop: Box | None
+) -> dict[str, Any]:
     """Return the part of a latent record's JSON member that identifies its image.
 
     Args:
         content: digest of the image's file, [2].
         mirrored: whether the image is a mirror.
         held_out: whether the image is held out of training.
+        crop: where a random crop lies.
     """
     flags = {"mirrored": mirrored, "held_out": held_out}
-    return {"image_hash": digest_hex(content)} | {name: True for name, on in flags.items() if on}
+    metadata: dict[str, Any] = {"image_hash": digest_hex(content)}
+    metadata |= {name: True for name, on in flags.items() if on}
+    return metadata | ({} if crop is None else {"crop": list(crop)})
 
 
 def plan_latents(
@@ -214,22 +223,22 @@ def plan_conditioning(
 
 
 def with_captions(
-    latents: ProductPlan, inventory: Inventory, prompts: Prompts, text: ProductPlan
+    latents: ProductPlan, views: Views, inventory: Inventory, prompts: Prompts, text: ProductPlan
 ) -> ProductPlan:
     """Return the plan of the latents with a digest of each shard's captions.
 
     Args:
         latents: the plan without captions.
+        views: what the latents are of.
         inventory: of all rows.
         prompts: the distinct prompts of the inventory.
         text: the plan of the text product.
     """
     addresses = text_addresses(text)
-    images_per_row = latents.num_records // max(len(inventory), 1)
     digests = []
     for shard in range(latents.num_shards):
         plan = latents.shard(shard)
-        rows = plan.items // images_per_row
+        rows = views.rows[plan.items]
         starts, ends = inventory.caption_ends[rows], inventory.caption_ends[rows + 1]
         counts = ends - starts
         # Numbers of the captions of these rows, one row's after the other's.

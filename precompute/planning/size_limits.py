@@ -6,6 +6,7 @@ from common.errors import ConfigError
 from precompute.config import PrecomputeConfig
 from precompute.planning.context import Products
 from precompute.planning.inventory import Inventory
+from precompute.planning.views.listing import Views
 from shards.format import seal
 from shards.format.json_files import LARGEST_FILE_BYTES
 from shards.format.manifest import conditioning_folder, validation_folder
@@ -14,7 +15,7 @@ from shards.format.sidecar import SIDECAR_BYTES_A_PROMPT, SIDECAR_BYTES_A_RECORD
 
 
 def refuse_too_large_files(
-    config: PrecomputeConfig, products: Products, inventory: Inventory
+    config: PrecomputeConfig, products: Products, inventory: Inventory, views: Views
 ) -> None:
     """Refuse, before anything is encoded, what readers would refuse: too large JSON files.
 
@@ -35,7 +36,7 @@ def refuse_too_large_files(
         )
     latents = products.latents
     for shard in range(latents.num_shards):
-        rows = latents.shard(shard).items // config.images_per_row
+        rows = views.rows[latents.shard(shard).items]
         captions = int((inventory.caption_ends[rows + 1] - inventory.caption_ends[rows]).sum())
         size = len(rows) * SIDECAR_BYTES_A_RECORD + captions * SIDECAR_BYTES_A_PROMPT
         if size > LARGEST_FILE_BYTES:

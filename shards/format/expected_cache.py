@@ -70,6 +70,9 @@ class ExpectedCache:
         made_by: versions and base model, for people.
         num_rows: of the source; 0 in a plan that does not say it.
         num_images: how many latents there are if every row can be used.
+        images_per_row: how many latents a row has that is trained on; 0 in a plan that does not say
+            it, whose rows have equally many.
+        num_held_out: how many of the rows are held out of training; they may have fewer latents.
         max_bad_fraction: how much of the rows may be left out.
         annotator: what draws the conditioning images; None if the source has them.
     """
@@ -84,6 +87,8 @@ class ExpectedCache:
     made_by: dict[str, Any]
     num_rows: Count = 0
     num_images: Count = 0
+    images_per_row: Count = 0
+    num_held_out: Count = 0
     max_bad_fraction: float = 1.0
     annotator: AnnotatorSpec | None = None
     format_version: int = FORMAT_VERSION

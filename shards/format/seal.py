@@ -194,13 +194,26 @@ def _num_skipped(
     """
     if not expected.num_rows:  # a plan of a former version
         return len(skipped)
-    num_records = products[conditioning_folder(expected.conditioning_name)].num_records
-    images_per_row = expected.num_images // expected.num_rows
-    count = -(-(expected.num_images - num_records) // images_per_row)
+    records = products[conditioning_folder(expected.conditioning_name)].shard_records
+    each, num_held_out, in_held_out = expected.images_per_row, expected.num_held_out, 0
+    if each:
+        in_held_out = sum(records[shard] for shard in expected.held_out)
+    else:
+        each, num_held_out = expected.num_images // expected.num_rows, 0
+    planned = (expected.num_rows - num_held_out) * each
+    count = _rows_that_lack(planned - (sum(records) - in_held_out), each)
+    if num_held_out:
+        planned = expected.num_images - planned
+        count += _rows_that_lack(planned - in_held_out, planned // num_held_out)
     bound = (count, expected.num_rows, expected.max_bad_fraction)
     if bad_rows.too_many(*bound):
         raise bad_rows.refusal(*bound, list(skipped.values()))
     return count
+
+
+def _rows_that_lack(num_missing: int, images_per_row: int) -> int:
+    """Return of how many rows images are missing, at least."""
+    return -(-num_missing // images_per_row)
 
 
 def _sidecars(folder: Path, product: ExpectedProduct) -> Iterator[Sidecar]:

@@ -28,6 +28,7 @@ IMAGE_COLUMNS = {
     "image_hash": {"dtype": "string"},
     "mirrored": {"dtype": "bool"},
     "held_out": {"dtype": "bool"},
+    "crop": {"list": "int64"},
     "background": {"list": "int64"},
 }
 CONDITIONING_COLUMNS = IMAGE_COLUMNS | {

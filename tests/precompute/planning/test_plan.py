@@ -31,6 +31,8 @@ from precompute.planning.products import (
     records_per_shard,
     with_captions,
 )
+from precompute.planning.views.listing import list_views
+from precompute.planning.views.random_crops import RandomCrops
 from precompute.sources.open_source import open_source
 from precompute.sources.source import Source, SourceSettings
 from shards.format.json_files import digest
@@ -70,12 +72,17 @@ def inventory(captions: list[list[str]]) -> Inventory:
     )
 
 
+def contents_of(images: Ids, held_out: Any, num_crops: int = 1, *, mirrored: bool = False) -> Ids:
+    views = list_views(held_out, num_crops, mirrored=mirrored)
+    return image_contents(images, held_out, views, RandomCrops(0, 0.5, 1.0))
+
+
 def latents_of(
     folder: Path, images: Ids, buckets: list[int] | None = None, held_out: list[int] | None = None
 ) -> ProductPlan:
     """The plan of latents of two buckets, in shards of three."""
     rows = np.isin(np.arange(len(images)), held_out or [])
-    contents = image_contents(images, rows, mirrored=False)
+    contents = contents_of(images, rows)
     places = np.array(buckets or [0] * len(images))
     return plan_latents(
         folder, contents, places, rows, IDENTITY, [KILOBYTE, KILOBYTE], SMALL_SHARD_MB
@@ -113,10 +120,10 @@ def test_held_out_items_have_shards_of_their_own_in_their_bucket(tmp_path: Path)
 def test_an_item_is_another_one_when_it_is_held_out_or_mirrored() -> None:
     images = digests_of(*"abc")
     nothing, second = np.zeros(3, bool), np.array([False, True, False])
-    plain, held_out = (image_contents(images, rows, mirrored=False) for rows in (nothing, second))
+    plain, held_out = (contents_of(images, rows) for rows in (nothing, second))
     assert np.array_equal(plain, images)
     assert (held_out != plain).any(axis=1).tolist() == [False, True, False]
-    pairs = image_contents(images, second, mirrored=True)
+    pairs = contents_of(images, second, mirrored=True)
     assert np.array_equal(pairs[::2], held_out)
     assert len({tuple(pair) for pair in pairs.tolist()}) == 6
 
@@ -161,7 +168,8 @@ def test_captions_that_change_or_move_are_noticed(
         found = inventory(rows)
         prompts = distinct_prompts(found)
         text = plan_text(tmp_path, prompts, IDENTITY, KILOBYTE, SMALL_SHARD_MB)
-        return with_captions(latents_of(tmp_path, found.images), found, prompts, text)
+        views = list_views(np.zeros(len(found), bool), 1, mirrored=False)
+        return with_captions(latents_of(tmp_path, found.images), views, found, prompts, text)
 
     before, after = planned([["a"], ["b", "c"], ["d"]]), planned(captions)
     assert after.fingerprints == before.fingerprints

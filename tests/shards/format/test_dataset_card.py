@@ -49,7 +49,8 @@ def test_what_only_late_records_say_is_not_dropped(copy: Path, tmp_path: Path) -
     for path in (copy / "latents").glob("*.tar"):
         path.unlink()
     told = [{"image_hash": "0"}] * 6 + [
-        {"image_hash": "1", "held_out": True, "mirrored": True, "background": [1, 2, 3]}
+        {"image_hash": "1", "held_out": True, "mirrored": True}
+        | {"crop": [0, 1, 2, 3], "background": [1, 2, 3]}
     ]
     with webdataset.TarWriter(str(copy / "latents" / "000000.tar")) as tar:
         for number, fields in enumerate(told):

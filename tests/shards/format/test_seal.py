@@ -144,11 +144,37 @@ def test_a_cache_is_incomplete_from_withdrawing_to_sealing(copy: Path) -> None:
 def test_rows_that_lack_a_picture_count_as_left_out(copy: Path) -> None:
     # Four rows of three pictures each, of which ten have records: a row lacks two, or two lack one.
     expected, _ = read_expected(copy)
-    expected = replace(expected, num_rows=4, num_images=12, max_bad_fraction=0.25)
+    expected = replace(expected, num_rows=4, num_images=12, images_per_row=3, max_bad_fraction=0.25)
     assert seal.seal(copy, expected).num_skipped == 1
+    assert seal.seal(copy, replace(expected, images_per_row=0)).num_skipped == 1  # a former plan
     assert seal.seal(copy, replace(expected, max_bad_fraction=0.2)).num_skipped == 1  # a single one
     with pytest.raises(ShardError, match=r"1 of 4 rows cannot be used, more than .* 0 "):
         seal.seal(copy, replace(expected, max_bad_fraction=0.0))
+
+
+def test_held_out_rows_may_have_fewer_pictures(copy: Path) -> None:
+    # One row of four pictures; of those held out 4 have one each, or two have two, or one has six.
+    expected, _ = read_expected(copy)
+    records = manifest.load(copy).conditioning["conditioning"].shard_records
+    assert sum(records) == 10
+    held_out = list(range(1, len(records)))
+    expected = replace(expected, held_out=held_out, max_bad_fraction=1.0)
+    there, rest = records[0], sum(records[1:])
+    for num_rows, num_held_out, each, planned, lacking in (
+        (1 + rest, rest, there, there + rest, 0),
+        (2 + rest, rest, there, 2 * there + rest, 1),
+        (2 + rest, rest + 1, there, there + rest + 1, 1),
+        (2 + rest + 2, rest + 2, there, 2 * there + rest + 2, 3),
+        (1 + rest, rest, there + 1, there + 1 + rest, 1),
+    ):
+        wanted = replace(
+            expected,
+            num_rows=num_rows,
+            num_held_out=num_held_out,
+            images_per_row=each,
+            num_images=planned,
+        )
+        assert seal.seal(copy, wanted).num_skipped == lacking
 
 
 def test_a_plan_is_replaced_unless_it_is_the_same(copy: Path) -> None:

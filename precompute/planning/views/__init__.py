@@ -1,0 +1,1 @@
+"""What the latents of a row are of: crops of its picture, and their mirrors."""
