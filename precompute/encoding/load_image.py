@@ -1,5 +1,8 @@
 """Reading images and conditioning images again, and fitting them for the VAE."""
 
+import threading
+from collections.abc import Callable
+
 from PIL import Image, ImageOps
 from xxhash import xxh3_128_digest
 
@@ -29,6 +32,7 @@ class SourceImages:
     def __init__(self, context: Context) -> None:
         self.context = context
         self.control_values = ControlValues()
+        self._kept = threading.local()  # the image that a thread decoded last, by kind
 
     def load(self, item: int, size_px: tuple[int, int], kind: Kind) -> Image.Image:
         """Return an image or a conditioning image, as it is to be encoded.
@@ -84,8 +88,11 @@ class SourceImages:
         row, config = self.context.row_of(item), self.context.config
         width, height = map(int, self.context.inventory.sizes[row])
         try:
-            data = self._read(row, "conditioning_image")
-            numbers = images.conditioning_numbers(data, config.background)
+            numbers = self._decoded(
+                row,
+                "conditioning_image",
+                lambda data: images.conditioning_numbers(data, config.background),
+            )
             control = images.at_scale(numbers, config.conditioning_scale)
             self.note_values(item, numbers, config.conditioning_scale)
             if not width:
@@ -101,10 +108,30 @@ class SourceImages:
             self.control_values.add(self.context.row_of(item), used_values(numbers, scale))
 
     def _decode_image(self, row: int) -> Image.Image:
+        background = self.context.config.background
         try:
-            return images.decode(self._read(row, "image"), self.context.config.background)
+            return self._decoded(row, "image", lambda data: images.decode(data, background))
         except BadImage as error:
             raise BadImage(f"{self.context.file_name(row, 'image')}: {error}") from error
+
+    def _decoded(self, row: int, kind: Kind, decode: Callable[[bytes], Image.Image]) -> Image.Image:
+        """Return an image, decoded; once for all of a row's views that come one after the other.
+
+        Nobody may change it.
+
+        Raises:
+            BadImage: it cannot be decoded.
+            ShardError: see `_read`.
+        """
+        kept: dict[str, tuple[int, Image.Image]] = self._kept.__dict__
+        if kind in kept and kept[kind][0] == row:
+            self.context.source.used(int(self.context.inventory.rows[row]), kind)
+            return kept[kind][1]
+        kept.pop(kind, None)  # before the next one takes memory
+        image = decode(self._read(row, kind))
+        if self.context.config.images_per_row > 1:
+            kept[kind] = row, image
+        return image
 
     def _read(self, row: int, kind: Kind) -> bytes:
         """Return the bytes of an image for one of its uses, as the inventory has read them.

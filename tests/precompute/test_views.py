@@ -19,6 +19,7 @@ from precompute.config import PrecomputeConfig
 from precompute.encoding.load_image import SourceImages
 from precompute.planning.prepare import prepare
 from precompute.run import precompute
+from sd3 import images
 from shards import verify
 from shards.format import manifest
 from shards.reading.cache import Cache
@@ -263,6 +264,31 @@ def test_a_bad_row_counts_once_and_has_no_views(
     found = manifest.load(config.cache)
     assert found.num_skipped == 2
     assert "rows skipped: 2" in command("shards", "info", config.cache).output
+
+
+def test_a_picture_is_decoded_once_for_its_views(
+    config: PrecomputeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # A batch, which one thread loads, is a row's views.
+    context = prepare(replace(config, vae_batch_size=6, random_flip=True, max_train_samples=4))
+    decoded = Counter[str]()
+    for name in ("decode", "conditioning_numbers"):
+        monkeypatch.setattr(images, name, counting(getattr(images, name), name, decoded))
+    pictures = SourceImages(context)
+    for item in range(len(context.views)):
+        for kind in ("image", "conditioning_image"):
+            pictures.load(item, (64, 64), kind)
+    assert decoded == {"decode": 4, "conditioning_numbers": 4}
+    # Bytes are let go after the last view, decoded or not.
+    assert not context.source._kept
+
+
+def counting(function: Callable[..., Any], name: str, calls: Counter[str]) -> Callable[..., Any]:
+    def counted(*values: Any) -> Any:
+        calls[name] += 1
+        return function(*values)
+
+    return counted
 
 
 def test_a_dry_run_counts_views(
