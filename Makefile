@@ -31,7 +31,7 @@ DEV_STAMP   := $(VENV)/.installed-dev
 SERVE_STAMP := $(VENV)/.installed-serve
 CHECK_STAMP := $(VENV)/.installed-check
 # Not written in the call: commas end arguments there.
-CHECK_EXTRAS := bitsandbytes,browser,deepspeed,energon,lora,notebook,serve
+CHECK_EXTRAS := bitsandbytes,browser,deepspeed,energon,lora,notebook,prodigy,schedulefree,serve
 GPU_STAMP   := $(VENV)/.installed-gpu
 IS_DEMO := $(filter %demo.toml %demo-fast.toml %demo-full.toml,$(CONFIG))
 

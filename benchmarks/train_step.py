@@ -60,7 +60,7 @@ FLAGS: dict[str, dict[str, Any]] = {
     "checkpointing controlnet": {"checkpointing": "controlnet"},
     "checkpointing selective": {"checkpointing": "selective"},
     "checkpointing full": {"checkpointing": "full"},
-    "8 bit AdamW": {"use_8bit_adam": True},
+    "8 bit AdamW": {"optimizer": "adamw8bit"},
     "base in int8": {"quantize_base": "int8"},
     "base in fp8": {"quantize_base": "fp8"},
     "base in nf4": {"quantize_base": "nf4"},
@@ -74,7 +74,7 @@ FLAGS: dict[str, dict[str, Any]] = {
     "int8, bf16 weights, 8 bit AdamW": {
         "quantize_base": "int8",
         "bf16_weights": True,
-        "use_8bit_adam": True,
+        "optimizer": "adamw8bit",
     },
     "compiled": {"compile": True},
 }

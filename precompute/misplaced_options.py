@@ -62,6 +62,8 @@ TRAIN_OPTIONS = (
     "--max-timestep",
     "--stratified-timesteps",
     "--precondition-outputs",
+    "--optimizer",
+    "--optimizer-args",
     "--adam-beta1",
     "--adam-beta2",
     "--adam-weight-decay",

@@ -32,15 +32,15 @@ from train.memory.activation_offload import OffloadedActivations
 from train.memory.cast_weights import cast_weights_at_use
 from train.memory.streamed_base import StreamedBlocks
 from train.models import trained_parameters
-from train.optim.adamw import (
-    make_optimizer,
+from train.optim.ema import Ema
+from train.optim.fused_backward import FusedBackward
+from train.optim.learning_rate import (
+    describe_change,
     make_schedule,
     peak_learning_rate,
     set_learning_rate,
 )
-from train.optim.ema import Ema
-from train.optim.fused_backward import FusedBackward
-from train.optim.learning_rate import describe_change
+from train.optim.optimizer import make_optimizer
 from train.saving.controlnet import restore_ema, use_diffusers_format
 from train.saving.output_dir import output_dir_locked
 from train.saving.resuming import (

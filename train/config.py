@@ -15,11 +15,19 @@ from sd3.controlnet.unsaved_convention import ConfigConvention
 from shards.format.manifest import DEFAULT_CONDITIONING
 from shards.remote.streaming import LOCAL_CACHE_GB
 from train.misplaced_options import AT_PRECOMPUTE
+from train.optim.arguments import parse_arguments
+from train.optim.named import ADAMS, ADAMW, ADAMW_8BIT, NAMED, SCHEDULE_FREE, find_named, is_known
 
 BY_RESOLUTION = "resolution"  # the value of --shift beside numbers
 DEFAULT_SEQUENCE_LENGTH = 77  # T5 tokens; stage 1's default too
 # What the networks get that can be dropped.
 DROPPED = ("t5", "clip", "pooled", "control")
+# What AdamW's options are called among the arguments of optimisers.
+ADAM_OPTIONS = {
+    "betas": ("adam_beta1", "adam_beta2"),
+    "weight_decay": ("adam_weight_decay",),
+    "eps": ("adam_epsilon",),
+}
 # Each takes less memory than the one before, and more time.
 Checkpointing = Literal["none", "controlnet", "selective", "full"]
 
@@ -205,9 +213,6 @@ class TrainConfig:
     quantize_base: Literal["int8", "fp8", "nf4"] | None = option(
         None, help="Store the frozen base in 8 or 4 bit; nf4 needs the extra [bitsandbytes]."
     )
-    use_8bit_adam: bool = option(
-        False, help="Use bitsandbytes' 8 bit AdamW; needs the extra [bitsandbytes]."
-    )
     bf16_weights: bool = option(
         False,
         help="Store the ControlNet in bfloat16 with stochastic rounding: 2 bytes per weight and "
@@ -215,11 +220,11 @@ class TrainConfig:
     )
     fused_backward_pass: bool = option(
         False,
-        help="Take AdamW's step within the backward pass and free each gradient at once; needs "
-        "--max-grad-norm 0, no accumulation, one GPU.",
+        help="Take the optimiser's step within the backward pass and free each gradient at once; "
+        "needs --max-grad-norm 0, no accumulation, one GPU.",
     )
     offload_optimizer: bool = option(
-        False, help="Keep AdamW's state in host memory; same results, slower."
+        False, help="Keep the optimiser's state in host memory; same results, slower."
     )
     offload_activations: bool = option(
         False, help="Keep activations in host memory; same results, slower."
@@ -279,7 +284,19 @@ class TrainConfig:
     precondition_outputs: int = option(
         1, help="1: compare clean latents in the loss; 0: compare velocities (noise - latent)."
     )
-    adam_beta1: float = option(0.9, help="AdamW's first moment.", heading="AdamW")
+    optimizer: str = option(
+        ADAMW,
+        help=f"{', '.join(NAMED)}, or any other of torch's form as package.module:Class. "
+        "adamw8bit and lion need the extra [bitsandbytes], prodigy and schedulefree their own.",
+        heading="Optimiser",
+        switches={"use_8bit_adam": ADAMW_8BIT},
+    )
+    optimizer_args: tuple[str, ...] = option(
+        (),
+        help="key=value of the optimiser, the value as in Python, e.g. betas=0.9,0.99; repeatable. "
+        "Its learning rate is --learning-rate.",
+    )
+    adam_beta1: float = option(0.9, help="AdamW's first moment, in 32 or 8 bit.")
     adam_beta2: float = option(0.999, help="AdamW's second moment.")
     adam_weight_decay: float = option(1e-2, help="AdamW's weight decay.")
     adam_epsilon: float = option(1e-8, help="AdamW's epsilon.")
@@ -337,6 +354,7 @@ class TrainConfig:
                     raise ConfigError(f"{flag(name)} {value}: must be at least {least}.")
         self._check_estimate()
         self._check_fused_backward()
+        self._check_optimizer()
         if self.convention != "saved" and self.controlnet_model_name_or_path is None:
             raise ConfigError(
                 f"--convention {self.convention}: is about the ControlNet to start from; give "
@@ -390,6 +408,46 @@ class TrainConfig:
         reasons = [reason for broken, reason in rules if broken]
         if self.fused_backward_pass and reasons:
             raise ConfigError(f"--fused-backward-pass: {'; '.join(reasons)}.")
+
+    def _check_optimizer(self) -> None:
+        """Refuse what the chosen optimiser does not go with, as far as its name tells.
+
+        Raises:
+            ConfigError: naming the option at fault.
+        """
+        given = parse_arguments(self.optimizer_args)
+        chosen = f"--optimizer {self.optimizer}"
+        if not is_known(self.optimizer):
+            raise ConfigError(f"{chosen}: none of {', '.join(NAMED)}, nor package.module:Class.")
+        for key, names in ADAM_OPTIONS.items():
+            flags = " and ".join(map(flag, names))
+            if self.optimizer in ADAMS and key in given:
+                raise ConfigError(f"--optimizer-args {key}=…: give {flags}.")
+            for name in names:
+                value, default = getattr(self, name), type(self).__dataclass_fields__[name].default
+                if self.optimizer not in ADAMS and value != default:
+                    raise ConfigError(
+                        f"{flag(name)} {value:g}: is AdamW's; what {chosen} takes is set with "
+                        f"--optimizer-args {key}=…. Leave it out; where a file sets it, give "
+                        f"{flag(name)} {default:g}."
+                    )
+        for name in ("bf16_weights", "fused_backward_pass", "offload_optimizer"):
+            if getattr(self, name) and not find_named(self.optimizer).by_weight:
+                raise ConfigError(
+                    f"{flag(name)}: steps one weight after the other, and {chosen} may look at all "
+                    "together; leave one out."
+                )
+        if self.optimizer == SCHEDULE_FREE:
+            if self.ema_decay is not None:
+                raise ConfigError(
+                    f"--ema-decay {self.ema_decay}: {chosen} saves an average already; leave it "
+                    "out."
+                )
+            if self.lr_scheduler not in ("constant", "constant_with_warmup"):
+                raise ConfigError(
+                    f"--lr-scheduler {self.lr_scheduler}: {chosen} takes the place of a schedule; "
+                    "give constant, or constant_with_warmup."
+                )
 
     def _check_estimate(self) -> None:
         """Refuse what describes a cache, unless an estimate has to do without one.

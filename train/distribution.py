@@ -12,9 +12,11 @@ from common.errors import ConfigError
 from train.config import TrainConfig
 from train.models import WEIGHT_DTYPES, trained_parameters
 from train.optim import fused_backward
+from train.optim.named import ADAMW
 from train.processes.strategy import STRATEGIES, Strategy, keeps_gradients, strategy
 
 ZERO_STAGES = (2, 3)
+SHARE_OUT: tuple[Strategy, ...] = ("fsdp", "deepspeed")  # the optimiser's state too
 
 _OFFLOAD = (
     "accelerate's own configuration says what is offloaded with FSDP2 and DeepSpeed; leave it out, "
@@ -24,7 +26,6 @@ _BASE = (
     "blocks come and go on one device or with DDP; leave it out (--quantize-base int8 makes the "
     "base smaller too), or train with DDP."
 )
-_8BIT = "its state cannot be shared out; leave it out, or train with DDP."
 _ZERO3 = (
     "with ZeRO-3 weights come and go within a block, so that no part of it can be stored; take "
     "--checkpointing controlnet or full."
@@ -35,11 +36,9 @@ UNSUPPORTED: tuple[tuple[Strategy, str, str], ...] = (
     ("fsdp", "--offload-optimizer", _OFFLOAD),
     ("fsdp", "--offload-activations", _OFFLOAD),
     ("fsdp", "--offload-base", _BASE),
-    ("fsdp", "--use-8bit-adam", _8BIT),
     ("deepspeed", "--offload-optimizer", _OFFLOAD),
     ("deepspeed", "--offload-activations", _OFFLOAD),
     ("deepspeed", "--offload-base", _BASE),
-    ("deepspeed", "--use-8bit-adam", _8BIT),
     ("deepspeed", "--checkpointing selective", _ZERO3),
     ("deepspeed", "--ema-decay", f"DeepSpeed keeps the exact weights to itself; {_FSDP2}"),
     ("deepspeed", "--on-nonfinite skip", f"DeepSpeed cannot be held back; {_FSDP2}"),
@@ -74,6 +73,11 @@ def check(accelerator: Accelerator, config: TrainConfig) -> None:
     for unsupported, option, reason in UNSUPPORTED:
         if strategy(accelerator) == unsupported and _is_given(config, option):
             raise ConfigError(f"{option}: {reason}")
+    if strategy(accelerator) in SHARE_OUT and config.optimizer != ADAMW:
+        raise ConfigError(
+            f"--optimizer {config.optimizer}: only {ADAMW}'s state is shared out; take that, or "
+            "train with DDP."
+        )
     _check_plugin(accelerator)
 
 

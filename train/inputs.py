@@ -28,6 +28,7 @@ from train.config import BY_RESOLUTION, TrainConfig
 from train.continued.find import find_continued, find_pooled_projection
 from train.loss import Objective
 from train.objective import Timesteps, drawn_part, shifted
+from train.optim.optimizer import check_optimizer
 from train.processes.agreement import check_same_everywhere, local_main_first, main_decides
 from train.saving.checkpoints import TrainState, read_state
 from train.saving.resuming import check_same_optimizer, choose
@@ -322,11 +323,11 @@ def _check_drawn_part(sigmas: torch.Tensor, schedule: Timesteps, cache: Cache) -
 
 
 def require_packages(config: TrainConfig) -> None:
-    """Refuse settings whose optional package is not installed."""
+    """Refuse settings whose optional package is not installed, or which the optimiser refuses."""
     for needed, package, extra in (
         (config.report_to == "wandb", "wandb", "wandb"),
-        (config.use_8bit_adam, "bitsandbytes", "bitsandbytes"),
         (config.quantize_base == "nf4", "bitsandbytes", "bitsandbytes"),
     ):
         if needed and importlib.util.find_spec(package) is None:
             raise ConfigError(f"{package} is not installed: pip install '.[{extra}]'")
+    check_optimizer(config)

@@ -15,6 +15,7 @@ from train.config import DROPPED
 from train.data import Batch, Dropout, RankPlaces, TrainingSamples, read_batches
 from train.inputs import samples_per_step
 from train.loss import batch_losses
+from train.optim.averaged_weights import averaged
 from train.optim.nonfinite import NonFiniteGuard
 from train.processes.agreement import HostGroup
 from train.processes.sharding import clip_gradients
@@ -74,7 +75,8 @@ def take_steps(run: Run, received: Received) -> tuple[TrainState, Signals | None
     )
     if pictures.is_due(run, state.step) and not (state.step and pictures.is_done(run, state.step)):
         # The run is new; or it was killed between that step's checkpoint and its validation.
-        keep_best(run, state.step, pictures.validate(run, state.step))
+        with averaged(run.optimizer.optimizer):
+            keep_best(run, state.step, pictures.validate(run, state.step))
     hosts = HostGroup()
     with _progress(run) as progress:
         log = StepLog(run, guard, hosts, progress)
@@ -118,10 +120,10 @@ def _loop(
         if state.step % config.logging_steps == 0 or last:
             log.note(state, norm)
         if state.step % config.checkpointing_steps == 0 or last:
-            with log.paused():
+            with log.paused(), averaged(run.optimizer.optimizer):
                 checkpoints.save(run.accelerator, config, state, run.ema)
         if pictures.is_due(run, state.step) and not signal:
-            with log.paused():
+            with log.paused(), averaged(run.optimizer.optimizer):
                 keep_best(run, state.step, pictures.validate(run, state.step))
     return state, signal
 

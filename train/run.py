@@ -22,7 +22,8 @@ from train.assembly import Run, assemble
 from train.config import TrainConfig
 from train.inputs import samples_per_step
 from train.loop import take_steps
-from train.optim.learning_rate import ends_in_warm_up
+from train.optim.averaged_weights import averaged
+from train.optim.learning_rate import ends_in_warm_up, remarks
 from train.processes.agreement import main_decides
 from train.processes.group import group_closed_at_the_end
 from train.saving import publish
@@ -170,7 +171,8 @@ def _save(run: Run, state: TrainState, repository: str | None) -> None:
     """Save the ControlNet with its card; `repository` is where it will be uploaded to."""
     folder = run.config.output_dir
     try:
-        save_result(run.accelerator, run.controlnet, run.ema, folder)
+        with averaged(run.optimizer.optimizer):
+            save_result(run.accelerator, run.controlnet, run.ema, folder)
         main_decides(lambda: write_card(run, repository))
     except OSError as error:
         resumed = run.inputs.checkpoint if state.step == run.inputs.state.step else None
@@ -241,11 +243,8 @@ def _announce(run: Run) -> None:
         click.echo(f"train: {remark}")
     for one in inputs.sets:
         say_text_is_cached(inputs.loras, one.cache.manifest.made_by.get("loras", []))
-    if ends_in_warm_up(run.config, run.num_steps):
-        click.echo(
-            f"train: --lr-warmup-steps {run.config.lr_warmup_steps} is more than the run's "
-            f"{run.num_steps} steps, so the learning rate never comes to --learning-rate; give less"
-        )
+    for remark in remarks(run.config, run.num_steps):
+        click.echo(f"train: {remark}")
     if run.config.validation_steps > 0 and not inputs.validates:
         click.echo(
             "train: the cache has neither validation pairs nor held-out rows, so nothing will be "

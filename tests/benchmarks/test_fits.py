@@ -30,7 +30,7 @@ def _counted_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
             whole = config.offload == "none"
             return Need(14_000_000_000 if whole else 5_400_000_000, 0 if whole else 13_000_000_000)
         if isinstance(config, TrainConfig):
-            if config.use_8bit_adam:
+            if config.optimizer == "adamw8bit":
                 raise ConfigError("--use-8bit-adam: is not here.")
             # 7.3 and 7.6 GB need 8.2 and 8.5: of 8 GiB, 8.59, 4 % are not free.
             least = 7_300_000_000 if config.offload_base == 38 else 7_600_000_000

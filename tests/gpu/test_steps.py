@@ -76,7 +76,7 @@ def test_what_only_moves_numbers_changes_none(
 
 def test_8_bit_adam_learns_the_same(plain: TrainConfig, tmp_path: Path) -> None:
     expected = logged_losses(plain.output_dir)
-    other = replace(plain, use_8bit_adam=True, output_dir=tmp_path / "other")
+    other = replace(plain, optimizer="adamw8bit", output_dir=tmp_path / "other")
     assert losses(other) == pytest.approx(expected, rel=0.02)
     one, two = moved(plain), moved(other)
     assert torch.cosine_similarity(one, two, dim=0) > 0.95

@@ -103,7 +103,10 @@ GONE = {
 # A seed is always there: whoever gives none gets 0, and the run can be repeated.
 OTHER_DEFAULTS = {"seed": 0}
 # Accepted, and another way to say a value of an option of ours.
-SWITCHES = {"gradient_checkpointing": ("checkpointing", {True: "controlnet", False: "none"})}
+SWITCHES = {
+    "gradient_checkpointing": ("checkpointing", {True: "controlnet", False: "none"}),
+    "use_8bit_adam": ("optimizer", {True: "adamw8bit", False: "adamw"}),
+}
 OURS = {
     "cache",
     "dropout_t5",
@@ -126,6 +129,8 @@ OURS = {
     "pooled_projection",
     "shuffle_window",
     "on_nonfinite",
+    "optimizer",
+    "optimizer_args",
     "quantize_base",
     "bf16_weights",
     "offload_optimizer",

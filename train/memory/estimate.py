@@ -21,12 +21,14 @@ from train.config import DEFAULT_SEQUENCE_LENGTH, Checkpointing, TrainConfig
 from train.distribution import UNSUPPORTED
 from train.memory.simulation import Estimate, Sizes, simulate
 from train.models import mixed_precision
+from train.optim.named import ADAMW, ADAMW_8BIT
+from train.optim.optimizer import check_optimizer
 from train.sets.find import open_caches
 
 # Changes that may help, each with the settings that it requires.
 REMEDIES: tuple[dict[str, Any], ...] = (
     {"mixed_precision": "bf16"},
-    {"use_8bit_adam": True},
+    {"optimizer": ADAMW_8BIT},
     {"quantize_base": "int8"},
     {"quantize_base": "nf4"},
     {"fused_backward_pass": True, "max_grad_norm": 0.0, "gradient_accumulation_steps": 1},
@@ -60,9 +62,12 @@ def find_sizes(config: TrainConfig) -> Sizes:
     `config.resolution`.
 
     Raises:
-        ConfigError: the base or the ControlNet is missing, or they do not go together.
+        ConfigError: the base or the ControlNet is missing, or they do not go together; or the
+            optimiser does not take its arguments.
         ShardError: the cache is missing.
     """
+    if config.optimizer_args:  # else its package need not be there
+        check_optimizer(config)
     caches = open_caches(config) if config.cache else []
     manifest = caches[0].manifest if caches else None
     validates = measures_held_out = config.validation_steps > 0
@@ -223,6 +228,9 @@ def _is_supported(config: TrainConfig, change: dict[str, Any]) -> bool:
         for name in ("fsdp", "deepspeed")
         if os.environ.get(f"ACCELERATE_USE_{name.upper()}", "false").lower() == "true"
     }
+    # In 8 bit it is still AdamW; another optimiser would learn otherwise.
+    if "optimizer" in change and (launched or config.optimizer != ADAMW):
+        return False
     refused = {option for strategy, option, _ in UNSUPPORTED if strategy in launched}
     if refused & {*map(flag, change), *(as_arguments({one: change[one]}) for one in change)}:
         return False

@@ -5,8 +5,8 @@ changes what is kept. The memory that CUDA and its libraries take for themselves
 """
 
 import os
-from collections.abc import Mapping
-from contextlib import nullcontext
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,9 +39,10 @@ from train.models import (
     prepare_controlnet,
     trained_parameters,
 )
-from train.optim.adamw import state_bytes
 from train.optim.ema import Ema
+from train.optim.named import SCHEDULE_FREE
 from train.optim.offloaded_state import is_offloaded
+from train.optim.state_bytes import state_bytes
 from train.optim.stochastic_rounding import in_float32
 
 PARTS = ("frozen base", "ControlNet", "average", "optimiser", "gradients", "activations")
@@ -212,7 +213,7 @@ class Simulation:
         self.controlnet.eval()
         with self.meter, torch.no_grad():
             self.meter.reset_peak()
-            with self.ema.applied() if self.ema else nullcontext():
+            with self._averaged(), self.ema.applied() if self.ema else nullcontext():
                 if self.sizes.validates:
                     self._draw()
                 if measures:
@@ -229,7 +230,7 @@ class Simulation:
         """Return a tensor as large as the optimiser's state on the device; count the rest."""
         on_device = 0
         for parameter in self.trained:
-            size = state_bytes(self.config, parameter.numel())
+            size = state_bytes(self.config, parameter.shape)
             if self._offloads_state(parameter):
                 self.host += size
             else:
@@ -249,6 +250,15 @@ class Simulation:
             self.meter.count(tensor, "average")
         return ema
 
+    @contextmanager
+    def _averaged(self) -> Iterator[None]:
+        """Take the memory of the trained weights while an optimiser's average is in their place."""
+        kept = self.config.optimizer == SCHEDULE_FREE
+        trained = [torch.empty_like(one) for one in self.trained] if kept else []
+        for tensor in trained:
+            self.meter.count(tensor, "average")
+        yield
+
     def _on_gradient(self, parameter: Tensor) -> None:
         assert parameter.grad is not None
         self.meter.count(parameter.grad, "gradients")
@@ -266,7 +276,7 @@ class Simulation:
         """
         visiting_state = arriving_state = None
         if self._offloads_state(parameter):
-            size = state_bytes(self.config, parameter.numel())
+            size = state_bytes(self.config, parameter.shape)
             visiting_state, arriving_state = (
                 torch.empty(size, dtype=torch.uint8) for _ in range(2)
             )

@@ -19,6 +19,7 @@ from common.provenance import read_settings
 from sd3.finite import nonfinite_weight_in
 from sd3.pretrained import read_config
 from train.config import TrainConfig
+from train.optim.named import ADAMS, ADAMW, ADAMW_8BIT
 from train.optim.per_weight import flat_state
 from train.saving.checkpoints import (
     STATE_FILE,
@@ -41,6 +42,15 @@ OF_THE_BASE = (
     "transformer",
     "lora",
     "lora_scale",
+)
+# Options that an optimiser's state remembers.
+OF_THE_OPTIMIZER = (
+    "optimizer",
+    "optimizer_args",
+    "adam_beta1",
+    "adam_beta2",
+    "adam_weight_decay",
+    "adam_epsilon",
 )
 WAY_OUT = "resume from an earlier one; --resume-from-checkpoint latest takes the newest whole one."
 
@@ -143,27 +153,39 @@ def check_same_model(checkpoint: Path, controlnet: SD3ControlNetModel) -> None:
 
 
 def check_same_optimizer(checkpoint: Path, config: TrainConfig) -> None:
-    """Check that a checkpoint holds AdamW's state in the form that a run's optimiser has.
+    """Check that a checkpoint holds the state of a run's optimiser, with the same arguments.
 
-    torch's and bitsandbytes' load the state of each other, and fail at the next step.
+    Optimisers load the state of each other, and fail at the next step or go on with what they do
+    not know. Their arguments come with their state, so that others would have no effect.
 
     Raises:
-        ConfigError: it holds another.
+        ConfigError: it holds another's, or has other arguments.
     """
+    before, now = read_settings(checkpoint), as_dict(config)
+    if "use_8bit_adam" in before:  # as it was called in earlier versions
+        before = {"optimizer": ADAMW_8BIT if before["use_8bit_adam"] else ADAMW} | before
     held = _is_8bit(checkpoint / f"{OPTIMIZER_NAME}.bin")
-    if held in (None, config.use_8bit_adam):
-        return
-    bits, given = ("8 bit", "--use-8bit-adam") if held else ("32 bit", "--no-use-8bit-adam")
-    now = "--use-8bit-adam" if config.use_8bit_adam else "--no-use-8bit-adam"
-    raise ConfigError(
-        f"{checkpoint}: holds AdamW's state in {bits}, and this run has {now}: give {given}, or "
-        "the --card that the run began with; or start in another --output-dir with this "
-        "checkpoint's controlnet/ as --controlnet-model-name-or-path."
-    )
+    if held is not None and {before.get("optimizer", ADAMW), config.optimizer} <= set(ADAMS):
+        before |= {"optimizer": ADAMW_8BIT if held else ADAMW}
+    changed = [
+        f"{flag(name)} was {_shown(before[name])} and is {_shown(now[name])}"
+        for name in OF_THE_OPTIMIZER
+        if name in before and before[name] != now[name]
+    ]
+    if changed:
+        raise ConfigError(
+            f"{checkpoint}: holds the state of another optimiser: {', '.join(changed)}. Give what "
+            "it was, or the --card that the run began with; or start in another --output-dir with "
+            "this checkpoint's controlnet/ as --controlnet-model-name-or-path."
+        )
+
+
+def _shown(value: object) -> object:
+    return (" ".join(map(str, value)) or "not given") if isinstance(value, list) else value
 
 
 def _is_8bit(path: Path) -> bool | None:
-    """Return whether a file holds the state of bitsandbytes' AdamW or torch's, by its names.
+    """Return whether a file holds the state of AdamW in 8 bit or in 32, by its names.
 
     None if that cannot be told: it has no state yet, or cannot be read, which `restore` explains.
     FSDP2 and DeepSpeed write no such file, and go with torch's alone.
@@ -173,7 +195,7 @@ def _is_8bit(path: Path) -> bool | None:
         names = {name for state in saved.values() for name in flat_state(state)}
     except (EOFError, OSError, RuntimeError, ValueError, KeyError, pickle.PickleError):
         return None
-    return "state1" in names if names & {"state1", "exp_avg"} else None
+    return "state2" in names if names & {"state2", "exp_avg"} else None
 
 
 def describe_step_change(

@@ -49,7 +49,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "int8": {"quantize_base": "int8"},
     "fp8": {"quantize_base": "fp8"},
     "nf4": {"quantize_base": "nf4", "max_train_steps": 1},
-    "8bit-adam": {"use_8bit_adam": True, "max_train_steps": 1},
+    "8bit-adam": {"optimizer": "adamw8bit", "max_train_steps": 1},
     "base-nf4": {"offload_base": 3, "quantize_base": "nf4", "max_train_steps": 1},
     "lean": {
         "max_grad_norm": 0.0,

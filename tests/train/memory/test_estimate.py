@@ -61,6 +61,14 @@ FUSED = {"fused_backward_pass": True, "checkpointing": "full"}
         ({}, 0.01),
         ({"quantize_base": "int8"}, 0.01),
         *(
+            pytest.param({"optimizer": name, "lr_scheduler": "constant"}, 0.01, marks=marks)
+            for name, marks in (
+                ("adafactor", pytest.mark.slow),
+                ("schedulefree", [pytest.mark.slow, pytest.mark.extras]),
+                ("prodigy", [pytest.mark.slow, pytest.mark.extras]),
+            )
+        ),
+        *(
             pytest.param(*slow, marks=pytest.mark.slow)
             for slow in (
                 ({"checkpointing": "selective"}, 0.01),
@@ -210,7 +218,7 @@ def test_weights_and_state_are_counted_one_by_one(config: TrainConfig) -> None:
 def test_state_in_8_bit_and_weights_in_less_take_what_the_libraries_make_of_them(
     kind: str, config: TrainConfig
 ) -> None:
-    config = replace(config, use_8bit_adam=True, quantize_base=kind)
+    config = replace(config, optimizer="adamw8bit", quantize_base=kind)
     run = assemble(config)
     for parameter in run.controlnet.parameters():
         parameter.grad = torch.zeros_like(parameter)
@@ -254,6 +262,23 @@ def test_the_meter_counts_arithmetic() -> None:
 
 
 @pytest.mark.slow
+def test_the_average_of_an_optimiser_takes_the_place_of_the_weights_in_validation(
+    config: TrainConfig,
+) -> None:
+    """They are kept meanwhile. All else is as large: both optimisers have 8 bytes a weight."""
+    config = replace(config, lr_scheduler="constant", num_validation_images=1)
+    sizes = replace(find_sizes(config), validates=True)
+    plain = simulate(config, sizes).validation
+    trained = simulate(config, sizes).step["optimiser"] // 2
+    assert simulate(replace(config, optimizer="schedulefree"), sizes).validation == plain + trained
+
+
+def test_arguments_are_checked_for_an_estimate_too(config: TrainConfig) -> None:
+    with pytest.raises(ConfigError, match="slice=3: unknown; --optimizer adafactor takes"):
+        find_sizes(replace(config, optimizer="adafactor", optimizer_args=("slice=3",)))
+
+
+@pytest.mark.slow
 def test_validation_counts_drawing_and_decoding(config: TrainConfig) -> None:
     sizes = replace(find_sizes(config), validates=True)
     few = simulate(replace(config, num_validation_images=1), sizes).validation
@@ -282,7 +307,7 @@ def vae_config(config: TrainConfig) -> dict[str, Any]:
 @pytest.fixture
 def few(monkeypatch: pytest.MonkeyPatch) -> None:
     """Only try some of the remedies."""
-    monkeypatch.setattr(estimate, "REMEDIES", ({"use_8bit_adam": True},))
+    monkeypatch.setattr(estimate, "REMEDIES", ({"optimizer": "adamw8bit"},))
 
 
 @pytest.mark.slow
@@ -432,7 +457,7 @@ def test_only_what_training_would_accept_is_advised(
         return {name for change in changes for name in change}
 
     offloads = {"offload_base", "offload_optimizer", "offload_activations"}
-    assert offloads | {"use_8bit_adam", "fused_backward_pass"} <= names(config)
+    assert offloads | {"optimizer", "fused_backward_pass"} <= names(config)
     assert "offload_base" not in names(replace(config, offload_base=6))
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert offloads <= names(config)
@@ -440,7 +465,7 @@ def test_only_what_training_would_accept_is_advised(
     for strategy in ("FSDP", "DEEPSPEED"):
         with monkeypatch.context() as patch:
             patch.setenv(f"ACCELERATE_USE_{strategy}", "true")
-            assert not (offloads | {"use_8bit_adam"}) & names(config)
+            assert not (offloads | {"optimizer"}) & names(config)
             levels = [one.get("checkpointing") for one in estimate._possible_changes(config, 6)]
             assert ("selective" in levels) is (strategy == "FSDP")
             assert {"controlnet", "full"} <= set(levels)

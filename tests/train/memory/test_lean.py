@@ -221,7 +221,9 @@ def test_host_memory_is_taken_in_large_pieces(monkeypatch: pytest.MonkeyPatch) -
 def test_state_in_8_bit_goes_on_from_host_memory(
     unclipped: TrainConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    whole = replace(unclipped, lr_scheduler="constant", use_8bit_adam=True, offload_optimizer=True)
+    whole = replace(
+        unclipped, lr_scheduler="constant", optimizer="adamw8bit", offload_optimizer=True
+    )
     train(whole)
     halves = replace(whole, output_dir=tmp_path / "halves", resume_from_checkpoint="latest")
     train(replace(halves, max_train_steps=2))

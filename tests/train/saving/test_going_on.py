@@ -27,7 +27,7 @@ from tests.conftest import PROMPTS, RESOLUTION_PX, TOKENS, Outcome, Spoil, flags
 from tests.train.test_run import WEIGHTS, same, weights
 from train.config import TrainConfig
 from train.continued.convention import check_convention
-from train.optim.adamw import make_optimizer
+from train.optim.optimizer import make_optimizer
 from train.run import train
 from train.saving import checkpoints, resuming
 from train.sets.data_entry import data_entry
@@ -455,27 +455,33 @@ def test_a_run_keeps_its_convention_when_it_is_resumed(
 
 
 @pytest.mark.parametrize("offload", [False, True])
-@pytest.mark.parametrize("use_8bit", [False, pytest.param(True, marks=pytest.mark.extras)])
+@pytest.mark.parametrize(
+    ("optimizer", "other"),
+    [
+        ("adamw", "adamw8bit"),
+        pytest.param("adamw8bit", "adamw", marks=pytest.mark.extras),
+    ],
+)
 def test_another_form_of_state_is_refused(
-    use_8bit: bool, offload: bool, train_config: TrainConfig, tmp_path: Path
+    optimizer: str, other: str, offload: bool, train_config: TrainConfig, tmp_path: Path
 ) -> None:
-    config = replace(train_config, use_8bit_adam=use_8bit, offload_optimizer=offload)
+    config = replace(train_config, optimizer=optimizer, offload_optimizer=offload)
     parameter = torch.nn.Parameter(torch.ones(5000))
-    optimizer = make_optimizer(config, [parameter], 1)
+    made = make_optimizer(config, [parameter], 1)
     checkpoint = tmp_path / "checkpoint-500"
     checkpoint.mkdir()
 
-    def check(wanted: bool) -> None:
-        torch.save(optimizer.state_dict(), checkpoint / "optimizer.bin")
-        resuming.check_same_optimizer(checkpoint, replace(config, use_8bit_adam=wanted))
+    def check(wanted: str) -> None:
+        torch.save(made.state_dict(), checkpoint / "optimizer.bin")
+        resuming.check_same_optimizer(checkpoint, replace(config, optimizer=wanted))
 
-    check(not use_8bit)  # has no state yet
+    check(other)  # has no state yet
     parameter.grad = torch.ones(5000)
-    optimizer.step()
-    check(use_8bit)
-    held, flag = (8, "--use-8bit-adam") if use_8bit else (32, "--no-use-8bit-adam")
-    with pytest.raises(ConfigError, match=f"checkpoint-500: holds .* in {held} bit.* give {flag},"):
-        check(not use_8bit)
+    made.step()
+    check(optimizer)
+    changed = f"checkpoint-500: holds .*: --optimizer was {optimizer} and is {other}. Give what"
+    with pytest.raises(ConfigError, match=changed):
+        check(other)
 
 
 def test_a_state_in_8_bit_is_refused_before_networks_are_loaded(
@@ -493,7 +499,7 @@ def test_a_state_in_8_bit_is_refused_before_networks_are_loaded(
     del state["digest"]
     path.write_text(json.dumps(state))
     monkeypatch.setattr("train.assembly._load_networks", None)
-    with pytest.raises(ConfigError, match="checkpoint-1: holds AdamW's state in 8 bit"):
+    with pytest.raises(ConfigError, match=r"checkpoint-1: .* was adamw8bit and is adamw\."):
         train(replace(train_config, resume_from_checkpoint="latest"))
 
 

@@ -13,10 +13,17 @@ from torch import nn
 from tests.train.optim.host_elsewhere import copy_on_the_way
 from train.config import TrainConfig
 from train.optim import offloaded_state
-from train.optim.adamw import make_optimizer, make_schedule, set_learning_rate
-from train.optim.learning_rate import describe_change
+from train.optim.learning_rate import describe_change, make_schedule, set_learning_rate
+from train.optim.optimizer import make_optimizer
 
 PEAK = 0.02
+EXTRA = [pytest.param(name, marks=pytest.mark.extras) for name in ("adamw8bit", "lion")]
+NO_ADAM = {
+    "adam_beta1": 0.9,
+    "adam_beta2": 0.999,
+    "adam_epsilon": 1e-8,
+    "adam_weight_decay": 1e-2,
+}
 
 
 def settings(**changes: Any) -> TrainConfig:
@@ -67,8 +74,8 @@ def test_updates_by_hand(scale: bool, offload: bool) -> None:
 
 
 @pytest.mark.usefixtures("host_is_elsewhere")
-@pytest.mark.parametrize("use_8bit", [False, pytest.param(True, marks=pytest.mark.extras)])
-def test_restored_state_goes_on(use_8bit: bool) -> None:
+@pytest.mark.parametrize("optimizer", ["adamw", "adafactor", *EXTRA])
+def test_restored_state_goes_on(optimizer: str) -> None:
     def steps(optimizer: Any, parameter: nn.Parameter, numbers: range) -> None:
         for number in numbers:
             parameter.grad = torch.tensor([0.5 * number, -0.1, 3.0 / number]).repeat(2000)
@@ -76,7 +83,8 @@ def test_restored_state_goes_on(use_8bit: bool) -> None:
 
     def made() -> tuple[Any, nn.Parameter]:
         parameter = nn.Parameter(torch.ones(6000))
-        config = settings(offload_optimizer=True, use_8bit_adam=use_8bit)
+        adam = {} if "adamw" in optimizer else NO_ADAM
+        config = settings(offload_optimizer=True, optimizer=optimizer, **adam)
         return make_optimizer(config, [parameter], 1), parameter
 
     whole, expected = made()
@@ -106,7 +114,7 @@ def test_state_within_an_inner_dictionary_is_found() -> None:
 
 @pytest.mark.extras
 def test_8_bit_has_the_same_settings() -> None:
-    optimizer = make_optimizer(settings(use_8bit_adam=True), [nn.Parameter(torch.ones(3))], 1)
+    optimizer = make_optimizer(settings(optimizer="adamw8bit"), [nn.Parameter(torch.ones(3))], 1)
     (group,) = optimizer.param_groups
     found = (group["lr"], group["betas"], group["eps"], group["weight_decay"])
     assert found == (PEAK, (0.7, 0.8), 0.3, 0.4)
