@@ -32,6 +32,18 @@ class Plain(torch.optim.SGD):
         super().__init__(params, lr=lr, momentum=momentum)
 
 
+class Moving(Plain):
+    """One with another point than that which it trains, to which it goes, and back inexactly."""
+
+    def eval(self) -> None:
+        for weight in self.param_groups[0]["params"]:
+            weight.data += 1.0
+
+    def train(self) -> None:
+        for weight in self.param_groups[0]["params"]:
+            weight.data -= 1.125
+
+
 class NeedsNumbers(Plain):
     """One whose step looks at the gradient on the host."""
 
@@ -162,6 +174,15 @@ def test_schedulefree_by_hand() -> None:
         assert weight.tolist() == pytest.approx(trained, rel=1e-5)
         with averaged(optimizer):
             assert weight.tolist() == pytest.approx(mean, rel=1e-5)
+
+
+def test_the_trained_weights_are_put_back_as_they_were() -> None:
+    weight = nn.Parameter(torch.tensor([2.125]))
+    optimizer = make_optimizer(settings(f"{HERE}:Moving"), [weight], 1)
+    assert weight.item() == 1.0
+    with averaged(optimizer):
+        assert weight.item() == 2.0
+    assert weight.item() == 1.0
 
 
 @extras
