@@ -53,6 +53,11 @@ def free_gpu_bytes(name: str | None) -> int | None:
     return int(torch.cuda.mem_get_info(pick_device(name))[0]) + CONTEXT_BYTES
 
 
+def peak_device_bytes(device: torch.device) -> int | None:
+    """Return the most memory of a GPU that this process's tensors took so far; None elsewhere."""
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
+
+
 def use_device(device: torch.device) -> None:
     """Make a GPU the calling thread's current one; does nothing for other devices.
 

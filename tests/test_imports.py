@@ -31,8 +31,15 @@ PLANNING = {
     "precompute.planning.views",
 }
 PRECOMPUTE = PLANNING | {"precompute.encoding", "precompute.memory", "precompute"}
-BELOW_SAVING = {"train.processes", "train.optim", "train.validation"}
-TRAIN = BELOW_SAVING | {"train", "train.continued", "train.memory", "train.saving", "train.sets"}
+BELOW_SAVING = {"train.processes", "train.optim", "train.validation", "train.watch"}
+TRAIN = BELOW_SAVING | {
+    "train",
+    "train.continued",
+    "train.evaluation",
+    "train.memory",
+    "train.saving",
+    "train.sets",
+}
 INFER = {"infer", "infer.drawing", "infer.exporting", "infer.memory", "infer.scoring"}
 DRAWING = {
     "infer.batches",
@@ -87,13 +94,16 @@ ALLOWED = {
     "precompute.encoding": STAGE | PLANNING | {"precompute.memory.layer_groups"},
     "precompute.memory": STAGE | PLANNING | {"precompute.config", "precompute.encoding"},
     "precompute": STAGE | PRECOMPUTE,
+    "train.watch": {"common", "train.config"},
     "train.processes": STAGE | {"train.config"},
     "train.sets": STAGE | {"train.config"},
-    "train.optim": STAGE | {"train.config", "train.processes"},
+    "train.optim": STAGE | {"train.config", "train.processes", "train.watch"},
     "train.memory": STAGE | NETWORKS | {"train.distribution", "train.optim", "train.sets"},
-    "train.validation": STAGE | NETWORKS | {"train.assembly", "train.processes", "train.optim"},
-    "train.saving": STAGE
-    | {"train.assembly", "train.config", "train.processes", "train.optim", "train.validation"},
+    "train.validation": STAGE
+    | NETWORKS
+    | {"train.assembly", "train.processes", "train.optim", "train.watch"},
+    "train.saving": STAGE | BELOW_SAVING | {"train.assembly", "train.config"},
+    "train.evaluation": STAGE | BELOW_SAVING | {"train.assembly", "train.config", "train.saving"},
     "train.continued": STAGE | {"train.config", "train.processes", "train.saving"},
     "train": STAGE | TRAIN,
     "infer.memory": STAGE | PRECOMPUTE | TRAIN | {"infer.config", "infer.convention", "infer.vae"},

@@ -203,14 +203,14 @@ def _load_networks(
         StreamedBlocks(transformer, config.offload_base, accelerator.device)
     else:
         transformer.to(accelerator.device)
-    controlnet = _load_controlnet(config, inputs)
+    controlnet = load_controlnet(config, inputs)
     if config.compile:
         compile_blocks(controlnet, transformer)
     return controlnet, transformer
 
 
-def _load_controlnet(config: TrainConfig, inputs: Inputs) -> Any:
-    """Return the ControlNet, in host memory."""
+def load_controlnet(config: TrainConfig, inputs: Inputs) -> Any:
+    """Return the ControlNet that a run starts with, as it trains it, in host memory."""
     convention = inputs.pooled_projection
     if inputs.controlnet is None:
         controlnet = models.new_controlnet(

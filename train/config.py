@@ -31,6 +31,21 @@ ADAM_OPTIONS = {
 # Each takes less memory than the one before, and more time.
 Checkpointing = Literal["none", "controlnet", "selective", "full"]
 
+# accelerate.tracking.LOGGER_TYPE_TO_CLASS, which takes too long to import for --help.
+Tracker = Literal[
+    "tensorboard",
+    "wandb",
+    "aim",
+    "clearml",
+    "comet_ml",
+    "dvclive",
+    "mlflow",
+    "swanlab",
+    "trackio",
+    "all",
+    "none",
+]
+
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
@@ -263,6 +278,11 @@ class TrainConfig:
         help="Decode validation pictures on the training device, on the CPU, or not at all: "
         "python -m infer decode does it elsewhere.",
     )
+    evaluate: str | None = option(
+        None,
+        help="Train nothing: measure this ControlNet as a validation does, and draw its pictures; "
+        "a checkpoint, a ControlNet's folder or a hub id.",
+    )
     weighting_scheme: Literal["sigma_sqrt", "logit_normal", "mode", "cosmap", "none"] = option(
         "logit_normal", help="How timesteps are sampled and losses weighted.", heading="Objective"
     )
@@ -300,8 +320,10 @@ class TrainConfig:
     adam_beta2: float = option(0.999, help="AdamW's second moment.")
     adam_weight_decay: float = option(1e-2, help="AdamW's weight decay.")
     adam_epsilon: float = option(1e-8, help="AdamW's epsilon.")
-    report_to: Literal["tensorboard", "wandb", "none"] = option(
-        "tensorboard", help="Tracker.", heading="Logging and publishing"
+    report_to: Tracker = option(
+        "tensorboard",
+        help="Tracker, of those that accelerate drives; all: those that are installed.",
+        heading="Logging and publishing",
     )
     logging_steps: int = option(10, help="Steps between logged losses and learning rates.")
     logging_dir: str = option(
@@ -468,6 +490,8 @@ class TrainConfig:
                     f"{flag(name)} {getattr(self, name)}: --cache {self.cache[0]} says it; "
                     "leave one out."
                 )
+        if self.estimate and self.evaluate is not None:
+            raise ConfigError("--estimate and --evaluate: leave one out.")
         if self.estimate and not self.cache:
             if self.resolution is None:
                 raise ConfigError(

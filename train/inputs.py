@@ -37,6 +37,7 @@ from train.sets.identity import data_fingerprints
 from train.sets.training_set import TrainingSet
 from train.validation.held_out import held_out_records
 from train.validation.sampling import Pair, read_pairs
+from train.watch.trackers import check_tracker
 
 
 @dataclass(frozen=True)
@@ -324,8 +325,8 @@ def _check_drawn_part(sigmas: torch.Tensor, schedule: Timesteps, cache: Cache) -
 
 def require_packages(config: TrainConfig) -> None:
     """Refuse settings whose optional package is not installed, or which the optimiser refuses."""
+    check_tracker(config.report_to)
     for needed, package, extra in (
-        (config.report_to == "wandb", "wandb", "wandb"),
         (config.quantize_base == "nf4", "bitsandbytes", "bitsandbytes"),
     ):
         if needed and importlib.util.find_spec(package) is None:

@@ -14,7 +14,7 @@ from train.assembly import Run
 from train.config import DROPPED
 from train.data import Batch, Dropout, RankPlaces, TrainingSamples, read_batches
 from train.inputs import samples_per_step
-from train.loss import batch_losses
+from train.loss import batch_losses, noise_levels
 from train.optim.averaged_weights import averaged
 from train.optim.nonfinite import NonFiniteGuard
 from train.processes.agreement import HostGroup
@@ -25,6 +25,7 @@ from train.saving.best import keep_best
 from train.saving.checkpoints import TrainState
 from train.step_log import StepLog
 from train.validation import pictures
+from train.watch.curves import NUM_LEVELS
 
 
 def take_steps(run: Run, received: Received) -> tuple[TrainState, Signals | None]:
@@ -148,15 +149,14 @@ def take_step(
     """
     config, accelerator = run.config, run.accelerator
     losses: list[torch.Tensor] = []
+    levels: list[torch.Tensor] = []
     step_places: list[int] = []
     nonfinite = torch.zeros((), device=accelerator.device)
     norm: torch.Tensor | None = None
     for places, batch in itertools.islice(batches, config.gradient_accumulation_steps):
         with accelerator.accumulate(run.controlnet):
             with run.activation_offload:
-                sample_losses = batch_losses(
-                    batch.to(accelerator.device), run.controlnet, run.transformer, run.objective
-                )
+                sample_losses, of_levels = _losses(run, batch)
             accelerator.backward(sample_losses.mean())
             if accelerator.sync_gradients:
                 if run.fused is not None:
@@ -169,10 +169,19 @@ def take_step(
             run.optimizer.step()
             run.optimizer.zero_grad(set_to_none=not keeps_gradients(accelerator))
         losses.append(sample_losses.detach())
+        levels.append(of_levels)
         step_places += places
     if not guard.is_left_out(nonfinite):
         run.schedule.step()
         if run.ema is not None:
             run.ema.step()
-    guard.after_update(step, step_places, torch.cat(losses), nonfinite)
+    guard.after_update(step, step_places, torch.cat(losses), torch.cat(levels), nonfinite)
     return norm
+
+
+def _losses(run: Run, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the loss of each sample and the part of the noise levels that it is of, [B] each."""
+    there = batch.to(run.accelerator.device)
+    sigma, _ = noise_levels(there, run.objective)
+    levels = (sigma * NUM_LEVELS).long().clamp(max=NUM_LEVELS - 1)
+    return batch_losses(there, run.controlnet, run.transformer, run.objective), levels

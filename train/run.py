@@ -4,14 +4,12 @@ import contextlib
 import os
 from collections.abc import Iterator
 from signal import Signals
-from typing import Any
 
 import click
 
 from common.errors import RunError, ShardError, os_error_line
 from common.interruption import signals_noted
 from common.memory.exhausted import first_line, is_out_of_memory
-from common.options import as_dict
 from common.provenance import write_run
 from sd3.base.lora import say_text_is_cached
 from sd3.controlnet.block_counts import describe_count
@@ -20,6 +18,7 @@ from shards.reading.cache import Cache
 from shards.reading.location import LocalFiles
 from train.assembly import Run, assemble
 from train.config import TrainConfig
+from train.evaluation.evaluate import evaluate
 from train.inputs import samples_per_step
 from train.loop import take_steps
 from train.optim.averaged_weights import averaged
@@ -37,10 +36,13 @@ from train.saving.controlnet import (
 from train.saving.model_card import CARD, write_card
 from train.sets.description import describe_mix
 from train.validation import pictures
+from train.watch.trackers import start_trackers
 
 
 def train(config: TrainConfig) -> Signals | None:
-    """Train a ControlNet and save it in `config.output_dir`; or only estimate the memory it takes.
+    """Train a ControlNet and save it in `config.output_dir`.
+
+    Or only estimate the memory that it takes, or evaluate one.
 
     Returns:
         The signal that ended the run before its last step, or None.
@@ -58,7 +60,10 @@ def train(config: TrainConfig) -> Signals | None:
         return None
     try:
         with group_closed_at_the_end():
-            return _train(config)
+            if config.evaluate is None:
+                return _train(config)
+            evaluate(config)
+            return None
     except RuntimeError as error:
         if not is_out_of_memory(error):
             raise
@@ -197,16 +202,7 @@ def _start_records(run: Run) -> None:
     if accelerator.is_main_process:
         config.output_dir.mkdir(parents=True, exist_ok=True)
         write_run(config.output_dir, "train", config, num_steps=run.num_steps, data=data)
-    if accelerator.log_with:
-        flat = {key: _flat(value) for key, value in as_dict(config).items()}
-        accelerator.init_trackers(config.tracker_project_name, config=flat)
-
-
-def _flat(value: Any) -> Any:
-    """Return a setting as trackers take it."""
-    if isinstance(value, list):
-        return " ".join(map(str, value))
-    return "" if value is None else value
+    start_trackers(accelerator, config)
 
 
 def _command(config: TrainConfig) -> str:

@@ -11,12 +11,13 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from common.device import AsyncHostCopy
+from common.device import AsyncHostCopy, peak_device_bytes
 from common.progress import Progress
 from train.assembly import Run
 from train.optim.nonfinite import NonFiniteGuard
 from train.processes.agreement import HostGroup
 from train.saving.checkpoints import TrainState
+from train.watch import curves
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,7 @@ class Entry:
 
 
 class StepLog:
-    """Logs mean loss, gradient norm and rate of steps.
+    """Logs mean loss, gradient norm, rate and memory of steps.
 
     Args:
         run: whose steps they are.
@@ -92,25 +93,41 @@ class StepLog:
         entry, self._pending = self._pending, None
         if entry is None:
             return
-        loss_sum, count = self.hosts.sum(self.guard.pop_loss_sum())
+        summed = self.hosts.sum([*self.guard.pop_loss_sum(), *self.guard.pop_level_sums()])
+        loss_sum, count = summed[:2]
         loss = loss_sum / count if count else math.nan
         values = {
-            "loss": loss,
-            "lr": entry.lr,
-            "epoch": self.run.inputs.order.epochs(entry.state.place),
+            curves.LOSS: loss,
+            curves.LEARNING_RATE: entry.lr,
+            curves.EPOCH: self.run.inputs.order.epochs(entry.state.place),
         }
+        values |= _by_level(summed[2:])
         shown, rate = {"loss": f"{loss:.4f}"}, None
         if self._logged is not None:
             seconds = max(entry.seconds - self._logged.seconds, 1e-9)
-            values["samples_per_second"] = rate = (
-                entry.state.place - self._logged.state.place
-            ) / seconds
+            values[curves.RATE] = rate = (entry.state.place - self._logged.state.place) / seconds
         if entry.norm is not None:
             norm = float(entry.norm.wait()["norm"])
-            values["gradient_norm"] = norm
+            values[curves.GRADIENT_NORM] = norm
             shown["gradient norm"] = f"{norm:.3g}"
         if self.guard.num_skipped:
-            values["steps_left_out"] = self.guard.num_skipped
+            values[curves.STEPS_LEFT_OUT] = self.guard.num_skipped
+        if (peak := peak_device_bytes(self.run.accelerator.device)) is not None:
+            values[curves.DEVICE_MEMORY] = peak / 1e9
         self.run.accelerator.log(values, step=entry.state.step)
         self.progress.show(shown | {"lr": f"{entry.lr:.2g}"}, rate=rate)
         self._logged = entry
+
+
+def _by_level(sums: list[float]) -> dict[str, float]:
+    """Return the mean loss at each noise level that samples were of, by its curve's name.
+
+    Args:
+        sums: of losses at each level, then how many these are.
+    """
+    half = len(sums) // 2
+    return {
+        curves.of_level(curves.LOSS, level): loss_sum / count
+        for level, (loss_sum, count) in enumerate(zip(sums[:half], sums[half:], strict=True))
+        if count
+    }

@@ -141,6 +141,7 @@ OURS = {
     "compile",
     "deterministic",
     "ema_decay",
+    "evaluate",
     "keep_best",
     "shift",
     "min_timestep",

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from common.device import AsyncHostCopy
 from common.errors import RunError
+from train.watch.curves import NUM_LEVELS
 
 LISTED_SAMPLES = 8
 # fp16 may leave out some in a row until it finds its loss scale, but hardly 32: that would bring
@@ -50,7 +51,8 @@ class Report:
     Attributes:
         step: its number.
         places: of this process's samples.
-        copies: `losses`, one a sample, and `nonfinite`, 1 where the gradient is not finite.
+        copies: `losses` and `levels`, one a sample, and `nonfinite`, 1 where the gradient is not
+            finite.
     """
 
     step: int
@@ -96,6 +98,7 @@ class NonFiniteGuard:
         self.num_skipped = 0
         self._in_a_row = 0
         self.loss_sum, self.num_losses = 0.0, 0
+        self._level_sums = torch.zeros(2, NUM_LEVELS, dtype=torch.float64)
         self._pending: Report | None = None
 
     def before_update(self, norm: Tensor) -> Tensor:
@@ -117,21 +120,24 @@ class NonFiniteGuard:
         """
         return (self.scales_loss or not self.stop) and bool(nonfinite)
 
-    def after_update(self, step: int, places: list[int], losses: Tensor, nonfinite: Tensor) -> None:
+    def after_update(
+        self, step: int, places: list[int], losses: Tensor, levels: Tensor, nonfinite: Tensor
+    ) -> None:
         """Note a step, and examine the one before it.
 
         Args:
             step: its number.
             places: of this process's samples.
             losses: one a sample, [len(places)].
+            levels: of each sample's noise, 0 to NUM_LEVELS - 1, [len(places)].
             nonfinite: what `before_update` returned.
 
         Raises:
             RunError: the step before was not finite, and the run is to stop then.
         """
         self.finish()
-        values = {"losses": losses.detach().float(), "nonfinite": nonfinite.float()}
-        copies = AsyncHostCopy(values)
+        values = {"losses": losses.detach().float(), "levels": levels}
+        copies = AsyncHostCopy(values | {"nonfinite": nonfinite.float()})
         self._pending = Report(step, places, copies)
 
     def finish(self) -> None:
@@ -148,6 +154,8 @@ class NonFiniteGuard:
         losses, finite = copies["losses"], torch.isfinite(copies["losses"])
         self.loss_sum += float(losses[finite].sum())
         self.num_losses += int(finite.sum())
+        of_finite = torch.stack([losses, torch.ones_like(losses)]).double()[:, finite]
+        self._level_sums.index_add_(1, copies["levels"][finite], of_finite)
         if not copies["nonfinite"]:
             self._in_a_row = 0
             return
@@ -171,6 +179,12 @@ class NonFiniteGuard:
         """Return sum and number of the finite losses examined since the last call."""
         sums = [self.loss_sum, self.num_losses]
         self.loss_sum, self.num_losses = 0.0, 0
+        return sums
+
+    def pop_level_sums(self) -> list[float]:
+        """Return sums and numbers of these losses at each noise level: all sums, all numbers."""
+        sums: list[float] = self._level_sums.flatten().tolist()
+        self._level_sums.zero_()
         return sums
 
     def _describe(self, report: Report, losses: list[float], finite: list[bool]) -> str:

@@ -14,7 +14,7 @@ from common.atomic_files import write_text
 from train.assembly import Run
 from train.processes.agreement import main_decides
 from train.saving.controlnet import replace_controlnet
-from train.validation.held_out import AVERAGED, HELD_OUT
+from train.watch.curves import AVERAGED_HELD_OUT, HELD_OUT, mean
 
 BEST_FOLDER = "best"
 BEST_FILE = "best.json"
@@ -68,10 +68,10 @@ def keep_best(run: Run, step: int, losses: Mapping[str, Sequence[float]]) -> Non
 def lowest(step: int, losses: Mapping[str, Sequence[float]]) -> Best:
     """Return the better of the weights and their average, by the mean over the noise levels."""
     # A mix of sets has each set's own losses beside these.
-    names = [name for name in (HELD_OUT, AVERAGED) if name in losses]
-    means = {name: sum(losses[name]) / len(losses[name]) for name in names}
+    names = [name for name in (HELD_OUT, AVERAGED_HELD_OUT) if name in losses]
+    means = {name: mean(losses[name]) for name in names}
     name = min(means, key=lambda each: means[each])
-    return Best(step, means[name], name == AVERAGED)
+    return Best(step, means[name], name == AVERAGED_HELD_OUT)
 
 
 def read_best(output_dir: Path) -> Best | None:

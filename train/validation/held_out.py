@@ -25,14 +25,10 @@ from shards.reading.tensors import empty_tensors
 from train import objective
 from train.data import EncodedSamples
 from train.loss import Objective, predict
+from train.watch.curves import NUM_LEVELS
 
-# Noise levels are k / 8; at 8 / 8 nothing of the image is left.
-NUM_LEVELS = 8
 # The noise does not depend on the run's seed, so that runs can be compared.
 NOISE_SEED = 0
-# Names of the loss of the weights, and of their moving average.
-HELD_OUT = "held_out_loss"
-AVERAGED = "ema_held_out_loss"
 
 
 class Measurement(NamedTuple):
@@ -106,6 +102,8 @@ def velocity_losses(
     samples: EncodedSamples, levels: Tensor, controlnet: Any, transformer: Any, settings: Objective
 ) -> Tensor:
     """Return the mean squared error of each sample's velocity at its noise level.
+
+    Levels are k / NUM_LEVELS; at the next one, 1, nothing of the image would be left.
 
     The loss is unweighted and without preconditioning, whatever training minimises.
 

@@ -12,7 +12,8 @@ Axes: B pictures, C latent channels, h x w latent grid, H x W pixels.
 
 import json
 import shutil
-from contextlib import nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -34,8 +35,10 @@ from train.assembly import Run
 from train.optim.ema import Ema
 from train.processes.agreement import main_decides
 from train.processes.sharding import reshard
-from train.validation.held_out import AVERAGED, HELD_OUT, held_out_loss
+from train.validation.held_out import held_out_loss
 from train.validation.sampling import Pair, negative_embeds, sample
+from train.watch.curves import AVERAGED_HELD_OUT, HELD_OUT, in_words, mean, of_level, of_set
+from train.watch.trackers import log_pictures
 
 PROMPT_KEY = "prompt"  # of the prompt in a picture's file or a file of latents
 
@@ -94,33 +97,62 @@ def validate(run: Run, step: int) -> dict[str, list[float]]:
         OSError: the pictures cannot be written.
         ShardError: a record is missing or damaged.
     """
-    final = folder(run, step)
-    partial = final.with_suffix(".partial")
+    with written_whole(run, folder(run, step)) as partial:
+        losses = measure(run, partial, [run.ema] if run.ema and step else [], step)
+        if losses and run.accelerator.is_main_process:
+            write_text(partial / "held_out.json", json.dumps(losses, indent=1) + "\n")
+    return losses
+
+
+@contextmanager
+def written_whole(run: Run, final: Path) -> Iterator[Path]:
+    """Give an empty folder to write into, which then takes the place of a folder.
+
+    Every process must call this.
+    """
+    partial = final.with_name(f"{final.name}.partial")
     if run.accelerator.is_main_process:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
     run.accelerator.wait_for_everyone()
-    # Without gradients, and at other batch sizes, all blocks would be compiled once more.
-    uncompiled = torch.compiler.set_stance("force_eager") if run.config.compile else nullcontext()
-    with uncompiled:
-        drawings, losses = _evaluate(run, [run.ema] if run.ema and step else [])
-    drawings = _decode(run, drawings)
-    for drawing in drawings:
-        _save(partial, drawing)
-    gathered = gather_object(drawings if run.accelerator.log_with else [])
-    if run.accelerator.is_main_process:
-        _log(run, sorted(gathered, key=lambda drawing: drawing.name), losses, step)
-        if losses:
-            write_text(partial / "held_out.json", json.dumps(losses, indent=1) + "\n")
+    yield partial
     run.accelerator.wait_for_everyone()
     if run.accelerator.is_main_process:
         if final.is_dir():
             shutil.rmtree(final)
         move_into_place(partial, final)
+
+
+def measure(
+    run: Run, target: Path, averages: Sequence[Ema], step: int | None = None
+) -> dict[str, list[float]]:
+    """Draw the pairs into a folder and measure the held-out loss.
+
+    Every process must call this.
+
+    Args:
+        run: whose ControlNet is measured.
+        target: gets the pictures.
+        averages: weights to measure as well; one, or none.
+        step: under which the run's trackers get both; None for not at all.
+
+    Returns:
+        The held-out losses by name and noise level, the same on every process.
+    """
+    # Without gradients, and at other batch sizes, all blocks would be compiled once more.
+    uncompiled = torch.compiler.set_stance("force_eager") if run.config.compile else nullcontext()
+    with uncompiled:
+        drawings, losses = _evaluate(run, averages)
+    drawings = _decode(run, drawings)
+    for drawing in drawings:
+        _save(target, drawing)
+    gathered = gather_object(drawings if run.accelerator.log_with else [])
+    if step is not None and run.accelerator.is_main_process:
+        _log(run, sorted(gathered, key=lambda drawing: drawing.name), losses, step)
     return losses
 
 
-def _evaluate(run: Run, averages: list[Ema]) -> tuple[list[Drawing], dict[str, list[float]]]:
+def _evaluate(run: Run, averages: Sequence[Ema]) -> tuple[list[Drawing], dict[str, list[float]]]:
     """Return this process's drawings, not decoded, and the held-out losses by name and level."""
     controlnet = run.accelerator.unwrap_model(run.controlnet)
     drawings: list[Drawing] = []
@@ -131,21 +163,27 @@ def _evaluate(run: Run, averages: list[Ema]) -> tuple[list[Drawing], dict[str, l
             if run.inputs.draws_pictures:
                 drawings += _draw(run, controlnet, "-ema" if ema else "")
             if run.inputs.measures_held_out:
-                losses |= _held_out_losses(run, controlnet, AVERAGED if ema else HELD_OUT)
+                name = AVERAGED_HELD_OUT if ema else HELD_OUT
+                losses |= held_out_losses(run, controlnet, name)
     controlnet.train()
     reshard(controlnet)
     return drawings, losses
 
 
-def _held_out_losses(run: Run, controlnet: Any, name: str) -> dict[str, list[float]]:
+def held_out_losses(run: Run, controlnet: Any, name: str) -> dict[str, list[float]]:
     """Return the held-out loss by noise level; of several sets each one's, and their mean.
 
-    The mean is by weight, as the samples are drawn.
+    The mean is by weight, as the samples are drawn. Every process must call this.
+
+    Args:
+        run: whose rows these are.
+        controlnet: in evaluation mode.
+        name: of the loss.
     """
     found: dict[str, list[float]] = {}
     sets = [one for one in run.inputs.sets if one.cache.manifest.held_out]
     for one in sets:
-        label = f"{name}/{one.name}" if len(run.inputs.sets) > 1 else name
+        label = of_set(name, one.name) if len(run.inputs.sets) > 1 else name
         found[label] = held_out_loss(
             one.cache,
             run.accelerator,
@@ -232,14 +270,13 @@ def _save(partial: Path, drawing: Drawing) -> None:
 
 def _log(run: Run, drawings: list[Drawing], losses: dict[str, list[float]], step: int) -> None:
     for name, levels in losses.items():
-        values = {f"{name}/level-{level}": loss for level, loss in enumerate(levels)}
-        mean = sum(levels) / len(levels)
-        run.accelerator.log({name: mean, **values}, step=step)
-        in_words = name.replace("_", " ").replace("/", " of ")
-        run.print(f"step {step}: {in_words} {mean:.4f}")
-    for tracker in run.accelerator.trackers:
-        layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
-        for drawing in drawings:
-            if drawing.images is not None:
-                label = f"{drawing.name}: {drawing.pair.prompt}"
-                tracker.log_images({label: drawing.with_conditioning()}, step=step, **layout)
+        values = {of_level(name, level): loss for level, loss in enumerate(levels)}
+        whole = mean(levels)
+        run.accelerator.log({name: whole, **values}, step=step)
+        run.print(f"step {step}: {in_words(name)} {whole:.4f}")
+    shown = {
+        f"{drawing.name}: {drawing.pair.prompt}": drawing.with_conditioning()
+        for drawing in drawings
+        if drawing.images is not None
+    }
+    log_pictures(run.accelerator, shown, step)

@@ -27,20 +27,24 @@ def guard() -> NonFiniteGuard:
 def test_only_steps_in_a_row_end_a_run(guard: NonFiniteGuard) -> None:
     outcomes = [*[NOT_FINITE] * (MOST_IN_A_ROW - 1), FINITE, *[NOT_FINITE] * (MOST_IN_A_ROW - 1)]
     for step, nonfinite in enumerate(outcomes):
-        guard.after_update(step, [step], torch.ones(1), nonfinite)
+        guard.after_update(step, [step], torch.ones(1), torch.tensor([0]), nonfinite)
     guard.finish()
-    guard.after_update(len(outcomes), [0], torch.ones(1), NOT_FINITE)
+    guard.after_update(len(outcomes), [0], torch.ones(1), torch.tensor([0]), NOT_FINITE)
     with pytest.raises(RunError, match=f"the last {MOST_IN_A_ROW} steps were left out"):
         guard.finish()
 
 
 def test_a_sum_is_of_the_finite_losses_since_the_last_one(guard: NonFiniteGuard) -> None:
-    guard.after_update(1, [0, 1, 2], torch.tensor([1.0, math.nan, 3.0]), NOT_FINITE)
-    guard.after_update(2, [3, 4], torch.tensor([5.0, 6.0]), FINITE)
+    losses = torch.tensor([1.0, math.nan, 3.0])
+    guard.after_update(1, [0, 1, 2], losses, torch.tensor([7, 7, 2]), NOT_FINITE)
+    guard.after_update(2, [3, 4], torch.tensor([5.0, 6.0]), torch.tensor([0, 2]), FINITE)
     assert guard.pop_loss_sum() == [1 + 3, 2]  # the last step is not examined yet
-    guard.after_update(3, [5], torch.tensor([7.0]), FINITE)
+    guard.after_update(3, [5], torch.tensor([7.0]), torch.tensor([2]), FINITE)
     guard.finish()
     assert guard.pop_loss_sum() == [5 + 6 + 7, 3]
+    sums, numbers = [5, 0, 3 + 6 + 7, 0, 0, 0, 0, 1], [1, 0, 3, 0, 0, 0, 0, 1]
+    assert guard.pop_level_sums() == sums + numbers
+    assert guard.pop_level_sums() == [0] * 16
 
 
 def test_without_fused_updates_a_skipped_one_moves_nothing() -> None:

@@ -1,0 +1,1 @@
+"""Measuring a ControlNet as a run's validations do, without training (--evaluate)."""
