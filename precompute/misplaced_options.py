@@ -21,6 +21,7 @@ TRAIN_OPTIONS = (
     "--ema-decay",
     "--checkpointing-steps",
     "--checkpoints-total-limit",
+    "--dashboard",
     "--evaluate",
     "--keep-best",
     "--resume-from-checkpoint",

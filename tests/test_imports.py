@@ -35,6 +35,7 @@ BELOW_SAVING = {"train.processes", "train.optim", "train.validation", "train.wat
 TRAIN = BELOW_SAVING | {
     "train",
     "train.continued",
+    "train.dashboard",
     "train.evaluation",
     "train.memory",
     "train.saving",
@@ -103,6 +104,7 @@ ALLOWED = {
     | NETWORKS
     | {"train.assembly", "train.processes", "train.optim", "train.watch"},
     "train.saving": STAGE | BELOW_SAVING | {"train.assembly", "train.config"},
+    "train.dashboard": STAGE | BELOW_SAVING | {"train.assembly", "train.config", "train.inputs"},
     "train.evaluation": STAGE | BELOW_SAVING | {"train.assembly", "train.config", "train.saving"},
     "train.continued": STAGE | {"train.config", "train.processes", "train.saving"},
     "train": STAGE | TRAIN,

@@ -332,6 +332,11 @@ class TrainConfig:
     tracker_project_name: str = option(
         "train_controlnet", help="Project name given to the tracker."
     )
+    dashboard: bool = option(
+        False,
+        help="Keep progress.html in the output folder: curves, pictures and advice in one file, "
+        "written anew at each validation.",
+    )
     push_to_hub: bool = option(False, help="Upload the ControlNet with its model card at the end.")
     hub_model_id: str | None = option(
         None, help="Repository to upload to; by default named like the output folder."

@@ -12,6 +12,7 @@ from common.interruption import Received
 from common.progress import Progress
 from train.assembly import Run
 from train.config import DROPPED
+from train.dashboard.dashboard import Dashboard, open_dashboard
 from train.data import Batch, Dropout, RankPlaces, TrainingSamples, read_batches
 from train.inputs import samples_per_step
 from train.loss import batch_losses, noise_levels
@@ -74,13 +75,14 @@ def take_steps(run: Run, received: Received) -> tuple[TrainState, Signals | None
         sample_key=samples.key,
         print=tqdm.write,
     )
+    dashboard = open_dashboard(run)
     if pictures.is_due(run, state.step) and not (state.step and pictures.is_done(run, state.step)):
         # The run is new; or it was killed between that step's checkpoint and its validation.
         with averaged(run.optimizer.optimizer):
-            keep_best(run, state.step, pictures.validate(run, state.step))
+            _validate(run, state.step, dashboard)
     hosts = HostGroup()
     with _progress(run) as progress:
-        log = StepLog(run, guard, hosts, progress)
+        log = StepLog(run, guard, hosts, progress, dashboard)
         state, signal = _loop(run, batches, log, lambda: hosts.agreed_signal(received()))
     batches.close()
     if guard.num_skipped:
@@ -125,8 +127,16 @@ def _loop(
                 checkpoints.save(run.accelerator, config, state, run.ema)
         if pictures.is_due(run, state.step) and not signal:
             with log.paused(), averaged(run.optimizer.optimizer):
-                keep_best(run, state.step, pictures.validate(run, state.step))
+                _validate(run, state.step, log.dashboard)
+    if log.dashboard is not None:
+        log.dashboard.write(state.step)
     return state, signal
+
+
+def _validate(run: Run, step: int, dashboard: Dashboard | None) -> None:
+    keep_best(run, step, pictures.validate(run, step))
+    if dashboard is not None:
+        dashboard.write(step)
 
 
 def take_step(

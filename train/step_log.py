@@ -14,6 +14,7 @@ from torch import Tensor
 from common.device import AsyncHostCopy, peak_device_bytes
 from common.progress import Progress
 from train.assembly import Run
+from train.dashboard.dashboard import Dashboard
 from train.optim.nonfinite import NonFiniteGuard
 from train.processes.agreement import HostGroup
 from train.saving.checkpoints import TrainState
@@ -45,15 +46,22 @@ class StepLog:
         guard: examines each step while the next one runs, and adds its losses up.
         hosts: of all processes.
         progress: shows the values.
+        dashboard: keeps them, if there is one.
     """
 
     def __init__(
-        self, run: Run, guard: NonFiniteGuard, hosts: HostGroup, progress: Progress
+        self,
+        run: Run,
+        guard: NonFiniteGuard,
+        hosts: HostGroup,
+        progress: Progress,
+        dashboard: Dashboard | None = None,
     ) -> None:
         self.run = run
         self.guard = guard
         self.hosts = hosts
         self.progress = progress
+        self.dashboard = dashboard
         self._pending: Entry | None = None
         self._logged: Entry | None = None
         self._paused = 0.0
@@ -115,6 +123,8 @@ class StepLog:
         if (peak := peak_device_bytes(self.run.accelerator.device)) is not None:
             values[curves.DEVICE_MEMORY] = peak / 1e9
         self.run.accelerator.log(values, step=entry.state.step)
+        if self.dashboard is not None:
+            self.dashboard.log(entry.state.step, values)
         self.progress.show(shown | {"lr": f"{entry.lr:.2g}"}, rate=rate)
         self._logged = entry
 

@@ -141,6 +141,7 @@ OURS = {
     "compile",
     "deterministic",
     "ema_decay",
+    "dashboard",
     "evaluate",
     "keep_best",
     "shift",

@@ -104,6 +104,7 @@ def _settings(config: TrainConfig, folder: Path) -> TrainConfig:
         keep_best=False,
         push_to_hub=False,
         report_to="none",
+        dashboard=False,
     )
 
 

@@ -1,0 +1,1 @@
+"""The page of a run (--dashboard): one file, made from what the run writes."""
