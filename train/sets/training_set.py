@@ -18,7 +18,7 @@ class TrainingSet:
     Attributes:
         name: of its curves, unique in a run; empty where a run has this set alone.
         location: of its cache, a folder or a URL.
-        records: first and last but one of the training records that it has, in the cache's order.
+        records: its first training record, and the one behind its last, in the cache's order.
         cache: opened for reading.
         order: in which its samples come.
         weight: how often it comes, beside the others' weights.
