@@ -73,6 +73,8 @@ def take_steps(run: Run, received: Received) -> tuple[TrainState, Signals | None
         updates_per_weight=run.fused is not None,
         stop=config.on_nonfinite == "stop",
         sample_key=samples.key,
+        sample_set=lambda place: run.inputs.order.locate(place)[0],
+        num_sets=len(run.inputs.sets),
         print=tqdm.write,
     )
     dashboard = open_dashboard(run)

@@ -6,8 +6,9 @@ A step's values are read while the next one runs, so they come a step late, unde
 import contextlib
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain, islice
 
 from torch import Tensor
 
@@ -101,15 +102,21 @@ class StepLog:
         entry, self._pending = self._pending, None
         if entry is None:
             return
-        summed = self.hosts.sum([*self.guard.pop_loss_sum(), *self.guard.pop_level_sums()])
-        loss_sum, count = summed[:2]
+        sets = [one.name for one in self.run.inputs.sets if one.name]
+        sums = [self.guard.pop_loss_sum(), self.guard.pop_level_sums()]
+        sums += [self.guard.pop_set_sums()] if sets else []
+        summed = iter(self.hosts.sum(list(chain.from_iterable(sums))))
+        (loss_sum, count), by_level, *by_set = [list(islice(summed, len(one))) for one in sums]
         loss = loss_sum / count if count else math.nan
         values = {
             curves.LOSS: loss,
             curves.LEARNING_RATE: entry.lr,
             curves.EPOCH: self.run.inputs.order.epochs(entry.state.place),
         }
-        values |= _by_level(summed[2:])
+        levels = [curves.of_level(curves.LOSS, level) for level in range(curves.NUM_LEVELS)]
+        values |= _means(levels, by_level)
+        for means in by_set:
+            values |= _means([curves.of_set(curves.LOSS, name) for name in sets], means)
         shown, rate = {"loss": f"{loss:.4f}"}, None
         if self._logged is not None:
             seconds = max(entry.seconds - self._logged.seconds, 1e-9)
@@ -129,15 +136,13 @@ class StepLog:
         self._logged = entry
 
 
-def _by_level(sums: list[float]) -> dict[str, float]:
-    """Return the mean loss at each noise level that samples were of, by its curve's name.
+def _means(names: Sequence[str], sums: Sequence[float]) -> dict[str, float]:
+    """Return the mean losses of the curves that samples were of, by name.
 
     Args:
-        sums: of losses at each level, then how many these are.
+        names: of the curves.
+        sums: of the losses of each curve, then how many these are.
     """
-    half = len(sums) // 2
-    return {
-        curves.of_level(curves.LOSS, level): loss_sum / count
-        for level, (loss_sum, count) in enumerate(zip(sums[:half], sums[half:], strict=True))
-        if count
-    }
+    count = len(names)
+    of_curves = zip(names, sums[:count], sums[count:], strict=True)
+    return {name: loss_sum / number for name, loss_sum, number in of_curves if number}

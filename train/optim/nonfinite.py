@@ -74,6 +74,8 @@ class NonFiniteGuard:
             before a non-finite gradient comes.
         stop: whether to end the run at the first such step, or to continue.
         sample_key: returns the key of the sample at a place.
+        sample_set: returns the number of the set that the sample at a place is of.
+        num_sets: how many sets of samples there are.
         print: prints a line.
     """
 
@@ -86,6 +88,8 @@ class NonFiniteGuard:
         updates_per_weight: bool = False,
         stop: bool,
         sample_key: Callable[[int], str],
+        sample_set: Callable[[int], int] = lambda place: 0,
+        num_sets: int = 1,
         print: Callable[[str], None],
     ) -> None:
         self.optimizer = optimizer
@@ -93,12 +97,13 @@ class NonFiniteGuard:
         self.update_already_applied = update_already_applied
         self.updates_per_weight = updates_per_weight
         self.stop = stop
-        self.sample_key = sample_key
+        self.sample_key, self.sample_set = sample_key, sample_set
         self.print = print
         self.num_skipped = 0
         self._in_a_row = 0
         self.loss_sum, self.num_losses = 0.0, 0
         self._level_sums = torch.zeros(2, NUM_LEVELS, dtype=torch.float64)
+        self._set_sums = torch.zeros(2, num_sets, dtype=torch.float64)
         self._pending: Report | None = None
 
     def before_update(self, norm: Tensor) -> Tensor:
@@ -156,6 +161,8 @@ class NonFiniteGuard:
         self.num_losses += int(finite.sum())
         of_finite = torch.stack([losses, torch.ones_like(losses)]).double()[:, finite]
         self._level_sums.index_add_(1, copies["levels"][finite], of_finite)
+        sets = torch.tensor([self.sample_set(place) for place in report.places])
+        self._set_sums.index_add_(1, sets[finite], of_finite)
         if not copies["nonfinite"]:
             self._in_a_row = 0
             return
@@ -185,6 +192,12 @@ class NonFiniteGuard:
         """Return sums and numbers of these losses at each noise level: all sums, all numbers."""
         sums: list[float] = self._level_sums.flatten().tolist()
         self._level_sums.zero_()
+        return sums
+
+    def pop_set_sums(self) -> list[float]:
+        """Return sums and numbers of these losses of each set: all sums, all numbers."""
+        sums: list[float] = self._set_sums.flatten().tolist()
+        self._set_sums.zero_()
         return sums
 
     def _describe(self, report: Report, losses: list[float], finite: list[bool]) -> str:

@@ -1,6 +1,7 @@
 """What is counted over steps, of which some are not finite."""
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -15,12 +16,17 @@ FINITE, NOT_FINITE = torch.tensor(0.0), torch.tensor(1.0)
 
 @pytest.fixture
 def guard() -> NonFiniteGuard:
+    return make_guard()
+
+
+def make_guard(**settings: Any) -> NonFiniteGuard:
     return NonFiniteGuard(
         torch.optim.AdamW([nn.Parameter(torch.ones(1))]),
         update_already_applied=False,
         stop=False,
         sample_key=str,
         print=lambda _: None,
+        **settings,
     )
 
 
@@ -45,6 +51,15 @@ def test_a_sum_is_of_the_finite_losses_since_the_last_one(guard: NonFiniteGuard)
     sums, numbers = [5, 0, 3 + 6 + 7, 0, 0, 0, 0, 1], [1, 0, 3, 0, 0, 0, 0, 1]
     assert guard.pop_level_sums() == sums + numbers
     assert guard.pop_level_sums() == [0] * 16
+
+
+def test_each_set_has_a_sum_of_its_own() -> None:
+    guard = make_guard(sample_set=lambda place: place % 3, num_sets=3)
+    losses = torch.tensor([1.0, 2.0, math.nan, 4.0])
+    guard.after_update(1, [0, 1, 2, 3], losses, torch.zeros(4, dtype=torch.long), NOT_FINITE)
+    guard.finish()
+    assert guard.pop_set_sums() == [1 + 4, 2, 0, 2, 1, 0]
+    assert guard.pop_set_sums() == [0] * 6
 
 
 def test_without_fused_updates_a_skipped_one_moves_nothing() -> None:

@@ -105,7 +105,10 @@ def test_the_rate_is_that_of_training_alone(monkeypatch: pytest.MonkeyPatch) -> 
     logged: list[tuple[int, Mapping[str, float]]] = []
     shown: list[float | None] = []
     run: Any = SimpleNamespace(
-        inputs=SimpleNamespace(order=SimpleNamespace(epochs=lambda place: place / 100)),
+        inputs=SimpleNamespace(
+            order=SimpleNamespace(epochs=lambda place: place / 100),
+            sets=[SimpleNamespace(name="edges"), SimpleNamespace(name="discs")],
+        ),
         schedule=SimpleNamespace(get_last_lr=lambda: [0.5]),
         accelerator=SimpleNamespace(
             device=torch.device("cpu"), log=lambda values, step: logged.append((step, values))
@@ -116,6 +119,7 @@ def test_the_rate_is_that_of_training_alone(monkeypatch: pytest.MonkeyPatch) -> 
         num_skipped=0,
         pop_loss_sum=lambda: [6.0, 4.0],
         pop_level_sums=lambda: [2.0, 0, 0, 0, 0, 0, 0, 4.0, 1, 0, 0, 0, 0, 0, 0, 3],
+        pop_set_sums=lambda: [1.0, 5.0, 2, 2],
     )
     progress: Any = SimpleNamespace(show=lambda _, rate: shown.append(rate))
     log = StepLog(run, guard, HostGroup(), progress)
@@ -132,6 +136,7 @@ def test_the_rate_is_that_of_training_alone(monkeypatch: pytest.MonkeyPatch) -> 
     assert shown == [None, 16.0, 16.0]
     common = {"loss": 1.5, "lr": 0.5, "gradient_norm": 2.0}
     common |= {"loss/level-0": 2.0, "loss/level-7": 4 / 3}  # no sample was of the others
+    common |= {"loss/edges": 0.5, "loss/discs": 2.5}
     assert logged == [
         (10, common | {"epoch": 0.8}),
         (20, common | {"epoch": 1.6, "samples_per_second": 16.0}),

@@ -283,3 +283,16 @@ def test_shards_are_released_by_each_sets_own_places(mixed: TrainConfig) -> None
     samples.caches = [Cache(one) for one in files]
     samples.release_before(12)
     assert [one.released for one in files] == [9, 3]
+
+
+def test_each_set_has_its_own_curve_of_the_loss(
+    mixed: TrainConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    logged: list[dict[str, float]] = []
+    monkeypatch.setattr(
+        "accelerate.Accelerator.log", lambda _, values, **__: logged.append(dict(values))
+    )
+    train(replace(mixed, logging_steps=4))
+    (values,) = logged
+    of_sets = 0.75 * values["loss/outlines"] + 0.25 * values["loss/discs"]  # 6 and 2 samples
+    assert values["loss"] == pytest.approx(of_sets)
