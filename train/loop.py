@@ -1,7 +1,7 @@
 """The loop of stage 2: optimiser steps, and what is due between them."""
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from signal import Signals
 
@@ -78,10 +78,14 @@ def take_steps(run: Run, received: Received) -> tuple[TrainState, Signals | None
         print=tqdm.write,
     )
     dashboard = open_dashboard(run)
-    if pictures.is_due(run, state.step) and not (state.step and pictures.is_done(run, state.step)):
-        # The run is new; or it was killed between that step's checkpoint and its validation.
+    if pictures.is_due(run, state.step):
+        # The run is new; or it was killed after that step's checkpoint, and what follows it may be
+        # missing.
         with averaged(run.optimizer.optimizer):
-            _validate(run, state.step, dashboard)
+            if state.step and pictures.is_done(run, state.step):
+                _use(run, state.step, pictures.read_losses(run, state.step), dashboard)
+            else:
+                _use(run, state.step, pictures.validate(run, state.step), dashboard)
     hosts = HostGroup()
     with _progress(run) as progress:
         log = StepLog(run, guard, hosts, progress, dashboard)
@@ -129,14 +133,17 @@ def _loop(
                 checkpoints.save(run.accelerator, config, state, run.ema)
         if pictures.is_due(run, state.step) and not signal:
             with log.paused(), averaged(run.optimizer.optimizer):
-                _validate(run, state.step, log.dashboard)
+                _use(run, state.step, pictures.validate(run, state.step), log.dashboard)
     if log.dashboard is not None:
         log.dashboard.write(state.step)
     return state, signal
 
 
-def _validate(run: Run, step: int, dashboard: Dashboard | None) -> None:
-    keep_best(run, step, pictures.validate(run, step))
+def _use(
+    run: Run, step: int, losses: Mapping[str, Sequence[float]], dashboard: Dashboard | None
+) -> None:
+    """Do what follows a validation: keep the best ControlNet, and write the page."""
+    keep_best(run, step, losses)
     if dashboard is not None:
         dashboard.write(step)
 

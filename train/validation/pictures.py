@@ -40,6 +40,7 @@ from train.validation.sampling import Pair, negative_embeds, sample
 from train.watch.curves import AVERAGED_HELD_OUT, HELD_OUT, in_words, mean, of_level, of_set
 from train.watch.trackers import log_pictures
 
+LOSSES_FILE = "held_out.json"
 PROMPT_KEY = "prompt"  # of the prompt in a picture's file or a file of latents
 
 
@@ -83,6 +84,17 @@ def is_done(run: Run, step: int) -> bool:
     return main_decides(folder(run, step).is_dir)
 
 
+def read_losses(run: Run, step: int) -> dict[str, list[float]]:
+    """Return the held-out losses of a complete validation; every process must call this."""
+
+    def read() -> dict[str, list[float]]:
+        path = folder(run, step) / LOSSES_FILE
+        losses: dict[str, list[float]] = json.loads(path.read_text()) if path.is_file() else {}
+        return losses
+
+    return main_decides(read)
+
+
 def validate(run: Run, step: int) -> dict[str, list[float]]:
     """Draw the pairs and measure the held-out loss, with the weights and with their average.
 
@@ -100,7 +112,7 @@ def validate(run: Run, step: int) -> dict[str, list[float]]:
     with written_whole(run, folder(run, step)) as partial:
         losses = measure(run, partial, [run.ema] if run.ema and step else [], step)
         if losses and run.accelerator.is_main_process:
-            write_text(partial / "held_out.json", json.dumps(losses, indent=1) + "\n")
+            write_text(partial / LOSSES_FILE, json.dumps(losses, indent=1) + "\n")
     return losses
 
 

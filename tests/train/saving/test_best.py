@@ -78,6 +78,18 @@ def test_a_run_that_goes_on_knows_what_is_kept(
     assert_kept(config.output_dir, 3)
 
 
+def test_a_run_that_was_killed_before_it_kept_its_best_keeps_it_on_resuming(
+    config: TrainConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    script(monkeypatch, 1.0, 4.0, 2.0)
+    train(replace(config, max_train_steps=2))
+    shutil.rmtree(config.output_dir / "best")  # as if it were killed after the validation
+    script(monkeypatch, 3.0, 2.5)
+    train(replace(config, resume_from_checkpoint="latest"))
+    assert_kept(config.output_dir, 2)
+    assert read_best(config.output_dir) == Best(2, 1.0, averaged=False)
+
+
 def test_the_average_is_kept_where_it_is_better(
     config: TrainConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
