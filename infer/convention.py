@@ -24,7 +24,7 @@ from sd3.inpainting import is_inpainting, mask_of
 from sd3.pixels import to_pixels, to_uint8
 from sd3.pretrained import DATA_KEY, largest_side, read_config, vae_factor
 from sd3.value_scale import AS_IS
-from shards.format.specs import AnnotatorSpec
+from shards.format.specs import AnnotatorSpec, describe_annotator
 
 Sizes = tuple[tuple[int, int], ...]  # width and height in pixels
 
@@ -55,6 +55,7 @@ class Convention:
     background: str = BACKGROUND
     scale: str = AS_IS
     annotator: AnnotatorSpec | None = None
+    mixed: tuple[str, ...] = ()
     inpainting: bool = False
 
     def picture_size(self, conditioning: Image.Image) -> tuple[int, int]:
@@ -72,8 +73,12 @@ def find_convention(config: PipelineConfig, base: Path, name: str, controlnet: P
     data = read_config(controlnet, "").get(DATA_KEY) or {}
     differences = _differences(found, _trained_sizes(data), data.get("max_sequence_length"))
     with_t5 = uses_t5(config.pretrained_model_name_or_path, wanted=config.t5)
-    if with_t5 and not data.get("t5", True):
-        differences.append("trained without T5, and these prompts are encoded by it (--no-t5)")
+    if data and getattr(config, "cache", None) is None:  # a cache's prompts are what they are
+        trained_with = data.get("t5", True)
+        if with_t5 and not trained_with:
+            differences.append("trained without T5; --no-t5 draws so")
+        elif trained_with and not with_t5 and not data.get("dropout_t5"):
+            differences.append("trained with T5, and these prompts are encoded without it")
     if differences:
         click.echo(f"{name}: {'; '.join(differences)}.", err=True)
     return found
@@ -104,10 +109,22 @@ def read_convention(config: PipelineConfig, base: Path, name: str, controlnet: P
         background=_background(data),
         scale=str(data.get("conditioning_scale", AS_IS)),
         annotator=_annotator(name, data),
+        mixed=_mixed(data),
         inpainting=is_inpainting(saved),
     )
     check_positions(found.sizes, base, saved)
     return found
+
+
+def _mixed(data: dict[str, Any]) -> tuple[str, ...]:
+    """Return the controls that were mixed, each with what drew it, as far as it is said."""
+    listed = data.get("mixed")
+    found = []
+    for entry in listed if isinstance(listed, list) else []:
+        drawn = entry.get("annotator")
+        by = f" ({describe_annotator(drawn['name'], drawn['arguments'])})" if drawn else ""
+        found.append(f"{entry.get('control')}{by}")
+    return tuple(dict.fromkeys(found))
 
 
 def _annotator(name: str, data: dict[str, Any]) -> AnnotatorSpec | None:

@@ -66,6 +66,11 @@ def find_redrawing(config: PipelineConfig, name: str, convention: Convention) ->
                 f"here: {error} Of a path its last part is noted: if it lies elsewhere, say where "
                 "by --conditioning-from and --conditioning-args."
             ) from error
+    elif convention.mixed:
+        raise ConfigError(
+            f"--controlnet {name}: was trained on several controls: {', '.join(convention.mixed)}. "
+            "Choose what draws one from photographs by --conditioning-from and --conditioning-args."
+        )
     else:
         raise ConfigError(
             f"--controlnet {name}: its configuration does not say what draws its controls from "

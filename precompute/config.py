@@ -396,6 +396,14 @@ class PrecomputeConfig:
         return self.views * (2 if self.random_flip else 1)
 
     @property
+    def described_views(self) -> str:
+        """The options that say which crops are kept; "" if the centre crops alone are."""
+        if self.views == 1:
+            return ""
+        crops = f"--views {self.views} --crop-scale {self.crop_scale} --seed {self.seed}"
+        return f"{crops} --random-flip" if self.random_flip else crops
+
+    @property
     def random_crops(self) -> RandomCrops:
         """How random crops are drawn."""
         return RandomCrops(self.seed, *parse_crop_scale(self.crop_scale))

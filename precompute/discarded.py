@@ -66,7 +66,11 @@ def describe_discarded(context: Context) -> str:
         "stands there:",
         *map(str, discarded),
     ]
-    others = _other_controls(context, seal.previous_manifest(context.config.cache))
+    before = seal.previous_manifest(context.config.cache)
+    views = before.made_by.get("views") if before else None
+    if views and views != context.config.described_views:
+        lines.append(f"  it was made with {views}: give the same to add a control to it")
+    others = _other_controls(context, before)
     if others and any(one.folder == "latents" for one in discarded):
         names = ", ".join(map(repr, others))
         lines.append(f"  other controls, which go with their latents: {names}")

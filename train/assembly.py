@@ -235,7 +235,10 @@ def load_controlnet(config: TrainConfig, inputs: Inputs) -> Any:
             # Inpainting has the shift in either convention.
             shift_factor=0.0 if spec.inpainting else spec.shift_factor,
         )
-    controlnet.register_to_config(**{DATA_KEY: mixed_entry(inputs.sets)})
+    data = mixed_entry(inputs.sets)
+    if config.dropout_t5:
+        data["dropout_t5"] = config.dropout_t5  # it draws with and without T5
+    controlnet.register_to_config(**{DATA_KEY: data})
     models.prepare_controlnet(config, controlnet)
     cast_weights_at_use(controlnet)
     return controlnet

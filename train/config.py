@@ -410,6 +410,10 @@ class TrainConfig:
         for name in ("proportion_empty_prompts", *(f"dropout_{part}" for part in DROPPED)):
             if not 0 <= getattr(self, name) <= 1:
                 raise ConfigError(f"{flag(name)} {getattr(self, name)}: must be in 0 to 1.")
+        if self.dropout_control == 1:
+            raise ConfigError(
+                "--dropout-control 1.0: the ControlNet would never see its control; give less."
+            )
 
     def _check_fused_backward(self) -> None:
         """Refuse settings that need all gradients at once beside --fused-backward-pass.

@@ -104,6 +104,11 @@ def find_inputs(config: TrainConfig, num_processes: int) -> Inputs:
             "--keep-best: there is no held-out loss to choose by. Give --validation-steps, and "
             "hold rows out of training: precompute --validation-rows 128."
         )
+    if config.dropout_t5 and cache.manifest.text_spec.without_t5:
+        raise ConfigError(
+            f"--dropout-t5 {config.dropout_t5:g}: the cache was made without T5, so there is "
+            "nothing to drop; leave it out."
+        )
     pairs = _pairs(sets) if validates else []
     needs_vae = bool(pairs) and config.validation_decode != "latents"
     base = local_main_first(lambda: _find_base(config, needs_vae))

@@ -232,6 +232,9 @@ def _announce(run: Run) -> None:
         f"train: {order.num_records} samples{buckets}, {run.num_steps} steps of {step_samples}, "
         f"{run.num_trained / 1e6:.1f} M parameters to train, {start}"
     )
+    for location, weight in zip(run.config.cache, run.config.weights, strict=False):
+        if weight == 0:
+            click.echo(f"train: {location}: left out, since its weight is 0")
     for line in describe_mix(inputs.sets, order):
         click.echo(f"train: {line}")
     num_blocks = run.accelerator.unwrap_model(run.controlnet).config.num_layers

@@ -274,6 +274,7 @@ class Context:
                 "base": without_folders(self.config.pretrained_model_name_or_path),
                 "revision": self.config.revision,
                 "versions": versions(),
+                **({"views": described} if (described := self.config.described_views) else {}),
                 **({"loras": [lora.name for lora in self.specs.loras]} if self.specs.loras else {}),
             },
             num_rows=len(self.inventory),

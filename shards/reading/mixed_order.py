@@ -79,10 +79,14 @@ class MixedOrder:
         return ((self._sums[middle] - self._sums[first]) * groups + total // 2) // total
 
     def start(self, epoch: int) -> int:
-        """Return the first place before which every set has come `epoch` times."""
+        """Return the place before which every set has come `epoch` times.
+
+        It is where the weights put it, which may be a place or two after the first such place.
+        """
         return max(
-            self._first_place(number, order.start(epoch))
+            max(self._first_place(number, due), self._place_by_weight(number, due))
             for number, order in enumerate(self.orders)
+            for due in [order.start(epoch)]
         )
 
     def epochs(self, place: int) -> float:
@@ -100,6 +104,10 @@ class MixedOrder:
     def step_group(self) -> int:
         """Number of samples that an optimiser step must have, or 1 where it may have any number."""
         return max(self.group, *(order.group for order in self.orders))
+
+    def _place_by_weight(self, number: int, count: int) -> int:
+        groups = -(-count // self.group)
+        return -(-groups * self._sums[-1] // self.weights[number]) * self.group
 
     def _first_place(self, number: int, count: int) -> int:
         """Return the first place before which a set has come in `count` places."""

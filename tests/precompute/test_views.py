@@ -174,8 +174,11 @@ def test_more_crops_keep_what_is_there_and_a_second_control_has_the_same(
     assert second == {key: about for key, (_, about) in now.items()}
     # Fewer crops drop records, and must be told to.
     capsys.readouterr()
-    with pytest.raises(ConfigError, match=r"latents: 10 of 30 records.*10 gone"):
+    with pytest.raises(ConfigError, match=r"latents: 10 of 30 records.*10 gone") as raised:
         precompute(replace(config, views=2, overwrite=False))
+    made_with = f"--views 3 --crop-scale {config.crop_scale} --seed 0"
+    assert f"it was made with {made_with}: give the same to add a control" in str(raised.value)
+    assert Cache(config.cache).manifest.made_by["views"] == made_with  # shards info says it
 
 
 @pytest.mark.parametrize("change", [{"seed": 1}, {"crop_scale": "0.125:0.2"}])

@@ -79,7 +79,7 @@ def test_the_card_says_what_it_is_and_how_to_load_it(
     assert "controlnet" in card.data.tags
     text = card.content
     for said in (
-        "trained on 10 images",
+        "trained on 10 pairs of an image and its control",
         "64 x 64 pixels",
         "diffusers and ComfyUI give it what it was trained with",
         "max_sequence_length=20",

@@ -47,6 +47,10 @@ def check_convention(name: str, config: Mapping[str, Any], cache: Cache) -> list
         )
     elif (trained := data.get("max_sequence_length")) not in (None, tokens):
         notes.append(f"was trained with {trained} T5 tokens, and goes on with the cache's {tokens}")
+    was_with_t5, is_with_t5 = data.get("t5", True), not cache.manifest.text_spec.without_t5
+    if data and was_with_t5 != is_with_t5:
+        goes_on = "the cache's prompts have T5's part" if is_with_t5 else "the cache has none of it"
+        notes.append(f"was trained {'with' if was_with_t5 else 'without'} T5, and {goes_on}")
     if data:
         notes += _other_controls(data, cache)
     return [f"{what}: {note}" for note in notes]

@@ -55,7 +55,7 @@ def model_card(run: Run, repository: str | None) -> str:
     data: dict[str, Any] = network.config[DATA_KEY]
     base = card_base(config)
     name = repository or config.hub_model_id or config.output_dir.resolve().name
-    num_layers, num_images = network.config.num_layers, run.inputs.order.num_records
+    num_layers, num_samples = network.config.num_layers, run.inputs.order.num_records
     return f"""---
 {_metadata(base.hub_id)}
 ---
@@ -63,7 +63,7 @@ def model_card(run: Run, repository: str | None) -> str:
 # {name}
 
 A ControlNet of {num_layers} blocks for {base.in_words},
-trained on {num_images} images at {data["width"]} x {data["height"]} pixels
+trained on {num_samples} pairs of an image and its control, at {_sizes(data)} pixels,
 with {_controls(run)}.
 
 ## How to use it
@@ -81,6 +81,13 @@ with {_controls(run)}.
 
 The licence of the base model applies to what is derived from it.
 """
+
+
+def _sizes(data: Mapping[str, Any]) -> str:
+    """Return the size of the pictures in words; of several that nearest to a square."""
+    others = len(data.get("buckets", [])) - 1
+    shown = f"{data['width']} x {data['height']}"
+    return f"{shown} and {others} other sizes of" if others > 0 else shown
 
 
 def _controls(run: Run) -> str:
@@ -189,18 +196,30 @@ commit {commit() or "unknown"} of the training code.
 - prompts: `{data["text_fingerprint"]}`
 - conditioning images: scale {data["conditioning_scale"]}, transparent ones over \
 {tuple(data["background"])}
-{_annotator_line(data)}{_mixed_lines(data)}
+{_annotator_line(data)}{_range_line(data)}{_mixed_lines(data)}
 {settings}"""
+
+
+def _range_line(data: dict[str, Any]) -> str:
+    return f"- samples{_span(data)}\n" if "records" in data else ""
 
 
 def _mixed_lines(data: dict[str, Any]) -> str:
     """Return a line for each of several sets of samples."""
     return "".join(
-        f'- set {one["name"]}: {one["num_records"]} samples, control "{one["control"]}", '
+        f"- set {one['name']}: {one['num_records']} samples{_span(one)}, control "
+        f'"{one["control"]}", '
         f"{one['share']:.1%} of a step, latents `{one['latents_fingerprint']}`"
         f"{_drawn_by(one)}\n"
         for one in data.get("mixed", [])
     )
+
+
+def _span(entry: Mapping[str, Any]) -> str:
+    if "records" not in entry:
+        return ""
+    first, behind = entry["records"]
+    return f" ({first} to {behind - 1} of its cache)"
 
 
 def _drawn_by(entry: Mapping[str, Any]) -> str:

@@ -19,7 +19,7 @@ def check_agreement(sets: Sequence[TrainingSet]) -> None:
     for other in sets[1:]:
         found = _seen_by_networks(other)
         wrong = [
-            f"  {name}: {first[name]}, {found[name]}"
+            f"  {name}: {_in_words(first[name])}, {_in_words(found[name])}"
             for name in first
             if first[name] != found[name]
         ]
@@ -29,6 +29,10 @@ def check_agreement(sets: Sequence[TrainingSet]) -> None:
                 f"{other.cache.conditioning_name!r}) cannot be mixed:\n" + "\n".join(wrong) + "\n"
                 "Run python -m precompute with the same base model and settings for both."
             )
+
+
+def _in_words(value: Any) -> Any:
+    return "no" if value is None else "yes" if value is True else value
 
 
 def _seen_by_networks(one: TrainingSet) -> dict[str, Any]:

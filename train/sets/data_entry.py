@@ -38,13 +38,19 @@ def _sizes(buckets: Sequence[Bucket], factor: int) -> dict[str, Any]:
     return {"height": height, "width": width, "buckets": sizes}
 
 
+def _entry(one: TrainingSet) -> dict[str, Any]:
+    """Return the entry of a set; `records`, first and behind the last, where it has a range."""
+    entry = data_entry(one.cache.manifest, one.cache.conditioning_name)
+    return entry if one.is_whole else entry | {"records": list(one.records)}
+
+
 def mixed_entry(sets: Sequence[TrainingSet]) -> dict[str, Any]:
     """Return the entry of a ControlNet that is trained on sets; see `data_entry`.
 
     Of several sets it is the first one's, with the sizes of all; without `annotator` unless all
     controls are drawn alike. `mixed` then lists the sets, each with its share of the samples.
     """
-    entries = [data_entry(one.cache.manifest, one.cache.conditioning_name) for one in sets]
+    entries = [_entry(one) for one in sets]
     found = dict(entries[0])
     if len(sets) == 1:
         return found
@@ -52,7 +58,8 @@ def mixed_entry(sets: Sequence[TrainingSet]) -> dict[str, Any]:
     found |= _sizes(list(grids), sets[0].cache.conditioning_spec.vae_scale_factor)
     if any(entry.get("annotator") != found.get("annotator") for entry in entries):
         found.pop("annotator", None)
-    kept = ("background", "conditioning_scale", "annotator", "latents_fingerprint")
+    found.pop("records", None)
+    kept = ("records", "background", "conditioning_scale", "annotator", "latents_fingerprint")
     total = sum(one.weight for one in sets)
     found["mixed"] = [
         {

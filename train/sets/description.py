@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 from shards.reading.mixed_order import MixedOrder
 from train.sets.agreement import describe_encoders
+from train.sets.overlap import describe_overlap
 from train.sets.training_set import TrainingSet
 
 
@@ -26,4 +27,4 @@ def describe_mix(sets: Sequence[TrainingSet], order: MixedOrder) -> list[str]:
         )
     whole = f"an epoch is {order.start(1)} samples: then each of the sets has come at least once"
     encoders = describe_encoders(sets)
-    return [*lines, whole, *([encoders] if encoders else [])]
+    return [*lines, whole, *([encoders] if encoders else []), *describe_overlap(sets)]

@@ -3,11 +3,13 @@
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import PurePosixPath
+from pathlib import Path, PurePosixPath
 
+from common.errors import ConfigError
 from shards.reading.cache import Cache
 from shards.reading.order import Order
 
+LIKE_A_RANGE = re.compile(r".+\[[^/\[\]]*\]")
 RANGE = re.compile(r"(?P<location>.+)\[(?P<start>-?\d*):(?P<stop>-?\d*)\]")
 
 
@@ -39,9 +41,18 @@ class TrainingSet:
 
 
 def parse_location(text: str) -> tuple[str, slice]:
-    """Return a cache's location, and the range of its records: `a[:1000]` has the first 1,000."""
+    """Return a cache's location, and the range of its records: `a[:1000]` has the first 1,000.
+
+    Raises:
+        ConfigError: it ends like a range, and is none.
+    """
     found = RANGE.fullmatch(text)
     if found is None:
+        if LIKE_A_RANGE.fullmatch(text) and not Path(text).exists():
+            raise ConfigError(
+                f"--cache {text}: no such folder, and no range; a range is cache[:1000], the first "
+                "1,000 samples, cache[1000:], the rest, or cache[-10:], the last 10."
+            )
         return text, slice(None)
     start, stop = (int(found[name]) if found[name] else None for name in ("start", "stop"))
     return found["location"], slice(start, stop)

@@ -167,6 +167,42 @@ def test_no_t5_draws_what_the_stock_pipeline_draws_without_it(
     assert not np.array_equal(drawn["ours"], drawn["with"])
 
 
+def test_what_changes_for_a_controlnet_is_said(
+    cached: Path,
+    cache: Path,
+    base: Path,
+    controlnet: Path,
+    circles: Path,
+    tmp_path: Path,
+    command: Callable[..., Outcome],
+) -> None:
+    run = four_steps(base, cached, tmp_path / "without")
+    with pytest.raises(ConfigError, match=r"--dropout-t5 0\.5: the cache was made without T5"):
+        train(replace(run, dropout_t5=0.5))
+    train(replace(run, max_train_steps=1))
+    further = replace(
+        run, max_train_steps=1, num_controlnet_layers=None, output_dir=tmp_path / "further"
+    )
+    for start, goes_on, line in (
+        (tmp_path / "without", cache, "was trained without T5, and the cache's prompts have T5's"),
+        (controlnet, cached, "was trained with T5, and the cache has none of it"),
+    ):
+        going_on = replace(further, cache=(str(goes_on),), controlnet_model_name_or_path=str(start))
+        going_on = replace(going_on, output_dir=tmp_path / f"on-{goes_on.parent.name}")
+        assert line in command("train", *flags(going_on)).output
+    picture = ("--prompt", PROMPTS[0], "--image", circles / "source" / "0.png")
+    common = ("--pretrained-model-name-or-path", base, *picture, "--num-inference-steps", 1)
+    for start, option, line in (
+        (tmp_path / "without", (), "trained without T5; --no-t5 draws so"),
+        (controlnet, ("--no-t5",), "trained with T5, and these prompts are encoded without it"),
+    ):
+        drawn = command(
+            "infer", "generate", *common, "--controlnet", start, *option,
+            "--output-dir", tmp_path / f"drawn-{len(option)}",
+        )  # fmt: skip
+        assert line in drawn.output
+
+
 def test_a_folder_that_lacks_t5s_files_is_damaged_and_says_the_way_out(
     base: Path, tmp_path: Path, fresh: PrecomputeConfig, command: Callable[..., Outcome]
 ) -> None:

@@ -105,11 +105,11 @@ def test_training_drops_what_the_options_say(
         return original(batch, *others)
 
     monkeypatch.setattr(loop, "batch_losses", noted)
-    config = replace(train_config, dropout_clip=1.0, dropout_control=1.0, max_train_steps=1)
+    config = replace(train_config, dropout_clip=1.0, dropout_pooled=1.0, max_train_steps=1)
     train(config)
-    expected = torch.tensor([[1.0, 0.0, 1.0, 0.0]]).expand(2, 4)
+    expected = torch.tensor([[1.0, 0.0, 0.0, 1.0]]).expand(2, 4)
     assert all(batch.kept is not None and torch.equal(batch.kept, expected) for batch in taken)
-    nothing = {"dropout_clip": 0.0, "dropout_control": 0.0}
+    nothing = {"dropout_clip": 0.0, "dropout_pooled": 0.0}
     train(replace(config, **nothing, output_dir=Path(f"{config.output_dir}-whole")))
     assert taken[-1].kept is None
 
@@ -120,6 +120,8 @@ def test_chances_beyond_1_are_refused(
     for name in DROPPED:
         with pytest.raises(ConfigError, match=rf"--dropout-{name} 1.5: must be in 0 to 1"):
             replace(train_config, **{f"dropout_{name}": 1.5})
+    with pytest.raises(ConfigError, match=r"--dropout-control 1\.0: the ControlNet would never"):
+        replace(train_config, dropout_control=1.0)
     outcome = command("train", *flags(train_config), "--dropout-t5", "-1")
     assert "--dropout-t5 -1.0: must be in 0 to 1" in outcome.output
 

@@ -17,13 +17,15 @@ from sd3.pretrained import DATA_KEY
 from shards.format import manifest
 from shards.reading.cache import Cache
 from shards.reading.location import LocalFiles
+from shards.reading.order import Order
 from tests.conftest import BUCKETED, Outcome, flags, with_another_control
 from train.config import TrainConfig
 from train.data import TrainingSamples
 from train.inputs import find_inputs
 from train.run import train
 from train.sets.find import find_sets
-from train.sets.training_set import in_range, parse_location, set_names
+from train.sets.overlap import describe_overlap
+from train.sets.training_set import TrainingSet, in_range, parse_location, set_names
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 
@@ -158,7 +160,8 @@ def test_what_was_mixed_stands_in_the_configuration_and_the_card(mixed: TrainCon
     ]
     assert data["buckets"] == [[64, 64]]
     card = (mixed.output_dir / "README.md").read_text()
-    assert 'trained on 14 images at 64 x 64 pixels\nwith the control "conditioning".' in card
+    assert "trained on 14 pairs of an image and its control, at 64 x 64 pixels," in card
+    assert 'with the control "conditioning".' in card
     assert 'set outlines: 8 samples, control "conditioning", 75.0% of a step' in card
     assert str(mixed.cache[0]) not in card
 
@@ -242,7 +245,13 @@ def test_the_command_says_what_it_mixes(
 ) -> None:
     said = command("train", *flags(replace(mixed, max_train_steps=1))).output
     assert f"train: set outlines: 8 samples of {outlines}, control 'conditioning', 75.0%" in said
-    assert "train: an epoch is 22 samples" in said or "train: an epoch is 23 samples" in said
+    assert "train: an epoch is 24 samples" in said  # six of one in four
+    unused = replace(mixed, cache=(*mixed.cache, "elsewhere"), weights=(3.0, 1.0, 0.0))
+    unused = replace(unused, max_train_steps=1, output_dir=mixed.output_dir / "unused")
+    assert (
+        "train: elsewhere: left out, since its weight is 0"
+        in command("train", *flags(unused)).output
+    )
     spelt = ["--shards", *mixed.cache, "--weights", 3, 1]
     plain = replace(
         mixed, cache=("",), weights=(), max_train_steps=1, output_dir=mixed.output_dir / "again"
@@ -261,10 +270,40 @@ def test_names_tell_sets_apart() -> None:
     assert set_names(["a", "a"], ["x", "x"]) == ["1-a-x", "2-a-x"]
 
 
+def test_a_range_stands_in_the_configuration_and_on_the_card(
+    mixed: TrainConfig, tmp_path: Path
+) -> None:
+    train(replace(mixed, cache=(f"{mixed.cache[0]}[2:5]", mixed.cache[1])))
+    data = json.loads((mixed.output_dir / "config.json").read_text())[DATA_KEY]
+    assert [one.get("records") for one in data["mixed"]] == [[2, 5], None]
+    card = (mixed.output_dir / "README.md").read_text()
+    assert "- set outlines: 3 samples (2 to 4 of its cache), control" in card
+    alone = replace(mixed, cache=(f"{mixed.cache[0]}[-2:]",), weights=())
+    train(replace(alone, output_dir=tmp_path / "alone"))
+    assert "- samples (6 to 7 of its cache)\n" in (tmp_path / "alone" / "README.md").read_text()
+
+
+def test_a_held_out_image_that_another_set_trains_on_is_said(held_out: Path, cache: Path) -> None:
+    """Of ten rows; the one cache holds three of them out, the other none."""
+
+    def whole(name: str, folder: Path) -> TrainingSet:
+        found = Cache(folder)
+        order = Order(found.manifest.training_records("conditioning"), seed=0)
+        return TrainingSet(name, str(folder), (0, order.num_records), found, order, 1)
+
+    few, many = whole("few", held_out), whole("many", cache)
+    (line,) = describe_overlap([few, many])
+    assert line.startswith("set many trains on 3 of the 3 images that few holds out, so")
+    assert describe_overlap([few, few]) == describe_overlap([many, many]) == []
+
+
 def test_locations_and_ranges() -> None:
+    for wrong in ("a[:x]", "a[5]", "a[1:2:3]", "a[]"):
+        with pytest.raises(ConfigError, match=r"no range; a range is cache\[:1000\]"):
+            parse_location(wrong)
     assert parse_location("a/b[:1000]") == ("a/b", slice(None, 1000))
     assert parse_location("s3://a[5:-2]") == ("s3://a", slice(5, -2))
-    assert parse_location("a[b]") == ("a[b]", slice(None))
+    assert parse_location("a[b]/c") == ("a[b]/c", slice(None))
     assert in_range([4, 0, 3], 2, 6) == ([2, 0, 2], [2, 0, 0])
 
 
