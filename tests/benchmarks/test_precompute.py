@@ -82,6 +82,7 @@ def test_the_true_size_is_that_of_sd3(tmp_path: Path, circles: Path) -> None:
         "t5_width": 4096,
         "pooled_width": 2048,
         "dtype": "",
+        "without_t5": None,
     }
     latents = context.specs.latents
     assert (latents.latent_channels, latents.vae_scale_factor) == (16, 8)
