@@ -209,7 +209,7 @@ def _mixed_lines(data: dict[str, Any]) -> str:
     return "".join(
         f"- set {one['name']}: {one['num_records']} samples{_span(one)}, control "
         f'"{one["control"]}", '
-        f"{one['share']:.1%} of a step, latents `{one['latents_fingerprint']}`"
+        f"{one['share']:.1%} of the samples, latents `{one['latents_fingerprint']}`"
         f"{_drawn_by(one)}\n"
         for one in data.get("mixed", [])
     )

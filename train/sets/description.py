@@ -23,7 +23,7 @@ def describe_mix(sets: Sequence[TrainingSet], order: MixedOrder) -> list[str]:
         span = "" if one.is_whole else "[{}:{}]".format(*one.records)
         lines.append(
             f"set {one.name}: {one.order.num_records} samples of {one.location}{span}, control "
-            f"{one.cache.conditioning_name!r}, {one.weight / total:.1%} of a step"
+            f"{one.cache.conditioning_name!r}, {one.weight / total:.1%} of the samples"
         )
     whole = f"an epoch is {order.start(1)} samples: then each of the sets has come at least once"
     encoders = describe_encoders(sets)

@@ -162,7 +162,7 @@ def test_what_was_mixed_stands_in_the_configuration_and_the_card(mixed: TrainCon
     card = (mixed.output_dir / "README.md").read_text()
     assert "trained on 14 pairs of an image and its control, at 64 x 64 pixels," in card
     assert 'with the control "conditioning".' in card
-    assert 'set outlines: 8 samples, control "conditioning", 75.0% of a step' in card
+    assert 'set outlines: 8 samples, control "conditioning", 75.0% of the samples' in card
     assert str(mixed.cache[0]) not in card
 
 
