@@ -201,6 +201,7 @@ def take_step(
 def _losses(run: Run, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the loss of each sample and the part of the noise levels that it is of, [B] each."""
     there = batch.to(run.accelerator.device)
-    sigma, _ = noise_levels(there, run.objective)
-    levels = (sigma * NUM_LEVELS).long().clamp(max=NUM_LEVELS - 1)
-    return batch_losses(there, run.controlnet, run.transformer, run.objective), levels
+    drawn = noise_levels(there, run.objective)
+    levels = (drawn[0] * NUM_LEVELS).long().clamp(max=NUM_LEVELS - 1)
+    losses = batch_losses(there, run.controlnet, run.transformer, run.objective, drawn)
+    return losses, levels

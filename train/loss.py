@@ -97,7 +97,13 @@ class Prediction(NamedTuple):
     latent: Tensor
 
 
-def batch_losses(batch: Batch, controlnet: Any, transformer: Any, settings: Objective) -> Tensor:
+def batch_losses(
+    batch: Batch,
+    controlnet: Any,
+    transformer: Any,
+    settings: Objective,
+    levels: tuple[Tensor, Tensor] | None = None,
+) -> Tensor:
     """Return the loss of each sample of a batch, [B], float32.
 
     Args:
@@ -105,8 +111,9 @@ def batch_losses(batch: Batch, controlnet: Any, transformer: Any, settings: Obje
         controlnet: gets the transformer's dtype and computes in it.
         transformer: frozen; gets its own dtype.
         settings: of the objective.
+        levels: of `noise_levels`, where they are known already.
     """
-    sigma, timestep = noise_levels(batch, settings)
+    sigma, timestep = levels or noise_levels(batch, settings)
     velocity, noisy, latent = predict(batch, sigma, timestep, controlnet, transformer, settings)
     return objective.flow_loss(
         velocity,

@@ -87,8 +87,10 @@ def test_the_training_loss_is_logged_by_noise_level(
     seen: list[tuple[float, float]] = []
     original = loop.batch_losses
 
-    def batch_losses(batch: Any, controlnet: Any, transformer: Any, settings: Any) -> Any:
-        losses = original(batch, controlnet, transformer, settings)
+    def batch_losses(
+        batch: Any, controlnet: Any, transformer: Any, settings: Any, *others: Any
+    ) -> Any:
+        losses = original(batch, controlnet, transformer, settings, *others)
         index = (torch_sigmoid(batch.normal) * 1000).long().clamp(0, 999)
         seen.extend(zip(settings.sigmas[index].tolist(), losses.tolist(), strict=True))
         return losses
