@@ -20,17 +20,18 @@ def describe_overlap(sets: Sequence[TrainingSet]) -> list[str]:
     other cache has as random crops or mirrors alone is not found.
     """
     local = [one for one in sets if isinstance(one.cache.files, LocalFiles)]
+    held_out = [
+        {content ^ HELD_OUT for content in _contents(one.cache, one.cache.manifest.held_out)}
+        for one in local
+    ]
     lines = []
-    for one in local:
-        held_out = {
-            content ^ HELD_OUT for content in _contents(one.cache, one.cache.manifest.held_out)
-        }
-        for other in local:
-            if not held_out or str(other.cache.files) == str(one.cache.files):
-                continue
-            if count := len(held_out.intersection(_contents(other.cache, other.order.shards))):
+    for other in local if any(held_out) else []:
+        trained_on = set(_contents(other.cache, other.order.shards))
+        for one, kept in zip(local, held_out, strict=True):
+            count = len(kept & trained_on)
+            if count and str(one.cache.files) != str(other.cache.files):
                 lines.append(
-                    f"set {other.name} trains on {count} of the {len(held_out)} images that "
+                    f"set {other.name} trains on {count} of the {len(kept)} images that "
                     f"{one.name} holds out, so the held-out loss of {one.name} is lower than of "
                     "images never seen; make both with the same --validation-rows and --seed of "
                     "the same rows"
