@@ -8,13 +8,14 @@ click options (`--train-batch-size`), the keys of the stage's table in a TOML fi
 import dataclasses
 import inspect
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import click
 
 from common.config_file import NUMBER_OR_WORD, unwrap
+from common.errors import ConfigError
 
 
 def option(
@@ -66,6 +67,29 @@ def as_arguments(settings: Mapping[str, Any]) -> str:
         return f"{flag(name)} {value:g}" if value == 0 else f"{flag(name)} {value}"
 
     return " ".join(argument(*setting) for setting in settings.items())
+
+
+def split_arguments(name: str, texts: Sequence[str], example: str) -> list[tuple[str, str, str]]:
+    """Return (text, key, value) of each of an option's `key=value` texts.
+
+    Args:
+        name: of the option, as on the command line.
+        texts: its values.
+        example: of one, for errors.
+
+    Raises:
+        ConfigError: a text has no key or no `=`, or a key comes twice.
+    """
+    found: dict[str, tuple[str, str, str]] = {}
+    for text in texts:
+        key, equals, value = text.partition("=")
+        key = key.strip()
+        if not equals or not key.isidentifier():
+            raise ConfigError(f"{name} {text}: expected key=value, for instance {example}.")
+        if key in found:
+            raise ConfigError(f"{name} {text}: {key} is given twice.")
+        found[key] = text, key, value.strip()
+    return list(found.values())
 
 
 def as_dict(config: Any) -> dict[str, Any]:

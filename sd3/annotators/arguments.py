@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from common.errors import ConfigError
+from common.options import split_arguments
 
 FLAG = "--conditioning-args"
 # What a run gives an annotator itself; it changes no drawing.
@@ -22,16 +23,8 @@ def parse_arguments(texts: Sequence[str]) -> dict[str, Any]:
     Raises:
         ConfigError: a text has no key or no `=`, or a key comes twice.
     """
-    found: dict[str, Any] = {}
-    for text in texts:
-        key, equals, value = text.partition("=")
-        key = key.strip()
-        if not equals or not key.isidentifier():
-            raise ConfigError(f"{FLAG} {text}: expected key=value, for instance radius=4.")
-        if key in found:
-            raise ConfigError(f"{FLAG} {text}: {key} is given twice.")
-        found[key] = _value(text, value.strip())
-    return found
+    split = split_arguments(FLAG, texts, "radius=4")
+    return {key: _value(text, value) for text, key, value in split}
 
 
 def _value(text: str, value: str) -> Any:

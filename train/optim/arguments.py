@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from common.errors import ConfigError
+from common.options import split_arguments
 
 FLAG = "--optimizer-args"
 # What a run gives an optimiser itself.
@@ -19,17 +20,11 @@ def parse_arguments(texts: Sequence[str]) -> dict[str, Any]:
         ConfigError: a text has no key or no `=`, its value is no literal, or a key comes twice.
     """
     found: dict[str, Any] = {}
-    for text in texts:
-        key, equals, value = text.partition("=")
-        key = key.strip()
-        if not equals or not key.isidentifier():
-            raise ConfigError(f"{FLAG} {text}: expected key=value, for instance betas=0.9,0.99.")
-        if key in found:
-            raise ConfigError(f"{FLAG} {text}: {key} is given twice.")
+    for text, key, value in split_arguments(FLAG, texts, "betas=0.9,0.99"):
         if key == "lr":
-            raise ConfigError(f"{FLAG} {text}: give --learning-rate {value.strip()}.")
+            raise ConfigError(f"{FLAG} {text}: give --learning-rate {value}.")
         try:
-            found[key] = ast.literal_eval(value.strip())
+            found[key] = ast.literal_eval(value)
         except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError) as error:
             raise ConfigError(
                 f"{FLAG} {text}: expected a Python literal: a number, True, None, (0.9, 0.99) or "
