@@ -228,6 +228,7 @@ def make_accelerator(config: TrainConfig) -> Accelerator:
         ConfigError: the device does not support the precision, or training does not support the
             strategy that accelerate is set up for.
     """
+    check_tracker(config.report_to)  # before accelerate warns of it
     precision = models.mixed_precision(config)
     try:
         accelerator = Accelerator(
@@ -330,7 +331,6 @@ def _check_drawn_part(sigmas: torch.Tensor, schedule: Timesteps, cache: Cache) -
 
 def require_packages(config: TrainConfig) -> None:
     """Refuse settings whose optional package is not installed, or which the optimiser refuses."""
-    check_tracker(config.report_to)
     for needed, package, extra in (
         (config.quantize_base == "nf4", "bitsandbytes", "bitsandbytes"),
     ):
